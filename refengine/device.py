@@ -1,0 +1,55 @@
+"""Choosing a device: `cpu` is NumPy; `cuda` and `cuda:N` are CuPy on one GPU; `auto` takes a GPU where one serves.
+
+An explicit choice never falls back to another device.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refengine.errors import DeviceError, RequestError
+
+INSTALL_HINT = "install refengine[cuda13] (or refengine[cuda12] for an older driver)"
+
+
+@dataclass(frozen=True)
+class Device:
+    """xp: the array module; name: `cpu` or `cuda:N`; reason: why it was taken, for people."""
+
+    xp: Any
+    name: str
+    reason: str
+
+
+def open_device(spec: str) -> Device:
+    """Open `cpu`, `cuda`, `cuda:N` or `auto`. Raises `RequestError` for other names, `DeviceError` if it cannot serve."""
+    if spec == "cpu":
+        return Device(np, "cpu", "asked for")
+    match = re.fullmatch(r"cuda(?::(\d{1,4}))?", spec)
+    if match:
+        return _open_cuda(int(match[1] or 0), "asked for")
+    if spec == "auto":
+        try:
+            return _open_cuda(0, "a CUDA device is present")
+        except DeviceError as e:
+            return Device(np, "cpu", f"no GPU serves: {e}")
+    raise RequestError(f"unknown device {spec!r}; choose cpu, cuda, cuda:N or auto")
+
+
+def _open_cuda(index: int, reason: str) -> Device:
+    try:
+        import cupy
+    except ImportError as e:
+        raise DeviceError(f"device cuda:{index} needs CuPy, which cannot be imported ({e}); {INSTALL_HINT}") from None
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as e:
+        raise DeviceError(f"device cuda:{index} cannot be opened: {e}; is a driver installed?") from None
+    if index >= count:
+        raise DeviceError(f"device cuda:{index} does not exist: this machine has {count} CUDA device(s)")
+    cupy.cuda.Device(index).use()
+    return Device(cupy, f"cuda:{index}", reason)

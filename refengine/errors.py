@@ -1,0 +1,33 @@
+"""Errors a user can cause or act on.
+
+Every message names what was given, what was expected and what to do. The command line prints the
+message on one line and exits with code 2; anything that is not a `RefengineError` is a bug in refengine.
+"""
+
+
+class RefengineError(Exception):
+    """Base of all errors that are about the user's file, arguments or machine."""
+
+
+class GGUFError(RefengineError):
+    """The file is not well-formed GGUF. The message names the offence and its byte offset."""
+
+
+class ModelError(RefengineError):
+    """The file is valid GGUF, but not a model this engine can run (architecture, keys, tensors, types)."""
+
+
+class TokenizerError(RefengineError):
+    """The vocabulary cannot be built, or text or ids do not fit it."""
+
+
+class DeviceError(RefengineError):
+    """The device that was asked for cannot serve."""
+
+
+class RequestError(RefengineError):
+    """An argument of a call is outside what is allowed."""
+
+
+class TraceError(RefengineError):
+    """A traced tensor is unknown, has the wrong shape, or holds NaN or Inf."""

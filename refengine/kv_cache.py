@@ -1,0 +1,167 @@
+"""Paged KV cache: fixed-size blocks, a block table per sequence, a free list, reference counts.
+
+A block holds `block_size` consecutive positions of one sequence, in every layer. Sequences own blocks
+by reference count, so that a common prefix can be shared. Admission is arithmetic: a batch that does not fit is
+refused before anything changes.
+
+Knows nothing of attention arithmetic: it hands out arrays and indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from refengine.errors import RequestError
+
+Array = Any
+
+BLOCK_SIZE = 64  # positions a block
+
+
+class OutOfBlocks(RequestError):
+    """The cache has too few free blocks for what was asked."""
+
+
+class BlockPool:
+    """Free list and reference counts of `n_blocks` blocks. Lowest free block first, so that runs are reproducible."""
+
+    def __init__(self, n_blocks: int) -> None:
+        self.n_blocks = n_blocks
+        self._free = list(range(n_blocks - 1, -1, -1))
+        self._references = [0] * n_blocks
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    def references(self, block: int) -> int:
+        return self._references[block]
+
+    def allocate(self, n: int) -> list[int]:
+        """Take `n` blocks with one reference each, or raise `OutOfBlocks` and take none."""
+        if n > len(self._free):
+            raise OutOfBlocks(f"KV cache is full: {n} blocks wanted, {len(self._free)} of {self.n_blocks} free")
+        blocks = [self._free.pop() for _ in range(n)]
+        for block in blocks:
+            self._references[block] = 1
+        return blocks
+
+    def retain(self, block: int) -> None:
+        """Add a reference to a block in use."""
+        assert self._references[block] > 0, f"block {block} is free"
+        self._references[block] += 1
+
+    def release(self, block: int) -> None:
+        """Drop a reference; the last one frees the block."""
+        assert self._references[block] > 0, f"block {block} is free"
+        self._references[block] -= 1
+        if self._references[block] == 0:
+            self._free.append(block)
+
+
+@dataclass
+class Sequence:
+    """One sequence's place in the cache: `length` positions are filled, in the blocks of `block_table`, in order."""
+
+    block_table: list[int] = field(default_factory=list)
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows start..stop of a batch belong to one sequence, which then holds `n_kv` positions."""
+
+    start: int
+    stop: int
+    n_kv: int
+    block_table: np.ndarray  # (ceil(n_kv / block_size),) int64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of one or more sequences that go through the model together.
+
+    ids, positions, slots: (n_tokens,) int64; a slot is block * block_size + offset, the row of the flat cache.
+    rows: (n_out,) int64, the tokens whose logits are wanted.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    spans: tuple[Span, ...]
+    rows: np.ndarray
+
+
+class KVCache:
+    """K and V of all layers: per layer an array (n_blocks, block_size, n_head_kv, head_dim) each."""
+
+    def __init__(
+        self,
+        xp: Any,
+        n_layer: int,
+        n_head_kv: int,
+        head_dim: int,
+        *,
+        n_ctx: int,
+        n_blocks: int,
+        dtype: Any,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
+        self.n_ctx = n_ctx  # longest sequence it is meant for, in tokens
+        self.block_size = block_size
+        self.pool = BlockPool(n_blocks)
+        shape = (n_blocks, block_size, n_head_kv, head_dim)
+        self.k = [xp.zeros(shape, dtype=dtype) for _ in range(n_layer)]
+        self.v = [xp.zeros(shape, dtype=dtype) for _ in range(n_layer)]
+
+    @staticmethod
+    def blocks_for(n_positions: int, block_size: int = BLOCK_SIZE) -> int:
+        return -(-n_positions // block_size)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(a.nbytes for a in (*self.k, *self.v))
+
+    def batch(self, parts: SequenceOf[tuple[Sequence, SequenceOf[int]]], rows: SequenceOf[int] | None = None) -> Batch:
+        """Reserve blocks for new tokens of sequences and describe them as one batch.
+
+        parts: sequences with the ids to append to each. rows: batch rows whose logits are wanted (default: all).
+        `commit` makes the new positions part of the sequences once the forward pass has filled them.
+        Raises `OutOfBlocks`, with nothing reserved, when they do not fit.
+        """
+        needed = [self.blocks_for(s.length + len(ids), self.block_size) - len(s.block_table) for s, ids in parts]
+        blocks = self.pool.allocate(sum(max(n, 0) for n in needed))
+        positions, slots, spans, start = [], [], [], 0
+        for (sequence, ids), n in zip(parts, needed, strict=True):
+            for _ in range(max(n, 0)):
+                sequence.block_table.append(blocks.pop(0))
+            table = np.asarray(sequence.block_table, dtype=np.int64)
+            n_kv = sequence.length + len(ids)
+            position = np.arange(sequence.length, n_kv)
+            positions.append(position)
+            slots.append(table[position // self.block_size] * self.block_size + position % self.block_size)
+            spans.append(Span(start, start + len(ids), n_kv, table[: self.blocks_for(n_kv, self.block_size)]))
+            start += len(ids)
+        return Batch(
+            ids=np.concatenate([np.asarray(ids, dtype=np.int64) for _, ids in parts]),
+            positions=np.concatenate(positions),
+            slots=np.concatenate(slots),
+            spans=tuple(spans),
+            rows=np.arange(start) if rows is None else np.asarray(rows, dtype=np.int64),
+        )
+
+    def commit(self, parts: SequenceOf[tuple[Sequence, SequenceOf[int]]]) -> None:
+        """The forward pass of `batch(parts)` is done: its positions now belong to the sequences."""
+        for sequence, ids in parts:
+            sequence.length += len(ids)
+
+    def free(self, sequence: Sequence) -> None:
+        """Give the sequence's blocks back. Freeing twice is harmless."""
+        for block in sequence.block_table:
+            self.pool.release(block)
+        sequence.block_table.clear()
+        sequence.length = 0

@@ -1,0 +1,154 @@
+"""`load(path) -> Model`: the Python API. A model is a file, a device and a numerics profile, ready to run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refengine.config import ModelConfig
+from refengine.device import Device, open_device
+from refengine.engine.generation import Generation, Token
+from refengine.engine.sampling import SamplingParams
+from refengine.errors import RequestError
+from refengine.gguf_file import GGUFFile
+from refengine.kv_cache import KVCache, Sequence as CacheSequence
+from refengine.models import BY_ARCHITECTURE
+from refengine.ops import Ops, profile
+from refengine.tokenizer import Tokenizer, load_tokenizer
+from refengine.trace import Tracer, no_trace, to_numpy
+from refengine.weights import load_weights
+
+PREFILL_CHUNK = 512  # tokens a forward call, llama.cpp's default micro-batch
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str = "cpu",
+    numerics: str = "exact",
+    *,
+    kv_type: str | None = None,
+    n_ctx: int | None = None,
+    cpu_cache_mb: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Open a GGUF file (the first part of a split one) and put its tensors on a device.
+
+    device: `cpu`, `cuda`, `cuda:N`, `auto`. numerics: `exact` (float32), `exact64`, `llamacpp`. kv_type: `f16`, `f32`, `f64`
+    instead of the profile's. n_ctx: longest sequence in tokens (default: the model's context length).
+    cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory). progress(done, total) in bytes.
+    Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError` or `RequestError`.
+    """
+    rounding = profile(numerics, kv_type)
+    if n_ctx is not None and n_ctx < 1:
+        raise RequestError(f"n_ctx {n_ctx} must be at least 1 token")
+    if cpu_cache_mb is not None and cpu_cache_mb < 0:
+        raise RequestError(f"cpu_cache_mb {cpu_cache_mb} must not be negative")
+    opened = open_device(device)
+    gguf = GGUFFile(Path(path))
+    config = ModelConfig.from_gguf(gguf)
+    tokenizer = load_tokenizer(gguf)
+    architecture = BY_ARCHITECTURE[config.arch]
+    weights = load_weights(gguf, architecture.tensors(config), config.n_layer, opened.xp, progress)
+    cache_bytes = default_cache_bytes(opened) if cpu_cache_mb is None else cpu_cache_mb << 20
+    return Model(gguf, config, tokenizer, weights, Ops(opened.xp, rounding, cache_bytes), opened, n_ctx)
+
+
+def default_cache_bytes(device: Device) -> int:
+    """Half of the memory of the device (of the machine, for the CPU)."""
+    if device.xp is not np:
+        return int(device.xp.cuda.runtime.memGetInfo()[1]) // 2
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+class Model:
+    """A loaded model. `config`, `tokenizer` (None without a vocabulary), `weights`, `gguf`, `ops`, `device`."""
+
+    def __init__(
+        self,
+        gguf: GGUFFile,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        weights: Any,
+        ops: Ops,
+        device: Device,
+        n_ctx: int | None = None,
+    ) -> None:
+        self.gguf, self.config, self.tokenizer = gguf, config, tokenizer
+        self.weights, self.ops, self.device = weights, ops, device
+        self.n_ctx = n_ctx or config.n_ctx_train
+        self._forward = BY_ARCHITECTURE[config.arch].forward
+
+    def new_cache(self, n_tokens: int, n_sequences: int = 1) -> KVCache:
+        """A KV cache with room for `n_sequences` sequences of `n_tokens` tokens each."""
+        cfg = self.config
+        return KVCache(
+            self.ops.xp,
+            cfg.n_layer,
+            cfg.n_head_kv,
+            cfg.head_dim,
+            n_ctx=self.n_ctx,
+            n_blocks=KVCache.blocks_for(n_tokens) * n_sequences,
+            dtype=self.ops.numerics.kv_dtype,
+        )
+
+    def step(
+        self,
+        parts: Sequence[tuple[CacheSequence, Sequence[int]]],
+        cache: KVCache,
+        rows: Sequence[int] | None = None,
+        trace: Tracer = no_trace,
+    ) -> Any:
+        """One forward pass over new tokens of one or more sequences; logits (n_out, n_vocab) on the device."""
+        batch = cache.batch(parts, rows)
+        # Values out of range (a NaN on its way through float16, say) are the watch's business, not NumPy's warnings.
+        with np.errstate(all="ignore"):
+            logits = self._forward(self.config, self.weights, batch, cache, self.ops, trace)
+        cache.commit(parts)
+        return logits
+
+    def forward(self, ids: Sequence[int], *, trace: Tracer = no_trace, chunk: int = PREFILL_CHUNK) -> np.ndarray:
+        """Logits of every position of a prompt, (n, n_vocab) in the profile's type, fed `chunk` tokens at a time.
+
+        Raises `RequestError` for no ids, an id outside the vocabulary, or more ids than the context holds.
+        """
+        self.check_ids(ids)
+        if chunk < 1:
+            raise RequestError(f"chunk {chunk} must be at least 1 token")
+        cache, sequence = self.new_cache(len(ids)), CacheSequence()
+        parts = [
+            to_numpy(self.step([(sequence, ids[i : i + chunk])], cache, trace=trace)) for i in range(0, len(ids), chunk)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Token]:
+        """Tokens that follow a prompt (text, or ids taken as they are), one by one.
+
+        `Token.text` is what may be printed: whole code points, nothing of a stop string. Ends at an end-of-generation
+        token, a stop string, `params.max_tokens` or the end of the context; `Token.stop_reason` of the last says which.
+        """
+        generation = Generation(self, self.prompt_ids(prompt), params or SamplingParams())
+        try:
+            yield from generation
+        finally:
+            generation.free()
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Ids of a prompt: text is encoded with the specials the metadata asks for, ids are taken as they are."""
+        if not isinstance(prompt, str):
+            return [int(i) for i in prompt]
+        if self.tokenizer is None:
+            raise RequestError(f"{self.gguf.path} has no vocabulary: give the prompt as ids (--ids 1,2,3)")
+        return self.tokenizer.encode(prompt)
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        if len(ids) == 0:
+            raise RequestError("the prompt is empty: give at least one token")
+        wrong = [i for i in ids if not 0 <= i < self.config.n_vocab]
+        if wrong:
+            raise RequestError(f"token id {wrong[0]} is outside the vocabulary of {self.config.n_vocab}")
+        if len(ids) > self.n_ctx:
+            raise RequestError(f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}")

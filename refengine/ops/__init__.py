@@ -1,0 +1,113 @@
+"""The operations of a forward pass: pure functions on arrays, the same source for NumPy and CuPy.
+
+`Ops` binds them to one array module, one numerics profile and one weight cache, and is what a model file is handed.
+It knows nothing of configurations, files, traces or sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from refengine.ops import activation, attention, linear, moe, norm, rope
+from refengine.ops.linear import DequantCache
+from refengine.ops.numerics import PROFILES, Numerics, profile
+
+__all__ = ["PROFILES", "DequantCache", "Numerics", "Ops", "profile"]
+
+Array = Any
+Angles = tuple[Array, Array]
+
+
+class Ops:
+    """Array operations of one device (`xp`: numpy or cupy) under one numerics profile.
+
+    Arrays are `numerics.dtype`; sizes as in each function's module. `cache_bytes` bounds the dequantised weights kept.
+    """
+
+    def __init__(self, xp: Any, numerics: Numerics, cache_bytes: int) -> None:
+        self.xp = xp
+        self.numerics = numerics
+        self.cache = DequantCache(cache_bytes)
+
+    def embedding(self, w: Any, ids: np.ndarray) -> Array:
+        return linear.embedding(self.xp, w, ids, self.numerics.dtype)
+
+    def linear(self, x: Array, w: Any, bias: Array | None = None) -> Array:
+        y = linear.linear(self.xp, x, w, self.numerics, self.cache)
+        return y if bias is None else y + bias
+
+    def linear_experts(self, x: Array, w: Any, chosen: Array) -> Array:
+        return linear.linear_experts(self.xp, x, w, chosen, self.numerics, self.cache)
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        return norm.rms_norm(self.xp, x, weight, eps)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        return norm.layer_norm(self.xp, x, weight, bias, eps)
+
+    def rope_angles(self, positions: np.ndarray, constants: Any, freq_factors: Array | None = None) -> Angles:
+        on_host = freq_factors if freq_factors is None or self.xp is np else freq_factors.get()
+        cos, sin = rope.rope_angles(positions, constants, on_host, self.numerics.dtype)
+        return self.xp.asarray(cos), self.xp.asarray(sin)
+
+    def rope_neox(self, x: Array, angles: Angles) -> Array:
+        return rope.rope_neox(self.xp, x, *angles)
+
+    def rope_norm(self, x: Array, angles: Angles) -> Array:
+        return rope.rope_norm(self.xp, x, *angles)
+
+    def kv_append(self, cache: Array, new: Array, slots: np.ndarray) -> None:
+        attention.kv_append(self.xp, cache, new, self.xp.asarray(slots))
+
+    def attention(
+        self,
+        Qcur: Array,
+        k_cache: Array,
+        v_cache: Array,
+        batch: Any,
+        *,
+        scale: float,
+        probe: Callable[..., Array],
+        window: int = 0,
+        sinks: Array | None = None,
+    ) -> Array:
+        """See `ops.attention.attention`; `batch` has `.spans` and `.positions`."""
+        as_cached = self.numerics.as_llamacpp and k_cache.dtype == np.float16
+        return attention.attention(
+            self.xp,
+            Qcur,
+            k_cache,
+            v_cache,
+            batch.spans,
+            batch.positions,
+            scale=scale,
+            window=window,
+            sinks=sinks,
+            round_to=np.float16 if as_cached else None,
+            probe=probe,
+        )
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        return activation.swiglu(self.xp, gate, up)
+
+    def swiglu_clamped(self, gate: Array, up: Array) -> Array:
+        return activation.swiglu_clamped(self.xp, gate, up)
+
+    def gelu(self, x: Array) -> Array:
+        table = activation.gelu_f16_table if self.numerics.as_llamacpp else activation.gelu
+        return table(self.xp, x)
+
+    def top_experts(self, scores: Array, n_used: int) -> Array:
+        return moe.top_experts(self.xp, scores, n_used)
+
+    def take_experts(self, scores: Array, chosen: Array) -> Array:
+        return self.xp.take_along_axis(scores, chosen, axis=-1)
+
+    def row_soft_max(self, x: Array) -> Array:
+        return moe.row_soft_max(self.xp, x)
+
+    def sum_experts(self, experts: Array) -> Array:
+        return moe.sum_experts(experts)

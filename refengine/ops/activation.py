@@ -1,0 +1,35 @@
+"""Feed-forward activations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Array = Any
+
+GELU_COEFFICIENT = 0.044715
+SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
+
+
+def swiglu(xp: Any, gate: Array, up: Array) -> Array:
+    """silu(gate) · up with silu(x) = x / (1 + e^-x) (Shazeer 2020). Both (..., n_ff)."""
+    return gate / (1 + xp.exp(-gate)) * up
+
+
+def swiglu_clamped(xp: Any, gate: Array, up: Array, alpha: float = 1.702, limit: float = 7.0) -> Array:
+    """gpt-oss: g = min(gate, limit), u = clip(up, ±limit); g / (1 + e^(-alpha·g)) · (u + 1). Both (..., n_ff)."""
+    g = xp.minimum(gate, gate.dtype.type(limit))
+    u = xp.clip(up, -limit, limit)
+    return g / (1 + xp.exp(-gate.dtype.type(alpha) * g)) * (u + 1)
+
+
+def gelu(xp: Any, x: Array) -> Array:
+    """tanh GELU (Hendrycks & Gimpel 2016): x/2 · (1 + tanh(√(2/π) · x · (1 + 0.044715 x²)))."""
+    c = x.dtype.type
+    return c(0.5) * x * (1 + xp.tanh(c(SQRT_2_OVER_PI) * x * (1 + c(GELU_COEFFICIENT) * x * x)))
+
+
+def gelu_f16_table(xp: Any, x: Array) -> Array:
+    """GELU as llama.cpp's CPU looks it up: argument and result rounded to float16; 0 below -10, x above 10."""
+    rounded = gelu(xp, x.astype(xp.float16).astype(xp.float32)).astype(xp.float16).astype(x.dtype)
+    return xp.where(x <= -10, x.dtype.type(0), xp.where(x >= 10, x, rounded))

@@ -1,0 +1,93 @@
+"""Causal attention over the paged KV cache, written out: scores, softmax, weighted sum.
+
+One sequence at a time; grouped queries (GQA) share a K/V head, `n_head / n_head_kv` each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Array = Any
+Probe = Callable[..., Array]  # probe(name, x=array) -> array
+
+
+def kv_append(xp: Any, cache: Array, new: Array, slots: Array) -> None:
+    """Write rows into the cache. cache: (n_blocks, block_size, n_head_kv, head_dim); new: (n_tokens, n_head_kv, head_dim)."""
+    cache.reshape(-1, *cache.shape[2:])[slots] = new.astype(cache.dtype, copy=False)
+
+
+def kv_read(xp: Any, cache: Array, block_table: Any, n_kv: int, dtype: Any) -> Array:
+    """The first n_kv rows of a sequence, in order: (n_kv, n_head_kv, head_dim) in `dtype`."""
+    first, n = int(block_table[0]), len(block_table)
+    if all(int(block) == first + i for i, block in enumerate(block_table)):
+        blocks = cache[first : first + n]  # neighbours: a view, no gather
+    else:
+        blocks = cache[xp.asarray(block_table)]
+    return blocks.reshape(-1, *cache.shape[2:])[:n_kv].astype(dtype, copy=False)
+
+
+def attention(
+    xp: Any,
+    Qcur: Array,
+    k_cache: Array,
+    v_cache: Array,
+    spans: Sequence[Any],
+    positions: Array,
+    *,
+    scale: float,
+    window: int,
+    sinks: Array | None,
+    round_to: Any | None,
+    probe: Probe,
+) -> Array:
+    """softmax(scale · Q Kᵀ + mask) V per sequence (Vaswani et al. 2017). Returns (n_tokens, n_head * head_dim).
+
+    Qcur: (n_tokens, n_head, head_dim). window: tokens a row may look back, itself included; 0 = all.
+    sinks: (n_head,) extra logits that take part in each row's softmax but carry no value (gpt-oss); or None.
+    round_to: type that Q and the attention weights are rounded to before the products (llama.cpp: the cache's), or None.
+    probe: shown `kq`, `kq_soft_max` (both (n_head, n_tokens, n_kv)) and `kqv` (n_head, n_tokens, head_dim); what it
+    returns is used.
+    """
+    outputs = []
+    for span in spans:
+        q = Qcur[span.start : span.stop]
+        K = kv_read(xp, k_cache, span.block_table, span.n_kv, q.dtype)  # (n_kv, n_head_kv, head_dim)
+        V = kv_read(xp, v_cache, span.block_table, span.n_kv, q.dtype)  # (n_kv, n_head_kv, head_dim)
+        masked = causal_mask(xp, positions[span.start : span.stop], span.n_kv, window)  # (n_tokens, n_kv)
+        kq = probe("kq", x=grouped_product(xp, rounded(q, round_to).transpose(1, 0, 2), K.transpose(1, 2, 0)))
+        kq_soft_max = probe("kq_soft_max", x=soft_max(xp, kq, masked, scale, sinks))
+        kqv = probe("kqv", x=grouped_product(xp, rounded(kq_soft_max, round_to), V.transpose(1, 0, 2)))
+        outputs.append(kqv.transpose(1, 0, 2).reshape(q.shape[0], -1))
+    return outputs[0] if len(outputs) == 1 else xp.concatenate(outputs)
+
+
+def causal_mask(xp: Any, positions: Array, n_kv: int, window: int) -> Array:
+    """True where a row must not look: the future, and what lies `window` or more tokens back. (n_tokens, n_kv) bool."""
+    distance = xp.asarray(positions)[:, None] - xp.arange(n_kv)[None, :]
+    return (distance < 0) | (distance >= window) if window else distance < 0
+
+
+def grouped_product(xp: Any, a: Array, b: Array) -> Array:
+    """(n_head, n, k) times (n_head_kv, k, m), each b serving n_head / n_head_kv neighbours: (n_head, n, m)."""
+    n_head, n, k = a.shape
+    n_head_kv = b.shape[0]
+    return xp.matmul(a.reshape(n_head_kv, n_head // n_head_kv * n, k), b).reshape(n_head, n, b.shape[2])
+
+
+def soft_max(xp: Any, kq: Array, masked: Array, scale: float, sinks: Array | None) -> Array:
+    """Row-wise softmax of scale · kq with masked entries exactly 0. Sums in float64 as llama.cpp's CPU does."""
+    scores = xp.where(masked, kq.dtype.type(-xp.inf), kq * kq.dtype.type(scale))
+    top = scores.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        sink = sinks.astype(kq.dtype, copy=False)[:, None, None]
+        top = xp.maximum(top, sink)
+    e = xp.exp(scores - top)
+    total = e.sum(axis=-1, keepdims=True, dtype=xp.float64)
+    if sinks is not None:
+        total = total + xp.exp(sink - top)
+    return e * (1.0 / total).astype(kq.dtype)
+
+
+def rounded(x: Array, dtype: Any | None) -> Array:
+    return x if dtype is None else x.astype(dtype).astype(x.dtype)

@@ -1,0 +1,100 @@
+"""Products with stored weight matrices, and rows of them (embedding).
+
+Weights are dequantised when they are used. A bounded cache keeps the float values of the matrices that came first; the
+rest are dequantised in slices of rows at every use, so that a model larger than memory as float32 still runs.
+A matrix in the cache is never thrown out: layers are used in a fixed cycle, for which that beats least-recently-used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from refengine import quants
+from refengine.ops.numerics import Numerics
+
+Array = Any
+StoredMatrix = Any  # .name, .type, .shape (..., n_out, n_in), .rows(start, stop) -> raw bytes
+
+SLICE_ELEMENTS = 4 << 20  # of a matrix that is not cached, dequantised at a time: 16 MiB as float32
+
+
+class DequantCache:
+    """Float values of weight matrices, up to `budget` bytes, by matrix name and rows."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.n_bytes = 0
+        self._values: dict[tuple[str, int, int], Array] = {}
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, xp: Any, w: StoredMatrix, start: int, stop: int, dtype: Any) -> Array | None:
+        """Rows start..stop as (stop - start, n_in) `dtype`, or None where they have no room in the cache."""
+        key = (w.name, start, stop)
+        found = self._values.get(key)
+        if found is None:
+            n_bytes = (stop - start) * w.shape[-1] * np.dtype(dtype).itemsize
+            if self.n_bytes + n_bytes > self.budget:
+                return None
+            found = self._values[key] = float_rows(xp, w, start, stop, dtype)
+            self.n_bytes += n_bytes
+        return found
+
+
+def float_rows(xp: Any, w: StoredMatrix, start: int, stop: int, dtype: Any) -> Array:
+    """Rows start..stop, counted over all experts, dequantised: (stop - start, n_in)."""
+    values = quants.dequantize(xp, w.rows(start, stop), w.type, (stop - start, w.shape[-1]))
+    return values.astype(dtype, copy=False)
+
+
+def linear(
+    xp: Any, x: Array, w: StoredMatrix, numerics: Numerics, cache: DequantCache, expert: int = 0
+) -> Array:
+    """y = x Wᵀ (of expert `expert`). x: (n_tokens, n_in); W: (n_out, n_in) as stored; returns (n_tokens, n_out).
+
+    Under llama.cpp's rounding the row is first quantised to the weight type's partner. Its integer products, scaled
+    block by block, then equal the product of the rounded values; Q4_1 and Q5_1 need one correction more
+    (`quants.q8_1_residual`).
+    """
+    n_out = w.shape[-2]
+    first = expert * n_out
+    rounded = quants.round_activation(xp, x, w.type) if numerics.as_llamacpp else x
+    whole = cache.get(xp, w, first, first + n_out, numerics.dtype)
+    if whole is not None:
+        y = rounded @ whole.T
+    else:
+        y = xp.empty((x.shape[0], n_out), dtype=numerics.dtype)
+        step = max(1, SLICE_ELEMENTS // w.shape[-1])
+        for start in range(0, n_out, step):
+            stop = min(start + step, n_out)
+            y[:, start:stop] = rounded @ float_rows(xp, w, first + start, first + stop, numerics.dtype).T
+    if numerics.as_llamacpp and quants.SUPPORTED[w.type].partner == "Q8_1":
+        minimums = quants.mins(xp, w.rows(first, first + n_out), w.type, (n_out, w.shape[-1]))
+        y = y + quants.q8_1_residual(xp, x) @ minimums.T
+    return y
+
+
+def linear_experts(
+    xp: Any, x: Array, w: StoredMatrix, chosen: Array, numerics: Numerics, cache: DequantCache
+) -> Array:
+    """y[t, r] = x[t, r] W[chosen[t, r]]ᵀ, expert by expert.
+
+    x: (n_tokens, n_used, n_in), or (n_tokens, 1, n_in) shared by all ranks; chosen: (n_tokens, n_used) expert indices;
+    W: (n_expert, n_out, n_in) as stored; returns (n_tokens, n_used, n_out).
+    """
+    n_tokens, n_used = chosen.shape
+    y = xp.empty((n_tokens, n_used, w.shape[-2]), dtype=numerics.dtype)
+    rows = xp.broadcast_to(x, (n_tokens, n_used, x.shape[-1]))
+    for expert in [int(e) for e in xp.unique(chosen)]:
+        token, rank = xp.nonzero(chosen == expert)
+        y[token, rank] = linear(xp, rows[token, rank], w, numerics, cache, expert)
+    return y
+
+
+def embedding(xp: Any, w: StoredMatrix, ids: np.ndarray, dtype: Any) -> Array:
+    """Rows `ids` of the embedding matrix, dequantised. ids: (n,) host integers; returns (n, n_embd)."""
+    raw = w.data.reshape(w.shape[0], -1)[xp.asarray(ids)]
+    return quants.dequantize(xp, raw.reshape(-1), w.type, (len(ids), w.shape[-1])).astype(dtype, copy=False)

@@ -1,0 +1,16 @@
+"""Quantised formats: block layouts, dequantisation and activation rounding, bit for bit as ggml has them."""
+
+from refengine.quants.activations import q8_1_residual, q8_1_sums, quantize_activation, round_activation
+from refengine.quants.blocks import SUPPORTED, QuantFormat, dequantize, mins, require_supported
+
+__all__ = [
+    "SUPPORTED",
+    "QuantFormat",
+    "dequantize",
+    "mins",
+    "q8_1_residual",
+    "q8_1_sums",
+    "quantize_activation",
+    "require_supported",
+    "round_activation",
+]

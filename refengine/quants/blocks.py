@@ -1,0 +1,282 @@
+"""ggml's tensor types: block layouts and dequantisation.
+
+The same source runs on NumPy and on CuPy: the array module is passed in as `xp`. Block layouts are written down
+once, as NumPy structured dtypes whose sizes are asserted; because CuPy has no structured dtypes, the code takes
+fields as byte columns of a (n_blocks, block_bytes) array, at the offsets of those dtypes.
+
+Every float32 operation happens in ggml's order (ggml/src/ggml-quants.c, `dequantize_row_*`), so the values are
+ggml's to the bit.
+
+Knows nothing of files, tensor names or models. GGUF is little-endian, and so is every machine this runs on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from refengine.errors import ModelError
+
+Array = Any  # numpy.ndarray or cupy.ndarray, by the `xp` of the call
+Type = GGMLQuantizationType
+Decoder = Callable[[ModuleType, "Fields", Array], None]
+
+# Rows of blocks are decoded in slices of this many elements on the CPU, so that the temporaries stay in its cache.
+CHUNK_ELEMENTS = 1 << 17
+
+# MXFP4's E2M1 values, doubled; the doubling is undone by halving the block's scale (ggml-common.h, kvalues_fp4).
+MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=np.int8)
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """One ggml tensor type.
+
+    `dtype` is the layout of one block, `block_size` the number of elements in it, and `partner` the type to which
+    llama.cpp's CPU rounds the activation row before it multiplies with a weight of this type.
+    """
+
+    type: GGMLQuantizationType
+    block_size: int
+    dtype: np.dtype[Any]
+    partner: str
+    decode: Decoder = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return str(self.type.name)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.dtype.itemsize
+
+
+class Fields:
+    """A run of blocks as raw bytes (n, block_bytes) u8, with the fields of their layout by name."""
+
+    def __init__(self, xp: ModuleType, blocks: Array, dtype: np.dtype[Any]) -> None:
+        self.xp, self.blocks, self.dtype = xp, blocks, dtype
+
+    def u8(self, name: str) -> Array:
+        """The field's bytes, (n, k) u8: a view."""
+        assert self.dtype.fields is not None
+        sub, offset = self.dtype.fields[name][:2]
+        return self.blocks[:, offset : offset + sub.itemsize]
+
+    def i8(self, name: str) -> Array:
+        """The field's bytes as signed integers, (n, k) i8: a view."""
+        return self.u8(name).view(self.xp.int8)
+
+    def f16(self, name: str) -> Array:
+        """A half-precision scalar field, widened: (n, 1) f32."""
+        return self.xp.ascontiguousarray(self.u8(name)).view(self.xp.float16).astype(self.xp.float32)
+
+
+def _nibbles(xp: ModuleType, packed: Array, n_groups: int) -> Array:
+    """4-bit codes. Each group of bytes holds first its low, then its high nibbles: (n, n_groups, 2, bytes) u8."""
+    groups = packed.reshape(packed.shape[0], n_groups, -1)
+    codes = xp.empty((groups.shape[0], n_groups, 2, groups.shape[2]), dtype=xp.uint8)
+    xp.bitwise_and(groups, 15, out=codes[:, :, 0])
+    xp.right_shift(groups, 4, out=codes[:, :, 1])
+    return codes
+
+
+def _decode_f16(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    out[...] = blocks.f16("x")
+
+
+def _decode_bf16(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    bits = xp.ascontiguousarray(blocks.u8("x")).view(xp.uint16)
+    xp.left_shift(bits, 16, out=out.view(xp.uint32), dtype=xp.uint32)
+
+
+def _decode_f32(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    out[...] = blocks.u8("x").view(xp.float32)
+
+
+def _decode_q4_0(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    codes = _nibbles(xp, blocks.u8("qs"), 1).reshape(-1, 32)
+    codes -= 8
+    xp.multiply(codes.view(xp.int8), blocks.f16("d"), out=out)
+
+
+def _decode_q4_1(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    codes = _nibbles(xp, blocks.u8("qs"), 1).reshape(-1, 32)
+    xp.multiply(codes, blocks.f16("d"), out=out)
+    out += blocks.f16("m")
+
+
+def _codes_q5(xp: ModuleType, blocks: Fields) -> Array:
+    """Codes 0..31 of Q5_0 and Q5_1, (n, 32) u8: the nibbles with bit j of `qh` as the fifth bit of element j."""
+    codes = _nibbles(xp, blocks.u8("qs"), 1).reshape(-1, 32)
+    fifth = xp.unpackbits(xp.ascontiguousarray(blocks.u8("qh")).reshape(-1), bitorder="little").reshape(-1, 32)
+    fifth <<= 4
+    codes |= fifth
+    return codes
+
+
+def _decode_q5_0(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    codes = _codes_q5(xp, blocks)
+    codes -= 16
+    xp.multiply(codes.view(xp.int8), blocks.f16("d"), out=out)
+
+
+def _decode_q5_1(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    xp.multiply(_codes_q5(xp, blocks), blocks.f16("d"), out=out)
+    out += blocks.f16("m")
+
+
+def _decode_q8_0(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    xp.multiply(blocks.i8("qs"), blocks.f16("d"), out=out)
+
+
+def _decode_mxfp4(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    codes = _nibbles(xp, blocks.u8("qs"), 1).reshape(-1, 32)
+    values = xp.take(xp.asarray(MXFP4_VALUES), codes)
+    exponent = blocks.u8("e").astype(xp.uint32)
+    # half of 2^(e - 127); for e < 2 that is denormal. e = 255 (NaN by the OCP standard) is 2^127 in ggml.
+    bits = xp.where(exponent < 2, xp.left_shift(0x00200000, exponent), (exponent - 1) << 23)
+    xp.multiply(values, bits.astype(xp.uint32).view(xp.float32), out=out)
+
+
+def _scales_k4(xp: ModuleType, blocks: Fields) -> tuple[Array, Array]:
+    """The eight scales and eight minimums of a Q4_K or Q5_K block, both (n, 8, 1) f32 (`get_scale_min_k4`).
+
+    Twelve bytes hold sixteen 6-bit integers: the first four of each kind in the low six bits of bytes 0..3 and
+    4..7; of the last four, the low nibbles in bytes 8..11 and the top two bits above the first ones.
+    """
+    packed = blocks.u8("scales")
+    first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    scales = xp.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=1)  # (n, 8) u8
+    minimums = xp.concatenate([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=1)  # (n, 8) u8
+    return (blocks.f16("d") * scales)[:, :, None], (blocks.f16("dmin") * minimums)[:, :, None]
+
+
+def _decode_q4_k(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    scale, minimum = _scales_k4(xp, blocks)
+    groups = out.reshape(-1, 8, 32)
+    xp.multiply(_nibbles(xp, blocks.u8("qs"), 4).reshape(-1, 8, 32), scale, out=groups)
+    groups -= minimum
+
+
+def _decode_q5_k(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    scale, minimum = _scales_k4(xp, blocks)
+    codes = _nibbles(xp, blocks.u8("qs"), 4).reshape(-1, 8, 32)
+    shift = xp.arange(8, dtype=xp.uint8)[None, :, None]
+    fifth = blocks.u8("qh")[:, None, :] >> shift  # bit g of byte l belongs to element l of group g
+    fifth &= 1
+    fifth <<= 4
+    codes |= fifth
+    groups = out.reshape(-1, 8, 32)
+    xp.multiply(codes, scale, out=groups)
+    groups -= minimum
+
+
+def _decode_q6_k(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    low = blocks.u8("ql").reshape(-1, 2, 2, 32)
+    codes = xp.empty((low.shape[0], 2, 4, 32), dtype=xp.uint8)
+    xp.bitwise_and(low, 15, out=codes[:, :, :2])
+    xp.right_shift(low, 4, out=codes[:, :, 2:])
+    shift = xp.arange(0, 8, 2, dtype=xp.uint8)[None, None, :, None]
+    high = blocks.u8("qh").reshape(-1, 2, 1, 32) >> shift  # two bits of each byte for each of the four groups
+    high &= 3
+    high <<= 4
+    codes |= high
+    codes -= 32
+    scale = blocks.f16("d") * blocks.i8("scales")  # (n, 16) f32, one for 16 elements
+    xp.multiply(codes.view(xp.int8).reshape(-1, 16, 16), scale[:, :, None], out=out.reshape(-1, 16, 16))
+
+
+def _format(type_: Type, partner: str, decode: Decoder, *fields: tuple[Any, ...]) -> QuantFormat:
+    block_size, block_bytes = GGML_QUANT_SIZES[type_]
+    layout = np.dtype(list(fields))
+    assert layout.itemsize == block_bytes, f"{type_.name}: layout of {layout.itemsize} bytes, ggml has {block_bytes}"
+    return QuantFormat(type_, block_size, layout, partner, decode)
+
+
+_D, _M, _K_SCALES = ("d", "<f2"), ("m", "<f2"), (("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12))
+
+SUPPORTED: dict[GGMLQuantizationType, QuantFormat] = {
+    f.type: f
+    for f in (
+        _format(Type.F32, "F32", _decode_f32, ("x", "<f4")),
+        _format(Type.F16, "F16", _decode_f16, ("x", "<f2")),
+        _format(Type.BF16, "BF16", _decode_bf16, ("x", "<u2")),
+        _format(Type.Q4_0, "Q8_0", _decode_q4_0, _D, ("qs", "u1", 16)),
+        _format(Type.Q4_1, "Q8_1", _decode_q4_1, _D, _M, ("qs", "u1", 16)),
+        _format(Type.Q5_0, "Q8_0", _decode_q5_0, _D, ("qh", "u1", 4), ("qs", "u1", 16)),
+        _format(Type.Q5_1, "Q8_1", _decode_q5_1, _D, _M, ("qh", "u1", 4), ("qs", "u1", 16)),
+        _format(Type.Q8_0, "Q8_0", _decode_q8_0, _D, ("qs", "i1", 32)),
+        _format(Type.Q4_K, "Q8_K", _decode_q4_k, *_K_SCALES, ("qs", "u1", 128)),
+        _format(Type.Q5_K, "Q8_K", _decode_q5_k, *_K_SCALES, ("qh", "u1", 32), ("qs", "u1", 128)),
+        _format(Type.Q6_K, "Q8_K", _decode_q6_k, ("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), _D),
+        _format(Type.MXFP4, "Q8_0", _decode_mxfp4, ("e", "u1"), ("qs", "u1", 16)),
+    )
+}
+
+
+def require_supported(type_: GGMLQuantizationType | int, what: str) -> QuantFormat:
+    """The format of `type_`; `what` (a tensor's name) goes into the message. Raises ModelError for other types."""
+    known = {int(t) for t in Type}
+    found = SUPPORTED.get(Type(type_)) if int(type_) in known else None
+    if found is None:
+        name = Type(type_).name if int(type_) in known else f"number {int(type_)}"
+        supported = ", ".join(f.name for f in SUPPORTED.values())
+        raise ModelError(f"{what}: tensor type {name} is not supported (supported: {supported}); requantise the model")
+    return found
+
+
+def _block_rows(raw: Array, fmt: QuantFormat, shape: tuple[int, ...]) -> Array:
+    """`raw` as (n_blocks, block_bytes) u8, after checking that it holds exactly a tensor of `shape`."""
+    n_elements = math.prod(shape)
+    if not shape or shape[-1] % fmt.block_size:
+        raise ModelError(f"{fmt.name}: rows of shape {shape} are no multiple of blocks of {fmt.block_size} elements")
+    n_bytes = n_elements // fmt.block_size * fmt.block_bytes
+    if raw.dtype != np.uint8 or raw.size != n_bytes:
+        raise ModelError(f"{fmt.name}: a tensor of shape {shape} takes {n_bytes} bytes, got {raw.size} of {raw.dtype}")
+    return raw.reshape(-1, fmt.block_bytes)
+
+
+def dequantize(
+    xp: ModuleType, raw: Array, type_: GGMLQuantizationType, shape: tuple[int, ...], out: Array | None = None
+) -> Array:
+    """The values of a stored tensor, float32 of `shape`, bit for bit those of ggml's `to_float`.
+
+    `raw` is the tensor's bytes, (n_bytes,) u8, C-contiguous; `shape` is in NumPy order, its last axis the stored
+    row. With `out` (C-contiguous float32 of `shape`) the values are written there and no array is allocated.
+    Without it, F32 comes back as a view of `raw`. Scales that are Inf or NaN pass through as ggml passes them.
+    Raises ModelError: type not supported, row not a multiple of the block, wrong number of bytes, unusable `out`.
+    """
+    fmt = require_supported(type_, "dequantize")
+    blocks = _block_rows(raw, fmt, shape)
+    if fmt.type == Type.F32 and out is None:
+        return blocks.view(xp.float32).reshape(shape)
+    if out is None:
+        out = xp.empty(shape, dtype=xp.float32)
+    elif out.dtype != np.float32 or out.shape != tuple(shape) or not out.flags.c_contiguous:
+        raise ModelError(f"{fmt.name}: out must be C-contiguous float32 of shape {shape}, got {out.dtype} {out.shape}")
+    values = out.reshape(-1, fmt.block_size)
+    step = CHUNK_ELEMENTS // fmt.block_size if xp is np else max(1, blocks.shape[0])
+    with np.errstate(all="ignore"):
+        for start in range(0, blocks.shape[0], step):
+            run = slice(start, start + step)
+            fmt.decode(xp, Fields(xp, blocks[run], fmt.dtype), values[run])
+    return out
+
+
+def mins(xp: ModuleType, raw: Array, type_: GGMLQuantizationType, shape: tuple[int, ...]) -> Array:
+    """The minimum m of every block of a Q4_1 or Q5_1 tensor, (*shape[:-1], shape[-1] / 32) f32; see `q8_1_residual`.
+
+    Raises ModelError for a type without such minimums, and for a wrong number of bytes.
+    """
+    fmt = require_supported(type_, "mins")
+    if fmt.partner != "Q8_1":
+        raise ModelError(f"{fmt.name}: blocks of this type have no minimum that meets Q8_1 sums (Q4_1 and Q5_1 have)")
+    blocks = _block_rows(raw, fmt, shape)
+    return Fields(xp, blocks, fmt.dtype).f16("m").reshape(*shape[:-1], shape[-1] // fmt.block_size)

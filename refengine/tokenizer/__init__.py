@@ -1,0 +1,12 @@
+"""Text to token ids and back, as the model file says.
+
+`load_tokenizer(gguf)` picks the tokenizer: a `tokenizer.json` beside the model, else byte-level BPE or SentencePiece
+built from the GGUF's own vocabulary. All of them are a `Tokenizer`. The libraries behind them are imported only when
+a tokenizer is built.
+"""
+
+from refengine.tokenizer.base import Tokenizer
+from refengine.tokenizer.load import load_tokenizer
+from refengine.tokenizer.stream import StreamDecoder
+
+__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]

@@ -1,0 +1,149 @@
+"""`Tokenizer`: the interface of every tokenizer, and all that they share.
+
+Cutting at special tokens, BOS and EOS, decoding, streaming and chat templates are the same for all; how a fragment of
+ordinary text becomes ids, and which bytes a token stands for, is each one's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from refengine.errors import TokenizerError
+from refengine.tokenizer.special import SpecialTokens
+from refengine.tokenizer.stream import StreamDecoder
+
+# Where the encoder puts a space that is not in the text: nowhere, before the text, or before every fragment of text
+# (at the start and after each special token).
+SpacePrefix = Literal["none", "start", "fragments"]
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    `decode(encode(text, add_special=False)) == text` for every text, except that a SentencePiece vocabulary turns
+    U+2581 into a space, that Phi-3 drops white space after special tokens it has parsed, and that a `tokenizer.json`
+    may normalise text (NFC).
+    """
+
+    kind: str  # "gguf-bpe", "gguf-spm" or "hf-json"
+    vocab_size: int  # token ids are 0..vocab_size-1
+    bos_id: int | None
+    eos_id: int | None
+    eog_ids: frozenset[int]  # each of them ends generation
+    add_bos: bool  # whether encode(add_special=True) begins with BOS
+    add_eos: bool
+    chat_template: str | None  # jinja2 source
+    space_prefix: SpacePrefix
+
+    _special: SpecialTokens
+    _roles: Mapping[str, int]
+
+    @abstractmethod
+    def _encode_text(self, text: str) -> list[int]:
+        """Ids of a fragment of ordinary text, which is not empty and has no special tokens to parse."""
+
+    @abstractmethod
+    def token_text(self, token_id: int) -> str:
+        """The token as its vocabulary writes it. Raises TokenizerError for an id outside the vocabulary."""
+
+    @abstractmethod
+    def _token_bytes(self, token_id: int) -> bytes:
+        """`token_bytes` of an id that is in the vocabulary."""
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of `text`.
+
+        `add_special`: put BOS in front and EOS behind where `add_bos` and `add_eos` say so.
+        `parse_special`: recognise special tokens written out in the text; otherwise they are ordinary text, so that
+        text from outside cannot forge them. Tokens that the file calls user-defined are recognised in any case.
+        A rendered chat template already has its BOS: encode it with add_special=False, parse_special=True.
+        Raises TokenizerError if the text has surrogates, which no encoding of it can have.
+        """
+        _check_unicode(text)
+        ids = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
+        ids += self._encode(text, parse_special)
+        if add_special and self.add_eos and self.eos_id is not None:
+            ids.append(self.eos_id)
+        return ids
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
+        ids: list[int] = []
+        for fragment in self._special.partition(text, parse_special):
+            if isinstance(fragment, int):
+                ids.append(fragment)
+            else:
+                ids += self._encode_text(fragment)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        `skip_special`: leave control tokens out (but not the markers of gpt-oss's channels, without which its output
+        cannot be read). Raises TokenizerError for an id outside the vocabulary.
+        """
+        decoder = self.stream(skip_special=skip_special)
+        return "".join([decoder.push(token_id) for token_id in ids]) + decoder.finish()
+
+    def stream(self, *, skip_special: bool = False, prompt_ids: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder for ids that come one at a time; `prompt_ids` are those before the first, if any."""
+        return StreamDecoder(self, skip_special=skip_special, prompt_ids=prompt_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for: maybe a part of a code point; for a special token, its text.
+
+        Raises TokenizerError for an id outside the vocabulary.
+        """
+        self._check_id(token_id)
+        return self._token_bytes(token_id)
+
+    def begins_fragment(self, token_id: int) -> bool:
+        """Whether text after this token is encoded as if it were the start of a text."""
+        return token_id in self._special.cut_ids
+
+    def is_hidden(self, token_id: int) -> bool:
+        """Whether decode(skip_special=True) leaves this token out."""
+        return token_id in self._special.hidden_ids
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as the model's chat template writes it: text to encode with parse_special.
+
+        `messages`: role, content and whatever else the template reads. `variables`: more names for the template
+        (`tools`, `reasoning_effort`, ...). Raises TokenizerError if the model has no template, or the template is not
+        valid, fails, refuses the messages or exceeds its limits; RequestError for messages of the wrong shape.
+        """
+        from refengine.tokenizer.chat import render_chat_template
+
+        if self.chat_template is None:
+            raise TokenizerError("the model has no chat template (tokenizer.chat_template); give a plain prompt")
+        names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unk", "pad_token": "pad"}
+        texts = {name: self.token_text(self._roles[role]) for name, role in names.items() if role in self._roles}
+        return render_chat_template(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            variables={"bos_token": "", "eos_token": "", **texts, **(variables or {})},
+        )
+
+    def _check_id(self, token_id: int) -> None:
+        if not 0 <= token_id < self.vocab_size:
+            raise TokenizerError(f"token id {token_id} is outside the vocabulary, 0 to {self.vocab_size - 1}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(kind={self.kind!r}, vocab_size={self.vocab_size})"
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"the text has a surrogate, U+{ord(text[error.start]):04X}, at character {error.start};"
+            " it is not valid Unicode (bytes decoded with the wrong encoding?)"
+        ) from None

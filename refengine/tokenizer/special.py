@@ -1,0 +1,173 @@
+"""Special tokens: which ids end generation, which are control tokens, and cutting text at them.
+
+The rules are llama.cpp's (`llama_vocab::impl::load`, `tokenizer_st_partition`): token types from the file, then
+corrections by the token's text, because many files carry wrong types. Knows token texts and types, no vocabulary
+library.
+
+One difference from llama.cpp, on purpose: llama.cpp turns the markers of gpt-oss's chat format (`<|start|>`,
+`<|message|>`, ...) into user-defined tokens so that they are printed, with the side effect that they are parsed out of
+text even when special tokens are to be escaped. Here they are printed, and they are escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gguf import TokenType
+
+# Texts that end generation wherever they are in a vocabulary.
+_EOG_TEXTS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "<｜end▁of▁sentence｜>",
+    "[e~[",
+)
+
+# Fill-in-the-middle tokens by role: the first text that is in the vocabulary, where no metadata key names one.
+_FIM_TEXTS = {
+    "pre": ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>", "<|prefix|>"),
+    "suf": ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>", "<|suffix|>"),
+    "mid": ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>", "<|middle|>"),
+    "pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "sep": ("<|file_sep|>",),
+}  # fmt: skip
+_FIM_THAT_END = ("pad", "rep", "sep")
+
+_HARMONY_MARKERS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+_PHI3_KEEP_SPACE_AFTER = ("<unk>", "<s>", "<|endoftext|>")
+_C_WHITESPACE = " \t\n\v\f\r"  # isspace() in the C locale
+
+
+@dataclass(frozen=True)
+class SpecialToken:
+    """A token that text is cut at."""
+
+    id: int
+    text: str
+    is_control: bool  # cut only when special tokens are to be parsed; else it is ordinary text
+    strip_right: bool  # white space after it belongs to it
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What is special in one vocabulary."""
+
+    cuts: tuple[SpecialToken, ...]  # in the order in which text is cut: longest first
+    cut_ids: frozenset[int]
+    hidden_ids: frozenset[int]  # left out by decode(skip_special=True)
+    eog_ids: frozenset[int]
+
+    def partition(self, text: str, parse_special: bool) -> list[str | int]:
+        """`text` as fragments of ordinary text (never empty) and ids of special tokens.
+
+        One token after another, longest text first, cuts the fragments that the ones before left; that is not the same
+        as the leftmost match where two tokens overlap.
+        """
+        fragments: list[str | int] = [text] if text else []
+        for token in self.cuts:
+            if (parse_special or not token.is_control) and token.text in text:
+                fragments = [part for fragment in fragments for part in _cut(fragment, token)]
+        return fragments
+
+
+def _cut(fragment: str | int, token: SpecialToken) -> list[str | int]:
+    if isinstance(fragment, int) or token.text not in fragment:
+        return [fragment]
+    parts: list[str | int] = []
+    start = 0
+    while (match := fragment.find(token.text, start)) >= 0:
+        if match > start:
+            parts.append(fragment[start:match])
+        parts.append(token.id)
+        start = match + len(token.text)
+        while token.strip_right and start < len(fragment) and fragment[start] in _C_WHITESPACE:
+            start += 1
+    if start < len(fragment):
+        parts.append(fragment[start:])
+    return parts
+
+
+def find_special_tokens(
+    tokens: Sequence[str],
+    types: Sequence[int],
+    id_of: Callable[[str], int | None],
+    metadata_ids: dict[str, int],
+    model_name: str,
+) -> SpecialTokens:
+    """Special tokens of a vocabulary.
+
+    `metadata_ids`: role ("eos", "eot", "eom", "fim_pad", ...) to id, for the roles that the file or the tokenizer's
+    defaults name. `model_name`: the file's `general.name`; Phi-3 files do not say that white space after their special
+    tokens is dropped, so llama.cpp goes by the name, and so does this.
+    """
+    special_types = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
+    cut_ids = {i for i, kind in enumerate(types) if kind in special_types}
+    control_ids = {i for i in cut_ids if types[i] != TokenType.USER_DEFINED}
+    eog_ids = {metadata_ids[role] for role in ("eos", "eot", "eom") if role in metadata_ids}
+
+    for text in _EOG_TEXTS:
+        if (token_id := id_of(text)) is not None:
+            eog_ids.add(token_id)
+            control_ids.add(token_id)
+    for role, texts in _FIM_TEXTS.items():
+        named = metadata_ids.get(f"fim_{role}")
+        found = next((i for i in map(id_of, texts) if i is not None), None) if named is None else None
+        if found is not None:
+            control_ids.add(found)
+        token_id = found if named is None else named
+        if token_id is not None and role in _FIM_THAT_END:
+            eog_ids.add(token_id)
+
+    def ends(*texts: str) -> bool:
+        return any(id_of(text) in eog_ids for text in texts)
+
+    shown_ids = {id_of(text) for text in _HARMONY_MARKERS}
+    # gpt-oss and Solar: <|end|> ends a message, not the generation.
+    calls = ends("<|call|>", "<|calls|>")
+    if ends("<|end|>") and ((ends("<|return|>") and calls) or (calls and ends("<|flush|>"))):
+        eog_ids -= {id_of("<|end|>")}
+        shown_ids |= {id_of("<|end|>")}
+    # Gemma 4 and PLaMo: </s> is ordinary text.
+    if ends("</s>") and ends("<|tool_response>", "<|plamo:eos|>"):
+        eog_ids -= {id_of("</s>")}
+        control_ids -= {id_of("</s>")}
+        cut_ids -= {id_of("</s>")}
+
+    all_cut_ids = cut_ids | control_ids
+    is_phi3 = any(name in model_name.lower() for name in ("phi-3", "phi3"))
+    cuts = [
+        SpecialToken(
+            id=i,
+            text=tokens[i],
+            is_control=i in control_ids,
+            strip_right=is_phi3 and tokens[i] not in _PHI3_KEEP_SPACE_AFTER,
+        )
+        for i in sorted(all_cut_ids)
+    ]
+    cuts.sort(key=lambda token: -len(token.text.encode()))
+    return SpecialTokens(
+        cuts=tuple(cuts),
+        cut_ids=frozenset(all_cut_ids),
+        hidden_ids=frozenset(control_ids - shown_ids),
+        eog_ids=frozenset(eog_ids),
+    )

@@ -1,0 +1,54 @@
+"""Token ids to text, one at a time, never half a code point.
+
+A token may end in the middle of a UTF-8 sequence (byte-level BPE, byte fallback). The decoder holds such bytes back
+until the sequence is complete or is known never to be. Knows the bytes of a token, not how text became tokens.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from refengine.tokenizer.base import Tokenizer
+
+
+class StreamDecoder:
+    """Decoder of one text: `push` every id, then `finish`.
+
+    All pushes and the finish together are what `Tokenizer.decode` returns for the same ids.
+
+    `prompt_ids`: ids that came before. They are not decoded, but where the text continues a prompt that does not end
+    in a special token, a leading space belongs to the text and is kept.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # A SentencePiece vocabulary's encoder puts a space before the text and after every special token.
+        self._space_expected = tokenizer.space_prefix != "none" and (
+            len(prompt_ids) == 0 or tokenizer.begins_fragment(prompt_ids[-1])
+        )
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes, maybe none.
+
+        Raises TokenizerError if the id is outside the vocabulary.
+        """
+        tokenizer = self._tokenizer
+        piece = tokenizer.token_bytes(token_id)
+        if tokenizer.begins_fragment(token_id):
+            self._space_expected = self._space_expected or tokenizer.space_prefix == "fragments"
+            return self._utf8.decode(b"" if self._skip_special and tokenizer.is_hidden(token_id) else piece)
+        if self._skip_special and tokenizer.is_hidden(token_id):
+            return ""
+        if self._space_expected and piece:
+            self._space_expected = False
+            return self._utf8.decode(piece.removeprefix(b" "))
+        return self._utf8.decode(piece)
+
+    def finish(self) -> str:
+        """What is left: nothing, or U+FFFD for a sequence that was never completed. The decoder is then done."""
+        return self._utf8.decode(b"", final=True)

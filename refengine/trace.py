@@ -1,0 +1,151 @@
+"""Named tensors: record, watch for NaN and Inf, stop in the debugger, replace a value.
+
+The forward pass hands every intermediate tensor to `trace(name, il, x)` and goes on with what comes
+back. Names are llama.cpp's: `Qcur-0` is tensor `Qcur` of layer 0. Where its graph uses a name twice
+(`Qcur`: product, with bias, after RoPE) the earlier ones carry an occurrence, `Qcur-0#0`, `Qcur-0#1`;
+the plain name is the last one.
+
+Knows nothing of models, devices or files: an array is whatever supports `dtype` and slicing.
+"""
+
+from __future__ import annotations
+
+import pdb
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from refengine.errors import TraceError
+
+Array = Any
+
+
+class Tracer(Protocol):
+    """What a forward pass calls. `il` is None for tensors that belong to no layer."""
+
+    def __call__(self, name: str, il: int | None, x: Array, occurrence: int | None = None) -> Array: ...
+
+
+def no_trace(name: str, il: int | None, x: Array, occurrence: int | None = None) -> Array:
+    """The tracer that does nothing."""
+    return x
+
+
+def tensor_name(name: str, il: int | None, occurrence: int | None = None) -> str:
+    """`("Qcur", 3, 0)` → `Qcur-3#0`; `("result_norm", None, None)` → `result_norm`."""
+    base = name if il is None else f"{name}-{il}"
+    return base if occurrence is None else f"{base}#{occurrence}"
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """A NumPy copy of an array of any device."""
+    return x.get() if hasattr(x, "get") else np.array(x)
+
+
+class Trace:
+    """A tracer that records, watches, breaks and replaces.
+
+    record:  regular expression; tensors whose full name matches (`re.search`) are copied to `tensors`.
+    watch:   stop at the first tensor that holds NaN or Inf, with a `TraceError` that names it and the coordinate.
+    replace: full name → array that takes the tensor's place, or a function of the tensor. Shapes must agree.
+    on_break: called instead of opening pdb, with the full name and the array (for other debuggers and for tests).
+
+    A prompt fed in several calls of forward yields the rows of every call, joined by `result()`.
+    """
+
+    def __init__(
+        self,
+        record: str | None = None,
+        *,
+        watch: bool = False,
+        replace: Mapping[str, Array | Callable[[Array], Array]] | None = None,
+        breakpoints: Iterable[str] = (),
+        on_break: Callable[[str, Array], None] | None = None,
+    ) -> None:
+        try:
+            self._record = None if record is None else re.compile(record)
+        except re.error as e:
+            raise TraceError(f"tensor filter {record!r} is not a regular expression: {e}") from None
+        self.watch = watch
+        self.replace = dict(replace or {})
+        self.breakpoints = set(breakpoints)
+        self.on_break = on_break
+        self.tensors: dict[str, list[np.ndarray]] = {}
+        self.seen: set[str] = set()
+
+    def breakpoint(self, name: str) -> None:
+        """Stop in the debugger whenever tensor `name` (`Qcur-3`, or `Qcur-3#0` for an earlier occurrence) is made."""
+        self.breakpoints.add(name)
+
+    def __call__(self, name: str, il: int | None, x: Array, occurrence: int | None = None) -> Array:
+        full = tensor_name(name, il, occurrence)
+        self.seen.add(full)
+        if self._record is not None and self._record.search(full):
+            self.tensors.setdefault(full, []).append(to_numpy(x))
+        if self.watch:
+            self._check_finite(full, x)
+        if full in self.breakpoints:
+            self._break(full, x, sys._getframe(1))
+        return self._replaced(full, x) if full in self.replace else x
+
+    def result(self) -> dict[str, np.ndarray]:
+        """Recorded tensors by full name; several forward calls are joined along the rows where shapes allow.
+
+        Attention scores (`kq`, `kq_soft_max`) of several calls differ in their last axis and stay apart as `name@call`.
+        """
+        out: dict[str, np.ndarray] = {}
+        for name, parts in self.tensors.items():
+            if len(parts) == 1 or len({p.shape[1:] for p in parts}) == 1:
+                out[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            else:
+                out.update({f"{name}@{i}": part for i, part in enumerate(parts)})
+        return out
+
+    def check_names(self) -> None:
+        """After a run: every break or replace name must have occurred. Raises `TraceError` naming those that did not."""
+        unknown = sorted((self.breakpoints | set(self.replace)) - self.seen)
+        if unknown:
+            raise TraceError(f"no such tensor: {', '.join(unknown)}; this model has {_summary(self.seen)}")
+
+    def _check_finite(self, full: str, x: Array) -> None:
+        bad = ~np.isfinite(x)  # CuPy arrays answer NumPy's ufuncs
+        if not bool(bad.any()):
+            return
+        index = tuple(int(i) for i in np.argwhere(to_numpy(bad))[0])
+        raise TraceError(
+            f"tensor {full} is the first with a non-finite value: {float(x[index])} at {index} of shape "
+            f"{tuple(x.shape)} ({int(bad.sum())} in all)"
+        )
+
+    def _break(self, full: str, x: Array, frame: Any) -> None:
+        if self.on_break is not None:
+            self.on_break(full, x)
+            return
+        print(f"refengine: stopped at {full}, shape {tuple(x.shape)} {x.dtype}; the value is `x` one frame down, "
+              f"and the forward pass is here:", file=sys.stderr)
+        debugger = pdb.Pdb()
+        debugger.set_trace(frame)
+
+    def _replaced(self, full: str, x: Array) -> Array:
+        new = self.replace[full]
+        value = new(x) if callable(new) else new
+        if tuple(value.shape) != tuple(x.shape):
+            raise TraceError(f"replacement of {full} has shape {tuple(value.shape)}, the tensor has {tuple(x.shape)}")
+        if isinstance(value, np.ndarray) and not isinstance(x, np.ndarray):
+            value = _like(x, value)
+        return value.astype(x.dtype, copy=False)
+
+
+def _like(x: Array, value: np.ndarray) -> Array:
+    """`value` on the device of `x`."""
+    out = x.copy().astype(value.dtype)
+    out.set(np.ascontiguousarray(value))
+    return out
+
+
+def _summary(names: set[str]) -> str:
+    layers = sorted({n for n in names if n.endswith("-0") or "-" not in n})
+    return ", ".join(layers) if layers else "no tensors (nothing was run)"

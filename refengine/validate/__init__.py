@@ -1,0 +1,1 @@
+"""Comparing refengine with other engines."""

@@ -1,0 +1,235 @@
+"""llama.cpp as a peer: its logits and every intermediate float tensor, live, through llama-cpp-python.
+
+Runs on the CPU backend with flash attention off and weights as the file stores them, so that what is compared is the
+arithmetic described in its source. Tensors are read in the scheduler's evaluation callback (`cb_eval`) with ctypes: a
+`ggml_tensor`'s ne, nb, data and name (ggml/include/ggml.h).
+
+Names follow refengine: NumPy axis order, and `Qcur-0#0` for the earlier of several nodes called `Qcur-0`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from refengine.errors import ModelError, RefengineError, RequestError
+
+INSTALL_HINT = "install refengine[validate], which builds llama-cpp-python (it needs a C++ compiler and a few minutes)"
+GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_I32 = 0, 1, 26
+_NUMPY_TYPES = {GGML_TYPE_F32: np.float32, GGML_TYPE_F16: np.float16, GGML_TYPE_I32: np.int32}
+_VIEW_OPS = {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}
+
+
+class _GgmlTensor(ctypes.Structure):
+    """`struct ggml_tensor` up to its name."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    )
+
+
+class LlamaCpp:
+    """A model loaded by llama.cpp. A context manager; `close` frees what the library holds.
+
+    kv_type: `f16` or `f32`. n_threads: CPU threads. n_ctx: tokens of context.
+    repack: let llama.cpp re-order weights at load for its fastest kernels (off: weights as the file has them).
+    Raises `RefengineError` where llama-cpp-python is not installed, `ModelError` where llama.cpp refuses the file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        kv_type: str = "f16",
+        n_ctx: int = 512,
+        n_threads: int = 2,
+        flash_attention: bool = False,
+        repack: bool = False,
+    ) -> None:
+        try:
+            import llama_cpp
+        except ImportError as e:
+            raise RefengineError(f"llama-cpp-python cannot be imported ({e}); {INSTALL_HINT}") from None
+        kv_types = {"f16": GGML_TYPE_F16, "f32": GGML_TYPE_F32}
+        if kv_type not in kv_types:
+            raise RequestError(f"unknown KV cache type {kv_type!r} for llama.cpp; choose one of {', '.join(kv_types)}")
+        self._lib = llama_cpp
+        self.version: str = llama_cpp.__version__
+        self._silence()
+        llama_cpp.llama_backend_init()
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.use_extra_bufts = repack
+        model_params.n_gpu_layers = 0
+        self._model = llama_cpp.llama_model_load_from_file(str(Path(path)).encode(), model_params)
+        if not self._model:
+            raise ModelError(f"{path}: llama.cpp does not load this file: {self._last_log()}")
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = n_ctx
+        params.n_threads = params.n_threads_batch = n_threads
+        params.flash_attn_type = 1 if flash_attention else 0
+        params.type_k = params.type_v = kv_types[kv_type]
+        params.swa_full = True  # cells stay in the order of positions, also in sliding layers
+        params.offload_kqv = False
+        self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_eval)
+        params.cb_eval = self._callback
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise ModelError(f"{path}: llama.cpp makes no context: {self._last_log()}")
+        self._filter: re.Pattern[str] | None = None
+        self._captured: list[tuple[str, str, np.ndarray]] = []
+        self._callback_error: BaseException | None = None
+        self._n_past = 0
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits of every one of `ids`, appended to what was evaluated before: (n, n_vocab) float32."""
+        lib, n = self._lib, len(ids)
+        if n == 0:
+            raise RequestError("no tokens to evaluate")
+        batch = lib.llama_batch_init(n, 0, 1)
+        try:
+            for i, token in enumerate(ids):
+                batch.token[i] = token
+                batch.pos[i] = self._n_past + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = 1
+            batch.n_tokens = n
+            status = lib.llama_decode(self._context, batch)
+        finally:
+            lib.llama_batch_free(batch)
+        if self._callback_error is not None:
+            raise self._callback_error
+        if status != 0:
+            raise RefengineError(f"llama.cpp could not evaluate {n} tokens (status {status}): {self._last_log()}")
+        self._n_past += n
+        rows = ctypes.cast(lib.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(rows, shape=(n, self.n_vocab)).copy()
+
+    def tensors(self, ids: Sequence[int], pattern: str = "") -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As `logits`, and the tensors whose name matches the regular expression, in NumPy order without leading 1s.
+
+        Views (reshape, permute) are left out. A name that several nodes bear keeps its plain form for the last of them.
+        """
+        self._filter, self._captured, self._callback_error = re.compile(pattern), [], None
+        try:
+            logits = self.logits(ids)
+        finally:
+            self._filter = None
+        by_name: dict[str, list[np.ndarray]] = {}
+        for name, _, value in self._captured:
+            by_name.setdefault(name, []).append(value)
+        named: dict[str, np.ndarray] = {}
+        for name, values in by_name.items():
+            named.update({f"{name}#{i}": value for i, value in enumerate(values[:-1])})
+            named[name] = values[-1]
+        return logits, named
+
+    def ops(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, ggml operation and shape of what the last `tensors` call captured, in order of evaluation."""
+        return [(name, op, value.shape) for name, op, value in self._captured]
+
+    def reset(self) -> None:
+        """Forget what was evaluated."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self._n_past = 0
+
+    def close(self) -> None:
+        if self._context:
+            self._lib.llama_free(self._context)
+            self._context = None
+        if self._model:
+            self._lib.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _on_eval(self, pointer: int, ask: bool, user_data: Any) -> bool:
+        """Called twice a node: `ask` whether its value is wanted, then with the value. False would stop the run."""
+        if self._filter is None:
+            return not ask
+        try:
+            tensor = ctypes.cast(pointer, ctypes.POINTER(_GgmlTensor)).contents
+            name = tensor.name.decode("utf-8", "replace")
+            wanted = self._filter.search(name) is not None and tensor.type in _NUMPY_TYPES
+            if ask:
+                return wanted
+            op = self._op_name(pointer)
+            if wanted and op not in _VIEW_OPS:
+                self._captured.append((name, op, _read(tensor)))
+            return True
+        except Exception as e:  # an exception must not cross into C
+            self._callback_error = e
+            return False
+
+    def _op_name(self, pointer: int) -> str:
+        desc = _ggml_base().ggml_op_desc
+        desc.restype, desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+        return str(desc(pointer).decode())
+
+    def _silence(self) -> None:
+        global _log_callback
+        if _log_callback is None:
+
+            def keep(level: int, text: bytes, user_data: Any) -> None:
+                _log_lines.append(text.decode("utf-8", "replace"))
+                del _log_lines[:-20]
+
+            _log_callback = self._lib.llama_log_callback(keep)
+            self._lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
+
+    @staticmethod
+    def _last_log() -> str:
+        lines = [line.strip() for line in "".join(_log_lines).splitlines() if line.strip()]
+        return lines[-1] if lines else "no message"
+
+
+_log_lines: list[str] = []
+_log_callback: Any = None  # C keeps the pointer: it must outlive every context
+
+
+def _ggml_base() -> ctypes.CDLL:
+    import llama_cpp
+
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    candidates = sorted(folder.glob("*ggml-base*"))
+    if not candidates:
+        raise RefengineError(f"no ggml-base library in {folder}")
+    return ctypes.CDLL(str(candidates[0]))
+
+
+def _read(tensor: _GgmlTensor) -> np.ndarray:
+    """A copy of the tensor's values, axes reversed to NumPy's order, leading axes of length 1 dropped (to at least 2)."""
+    dtype = np.dtype(_NUMPY_TYPES[tensor.type])
+    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+    extent = dtype.itemsize + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    buffer = (ctypes.c_char * extent).from_address(tensor.data)
+    value = np.ndarray(shape, dtype, buffer=buffer, strides=strides).copy()
+    while value.ndim > 2 and value.shape[0] == 1:
+        value = value[0]
+    return value

@@ -1,0 +1,140 @@
+"""A model's tensors on a device, under their GGUF names.
+
+`blk.3.attn_q.weight` is `weights.layers[3].attn_q`, its bias `weights.layers[3].attn_q_bias`,
+`token_embd.weight` is `weights.token_embd`. Matrices stay as the file stores them (`Matrix`: raw blocks, type,
+shape); vectors (norms, biases, sinks, RoPE factors) are float32 arrays. Every architecture declares its
+tensors (`tensors(cfg)` in its model file); one that is missing, extra or of another shape is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from refengine import quants
+from refengine.errors import ModelError
+from refengine.gguf_file import GGUFFile, TensorInfo
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What an architecture expects of one tensor. `shape` in NumPy order; None = may be absent."""
+
+    shape: tuple[int, ...]
+    optional: bool = False
+    same_as: str | None = None  # where absent, this other tensor serves (tied embedding)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix as stored: `data` holds `shape[-1] // block_size` blocks a row, rows one after another.
+
+    shape: (n_out, n_in), or (n_expert, n_out, n_in) for the matrices of a mixture of experts.
+    """
+
+    name: str
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    data: Array  # uint8, (n_bytes,)
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Raw bytes of rows start..stop, counted over all experts; a view."""
+        row_bytes = self.data.shape[0] // int(np.prod(self.shape[:-1]))
+        return self.data[start * row_bytes : stop * row_bytes]
+
+
+class Weights:
+    """All tensors of a model. Attributes are GGUF names; `layers` is a list with one namespace a layer."""
+
+    def __init__(self, tensors: Mapping[str, Matrix | Array], n_layer: int) -> None:
+        self.layers = [SimpleNamespace() for _ in range(n_layer)]
+        self.n_bytes = 0  # tensor bytes on the device
+        for name, value in tensors.items():
+            owner, attribute = self._place(name)
+            setattr(owner, attribute, value)
+
+    def _place(self, name: str) -> tuple[Any, str]:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?([a-z0-9_]+)\.(weight|bias)", name)
+        assert match is not None, name
+        owner = self if match[1] is None else self.layers[int(match[1])]
+        return owner, match[2] + ("_bias" if match[3] == "bias" else "")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"this model has no tensor {name}")
+
+
+def load_weights(
+    gguf: GGUFFile,
+    specs: Mapping[str, TensorSpec],
+    n_layer: int,
+    xp: Any,
+    progress: Callable[[int, int], None] | None = None,
+) -> Weights:
+    """Check the file's tensors against `specs`, then put them on the device of `xp`.
+
+    On NumPy a matrix is a view of the memory-mapped file. progress(bytes_done, bytes_total) is called after each tensor.
+    Raises `ModelError` for a missing, unexpected or wrongly shaped tensor or an unsupported type, all found first.
+    """
+    check_tensors(gguf, specs)
+    total = sum(info.n_bytes for info in gguf.tensors.values())
+    loaded: dict[str, Matrix | Array] = {}
+    done = 0
+    for name, info in gguf.tensors.items():
+        loaded[name] = _load(gguf, info, xp)
+        done += info.n_bytes
+        if progress is not None:
+            progress(done, total)
+    for name, spec in specs.items():
+        if name not in loaded:
+            loaded[name] = loaded[spec.same_as] if spec.same_as else None
+    weights = Weights(loaded, n_layer)
+    weights.n_bytes = total
+    return weights
+
+
+def check_tensors(gguf: GGUFFile, specs: Mapping[str, TensorSpec]) -> None:
+    """Raise `ModelError` naming every missing, unexpected, wrongly shaped or unsupported tensor (the first few of each)."""
+    missing = [n for n, s in specs.items() if not s.optional and n not in gguf.tensors]
+    unexpected = [n for n in gguf.tensors if n not in specs]
+    wrong = [
+        f"{name}: shape {_dims(info.shape)}, expected {_dims(specs[name].shape)}"
+        for name, info in gguf.tensors.items()
+        if name in specs and info.shape != specs[name].shape
+    ]
+    problems = [*_listed("missing", missing), *_listed("unexpected", unexpected), *_listed("wrongly shaped", wrong)]
+    if problems:
+        arch = gguf.metadata.get("general.architecture")
+        raise ModelError(f"{gguf.path}: tensors do not fit architecture {arch!r}: {'; '.join(problems)}")
+    for name, info in gguf.tensors.items():
+        quants.require_supported(info.type, f"{gguf.path}: tensor {name}")
+        if len(info.shape) == 1 and info.type not in _VECTOR_TYPES:
+            raise ModelError(f"{gguf.path}: tensor {name} is a vector of type {info.type.name}; expected F32, F16 or BF16")
+
+
+_VECTOR_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+
+
+def _load(gguf: GGUFFile, info: TensorInfo, xp: Any) -> Matrix | Array:
+    raw = xp.asarray(gguf.data(info.name))
+    # Vectors, and the small per-expert bias tables, are wanted as floats at every use.
+    if len(info.shape) == 1 or info.name.endswith(".bias"):
+        return quants.dequantize(xp, raw, info.type, info.shape)
+    return Matrix(info.name, info.type, info.shape, raw)
+
+
+def _listed(what: str, names: list[str]) -> Iterator[str]:
+    if names:
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        yield f"{what} {', '.join(names[:4])}{more}"
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,22 @@
+"""Shared fixtures. Tests never touch the network and leave nothing outside their temporary folder."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # tests import tools.* and tests.*
+
+# One BLAS thread per test process: with `-n auto` every core already has a process of its own.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with real vocabularies and the trained stories260K model (third-party data, not in this repository)."""
+    folder = Path(os.environ.get("REFENGINE_TEST_DATA", ROOT.parent / "shared"))
+    if not (folder / "vocab").is_dir():
+        pytest.skip(f"no test data in {folder}: set REFENGINE_TEST_DATA to a folder with vocab/ and models/")
+    return folder

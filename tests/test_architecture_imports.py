@@ -1,0 +1,246 @@
+"""Imports point one way: each room of the package imports only rooms above it, and only its own libraries.
+
+A room is a module or a sub-package of `refengine/`. The table below is the design; a new room, or a new
+direction, is added here on purpose or not at all. Every import counts, also those inside functions and
+under TYPE_CHECKING. Slow or optional libraries (cupy, llama_cpp) may be imported inside functions only.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "refengine"
+FACADE = "__init__"
+"""The room of refengine/__init__.py, which `import refengine` and `from refengine import load` reach."""
+
+ARRAYS = {"numpy", "gguf"}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a room may import: rooms of refengine, and third-party libraries (anywhere, or inside functions only)."""
+
+    rooms: set[str]
+    libraries: set[str]
+    lazy_libraries: frozenset[str] = frozenset()
+
+
+# From the bottom up: a room may name only rooms that stand before it in this table.
+BELOW_ENGINE = {
+    "errors": Room(set(), set()),
+    "gguf_file": Room({"errors"}, ARRAYS),  # no arrays on a GPU, no architectures
+    "quants": Room({"errors"}, ARRAYS),  # no files
+    "config": Room({"errors", "gguf_file"}, ARRAYS),
+    "weights": Room({"errors", "gguf_file", "quants", "config"}, {*ARRAYS, "tqdm"}, frozenset({"cupy"})),
+    # no arrays
+    "tokenizer": Room(
+        {"errors", "gguf_file"}, {"gguf", "tokenizers", "sentencepiece", "google.protobuf", "jinja2"}
+    ),
+    "kv_cache": Room({"errors", "config"}, {"numpy"}),  # no attention arithmetic
+    "trace": Room({"errors"}, {"numpy", "safetensors"}),
+    "ops": Room({"errors", "quants"}, ARRAYS),  # no config, cache, trace, CUDA
+    # no HTTP, no files
+    "cuda": Room({"errors", "quants", "config", "weights", "kv_cache", "ops"}, ARRAYS, frozenset({"cupy"})),
+    # no files, sampling, HTTP; no cuda either: ops are handed in
+    "models": Room({"errors", "config", "weights", "kv_cache", "trace", "ops"}, {"numpy"}),
+}
+ENGINE = {*BELOW_ENGINE, "engine"}
+MODEL = {*ENGINE, "model"}
+ROOMS = {
+    **BELOW_ENGINE,
+    "engine": Room(set(BELOW_ENGINE), {"numpy"}),  # no HTTP
+    "model": Room(ENGINE, {*ARRAYS, "tqdm"}, frozenset({"cupy"})),
+    FACADE: Room(MODEL, set()),
+    "validate": Room({FACADE, *MODEL}, {*ARRAYS, "safetensors"}, frozenset({"cupy", "llama_cpp"})),  # no HTTP
+    "worker": Room({FACADE, *MODEL}, {"numpy"}),
+    "bench": Room({FACADE, *MODEL, "validate", "worker"}, {"numpy"}, frozenset({"cupy", "llama_cpp"})),
+    "cli": Room({FACADE, *MODEL, "validate", "worker", "bench"}, {*ARRAYS, "safetensors", "tqdm"}),
+    "__main__": Room({"cli"}, set()),
+}
+
+# Standard modules that only some rooms may know; every other one is free.
+HTTP_ROOMS = {"worker", "bench"}
+RESERVED_STDLIB = {
+    "argparse": {"cli"},
+    "mmap": {"gguf_file"},
+    "http": HTTP_ROOMS,
+    "urllib": HTTP_ROOMS,
+    "socket": HTTP_ROOMS,
+    "socketserver": HTTP_ROOMS,
+    "wsgiref": HTTP_ROOMS,
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name, dotted and absolute, and whether importing the module runs the import."""
+
+    name: str
+    line: int
+    at_import: bool
+
+
+def room_of(path: Path) -> str:
+    """The room of a file of refengine/: refengine/ops/norm.py is in `ops`, refengine/cli.py in `cli`."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(source: str, path: Path) -> Iterator[Import]:
+    """All imports of a module, `import_module("literal")` and `__import__("literal")` included."""
+    package = ("refengine", *path.relative_to(PACKAGE).parts[:-1])
+
+    def visit(node: ast.AST, at_import: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, at_import)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield Import(f"{module}.{alias.name}", node.lineno, at_import)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if function in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield Import(node.args[0].value, node.lineno, at_import)
+        if isinstance(node, ast.If) and getattr(node.test, "attr", getattr(node.test, "id", "")) == "TYPE_CHECKING":
+            for child in node.body:
+                yield from visit(child, False)
+            for child in node.orelse:
+                yield from visit(child, at_import)
+            return
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, at_import and not is_function)
+
+    return visit(ast.parse(source), True)
+
+
+def violations(source: str, path: Path) -> list[str]:
+    """One line for each import of the module that its room may not have."""
+    room_name = room_of(path)
+    if room_name not in ROOMS:
+        return [f"{path.name}: unknown room refengine/{room_name}: add it to ROOMS, with what it may import"]
+    room = ROOMS[room_name]
+    found = []
+    for imported in imports_of(source, path):
+        where = f"{path.relative_to(ROOT)}:{imported.line}: {room_name} may not import {imported.name}"
+        top, *rest = imported.name.split(".")
+        names = {imported.name, ".".join([top, *rest[:1]]), top}
+        if top == "refengine":
+            # `from refengine import load` reaches the facade, `from refengine import errors` a room.
+            target = rest[0] if rest and rest[0] in {*ROOMS, *room_names()} else FACADE
+            if target != room_name and target not in room.rooms:
+                found.append(f"{where} (rooms it may: {', '.join(sorted(room.rooms)) or 'none'})")
+        elif top in sys.stdlib_module_names:
+            if room_name not in RESERVED_STDLIB.get(top, {room_name}):
+                found.append(f"{where} (only {', '.join(sorted(RESERVED_STDLIB[top]))} may)")
+        elif names & room.lazy_libraries:
+            if imported.at_import:
+                found.append(f"{where} at import time (it may inside a function)")
+        elif not names & room.libraries:
+            found.append(f"{where} (libraries it may: {', '.join(sorted(room.libraries)) or 'none'})")
+    return found
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_names() -> set[str]:
+    return {room_of(path) for path in modules()}
+
+
+def test_every_import_is_in_the_table():
+    assert modules()
+    found = [line for path in modules() for line in violations(path.read_text(encoding="utf-8"), path)]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_the_table_points_one_way():
+    seen: set[str] = set()
+    for name, room in ROOMS.items():
+        assert room.rooms <= seen, f"{name} may import {room.rooms - seen}, which stand after it in the table"
+        assert not room.libraries & room.lazy_libraries
+        seen.add(name)
+    assert {name for rooms in RESERVED_STDLIB.values() for name in rooms} <= seen
+
+
+PLANTED = {
+    "a later room": ("gguf_file.py", "from refengine.quants import SUPPORTED"),
+    "a later room, as a module": ("kv_cache.py", "import refengine.ops.attention"),
+    "a later room, from the package": ("models/llama.py", "from refengine import gguf_file"),
+    "a later room, relative": ("ops/norm.py", "from ..trace import Trace"),
+    "a later room, relative to the package": ("ops/norm.py", "from .. import config"),
+    "a later room, in a function": ("engine/scheduler.py", "def step():\n    from refengine.worker import http"),
+    "a later room, for types only": (
+        "trace.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from refengine.models import llama",
+    ),
+    "a later room, by name": ("quants.py", "import importlib\nimportlib.import_module('refengine.gguf_file')"),
+    "the facade": ("models/llama.py", "from refengine import load"),
+    "the other wing": ("validate/report.py", "from refengine.worker.jobs import Job"),
+    "the other wing, back": ("worker/jobs.py", "from refengine.validate import compare"),
+    "arguments": ("bench/latency.py", "import argparse"),
+    "files in a model": ("models/llama.py", "import mmap"),
+    "HTTP in the engine": ("engine/scheduler.py", "from http.server import HTTPServer"),
+    "arrays in a tokenizer": ("tokenizer/bpe.py", "import numpy as np"),
+    "a library of another room": ("ops/norm.py", "import safetensors.numpy"),
+    "a namespace's other package": ("tokenizer/spm.py", "from google.cloud import storage"),
+    "cupy at import": ("cuda/loader.py", "import cupy as cp"),
+    "cupy at import, guarded": ("weights.py", "try:\n    import cupy\nexcept ImportError:\n    cupy = None"),
+    "cupy in a class body": ("model.py", "class Model:\n    import cupy"),
+    "cupy in ops": ("ops/norm.py", "def f():\n    import cupy"),
+    "llama.cpp at import": ("validate/peer.py", "from llama_cpp import Llama"),
+    "llama.cpp in the engine": ("engine/step.py", "def f():\n    import llama_cpp"),
+}
+ALLOWED = {
+    "rooms above": ("weights.py", "from refengine import quants\nfrom refengine.gguf_file import GGUFFile"),
+    "its own room": ("ops/__init__.py", "from . import norm\nfrom .rope import rope\nimport refengine.ops.moe"),
+    "cupy in a function": ("cuda/loader.py", "def compile():\n    import cupy.cuda\n    from cupy import RawModule"),
+    "cupy for types only": ("weights.py", "import typing\nif typing.TYPE_CHECKING:\n    import cupy"),
+    "protobuf": ("tokenizer/spm.py", "from google.protobuf import descriptor_pb2"),
+    "the facade in the command line": ("cli.py", "import argparse\nimport refengine\nfrom refengine import load"),
+    "the standard library": ("errors.py", "import os.path\nfrom collections.abc import Sequence"),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_violation_is_caught(case):
+    file, source = PLANTED[case]
+    assert len(violations(source, PACKAGE / file)) == 1
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_an_allowed_import_passes(case):
+    file, source = ALLOWED[case]
+    assert violations(source, PACKAGE / file) == []
+
+
+def test_an_unknown_room_says_what_to_do():
+    assert "unknown room refengine/gadgets: add it to ROOMS" in violations("", PACKAGE / "gadgets" / "new.py")[0]
+    assert "unknown room refengine/gadget: add it to ROOMS" in violations("", PACKAGE / "gadget.py")[0]
+
+
+IMPORT_ALL = """
+import importlib, sys
+for optional in ("cupy", "cupyx", "llama_cpp"):
+    sys.modules[optional] = None  # importing it raises ImportError
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+print(len(sys.argv) - 1)
+"""
+
+
+def test_every_module_imports_without_cupy_and_llama_cpp():
+    dotted = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in modules()]
+    names = [name for name in dotted if not name.endswith("__main__")]
+    command = [sys.executable, "-c", IMPORT_ALL, *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == str(len(names))
