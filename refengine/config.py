@@ -197,7 +197,7 @@ class _Reader:
             raise self.bad("rope.freq_base_swa", "another base for sliding layers is not supported")
         scaling = self.gguf.get(self.key("rope.scaling.type"), str, default="linear")
         if scaling not in ("none", "linear", "yarn", "longrope"):
-            raise self.bad("rope.scaling.type", f"unknown RoPE scaling {scaling!r}; known: none, linear, yarn, longrope")
+            raise self.bad("rope.scaling.type", f"unknown scaling {scaling!r}; known: none, linear, yarn, longrope")
         factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0))
         if factor < 0:
             raise self.bad("rope.scaling.factor", f"factor {factor} must not be negative")

@@ -26,7 +26,7 @@ class Device:
 
 
 def open_device(spec: str) -> Device:
-    """Open `cpu`, `cuda`, `cuda:N` or `auto`. Raises `RequestError` for other names, `DeviceError` if it cannot serve."""
+    """Open `cpu`, `cuda`, `cuda:N` or `auto`. Raises `RequestError` for other names, `DeviceError` if none serves."""
     if spec == "cpu":
         return Device(np, "cpu", "asked for")
     match = re.fullmatch(r"cuda(?::(\d{1,4}))?", spec)

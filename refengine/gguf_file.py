@@ -106,8 +106,8 @@ class GGUFFile:
             if default is not REQUIRED:
                 return default
             raise self.error(key, f"required key {quoted(key)} is missing; expected {_kind_name(kind)}")
-        kinds = _SCALAR_KINDS if entry.element_type is None else _ARRAY_KINDS
-        if (entry.element_type or entry.type) not in kinds.get(kind, ()):
+        kinds, found = (_SCALAR_KINDS, entry.type) if entry.element_type is None else (_ARRAY_KINDS, entry.element_type)
+        if found not in kinds.get(kind, ()):
             raise self.error(key, f"key {quoted(key)} is of type {entry.type_name}; expected {_kind_name(kind)}")
         return entry.value
 

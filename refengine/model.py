@@ -15,7 +15,8 @@ from refengine.engine.generation import Generation, Token
 from refengine.engine.sampling import SamplingParams
 from refengine.errors import RequestError
 from refengine.gguf_file import GGUFFile
-from refengine.kv_cache import KVCache, Sequence as CacheSequence
+from refengine.kv_cache import KVCache
+from refengine.kv_cache import Sequence as CacheSequence
 from refengine.models import BY_ARCHITECTURE
 from refengine.ops import Ops, profile
 from refengine.tokenizer import Tokenizer, load_tokenizer
@@ -37,8 +38,8 @@ def load(
 ) -> Model:
     """Open a GGUF file (the first part of a split one) and put its tensors on a device.
 
-    device: `cpu`, `cuda`, `cuda:N`, `auto`. numerics: `exact` (float32), `exact64`, `llamacpp`. kv_type: `f16`, `f32`, `f64`
-    instead of the profile's. n_ctx: longest sequence in tokens (default: the model's context length).
+    device: `cpu`, `cuda`, `cuda:N`, `auto`. numerics: `exact` (float32), `exact64`, `llamacpp`. kv_type: `f16`, `f32` or
+    `f64` instead of the profile's. n_ctx: longest sequence in tokens (default: the model's context length).
     cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory). progress(done, total) in bytes.
     Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError` or `RequestError`.
     """

@@ -105,7 +105,7 @@ class Trace:
         return out
 
     def check_names(self) -> None:
-        """After a run: every break or replace name must have occurred. Raises `TraceError` naming those that did not."""
+        """After a run: every break or replace name must have occurred. Raises `TraceError` naming the others."""
         unknown = sorted((self.breakpoints | set(self.replace)) - self.seen)
         if unknown:
             raise TraceError(f"no such tensor: {', '.join(unknown)}; this model has {_summary(self.seen)}")

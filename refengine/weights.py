@@ -80,7 +80,7 @@ def load_weights(
 ) -> Weights:
     """Check the file's tensors against `specs`, then put them on the device of `xp`.
 
-    On NumPy a matrix is a view of the memory-mapped file. progress(bytes_done, bytes_total) is called after each tensor.
+    On NumPy a matrix is a view of the memory-mapped file. progress(bytes_done, bytes_total) comes after each tensor.
     Raises `ModelError` for a missing, unexpected or wrongly shaped tensor or an unsupported type, all found first.
     """
     check_tensors(gguf, specs)
@@ -101,7 +101,7 @@ def load_weights(
 
 
 def check_tensors(gguf: GGUFFile, specs: Mapping[str, TensorSpec]) -> None:
-    """Raise `ModelError` naming every missing, unexpected, wrongly shaped or unsupported tensor (the first few of each)."""
+    """Raise `ModelError` naming the missing, unexpected, wrongly shaped and unsupported tensors (a few of each)."""
     missing = [n for n, s in specs.items() if not s.optional and n not in gguf.tensors]
     unexpected = [n for n in gguf.tensors if n not in specs]
     wrong = [
@@ -116,7 +116,7 @@ def check_tensors(gguf: GGUFFile, specs: Mapping[str, TensorSpec]) -> None:
     for name, info in gguf.tensors.items():
         quants.require_supported(info.type, f"{gguf.path}: tensor {name}")
         if len(info.shape) == 1 and info.type not in _VECTOR_TYPES:
-            raise ModelError(f"{gguf.path}: tensor {name} is a vector of type {info.type.name}; expected F32, F16 or BF16")
+            raise ModelError(f"{gguf.path}: vector {name} has type {info.type.name}; expected F32, F16 or BF16")
 
 
 _VECTOR_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
@@ -138,3 +138,20 @@ def _listed(what: str, names: list[str]) -> Iterator[str]:
 
 def _dims(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
+
+
+def quant_kind(gguf: GGUFFile) -> str:
+    """The file's dominant type as people name it: `Q4_K_M`, `MXFP4`, `F32`…
+
+    From `general.file_type` (llama.cpp's `llama_ftype`), else the type that holds the most bytes.
+    """
+    from gguf import LlamaFileType  # not at the top: only `inspect` and the worker ask
+
+    value = gguf.metadata.get("general.file_type")
+    if isinstance(value, int) and value in {int(t) for t in LlamaFileType} and value != int(LlamaFileType.GUESSED):
+        name = LlamaFileType(value).name
+        return name.removeprefix("MOSTLY_").removeprefix("ALL_").removesuffix("_MOE")
+    by_type: dict[str, int] = {}
+    for info in gguf.tensors.values():
+        by_type[info.type.name] = by_type.get(info.type.name, 0) + info.n_bytes
+    return max(by_type, key=lambda name: by_type[name]) if by_type else "none"

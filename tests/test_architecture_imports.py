@@ -34,28 +34,33 @@ class Room:
 # From the bottom up: a room may name only rooms that stand before it in this table.
 BELOW_ENGINE = {
     "errors": Room(set(), set()),
-    "gguf_file": Room({"errors"}, ARRAYS),  # no arrays on a GPU, no architectures
+    "device": Room({"errors"}, {"numpy"}, frozenset({"cupy"})),
+    # The GGUF rooms: no arrays on a GPU, no architectures, no quant arithmetic. Others know gguf_file only.
+    "gguf_cursor": Room({"errors"}, ARRAYS),
+    "gguf_parse": Room({"errors", "gguf_cursor"}, ARRAYS),
+    "gguf_split": Room({"errors", "gguf_cursor", "gguf_parse"}, ARRAYS),
+    "gguf_file": Room({"errors", "gguf_cursor", "gguf_parse", "gguf_split"}, ARRAYS),
     "quants": Room({"errors"}, ARRAYS),  # no files
     "config": Room({"errors", "gguf_file"}, ARRAYS),
-    "weights": Room({"errors", "gguf_file", "quants", "config"}, {*ARRAYS, "tqdm"}, frozenset({"cupy"})),
+    "weights": Room({"errors", "gguf_file", "quants", "config"}, {*ARRAYS, "tqdm"}),
     # no arrays
-    "tokenizer": Room(
-        {"errors", "gguf_file"}, {"gguf", "tokenizers", "sentencepiece", "google.protobuf", "jinja2"}
-    ),
+    "tokenizer": Room({"errors", "gguf_file"}, {"gguf", "tokenizers", "sentencepiece", "google.protobuf", "jinja2"}),
     "kv_cache": Room({"errors", "config"}, {"numpy"}),  # no attention arithmetic
     "trace": Room({"errors"}, {"numpy", "safetensors"}),
     "ops": Room({"errors", "quants"}, ARRAYS),  # no config, cache, trace, CUDA
     # no HTTP, no files
-    "cuda": Room({"errors", "quants", "config", "weights", "kv_cache", "ops"}, ARRAYS, frozenset({"cupy"})),
+    "cuda": Room({"errors", "device", "quants", "config", "weights", "kv_cache", "ops"}, ARRAYS, frozenset({"cupy"})),
     # no files, sampling, HTTP; no cuda either: ops are handed in
     "models": Room({"errors", "config", "weights", "kv_cache", "trace", "ops"}, {"numpy"}),
 }
-ENGINE = {*BELOW_ENGINE, "engine"}
+INSIDE_GGUF_FILE = {"gguf_cursor", "gguf_parse", "gguf_split"}
+BELOW = set(BELOW_ENGINE) - INSIDE_GGUF_FILE
+ENGINE = {*BELOW, "engine"}
 MODEL = {*ENGINE, "model"}
 ROOMS = {
     **BELOW_ENGINE,
-    "engine": Room(set(BELOW_ENGINE), {"numpy"}),  # no HTTP
-    "model": Room(ENGINE, {*ARRAYS, "tqdm"}, frozenset({"cupy"})),
+    "engine": Room(BELOW, {"numpy"}),  # no HTTP
+    "model": Room(ENGINE, {*ARRAYS, "tqdm"}),
     FACADE: Room(MODEL, set()),
     "validate": Room({FACADE, *MODEL}, {*ARRAYS, "safetensors"}, frozenset({"cupy", "llama_cpp"})),  # no HTTP
     "worker": Room({FACADE, *MODEL}, {"numpy"}),
@@ -68,7 +73,7 @@ ROOMS = {
 HTTP_ROOMS = {"worker", "bench"}
 RESERVED_STDLIB = {
     "argparse": {"cli"},
-    "mmap": {"gguf_file"},
+    "mmap": {"gguf_file", *INSIDE_GGUF_FILE},
     "http": HTTP_ROOMS,
     "urllib": HTTP_ROOMS,
     "socket": HTTP_ROOMS,
@@ -193,8 +198,8 @@ PLANTED = {
     "a library of another room": ("ops/norm.py", "import safetensors.numpy"),
     "a namespace's other package": ("tokenizer/spm.py", "from google.cloud import storage"),
     "cupy at import": ("cuda/loader.py", "import cupy as cp"),
-    "cupy at import, guarded": ("weights.py", "try:\n    import cupy\nexcept ImportError:\n    cupy = None"),
-    "cupy in a class body": ("model.py", "class Model:\n    import cupy"),
+    "cupy at import, guarded": ("device.py", "try:\n    import cupy\nexcept ImportError:\n    cupy = None"),
+    "cupy in a class body": ("cuda/ops.py", "class Ops:\n    import cupy"),
     "cupy in ops": ("ops/norm.py", "def f():\n    import cupy"),
     "llama.cpp at import": ("validate/peer.py", "from llama_cpp import Llama"),
     "llama.cpp in the engine": ("engine/step.py", "def f():\n    import llama_cpp"),
@@ -203,7 +208,7 @@ ALLOWED = {
     "rooms above": ("weights.py", "from refengine import quants\nfrom refengine.gguf_file import GGUFFile"),
     "its own room": ("ops/__init__.py", "from . import norm\nfrom .rope import rope\nimport refengine.ops.moe"),
     "cupy in a function": ("cuda/loader.py", "def compile():\n    import cupy.cuda\n    from cupy import RawModule"),
-    "cupy for types only": ("weights.py", "import typing\nif typing.TYPE_CHECKING:\n    import cupy"),
+    "cupy for types only": ("cuda/ops.py", "import typing\nif typing.TYPE_CHECKING:\n    import cupy"),
     "protobuf": ("tokenizer/spm.py", "from google.protobuf import descriptor_pb2"),
     "the facade in the command line": ("cli.py", "import argparse\nimport refengine\nfrom refengine import load"),
     "the standard library": ("errors.py", "import os.path\nfrom collections.abc import Sequence"),

@@ -92,11 +92,16 @@ def activation_rows() -> dict[str, np.ndarray]:
     ties = rng.integers(-254, 255, (40, 512)).astype(np.float32) / 2  # every block has scale 1: half the codes are ties
     ties[:, ::32] = 127
     ties[:, 1::64] = -127
+    # within a unit in the last place of a boundary between codes, so that another order of operations shows
+    largest = rng.uniform(0.1, 10, (40, 1)).astype(np.float32)
+    near_ties = ((rng.integers(-127, 127, (40, 512)) + np.float32(0.5)) / np.float32(127) * largest).astype(np.float32)
+    near_ties[:, ::32] = largest
     lone = np.zeros((8, 512), np.float32)
     lone[np.arange(8), np.arange(8) * 37] = rng.standard_normal(8)
     return {
         "normal": normal,
         "ties": ties,
+        "near_ties": near_ties,
         "equal_magnitudes": np.sign(normal) * np.float32(0.3),
         "zero": np.zeros((2, 512), np.float32),
         "lone": lone,

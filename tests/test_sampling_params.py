@@ -34,7 +34,9 @@ ACCEPTED = {
 
 
 def cases(table):
-    return [pytest.param(name, value, id=f"{name}-{i}") for name, values in table.items() for i, value in enumerate(values)]
+    return [
+        pytest.param(name, value, id=f"{name}-{i}") for name, values in table.items() for i, value in enumerate(values)
+    ]
 
 
 @pytest.mark.parametrize(("name", "value"), cases(REFUSED))

@@ -1,11 +1,13 @@
 """Stop strings over arbitrary chunks, against the definition on the whole text."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refengine.engine.stop import StopMatcher
 from refengine.errors import RequestError
+
+examples = settings(max_examples=500, deadline=None)  # no deadline: a busy machine is no failure
 
 # Few letters, so that stop strings overlap themselves, each other and the chunks' ends.
 texts = st.text(alphabet="abé", max_size=12)
@@ -28,6 +30,7 @@ def run(stops: list[str], chunks: list[str]) -> tuple[str, bool]:
     return emitted + matcher.finish(), stopped
 
 
+@examples
 @given(stops=stop_lists, chunks=st.lists(texts, max_size=8))
 def test_stop_equals_the_definition_under_any_chunking(stops, chunks):
     text = "".join(chunks)
@@ -35,6 +38,7 @@ def test_stop_equals_the_definition_under_any_chunking(stops, chunks):
     assert run(stops, chunks) == (text if cut is None else text[: cut[0]], cut is not None)
 
 
+@examples
 @given(stops=stop_lists, chunks=st.lists(texts, max_size=8))
 def test_stop_is_told_by_the_chunk_that_completes_it(stops, chunks):
     matcher = StopMatcher(stops)
@@ -45,6 +49,7 @@ def test_stop_is_told_by_the_chunk_that_completes_it(stops, chunks):
         assert stopped == (naive_cut(seen, stops) is not None)
 
 
+@examples
 @given(stops=stop_lists, chunks=st.lists(texts, max_size=8))
 def test_stop_holds_back_only_what_could_become_one(stops, chunks):
     matcher = StopMatcher(stops)

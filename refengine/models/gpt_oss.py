@@ -89,7 +89,8 @@ def forward(cfg: ModelConfig, w: Weights, batch: Batch, kv: KVCache, ops: Ops, t
 
         normed = ops.rms_norm(ffn_inp, layer.post_attention_norm, cfg.norm_eps)
         attn_post_norm = trace("attn_post_norm", il, normed)  # (n_tokens, n_embd)
-        ffn_moe_logits = trace("ffn_moe_logits", il, ops.linear(attn_post_norm, layer.ffn_gate_inp))  # (n_tokens, n_expert)
+        router = ops.linear(attn_post_norm, layer.ffn_gate_inp)
+        ffn_moe_logits = trace("ffn_moe_logits", il, router)  # (n_tokens, n_expert)
         ffn_moe_probs = trace("ffn_moe_probs", il, ffn_moe_logits + layer.ffn_gate_inp_bias)  # (n_tokens, n_expert)
         chosen = ops.top_experts(ffn_moe_probs, cfg.n_expert_used)
         ffn_moe_topk = trace("ffn_moe_topk", il, chosen)  # (n_tokens, n_expert_used) int
@@ -99,7 +100,8 @@ def forward(cfg: ModelConfig, w: Weights, batch: Batch, kv: KVCache, ops: Ops, t
         ffn_moe_weights_softmax = trace("ffn_moe_weights_softmax", il, shares)  # (n_tokens, n_expert_used)
 
         x = attn_post_norm[:, None, :]  # (n_tokens, 1, n_embd), the same for every expert
-        up = trace("ffn_moe_up", il, ops.linear_experts(x, layer.ffn_up_exps, ffn_moe_topk))  # (n_tokens, n_expert_used, n_ff_exp)
+        ups = ops.linear_experts(x, layer.ffn_up_exps, ffn_moe_topk)
+        up = trace("ffn_moe_up", il, ups)  # (n_tokens, n_expert_used, n_ff_exp)
         up_biased = trace("ffn_moe_up_biased", il, up + layer.ffn_up_exps_bias[ffn_moe_topk])  # same
         gate = trace("ffn_moe_gate", il, ops.linear_experts(x, layer.ffn_gate_exps, ffn_moe_topk))  # same
         gate_biased = trace("ffn_moe_gate_biased", il, gate + layer.ffn_gate_exps_bias[ffn_moe_topk])  # same

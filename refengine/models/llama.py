@@ -1,7 +1,7 @@
 """Llama (Touvron et al. 2023): pre-norm, grouped-query attention with interleaved RoPE, SwiGLU.
 
-Read this one first. Every local is a tensor of llama.cpp's graph (`src/models/llama.cpp`) under its name, and its shape,
-in NumPy order, stands at the end of the line; ggml lists the same axes in reverse. `trace` may record or replace it.
+Read this one first. Every local is a tensor of llama.cpp's graph (`src/models/llama.cpp`) under its name; its shape, in
+NumPy order, stands at the end of the line; ggml lists the same axes in reverse. `trace` may record or replace it.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ def forward(cfg: ModelConfig, w: Weights, batch: Batch, kv: KVCache, ops: Ops, t
 
         ffn_norm = trace("ffn_norm", il, ops.rms_norm(ffn_inp, layer.ffn_norm, cfg.norm_eps))  # (n_tokens, n_embd)
         ffn_up = trace("ffn_up", il, ops.linear(ffn_norm, layer.ffn_up))  # (n_tokens, 2 * n_ff): gate, then up
-        ffn_swiglu = trace("ffn_swiglu", il, ops.swiglu(ffn_up[:, : cfg.n_ff], ffn_up[:, cfg.n_ff :]))  # (n_tokens, n_ff)
+        activated = ops.swiglu(ffn_up[:, : cfg.n_ff], ffn_up[:, cfg.n_ff :])
+        ffn_swiglu = trace("ffn_swiglu", il, activated)  # (n_tokens, n_ff)
         ffn_out = trace("ffn_out", il, ops.linear(ffn_swiglu, layer.ffn_down))  # (n_tokens, n_embd)
         l_out = trace("l_out", il, ffn_out + ffn_inp)  # (n_tokens, n_embd)
         inpL = l_out

@@ -13,7 +13,7 @@ Probe = Callable[..., Array]  # probe(name, x=array) -> array
 
 
 def kv_append(xp: Any, cache: Array, new: Array, slots: Array) -> None:
-    """Write rows into the cache. cache: (n_blocks, block_size, n_head_kv, head_dim); new: (n_tokens, n_head_kv, head_dim)."""
+    """Write rows `new` (n_tokens, n_head_kv, head_dim) into `cache` (n_blocks, block_size, n_head_kv, head_dim)."""
     cache.reshape(-1, *cache.shape[2:])[slots] = new.astype(cache.dtype, copy=False)
 
 
@@ -45,7 +45,7 @@ def attention(
 
     Qcur: (n_tokens, n_head, head_dim). window: tokens a row may look back, itself included; 0 = all.
     sinks: (n_head,) extra logits that take part in each row's softmax but carry no value (gpt-oss); or None.
-    round_to: type that Q and the attention weights are rounded to before the products (llama.cpp: the cache's), or None.
+    round_to: type that Q and the attention weights are rounded to before each product (llama.cpp: the cache's), or None.
     probe: shown `kq`, `kq_soft_max` (both (n_head, n_tokens, n_kv)) and `kqv` (n_head, n_tokens, head_dim); what it
     returns is used.
     """

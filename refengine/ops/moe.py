@@ -8,7 +8,7 @@ Array = Any
 
 
 def top_experts(xp: Any, scores: Array, n_used: int) -> Array:
-    """Indices of the n_used highest scores of each row, best first, ties to the lower index. (n_tokens, n_used) int64."""
+    """Indices of the n_used highest scores of each row, best first, ties to the lower: (n_tokens, n_used) int64."""
     return xp.argsort(-scores, axis=-1, kind="stable")[:, :n_used]
 
 

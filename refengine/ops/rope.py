@@ -49,7 +49,9 @@ def rope_angles(
     return cos[:, None, :], sin[:, None, :]
 
 
-def yarn_corners(n_rot: int, n_ctx_orig: int, freq_base: float, beta_fast: float, beta_slow: float) -> tuple[float, float]:
+def yarn_corners(
+    n_rot: int, n_ctx_orig: int, freq_base: float, beta_fast: float, beta_slow: float
+) -> tuple[float, float]:
     """Dimensions between which YaRN blends: those that turn `beta_fast` and `beta_slow` times within n_ctx_orig."""
 
     def dimension(turns: float) -> float:

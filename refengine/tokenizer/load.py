@@ -46,6 +46,8 @@ def load_tokenizer(gguf: GGUFFile, source: Literal["auto", "gguf", "hf-json"] = 
 def tokenizer_model(gguf: GGUFFile) -> str | None:
     """`tokenizer.ggml.model`, or None for a file without a vocabulary. Raises TokenizerError if it is not supported."""
     key = "tokenizer.ggml.model"
+    if key not in gguf.metadata and "tokenizer.ggml.tokens" in gguf.metadata:
+        raise gguf.error(key, f"{key} is missing, though the file has tokens; expected one of {', '.join(_MODELS)}")
     model = gguf.get(key, str, default="none")
     if model in _NO_VOCABULARY:
         return None

@@ -47,6 +47,8 @@ class SentencePieceBPE(Tokenizer):
             self._library = SentencePieceProcessor(model_proto=proto)
         except (RuntimeError, ValueError) as error:
             raise TokenizerError(f"{gguf.path}: the SentencePiece vocabulary cannot be built: {error}") from error
+        # Also where a file without token types calls them ordinary tokens.
+        self._byte_tokens = _BYTE_TOKENS if has_all_bytes else {}
         self._tokens = vocabulary.tokens
         self._types = vocabulary.types
         self._special = vocabulary.special
@@ -74,7 +76,7 @@ class SentencePieceBPE(Tokenizer):
         kind = self._types[token_id]
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN) or token_id in self._special.cut_ids:
             return text.encode()
-        if kind == TokenType.BYTE:
+        if text in self._byte_tokens:
             return bytes([_BYTE_TOKENS[text]])
         if kind == TokenType.NORMAL:
             return text.replace(_SPACE, " ").encode()

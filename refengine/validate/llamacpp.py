@@ -224,7 +224,7 @@ def _ggml_base() -> ctypes.CDLL:
 
 
 def _read(tensor: _GgmlTensor) -> np.ndarray:
-    """A copy of the tensor's values, axes reversed to NumPy's order, leading axes of length 1 dropped (to at least 2)."""
+    """A copy of the tensor's values, axes in NumPy's order, leading axes of length 1 dropped (to at least 2)."""
     dtype = np.dtype(_NUMPY_TYPES[tensor.type])
     shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
     extent = dtype.itemsize + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))

@@ -1,0 +1,200 @@
+"""The `refengine` command: arguments only. What each command does is in `refengine.commands`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from refengine.errors import RefengineError, RequestError
+
+DESCRIPTION = """Run GGUF language models as readable array code that matches llama.cpp to its rounding noise."""
+
+EPILOG = """examples:
+  refengine generate "Once upon a time" --model stories260K.gguf --temperature 0
+  refengine inspect --model model.gguf
+  refengine logits --model model.gguf --prompt "Hello" --numerics llamacpp --output logits.npz
+  refengine trace --model model.gguf --prompt "Hello" --filter 'Qcur-[01]$' --output qcur.safetensors
+  refengine generate "Hello" --model model.gguf --break Qcur-3     (stops in pdb at that tensor)
+"""
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from refengine import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="refengine", description=DESCRIPTION, epilog=EPILOG, formatter_class=_Help, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"refengine {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    generate = _command(commands, "generate", "continue a prompt, streaming text to stdout and statistics to stderr")
+    generate.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt (or --prompt, --ids)")
+    _model_arguments(generate)
+    _prompt_arguments(generate)
+    _sampling_arguments(generate)
+    _trace_arguments(generate)
+    generate.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="put the prompt through the model's chat template (default: if it has one)",
+    )
+    generate.add_argument(
+        "--echo",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="print the prompt before its continuation (default: unless it went through a chat template)",
+    )
+
+    logits = _command(commands, "logits", "write the logits of every position of a prompt to an .npz file")
+    _model_arguments(logits)
+    _prompt_arguments(logits)
+    _trace_arguments(logits)
+    logits.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE.npz",
+        help="where `ids` (n,) int64 and `logits` (n, n_vocab) float32 go (float64 under --numerics exact64)",
+    )
+
+    trace = _command(commands, "trace", "write named intermediate tensors of a prompt to a safetensors file")
+    _model_arguments(trace)
+    _prompt_arguments(trace)
+    _trace_arguments(trace)
+    trace.add_argument(
+        "--output",
+        metavar="FILE.safetensors",
+        help="where the tensors go; their manifest goes beside it as FILE.manifest.json",
+    )
+    trace.add_argument("--filter", default="", metavar="RE", help="regular expression on tensor names; all by default")
+    trace.add_argument("--list", action="store_true", help="print names, shapes and value ranges, write nothing")
+
+    tokenize = _command(commands, "tokenize", "print the token ids of a text as JSON, or the text of ids")
+    tokenize.add_argument("text", nargs="?", metavar="TEXT", help="the text, or with --decode the ids as JSON or 1,2,3")
+    tokenize.add_argument("--model", required=True, metavar="FILE", help="GGUF file")
+    tokenize.add_argument("--decode", action="store_true", help="print the text of ids instead")
+    tokenize.add_argument(
+        "--special",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add BOS and EOS as the metadata says",
+    )
+    tokenize.add_argument(
+        "--parse-special", action="store_true", help="read special tokens in the text (<|im_start|>…) as such"
+    )
+    tokenize.add_argument("--debug", action="store_true", help="show a traceback on errors")
+
+    inspect = _command(commands, "inspect", "print metadata, tensor types, sizes and the kind of quantisation")
+    inspect.add_argument("file", nargs="?", metavar="FILE", help="GGUF file (or --model)")
+    inspect.add_argument("--model", metavar="FILE", help="GGUF file")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object, with every tensor")
+    inspect.add_argument("--debug", action="store_true", help="show a traceback on errors")
+    return parser
+
+
+def _command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help_text, description=help_text, formatter_class=_Help, allow_abbrev=False
+    )
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="FILE", help="GGUF file; of a split one, the first part")
+    group.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, cuda, cuda:N, or auto (a GPU if one serves; says which and why); "
+        "an explicit device never falls back to another",
+    )
+    group.add_argument(
+        "--numerics",
+        default="exact",
+        choices=("exact", "exact64", "llamacpp"),
+        help="exact: float32 on the dequantised weights; exact64: float64; llamacpp: rounded as llama.cpp's CPU rounds",
+    )
+    group.add_argument(
+        "--kv-type", choices=("f16", "f32", "f64"), help="type of the KV cache (default: f16 for llamacpp, else full)"
+    )
+    group.add_argument("--ctx", type=int, metavar="N", help="context in tokens (default: the model's)")
+    group.add_argument(
+        "--cpu-cache-mb",
+        type=int,
+        metavar="MIB",
+        help="dequantised weights to keep, in MiB (default: half of the memory); 0 dequantises at every use",
+    )
+    group.add_argument("--debug", action="store_true", help="show a traceback on errors")
+
+
+def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    group.add_argument("--prompt", metavar="TEXT", help="prompt as text; `-` reads standard input")
+    group.add_argument("--ids", metavar="1,2,3", help="prompt as token ids, taken as they are; also as JSON: [1, 2, 3]")
+    group.add_argument("--chunk", type=int, default=512, metavar="N", help="prompt tokens a forward pass")
+
+
+def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens to generate at most")
+    group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 to 2; 0 is greedy")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P", help="above 0, to 2; 1 is off")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 is off")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep probability mass P; 1 is off")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 to 1; 0 is off")
+    group.add_argument("--seed", type=int, metavar="N", help="0 to 2^64 - 1 (default: drawn, and reported)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop there; up to 4 times")
+
+
+def _trace_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("debugging")
+    group.add_argument(
+        "--break",
+        dest="breakpoints",
+        action="append",
+        default=[],
+        metavar="TENSOR",
+        help="stop in pdb when tensor TENSOR (Qcur-3) has been made; repeatable",
+    )
+    group.add_argument("--watch", action="store_true", help="stop at the first tensor with NaN or Inf and name it")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 2 wrong use or unusable input, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    from refengine import commands
+
+    try:
+        run = {
+            "generate": commands.generate,
+            "logits": commands.logits,
+            "trace": commands.trace,
+            "tokenize": commands.tokenize,
+            "inspect": commands.inspect,
+        }[arguments.command]
+        run(arguments)
+        sys.stdout.flush()
+    except (RefengineError, OSError, MemoryError) as e:
+        if isinstance(e, BrokenPipeError):  # the reader of our output has gone; not an error of ours
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if arguments.debug:
+            raise
+        message = str(e) if isinstance(e, RequestError | RefengineError) else f"{type(e).__name__}: {e}"
+        print(f"refengine: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nrefengine: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,344 @@
+"""What the commands of the command line do. Text and data go to stdout or to a file, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import refengine
+from refengine.config import ModelConfig
+from refengine.engine.generation import Generation
+from refengine.engine.sampling import SamplingParams
+from refengine.errors import RefengineError, RequestError
+from refengine.gguf_file import GGUFFile
+from refengine.model import Model, load
+from refengine.models import BY_ARCHITECTURE
+from refengine.tokenizer import load_tokenizer
+from refengine.trace import Trace, Tracer, no_trace
+from refengine.weights import check_tensors, quant_kind
+
+SHOWN_ARRAY = 6  # elements of an array that `inspect` prints
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    params = SamplingParams(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+        max_tokens=arguments.max_tokens,
+        stop=tuple(arguments.stop),
+    )
+    text, ids = _prompt(arguments)
+    model = _load(arguments)
+    tokenizer = model.tokenizer
+    chat = arguments.chat
+    if chat is None:
+        chat = text is not None and tokenizer is not None and tokenizer.chat_template is not None
+    if chat:
+        if text is None or tokenizer is None:
+            raise RequestError("--chat needs a prompt as text and a model with a vocabulary")
+        rendered = tokenizer.render_chat([{"role": "user", "content": text}])
+        prompt_ids = tokenizer.encode(rendered, add_special=False, parse_special=True)
+    else:
+        prompt_ids = model.prompt_ids(ids if text is None else text)
+    trace = _tracer(arguments)
+    generation = Generation(model, prompt_ids, params, chunk=_chunk(arguments), trace=trace)
+    if arguments.echo or (arguments.echo is None and not chat and text is not None):
+        _write(text if text is not None else ",".join(map(str, prompt_ids)) + ":")
+    reason = "interrupted"
+    try:
+        for token in generation:
+            # Without a vocabulary there is no text: ids then.
+            _write(token.text if tokenizer is not None else f" {token.id}")
+            reason = token.stop_reason or reason
+    finally:
+        if generation.n_generated:
+            _write("\n")
+        _print_statistics(model, generation, reason)
+        generation.free()
+    _check_trace(trace)
+
+
+def logits(arguments: argparse.Namespace) -> None:
+    text, ids = _prompt(arguments)
+    output = _output_path(arguments.output, ".npz")
+    model = _load(arguments)
+    prompt_ids = model.prompt_ids(ids if text is None else text)
+    trace = _tracer(arguments)
+    result = model.forward(prompt_ids, trace=trace, chunk=_chunk(arguments))
+    _check_trace(trace)
+    with _written(output) as temporary, open(temporary, "wb") as file:
+        np.savez(file, ids=np.asarray(prompt_ids, dtype=np.int64), logits=result)
+    _say(f"{output}: logits {result.shape[0]} x {result.shape[1]} {result.dtype}, numerics {_numerics(model)}")
+
+
+def trace(arguments: argparse.Namespace) -> None:
+    if arguments.output is None and not arguments.list:
+        raise RequestError("give --output FILE.safetensors, or --list to see what there is")
+    text, ids = _prompt(arguments)
+    output = None if arguments.list else _output_path(arguments.output, ".safetensors")
+    tracer = Trace(arguments.filter, watch=arguments.watch, breakpoints=arguments.breakpoints)
+    model = _load(arguments)
+    prompt_ids = model.prompt_ids(ids if text is None else text)
+    model.forward(prompt_ids, trace=tracer, chunk=_chunk(arguments))
+    _check_trace(tracer)
+    tensors = tracer.result()
+    if not tensors:
+        raise RequestError(f"no tensor matches --filter {arguments.filter!r}; `--list` shows all names")
+    if output is None:
+        for name, value in tensors.items():
+            print(f"{name:28} {'x'.join(map(str, value.shape)):>18} {value.dtype}  "
+                  f"min {value.min():.6g} max {value.max():.6g}")
+        return
+    from safetensors.numpy import save_file
+
+    manifest = _manifest(model, prompt_ids, tensors)
+    beside = output.with_suffix(".manifest.json")
+    with _written(output) as temporary:
+        save_file({n: np.ascontiguousarray(v) for n, v in tensors.items()}, temporary, {"format": "refengine-trace"})
+    with _written(beside) as temporary:
+        Path(temporary).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _say(f"{output}: {len(tensors)} tensors; manifest in {beside}")
+
+
+def tokenize(arguments: argparse.Namespace) -> None:
+    with GGUFFile(Path(arguments.model)) as gguf:
+        tokenizer = load_tokenizer(gguf)
+        if tokenizer is None:
+            raise RequestError(f"{arguments.model} has no vocabulary")
+        text = sys.stdin.read() if arguments.text in (None, "-") else arguments.text
+        if arguments.decode:
+            _write(tokenizer.decode(parse_ids(text)) + "\n")
+        else:
+            ids = tokenizer.encode(text, add_special=arguments.special, parse_special=arguments.parse_special)
+            print(json.dumps(ids))
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    path = arguments.model or arguments.file
+    if path is None or (arguments.model and arguments.file):
+        raise RequestError("give one GGUF file to inspect")
+    with GGUFFile(Path(path)) as gguf:
+        by_type: dict[str, tuple[int, int]] = {}
+        for info in gguf.tensors.values():
+            count, size = by_type.get(info.type.name, (0, 0))
+            by_type[info.type.name] = (count + 1, size + info.n_bytes)
+        try:
+            config = ModelConfig.from_gguf(gguf)
+            check_tensors(gguf, BY_ARCHITECTURE[config.arch].tensors(config))
+            runnable = "yes"
+        except RefengineError as e:
+            runnable = f"no: {e}"
+        if arguments.json:
+            print(json.dumps(_inspection(gguf, by_type, runnable), ensure_ascii=False))
+            return
+        n_parameters = sum(int(np.prod(i.shape)) for i in gguf.tensors.values())
+        print(f"file          {gguf.path} ({_size(gguf.file_size)}, GGUF version {gguf.version})")
+        print(f"quant_kind    {quant_kind(gguf)}")
+        print(f"tensors       {len(gguf.tensors)} with {n_parameters:,} parameters")
+        for name, (count, size) in sorted(by_type.items(), key=lambda item: -item[1][1]):
+            print(f"  {name:8} {count:5} tensors  {_size(size)}")
+        print(f"runs here     {runnable}")
+        print("metadata")
+        for key, value in gguf.metadata.items():
+            print(f"  {key} = {_shown(value)}")
+
+
+def parse_ids(text: str) -> list[int]:
+    """`1,2,3`, `1 2 3` or `[1, 2, 3]`. Raises `RequestError`."""
+    try:
+        return [int(word) for word in text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()]
+    except ValueError:
+        raise RequestError(f"{text[:60]!r} is not a list of token ids; write them as 1,2,3") from None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, with a progress bar where it takes long."""
+    digest, total = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file, _bar("hashing", total) as bar:
+        while piece := file.read(8 << 20):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()
+
+
+def _prompt(arguments: argparse.Namespace) -> tuple[str | None, list[int]]:
+    """The prompt as text, or None and ids. Exactly one way of giving it is allowed."""
+    given = [v for v in (getattr(arguments, "text", None), arguments.prompt, arguments.ids) if v is not None]
+    if len(given) != 1:
+        raise RequestError(f"give the prompt once: as text or with --ids ({len(given)} were given)")
+    if arguments.ids is not None:
+        return None, parse_ids(arguments.ids)
+    return sys.stdin.read() if given[0] == "-" else given[0], []
+
+
+def _load(arguments: argparse.Namespace) -> Model:
+    start = time.perf_counter()
+    with _bar("loading", None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        model = load(
+            arguments.model,
+            arguments.device,
+            arguments.numerics,
+            kv_type=arguments.kv_type,
+            n_ctx=arguments.ctx,
+            cpu_cache_mb=arguments.cpu_cache_mb,
+            progress=progress,
+        )
+    reason = f" ({model.device.reason})" if arguments.device == "auto" else ""
+    _say(
+        f"{model.config.name}: {model.config.arch} {quant_kind(model.gguf)}, device {model.device.name}{reason}, "
+        f"numerics {_numerics(model)}, loaded in {time.perf_counter() - start:.2f} s"
+    )
+    return model
+
+
+def _numerics(model: Model) -> str:
+    numerics = model.ops.numerics
+    return f"{numerics.name}, KV cache {np.dtype(numerics.kv_dtype).name}"
+
+
+def _chunk(arguments: argparse.Namespace) -> int:
+    if arguments.chunk < 1:
+        raise RequestError(f"--chunk {arguments.chunk} must be at least 1 token")
+    return int(arguments.chunk)
+
+
+def _tracer(arguments: argparse.Namespace) -> Tracer:
+    if not arguments.breakpoints and not arguments.watch:
+        return no_trace
+    return Trace(watch=arguments.watch, breakpoints=arguments.breakpoints)
+
+
+def _check_trace(tracer: Tracer) -> None:
+    if isinstance(tracer, Trace):
+        tracer.check_names()
+
+
+def _print_statistics(model: Model, generation: Generation, reason: str) -> None:
+    n = generation.n_generated
+    decode = f", decode {(n - 1) / generation.decode_s:.1f} tokens/s" if n > 1 and generation.decode_s else ""
+    prefill = f"{generation.n_prompt / generation.prefill_s:.1f} tokens/s" if generation.prefill_s else "-"
+    _say(
+        f"prompt {generation.n_prompt} tokens ({prefill}), {n} generated{decode}, first token after "
+        f"{generation.prefill_s * 1000:.0f} ms, stop: {reason}, seed {generation.seed}"
+    )
+
+
+def _manifest(model: Model, ids: list[int], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    entries = []
+    for name, value in tensors.items():
+        base, _, occurrence = name.partition("@")[0].partition("#")
+        tensor, _, layer = base.rpartition("-")
+        entries.append(
+            {
+                "name": name,
+                "tensor": tensor or base,
+                "layer": int(layer) if tensor else None,
+                "occurrence": int(occurrence) if occurrence else None,
+                "shape": list(value.shape),
+                "dtype": str(value.dtype),
+            }
+        )
+    return {
+        "format": "refengine-trace",
+        "engine": "refengine",
+        "version": refengine.__version__,
+        "model": model.gguf.path.name,
+        "model_sha256": file_sha256(model.gguf.path),
+        "arch": model.config.arch,
+        "numerics": model.ops.numerics.name,
+        "kv_type": np.dtype(model.ops.numerics.kv_dtype).name,
+        "device": model.device.name,
+        "axis_order": "numpy",
+        "ids": ids,
+        "tensors": entries,
+    }
+
+
+def _inspection(gguf: GGUFFile, by_type: dict[str, tuple[int, int]], runnable: str) -> dict[str, Any]:
+    return {
+        "file": str(gguf.path),
+        "file_size": gguf.file_size,
+        "version": gguf.version,
+        "quant_kind": quant_kind(gguf),
+        "runs_here": runnable,
+        "types": {name: {"tensors": count, "bytes": size} for name, (count, size) in by_type.items()},
+        "metadata": {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in gguf.metadata.items()},
+        "tensors": [
+            {"name": i.name, "type": i.type.name, "shape": list(i.shape), "offset": i.offset, "bytes": i.n_bytes}
+            for i in gguf.tensors.values()
+        ],
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | np.ndarray):
+        head = ", ".join(repr(v) if isinstance(v, str) else str(v) for v in value[:SHOWN_ARRAY])
+        return f"[{head}{', …' if len(value) > SHOWN_ARRAY else ''}] ({len(value)})"
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 100 else f"{text[:100]}… ({len(text)} characters)"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
+
+
+def _output_path(given: str, suffix: str) -> Path:
+    """Checked before the work starts, not after it."""
+    path = Path(given)
+    if path.suffix != suffix:
+        raise RequestError(f"--output {given} must end in {suffix}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RequestError(f"--output {given}: folder {path.parent} does not exist or cannot be written")
+    return path
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[str]:
+    """A temporary file beside `path` that takes its place when it is complete; an interruption leaves nothing."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _bar(what: str, total: int | None) -> Any:
+    """A progress bar on a terminal, shown once the work has taken a second."""
+    return tqdm(
+        desc=what, total=total, unit="B", unit_scale=True, delay=1.0, leave=False, disable=None, file=sys.stderr
+    )
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    print(f"refengine: {text}", file=sys.stderr)
+

@@ -1,0 +1,82 @@
+"""Renders chat templates; runs as a process of its own (`python -P chat_renderer.py MEMORY_BYTES`).
+
+A template comes out of a model file, so it is not trusted. jinja2's immutable sandbox keeps it from Python's objects,
+but not from running for ever or filling the memory, in one step if need be (`'a' * 10**9`, `10**10**9`); only a process
+can be stopped from doing that. Its memory is limited here, its time by the parent, which kills it.
+
+Protocol: "ready" on a line; then for each line of input, a JSON object {template, variables, max_output}, one line of
+output: {"text": ...} or {"error": ...}. Ends when its input does. Imports nothing but jinja2 and the standard library.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(f"the template refuses these messages: {message}")
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
+    """As chat templates expect it: unlike jinja2's own filter, no HTML escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+
+def build_environment() -> ImmutableSandboxedEnvironment:
+    """The environment that templates on the Hugging Face hub are written for."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def render(environment: ImmutableSandboxedEnvironment, request: dict[str, Any]) -> dict[str, str]:
+    """{"text": the rendered template} or {"error": what was wrong, in one line}."""
+    try:
+        chunks: list[str] = []
+        n_chars = 0
+        for chunk in environment.from_string(request["template"]).generate(request["variables"]):
+            n_chars += len(chunk)
+            if n_chars > request["max_output"]:
+                return {"error": f"its output exceeds {request['max_output']} characters"}
+            chunks.append(chunk)
+        return {"text": "".join(chunks)}
+    except TemplateSyntaxError as error:
+        return {"error": f"line {error.lineno}: {error.message}"}
+    except MemoryError:
+        return {"error": "it needs more memory than a chat template may use"}
+    except Exception as error:  # whatever a template makes Python raise
+        text = " ".join(str(error).split())
+        return {"error": text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"}
+
+
+def _limit_memory(n_bytes: int) -> None:
+    try:
+        import resource
+    except ImportError:  # not on Windows; the parent's clock remains
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
+
+
+def main() -> None:
+    _limit_memory(int(sys.argv[1]))
+    environment = build_environment()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(render(environment, json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Tokenizer of a `tokenizer.json` beside the model, run by the `tokenizers` library that the format belongs to.
+
+The library does all of encoding, special tokens included. Decoding is the base class's, from the bytes of each token:
+the format's decoder only says how a token spells its bytes. BOS, EOS and special ids come from the GGUF's metadata
+where it has them, because that is what the model runs on.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType
+from tokenizers import Tokenizer as LibraryTokenizer
+
+from refengine.errors import TokenizerError
+from refengine.gguf_file import GGUFFile
+from refengine.tokenizer.base import SpacePrefix, Tokenizer
+from refengine.tokenizer.byte_level import token_to_bytes
+from refengine.tokenizer.pretokenizers import PRE_TOKENIZERS
+from refengine.tokenizer.special import find_special_tokens
+from refengine.tokenizer.vocab import read_roles
+
+_SPACE = "\u2581"
+_BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+
+class HFJsonTokenizer(Tokenizer):
+    """Tokenizer of a tokenizer.json.
+
+    Raises TokenizerError if the library cannot read the file, if its decoder is neither byte-level nor
+    SentencePiece-like, or if the GGUF has a vocabulary and the two disagree about an ordinary token.
+    """
+
+    kind = "hf-json"
+
+    def __init__(self, gguf: GGUFFile, path: Path) -> None:
+        try:
+            library = LibraryTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise TokenizerError(f"{path}: the tokenizers library cannot read it: {error}") from error
+        library.no_truncation()
+        library.no_padding()
+        self._library = library
+        self._lock = threading.Lock()  # whether special tokens are parsed is a property of the library's object
+        self._is_byte_level = _is_byte_level(path, _parts(library.decoder))
+        self.space_prefix = _space_prefix(_parts(library.normalizer) + _parts(library.pre_tokenizer))
+
+        in_json = {token_id: text for text, token_id in library.get_vocab(with_added_tokens=True).items()}
+        if not in_json:
+            raise TokenizerError(f"{path}: the vocabulary is empty")
+        in_gguf = gguf.get("tokenizer.ggml.tokens", "strs", default=[])
+        gguf_types = gguf.get("tokenizer.ggml.token_type", "ints", default=None)
+        types = [int(TokenType.NORMAL)] * (max(in_json) + 1) if gguf_types is None else gguf_types.tolist()
+        if in_gguf:
+            _check_same_vocabulary(gguf, path, in_gguf, types, in_json)
+        self.vocab_size = len(in_gguf) or max(in_json) + 1
+        types += [int(TokenType.UNUSED)] * (self.vocab_size - len(types))
+        for token_id, added in library.get_added_tokens_decoder().items():
+            types[token_id] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
+        self._types = types
+        self._tokens = [in_json.get(i) or (in_gguf[i] if in_gguf else f"[EMPTY_{i}]") for i in range(self.vocab_size)]
+
+        bos_ids, eos_ids = _added_around(library)
+        model = gguf.get("tokenizer.ggml.model", str, default="")
+        in_post_processor = {"bos": bos_ids[0]} if bos_ids else {}
+        in_post_processor |= {"eos": eos_ids[-1]} if eos_ids else {}
+        self._roles = read_roles(gguf, self.vocab_size, in_post_processor)
+        ids = {text: i for i, text in enumerate(self._tokens)}
+        name = gguf.get("general.name", str, default="")
+        self._special = find_special_tokens(self._tokens, types, ids.get, self._roles, name)
+        self.bos_id = self._roles.get("bos")
+        self.eos_id = self._roles.get("eos")
+        self.eog_ids = self._special.eog_ids
+        add_bos, add_eos = bool(bos_ids), bool(eos_ids)
+        if model == "gpt2":
+            pre_tokenizer = PRE_TOKENIZERS.get(gguf.get("tokenizer.ggml.pre", str, default=""))
+            add_bos, add_eos = pre_tokenizer is not None and pre_tokenizer.add_bos, False
+        elif model == "llama":
+            add_bos, add_eos = True, False
+        self.add_bos = gguf.get("tokenizer.ggml.add_bos_token", bool, default=add_bos) and self.bos_id is not None
+        self.add_eos = gguf.get("tokenizer.ggml.add_eos_token", bool, default=add_eos) and self.eos_id is not None
+        self.chat_template = gguf.get("tokenizer.chat_template", str, default=None)
+
+    def token_text(self, token_id: int) -> str:
+        self._check_id(token_id)
+        return self._tokens[token_id]
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
+        with self._lock:
+            self._library.encode_special_tokens = not parse_special
+            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._encode(text, parse_special=False)
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        text = self._tokens[token_id]
+        if token_id in self._special.cut_ids:
+            return text.encode()
+        if self._types[token_id] not in (TokenType.NORMAL, TokenType.BYTE):
+            return b""
+        if self._is_byte_level:
+            return token_to_bytes(text)
+        if text in _BYTE_TOKENS:
+            return bytes([_BYTE_TOKENS[text]])
+        return text.replace(_SPACE, " ").encode()
+
+
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """A normalizer, pre-tokenizer or decoder as the settings of its parts, a sequence being taken apart."""
+    if component is None:
+        return []
+    settings = json.loads(component.__getstate__())
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        if name in settings:
+            return list(settings[name])
+    return [settings]
+
+
+def _is_byte_level(path: Path, decoders: list[dict[str, Any]]) -> bool:
+    kinds = {part["type"] for part in decoders}
+    if "ByteLevel" in kinds:
+        return True
+    if kinds & {"Metaspace", "ByteFallback", "Replace"}:
+        return False
+    raise TokenizerError(
+        f"{path}: its decoder is {', '.join(sorted(kinds)) or 'missing'}; expected ByteLevel, Metaspace or ByteFallback"
+    )
+
+
+def _space_prefix(parts: list[dict[str, Any]]) -> SpacePrefix:
+    """Where a SentencePiece-like tokenizer.json puts its extra space."""
+    for part in parts:
+        if part["type"] == "Prepend" and part.get("prepend") == _SPACE:
+            return "fragments"
+        if part["type"] == "Metaspace":
+            schemes: dict[str, SpacePrefix] = {"always": "fragments", "first": "start"}
+            return schemes.get(part.get("prepend_scheme", "always"), "none")
+    return "none"
+
+
+def _added_around(library: LibraryTokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the file's post-processor puts before and after a text."""
+    bare = library.encode("a", add_special_tokens=False).ids
+    full = library.encode("a", add_special_tokens=True).ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def _check_same_vocabulary(
+    gguf: GGUFFile, path: Path, in_gguf: list[str], types: list[int], in_json: dict[int, str]
+) -> None:
+    """Ordinary tokens must agree; GGUF files may pad the vocabulary or name special tokens their own way."""
+    advice = f"take {path.name} away if it belongs to another model"
+    if max(in_json) >= len(in_gguf):
+        raise TokenizerError(
+            f"{path}: has token id {max(in_json)}, but {gguf.path.name} has only {len(in_gguf)} tokens; {advice}"
+        )
+    for token_id, (text, kind) in enumerate(zip(in_gguf, types, strict=False)):
+        if kind in (TokenType.NORMAL, TokenType.BYTE) and in_json.get(token_id, text) != text:
+            raise TokenizerError(
+                f"{path}: token {token_id} is {in_json[token_id]!r}, but {text!r} in {gguf.path.name}; {advice}"
+            )

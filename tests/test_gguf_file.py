@@ -1,0 +1,426 @@
+"""GGUF files that are right: values, tensors, typed access, split files, closing."""
+
+import contextlib
+import re
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from refengine.errors import GGUFError
+from refengine.gguf_file import GGUFFile, TensorInfo
+from tests.gguf_builder import (
+    BOOL,
+    F32,
+    I32,
+    STRING,
+    TENSOR_F16,
+    TENSOR_Q8_0,
+    U16,
+    U32,
+    U64,
+    GGUFBuilder,
+    counting_bytes,
+    tiny_builder,
+)
+
+SCALARS = {
+    "general.architecture": ("string", "tiny"),
+    "t.u8": ("uint8", 200),
+    "t.i8": ("int8", -100),
+    "t.u16": ("uint16", 60_000),
+    "t.i16": ("int16", -30_000),
+    "t.u32": ("uint32", 4_000_000_000),
+    "t.i32": ("int32", -2_000_000_000),
+    "t.u64": ("uint64", (1 << 64) - 3),
+    "t.i64": ("int64", -(1 << 62)),
+    "t.f32": ("float32", 0.15625),
+    "t.f64": ("float64", 0.1),
+    "t.true": ("bool", True),
+    "t.false": ("bool", False),
+    "t.empty": ("string", ""),
+}
+ARRAYS = {
+    "a.u8": (np.uint8, [0, 255]),
+    "a.i8": (np.int8, [-128, 127, 5]),
+    "a.u16": (np.uint16, [65535]),
+    "a.i16": (np.int16, [-32768, 32767]),
+    "a.u32": (np.uint32, [4_294_967_295, 1]),
+    "a.i32": (np.int32, [-2_147_483_648, 7]),
+    "a.u64": (np.uint64, [(1 << 64) - 1]),
+    "a.i64": (np.int64, [-1, 2]),
+    "a.f32": (np.float32, [0.5, -0.25, 3.0]),
+    "a.f64": (np.float64, [0.1, 1e300]),
+    "a.bool": (np.bool_, [True, False, True]),
+    "a.none": (np.int32, []),
+}
+
+
+@pytest.fixture(params=[2, 3])
+def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> GGUFFile:
+    return GGUFFile(tiny_builder(version=request.param).write(tmp_path / "tiny.gguf"))
+
+
+def test_metadata_scalars_keep_value_and_type(tiny: GGUFFile) -> None:
+    for key, (type_name, value) in SCALARS.items():
+        assert (tiny.type_name(key), tiny.metadata[key]) == (type_name, value), key
+        assert type(tiny.metadata[key]) is type(value), key
+
+
+def test_metadata_arrays_keep_values_and_dtype(tiny: GGUFFile) -> None:
+    for key, (dtype, values) in ARRAYS.items():
+        array = tiny.metadata[key]
+        assert array.dtype == dtype, key
+        assert array.tolist() == values, key
+        assert not array.flags.writeable, key
+    assert tiny.metadata["a.str"] == ["", "a", "é", "語", "🦙", "zero\0inside"]
+    assert tiny.type_name("a.str") == "array of string"
+
+
+def test_metadata_holds_every_key_in_file_order(tiny: GGUFFile) -> None:
+    expected = ["general.architecture", "general.alignment", *list(SCALARS)[1:], *ARRAYS, "a.str"]
+    assert list(tiny.metadata) == expected
+
+
+def test_tensors_have_numpy_shapes_sizes_and_bytes(tmp_path: Path) -> None:
+    builder = tiny_builder()
+    raw = builder.build()
+    (tmp_path / "tiny.gguf").write_bytes(raw)
+    file = GGUFFile(tmp_path / "tiny.gguf")
+    expected = {
+        "vector": (GGMLQuantizationType.F32, (5,), 20),
+        "matrix": (GGMLQuantizationType.Q8_0, (3, 64), 3 * 2 * 34),
+        "cube.weight": (GGMLQuantizationType.MXFP4, (2, 3, 32), 6 * 17),
+        "deep": (GGMLQuantizationType.F16, (2, 1, 3, 4), 48),
+    }
+    assert file.tensors == {
+        name: TensorInfo(name, *rest, shard=0)
+        for name, rest in ((n, (t, s, builder.at[f"data:{n}"], b)) for n, (t, s, b) in expected.items())
+    }
+    assert list(file.tensors) == list(expected)
+    for index, (name, (_, _, n_bytes)) in enumerate(expected.items()):
+        data = file.data(name)
+        assert (data.dtype, data.shape) == (np.uint8, (n_bytes,))
+        assert data.tobytes() == counting_bytes(n_bytes, start=7 * index)
+        assert not data.flags.writeable
+
+
+def test_header_fields(tmp_path: Path) -> None:
+    path = tiny_builder(version=2).write(tmp_path / "tiny.gguf")
+    file = GGUFFile(str(path))
+    assert (file.version, file.alignment, file.file_size) == (2, 32, path.stat().st_size)
+    assert (file.path, file.paths) == (path, (path,))
+
+
+@pytest.mark.parametrize("alignment", [8, 64, 4096])
+def test_alignment_places_the_data(tmp_path: Path, alignment: int) -> None:
+    builder = GGUFBuilder(alignment=alignment).pair("general.alignment", U32, alignment)
+    builder.tensor("a", [3]).tensor("b", [7], TENSOR_F16)
+    file = GGUFFile(builder.write(tmp_path / "a.gguf"))
+    assert file.alignment == alignment
+    assert file.data("b").tobytes() == counting_bytes(14, start=7)
+    assert file.tensors["b"].offset % alignment == 0
+
+
+def test_data_may_have_gaps_and_another_order(tmp_path: Path) -> None:
+    builder = GGUFBuilder().tensor("late", [8], data=bytes(96) + b"L" * 32, offset=96).tensor("early", [8], offset=32)
+    file = GGUFFile(builder.write(tmp_path / "a.gguf"))
+    assert file.data("late").tobytes() == b"L" * 32
+    assert file.tensors["early"].offset < file.tensors["late"].offset
+
+
+def test_names_at_their_limits_are_accepted(tmp_path: Path) -> None:
+    key, name = "k" * 65_535, "é" * 32
+    file = GGUFFile(GGUFBuilder().pair(key, BOOL, 1).tensor(name, [1]).write(tmp_path / "a.gguf"))
+    assert file.get(key, bool) is True
+    assert list(file.tensors) == [name]
+
+
+@pytest.mark.parametrize("n_tensors", [0, 9_999])
+def test_number_of_tensors_at_its_limits_is_accepted(tmp_path: Path, n_tensors: int) -> None:
+    builder = GGUFBuilder()
+    for index in range(n_tensors):
+        builder.tensor(f"t{index}", [1])
+    assert len(GGUFFile(builder.write(tmp_path / "a.gguf")).tensors) == n_tensors
+
+
+def test_file_may_end_with_the_last_tensor_or_go_on(tmp_path: Path) -> None:
+    raw = GGUFBuilder().tensor("a", [3]).build()
+    for tail in (b"", b"tail"):
+        (tmp_path / "a.gguf").write_bytes(raw + tail)
+        assert GGUFFile(tmp_path / "a.gguf").data("a").size == 12
+
+
+def test_known_but_unsupported_tensor_types_are_read(tmp_path: Path) -> None:
+    iq2_xxs = int(GGMLQuantizationType.IQ2_XXS)
+    path = GGUFBuilder().tensor("a", [2, 256], iq2_xxs, data=bytes(2 * 66)).write(tmp_path / "a.gguf")
+    assert GGUFFile(path).tensors["a"].n_bytes == 2 * 66
+
+
+def test_get_returns_the_value_of_the_kind(tiny: GGUFFile) -> None:
+    for key in ("t.u8", "t.i8", "t.u16", "t.i16", "t.u32", "t.i32", "t.u64", "t.i64"):
+        assert tiny.get(key, int) == SCALARS[key][1]
+    assert tiny.get("t.f32", float) == 0.15625
+    assert tiny.get("t.f64", float) == 0.1
+    assert tiny.get("t.true", bool) is True
+    assert tiny.get("general.architecture", str) == "tiny"
+    assert tiny.get("a.str", "strs")[3] == "語"
+    assert tiny.get("a.bool", "bools").tolist() == [True, False, True]
+    assert tiny.get("a.f32", "floats").tolist() == [0.5, -0.25, 3.0]
+    for key in ("a.u8", "a.i8", "a.u16", "a.i16", "a.u32", "a.i32", "a.u64", "a.i64", "a.none"):
+        assert tiny.get(key, "ints") is tiny.metadata[key]
+
+
+def test_get_gives_the_default_only_for_a_missing_key(tiny: GGUFFile) -> None:
+    assert tiny.get("absent", int, 7) == 7
+    assert tiny.get("absent", "floats", default=None) is None
+    assert tiny.get("t.u8", int, default=7) == 200
+    with pytest.raises(GGUFError, match="expected float"):
+        tiny.get("t.u8", float, default=1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "found"),
+    [
+        ("t.true", int, "bool"),
+        ("t.u8", bool, "uint8"),
+        ("t.u32", float, "uint32"),
+        ("t.f32", int, "float32"),
+        ("t.f32", str, "float32"),
+        ("general.architecture", int, "string"),
+        ("a.u8", int, "array of uint8"),
+        ("a.str", str, "array of string"),
+        ("t.u8", "ints", "uint8"),
+        ("a.bool", "ints", "array of bool"),
+        ("a.i32", "floats", "array of int32"),
+        ("a.f32", "ints", "array of float32"),
+        ("a.f32", "strs", "array of float32"),
+        ("a.u8", "bools", "array of uint8"),
+    ],
+)
+def test_get_refuses_another_type(tmp_path: Path, key: str, kind: type | str, found: str) -> None:
+    builder = tiny_builder()
+    path = builder.write(tmp_path / "tiny.gguf")
+    wanted = f"array of {kind}" if isinstance(kind, str) else kind.__name__
+    with pytest.raises(GGUFError) as caught:
+        GGUFFile(path).get(key, kind)  # type: ignore[call-overload]
+    position = builder.at[f"key:{key}"]
+    assert str(caught.value) == f"{path}: key {key!r} is of type {found}; expected {wanted} (byte {position})"
+
+
+def test_get_names_a_missing_key(tiny: GGUFFile) -> None:
+    with pytest.raises(GGUFError, match=r"tiny\.gguf: required key 'llama\.x' is missing; expected int \(byte 24\)"):
+        tiny.get("llama.x", int)
+
+
+def test_errors_of_others_name_file_and_position(tmp_path: Path) -> None:
+    builder = tiny_builder()
+    file = GGUFFile(builder.write(tmp_path / "tiny.gguf"))
+    assert str(file.error("t.u8", "too small")) == f"{file.path}: too small (byte {builder.at['key:t.u8']})"
+    assert str(file.tensor_error("deep", "odd")) == f"{file.path}: odd (byte {builder.at['tensor:deep']})"
+
+
+def test_data_of_an_absent_tensor_is_an_error(tiny: GGUFFile) -> None:
+    with pytest.raises(GGUFError, match="no tensor 'nope'"):
+        tiny.data("nope")
+
+
+def test_close_leaves_views_and_metadata_readable(tmp_path: Path) -> None:
+    path = tiny_builder().write(tmp_path / "tiny.gguf")
+    with GGUFFile(path) as file:
+        view = file.data("vector")
+    file.close()
+    assert view.tobytes() == counting_bytes(20)
+    assert file.metadata["a.u16"].tolist() == [65535]
+    assert "vector" in file.tensors
+    with pytest.raises(ValueError, match="is closed"):
+        file.data("vector")
+
+
+def test_close_without_views_unmaps_at_once(tmp_path: Path) -> None:
+    path = tiny_builder().write(tmp_path / "tiny.gguf")
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc/self/maps: mappings cannot be listed on this system")
+    with GGUFFile(path) as file:
+        arrays = [value for value in file.metadata.values() if isinstance(value, np.ndarray)]
+        assert str(path) in maps.read_text()
+    assert str(path) not in maps.read_text()
+    assert arrays
+
+
+def test_a_refused_file_is_unmapped(tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(tiny_builder().build()[:-1])
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc/self/maps: mappings cannot be listed on this system")
+    with contextlib.suppress(GGUFError):
+        GGUFFile(path)
+    assert str(path) not in maps.read_text()
+
+
+def write_with_package(path: Path, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A file by the `gguf` package's own writer."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(3)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_token_list(["<s>", "ä", "▁the"])
+    writer.add_token_scores([0.0, -1.0, -2.5])
+    writer.add_token_types([3, 1, 1])
+    writer.add_add_bos_token(True)
+    writer.add_uint64("big", 1 << 40)
+    tensors = {
+        "token_embd.weight": rng.standard_normal((3, 64), dtype=np.float32),
+        "blk.0.attn_q.weight": rng.standard_normal((5, 7)).astype(np.float16),
+        "blk.0.attn_norm.weight": rng.standard_normal(9, dtype=np.float32),
+    }
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    quantised = gguf.quants.quantize(tensors["token_embd.weight"], GGMLQuantizationType.Q8_0)
+    writer.add_tensor("output.weight", quantised, raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {**tensors, "output.weight": quantised}
+
+
+def test_files_of_the_gguf_package_are_read(tmp_path: Path) -> None:
+    tensors = write_with_package(tmp_path / "w.gguf", np.random.default_rng(0))
+    file = GGUFFile(tmp_path / "w.gguf")
+    assert file.get("general.architecture", str) == "llama"
+    assert file.get("llama.block_count", int) == 3
+    assert file.get("llama.attention.layer_norm_rms_epsilon", float) == np.float32(1e-5)
+    assert file.get("tokenizer.ggml.tokens", "strs") == ["<s>", "ä", "▁the"]
+    assert file.get("tokenizer.ggml.scores", "floats").tolist() == [0.0, -1.0, -2.5]
+    assert file.get("tokenizer.ggml.token_type", "ints").tolist() == [3, 1, 1]
+    assert file.get("tokenizer.ggml.add_bos_token", bool) is True
+    assert file.get("big", int) == 1 << 40
+    assert list(file.tensors) == list(tensors)
+    assert file.tensors["output.weight"].shape == (3, 64)
+    assert file.tensors["output.weight"].type == GGMLQuantizationType.Q8_0
+    for name, tensor in tensors.items():
+        assert file.data(name).tobytes() == tensor.tobytes(), name
+
+
+def assert_equal_to_package_reader(path: Path) -> None:
+    reader = gguf.GGUFReader(path)
+    file = GGUFFile(path)
+    fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert list(file.metadata) == list(fields)
+    for key, field in fields.items():
+        found = file.metadata[key]
+        assert (found.tolist() if isinstance(found, np.ndarray) else found) == field.contents(), key
+    expected = [
+        TensorInfo(t.name, t.tensor_type, tuple(t.shape.tolist())[::-1], t.data_offset, t.n_bytes, shard=0)
+        for t in reader.tensors
+    ]
+    assert list(file.tensors.values()) == expected
+    for tensor in reader.tensors:
+        assert file.data(tensor.name).tobytes() == tensor.data.tobytes(), tensor.name
+
+
+def test_package_reader_agrees_on_the_tiny_file(tmp_path: Path) -> None:
+    assert_equal_to_package_reader(tiny_builder().write(tmp_path / "tiny.gguf"))
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab/ggml-vocab-llama-spm.gguf", "vocab/ggml-vocab-phi-3.gguf", "models/stories260K.gguf"]
+)
+def test_package_reader_agrees_on_real_files(shared_data: Path, name: str) -> None:
+    assert_equal_to_package_reader(shared_data / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_tokens", "n_merges", "token"),
+    [
+        ("ggml-vocab-qwen2", 151_936, 151_387, (151_643, "<|endoftext|>")),
+        ("ggml-vocab-llama-bpe", 128_256, 280_147, (128_000, "<|begin_of_text|>")),
+        ("ggml-vocab-gpt-2", 50_257, 50_000, (50_256, "<|endoftext|>")),
+        ("gpt-oss-o200k", 201_088, 199_742, (199_998, "<|startoftext|>")),
+    ],
+)
+def test_large_vocabularies_are_read(
+    shared_data: Path, name: str, n_tokens: int, n_merges: int, token: tuple[int, str]
+) -> None:
+    file = GGUFFile(shared_data / "vocab" / f"{name}.gguf")
+    tokens = file.get("tokenizer.ggml.tokens", "strs")
+    merges = file.get("tokenizer.ggml.merges", "strs")
+    assert (len(tokens), len(merges)) == (n_tokens, n_merges)
+    assert tokens[token[0]] == token[1]
+    assert all(re.fullmatch(r"\S+ \S+", merge) for merge in merges)
+    assert len(file.get("tokenizer.ggml.token_type", "ints")) == n_tokens
+
+
+def shard(index: int, count: int, n_tensors: int, alignment: int = 32) -> GGUFBuilder:
+    """A file of a split model, without its tensors; the first has the metadata."""
+    builder = GGUFBuilder(alignment=alignment)
+    if index == 0:
+        builder.pair("general.architecture", STRING, "tiny").array("t.scores", F32, [1.5, 2.5])
+    builder.pair("split.no", U16, index).pair("split.count", U16, count).pair("split.tensors.count", I32, n_tensors)
+    return builder
+
+
+def write_split(folder: Path) -> list[Path]:
+    """Three files; the second has an alignment of its own, the third a tensor of another type."""
+    paths = [folder / f"m-{i + 1:05d}-of-00003.gguf" for i in range(3)]
+    shard(0, 3, 4).tensor("a", [4]).tensor("b", [3]).write(paths[0])
+    shard(1, 3, 4, alignment=64).pair("general.alignment", U32, 64).tensor("c", [5], data=b"c" * 20).write(paths[1])
+    shard(2, 3, 4).tensor("d", [2, 32], TENSOR_Q8_0, data=b"d" * 68).write(paths[2])
+    return paths
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_split_files_load_as_one(tmp_path: Path, given: int) -> None:
+    paths = write_split(tmp_path)
+    with GGUFFile(paths[given]) as file:
+        assert file.path == paths[given]
+        assert file.paths == tuple(paths)
+        assert [(t.name, t.shard) for t in file.tensors.values()] == [("a", 0), ("b", 0), ("c", 1), ("d", 2)]
+        assert file.get("general.architecture", str) == "tiny"
+        assert file.get("t.scores", "floats").tolist() == [1.5, 2.5]
+        assert file.file_size == sum(path.stat().st_size for path in paths)
+        assert file.data("a").tobytes() == counting_bytes(16)
+        assert file.data("c").tobytes() == b"c" * 20
+        assert file.data("d").tobytes() == b"d" * 68
+        assert str(file.tensor_error("c", "bad")).startswith(f"{paths[1]}: bad (byte ")
+
+
+def test_split_files_of_the_gguf_package_load_as_one(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
+    tensors = {f"t{i}": np.arange(i + 3, dtype=np.float32) for i in range(5)}
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "m-00002-of-00003.gguf")
+    assert len(file.paths) == 3
+    assert {name: file.data(name).tobytes() for name in file.tensors} == {n: t.tobytes() for n, t in tensors.items()}
+
+
+def test_a_whole_file_may_say_that_it_is_one_of_one(tmp_path: Path) -> None:
+    file = GGUFFile(shard(0, 1, 1).tensor("a", [1]).write(tmp_path / "any name.gguf"))
+    assert list(file.tensors) == ["a"]
+
+
+def test_a_file_that_only_looks_split_by_name_is_whole(tmp_path: Path) -> None:
+    file = GGUFFile(GGUFBuilder().tensor("a", [1]).write(tmp_path / "m-00001-of-00002.gguf"))
+    assert len(file.paths) == 1
+
+
+def test_split_number_may_be_any_integer_type(tmp_path: Path) -> None:
+    builder = GGUFBuilder().pair("split.no", U64, 0).pair("split.count", U32, 1)
+    assert len(GGUFFile(builder.write(tmp_path / "a.gguf")).paths) == 1
+
+
+def test_builder_writes_what_the_specification_says() -> None:
+    raw = GGUFBuilder().pair("k", U32, 7).tensor("t", [2, 3], data=b"x" * 24).build()
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + struct.pack("<Q1sII", 1, b"k", 4, 7)
+    index = struct.pack("<Q1sIQQIQ", 1, b"t", 2, 3, 2, 0, 0)
+    assert raw == (head + index).ljust(96, b"\0") + b"x" * 24
