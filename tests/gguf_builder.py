@@ -50,6 +50,7 @@ class GGUFBuilder:
 
     `at` maps field names to byte offsets: "version", "n_tensors", "n_keys"; `key:K` (the pair), `value:K` (behind its
     type), `type:K`; `tensor:N` (the index entry), `dims:N` (their number), `ne:N`, `dtype:N`, `offset:N`, `data:N`.
+    The second of two pairs or tensors of one name is marked `#2`.
     """
 
     def __init__(self, version: int = 3, alignment: int = 32) -> None:
@@ -134,7 +135,8 @@ class GGUFBuilder:
         return path
 
     def _mark(self, field: str, name: str | bytes, out: bytearray) -> None:
-        self.at.setdefault(f"{field}:{_text(name)}", len(out))  # of two with one name, the first
+        label = f"{field}:{_text(name)}"
+        self.at[f"{label}#2" if label in self.at else label] = len(out)
 
 
 def _text(name: str | bytes) -> str:

@@ -14,14 +14,8 @@ from refengine.errors import GGUFError
 from refengine.gguf_file import GGUFFile, TensorInfo
 from tests.gguf_builder import (
     BOOL,
-    F32,
-    I32,
-    STRING,
     TENSOR_F16,
-    TENSOR_Q8_0,
-    U16,
     U32,
-    U64,
     GGUFBuilder,
     counting_bytes,
     tiny_builder,
@@ -354,69 +348,6 @@ def test_large_vocabularies_are_read(
     assert tokens[token[0]] == token[1]
     assert all(re.fullmatch(r"\S+ \S+", merge) for merge in merges)
     assert len(file.get("tokenizer.ggml.token_type", "ints")) == n_tokens
-
-
-def shard(index: int, count: int, n_tensors: int, alignment: int = 32) -> GGUFBuilder:
-    """A file of a split model, without its tensors; the first has the metadata."""
-    builder = GGUFBuilder(alignment=alignment)
-    if index == 0:
-        builder.pair("general.architecture", STRING, "tiny").array("t.scores", F32, [1.5, 2.5])
-    builder.pair("split.no", U16, index).pair("split.count", U16, count).pair("split.tensors.count", I32, n_tensors)
-    return builder
-
-
-def write_split(folder: Path) -> list[Path]:
-    """Three files; the second has an alignment of its own, the third a tensor of another type."""
-    paths = [folder / f"m-{i + 1:05d}-of-00003.gguf" for i in range(3)]
-    shard(0, 3, 4).tensor("a", [4]).tensor("b", [3]).write(paths[0])
-    shard(1, 3, 4, alignment=64).pair("general.alignment", U32, 64).tensor("c", [5], data=b"c" * 20).write(paths[1])
-    shard(2, 3, 4).tensor("d", [2, 32], TENSOR_Q8_0, data=b"d" * 68).write(paths[2])
-    return paths
-
-
-@pytest.mark.parametrize("given", [0, 1, 2])
-def test_split_files_load_as_one(tmp_path: Path, given: int) -> None:
-    paths = write_split(tmp_path)
-    with GGUFFile(paths[given]) as file:
-        assert file.path == paths[given]
-        assert file.paths == tuple(paths)
-        assert [(t.name, t.shard) for t in file.tensors.values()] == [("a", 0), ("b", 0), ("c", 1), ("d", 2)]
-        assert file.get("general.architecture", str) == "tiny"
-        assert file.get("t.scores", "floats").tolist() == [1.5, 2.5]
-        assert file.file_size == sum(path.stat().st_size for path in paths)
-        assert file.data("a").tobytes() == counting_bytes(16)
-        assert file.data("c").tobytes() == b"c" * 20
-        assert file.data("d").tobytes() == b"d" * 68
-        assert str(file.tensor_error("c", "bad")).startswith(f"{paths[1]}: bad (byte ")
-
-
-def test_split_files_of_the_gguf_package_load_as_one(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
-    tensors = {f"t{i}": np.arange(i + 3, dtype=np.float32) for i in range(5)}
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    file = GGUFFile(tmp_path / "m-00002-of-00003.gguf")
-    assert len(file.paths) == 3
-    assert {name: file.data(name).tobytes() for name in file.tensors} == {n: t.tobytes() for n, t in tensors.items()}
-
-
-def test_a_whole_file_may_say_that_it_is_one_of_one(tmp_path: Path) -> None:
-    file = GGUFFile(shard(0, 1, 1).tensor("a", [1]).write(tmp_path / "any name.gguf"))
-    assert list(file.tensors) == ["a"]
-
-
-def test_a_file_that_only_looks_split_by_name_is_whole(tmp_path: Path) -> None:
-    file = GGUFFile(GGUFBuilder().tensor("a", [1]).write(tmp_path / "m-00001-of-00002.gguf"))
-    assert len(file.paths) == 1
-
-
-def test_split_number_may_be_any_integer_type(tmp_path: Path) -> None:
-    builder = GGUFBuilder().pair("split.no", U64, 0).pair("split.count", U32, 1)
-    assert len(GGUFFile(builder.write(tmp_path / "a.gguf")).paths) == 1
 
 
 def test_builder_writes_what_the_specification_says() -> None:

@@ -118,6 +118,15 @@ def test_draw_of_a_long_row_equals_the_naive_reading(params):
     assert len(set(drawn)) > 30
 
 
+def test_draw_boundaries_are_exact():
+    # Two equal tokens: the lower id has exactly the lower half of the 2**64 values, of whatever is kept.
+    for params in (SamplingParams(), SamplingParams(top_k=2), SamplingParams(min_p=1.0), SamplingParams(top_p=0.75)):
+        logits = np.array([0.5, -1e4, 0.5], np.float32)
+        assert [draw(logits, params, [], bits) for bits in (0, 2**63 - 1, 2**63, 2**64 - 1)] == [0, 0, 2, 2]
+    # top_p equal to a running sum keeps no token more.
+    assert draw(np.zeros(4, np.float32), SamplingParams(top_p=0.5), [], 2**64 - 1) == 1
+
+
 CHI_SQUARE_LOGITS = np.array([1.5, -2.0, 0.25, 3.0, 3.0, -0.5, 1.0], np.float32)
 CHI_SQUARE_LIMIT = 22.46  # 99.9 % quantile for 6 degrees of freedom
 

@@ -146,7 +146,7 @@ def draw(
     top_p_mass = top_k_mass
     if params.top_p < 1.0:
         # float64 product, then ceil: one rounding, the same on a GPU.
-        _, top_p_mass = ranking.first_reaching(max(1, math.ceil(params.top_p * top_k_mass)))
+        _, top_p_mass = ranking.first_reaching(math.ceil(params.top_p * top_k_mass))
     min_weight = math.ceil(params.min_p * WEIGHT_ONE)
     min_p_mass = int(weights[weights >= min_weight].sum()) if min_weight > 0 else top_k_mass
     kept_mass = min(top_p_mass, min_p_mass)
@@ -192,8 +192,11 @@ class _Ranking:
         self._masses = np.cumsum(self._weights[self._positions])  # (n_sorted,) i64
 
     def first_reaching(self, mass: int) -> tuple[int, int]:
-        """(position, running sum of weights) of the first ranked candidate whose running sum is >= `mass`."""
-        while self._masses[-1] < mass:
+        """(position, running sum of weights) of the first ranked candidate whose running sum is >= `mass`.
+
+        `mass` is at most the sum of all weights.
+        """
+        while self._masses[-1] < mass and self._positions.size < self._candidates.size:
             self._sort(min(self.GROWTH * self._positions.size, self._candidates.size))
         rank = int(np.searchsorted(self._masses, mass, side="left"))
         return int(self._positions[rank]), int(self._masses[rank])

@@ -82,7 +82,7 @@ def forward(cfg: ModelConfig, w: Weights, batch: Batch, kv: KVCache, ops: Ops, t
         l_out = trace("l_out", il, ffn_out + ffn_inp)  # (n_tokens, n_embd)
         inpL = l_out
 
-    out = inpL[batch.rows]  # (n_out, n_embd)
+    out = ops.rows(inpL, batch.rows)  # (n_out, n_embd)
     normed_out = ops.layer_norm(out, w.output_norm, w.output_norm_bias, cfg.norm_eps)
     result_norm = trace("result_norm", None, normed_out)  # (n_out, n_embd)
     return trace("result_output", None, ops.linear(result_norm, w.output))  # (n_out, n_vocab)

@@ -76,6 +76,6 @@ def forward(cfg: ModelConfig, w: Weights, batch: Batch, kv: KVCache, ops: Ops, t
         l_out = trace("l_out", il, ffn_out + ffn_inp)  # (n_tokens, n_embd)
         inpL = l_out
 
-    out = inpL[batch.rows]  # (n_out, n_embd)
+    out = ops.rows(inpL, batch.rows)  # (n_out, n_embd)
     result_norm = trace("result_norm", None, ops.rms_norm(out, w.output_norm, cfg.norm_eps))  # (n_out, n_embd)
     return trace("result_output", None, ops.linear(result_norm, w.output))  # (n_out, n_vocab)

@@ -35,6 +35,10 @@ class Ops:
     def embedding(self, w: Any, ids: np.ndarray) -> Array:
         return linear.embedding(self.xp, w, ids, self.numerics.dtype)
 
+    def rows(self, x: Array, rows: np.ndarray) -> Array:
+        """x[rows]; x itself where that is all of it."""
+        return x if np.array_equal(rows, np.arange(x.shape[0])) else x[self.xp.asarray(rows)]
+
     def linear(self, x: Array, w: Any, bias: Array | None = None) -> Array:
         y = linear.linear(self.xp, x, w, self.numerics, self.cache)
         return y if bias is None else y + bias

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -80,6 +81,7 @@ class _Renderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._owner = 0  # id of the process that started it: a fork must not share its pipes
 
     def ask(self, request: str, time_limit_s: float) -> dict[str, str]:
         with self._lock:
@@ -96,12 +98,14 @@ class _Renderer:
 
     def close(self) -> None:
         with self._lock:
-            self._stop()
+            if self._owner == os.getpid():
+                self._stop()
 
     def _running(self) -> subprocess.Popen[str]:
-        if self._process is not None and self._process.poll() is None:
-            return self._process
-        self._stop()
+        if self._owner == os.getpid():
+            if self._process is not None and self._process.poll() is None:
+                return self._process
+            self._stop()
         script = Path(__file__).with_name("chat_renderer.py")
         process = subprocess.Popen(
             [sys.executable, "-P", str(script), str(MEMORY_LIMIT)],
@@ -111,7 +115,7 @@ class _Renderer:
             text=True,
             encoding="utf-8",
         )
-        self._process = process
+        self._process, self._owner = process, os.getpid()
         if self._exchange(process, None, _START_LIMIT_S) != "ready\n":
             self._stop()
             raise TokenizerError(f"the process that renders chat templates does not start: {sys.executable} {script}")

@@ -15,9 +15,12 @@ import json
 import sys
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_MAX_ERROR = 500  # characters of a message, which a template may make as long as it likes
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -28,14 +31,32 @@ def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
 
 
-def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As chat templates expect it: unlike jinja2's own filter, no HTML escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}...{% endgeneration %}` marks what the model wrote, for training; here it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def build_environment() -> ImmutableSandboxedEnvironment:
     """The environment that templates on the Hugging Face hub are written for."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
@@ -58,7 +79,7 @@ def render(environment: ImmutableSandboxedEnvironment, request: dict[str, Any]) 
     except MemoryError:
         return {"error": "it needs more memory than a chat template may use"}
     except Exception as error:  # whatever a template makes Python raise
-        text = " ".join(str(error).split())
+        text = " ".join(str(error)[:_MAX_ERROR].split())
         return {"error": text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"}
 
 

@@ -21,7 +21,7 @@ from refengine.tokenizer.base import SpacePrefix, Tokenizer
 from refengine.tokenizer.byte_level import token_to_bytes
 from refengine.tokenizer.pretokenizers import PRE_TOKENIZERS
 from refengine.tokenizer.special import find_special_tokens
-from refengine.tokenizer.vocab import read_roles
+from refengine.tokenizer.vocab import read_roles, read_types
 
 _SPACE = "\u2581"
 _BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
@@ -52,19 +52,16 @@ class HFJsonTokenizer(Tokenizer):
         if not in_json:
             raise TokenizerError(f"{path}: the vocabulary is empty")
         in_gguf = gguf.get("tokenizer.ggml.tokens", "strs", default=[])
-        gguf_types = gguf.get("tokenizer.ggml.token_type", "ints", default=None)
-        types = [int(TokenType.NORMAL)] * (max(in_json) + 1) if gguf_types is None else gguf_types.tolist()
+        self.vocab_size = len(in_gguf) or max(in_json) + 1
+        types = read_types(gguf, self.vocab_size)
         if in_gguf:
             _check_same_vocabulary(gguf, path, in_gguf, types, in_json)
-        self.vocab_size = len(in_gguf) or max(in_json) + 1
-        types += [int(TokenType.UNUSED)] * (self.vocab_size - len(types))
         for token_id, added in library.get_added_tokens_decoder().items():
             types[token_id] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
         self._types = types
         self._tokens = [in_json.get(i) or (in_gguf[i] if in_gguf else f"[EMPTY_{i}]") for i in range(self.vocab_size)]
 
         bos_ids, eos_ids = _added_around(library)
-        model = gguf.get("tokenizer.ggml.model", str, default="")
         in_post_processor = {"bos": bos_ids[0]} if bos_ids else {}
         in_post_processor |= {"eos": eos_ids[-1]} if eos_ids else {}
         self._roles = read_roles(gguf, self.vocab_size, in_post_processor)
@@ -74,12 +71,7 @@ class HFJsonTokenizer(Tokenizer):
         self.bos_id = self._roles.get("bos")
         self.eos_id = self._roles.get("eos")
         self.eog_ids = self._special.eog_ids
-        add_bos, add_eos = bool(bos_ids), bool(eos_ids)
-        if model == "gpt2":
-            pre_tokenizer = PRE_TOKENIZERS.get(gguf.get("tokenizer.ggml.pre", str, default=""))
-            add_bos, add_eos = pre_tokenizer is not None and pre_tokenizer.add_bos, False
-        elif model == "llama":
-            add_bos, add_eos = True, False
+        add_bos, add_eos = _added_by_default(gguf, bool(bos_ids), bool(eos_ids))
         self.add_bos = gguf.get("tokenizer.ggml.add_bos_token", bool, default=add_bos) and self.bos_id is not None
         self.add_eos = gguf.get("tokenizer.ggml.add_eos_token", bool, default=add_eos) and self.eos_id is not None
         self.chat_template = gguf.get("tokenizer.chat_template", str, default=None)
@@ -151,6 +143,20 @@ def _added_around(library: LibraryTokenizer) -> tuple[list[int], list[int]]:
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]
     return [], []
+
+
+def _added_by_default(gguf: GGUFFile, has_bos: bool, has_eos: bool) -> tuple[bool, bool]:
+    """Whether BOS and EOS are added where the metadata does not say: as for the GGUF's vocabulary, if it has one.
+
+    `has_bos`, `has_eos`: whether the tokenizer.json's post-processor adds them.
+    """
+    model = gguf.get("tokenizer.ggml.model", str, default="")
+    if model == "llama":
+        return True, False
+    if model == "gpt2":
+        pre_tokenizer = PRE_TOKENIZERS.get(gguf.get("tokenizer.ggml.pre", str, default=""))
+        return pre_tokenizer is not None and pre_tokenizer.add_bos, False
+    return has_bos, has_eos
 
 
 def _check_same_vocabulary(

@@ -52,7 +52,9 @@ def tokenizer_model(gguf: GGUFFile) -> str | None:
     if model in _NO_VOCABULARY:
         return None
     if model not in _MODELS:
-        raise TokenizerError(f"{gguf.path}: {key} is {model!r}, which is not supported; supported: {', '.join(_MODELS)}")
+        raise TokenizerError(
+            f"{gguf.path}: {key} is {model!r}, which is not supported; supported: {', '.join(_MODELS)}"
+        )
     return model
 
 

@@ -96,7 +96,9 @@ def _piece_types(gguf: GGUFFile, vocabulary: Vocabulary, unk_id: int, has_all_by
         text = vocabulary.tokens[token_id]
         if kind == TokenType.BYTE and text not in _BYTE_TOKENS:
             key = "tokenizer.ggml.token_type"
-            raise gguf.error(key, f"{key}: token {token_id} is a byte, but its text is {text!r}; expected <0x00>..<0xFF>")
+            raise gguf.error(
+                key, f"{key}: token {token_id} is a byte, but its text is {text!r}; expected <0x00>..<0xFF>"
+            )
         if text in _BYTE_TOKENS:
             types[token_id] = int(TokenType.BYTE if has_all_bytes else TokenType.CONTROL)
         elif token_id == unk_id:

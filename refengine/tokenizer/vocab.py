@@ -68,7 +68,7 @@ def read_vocabulary(gguf: GGUFFile, *, default_roles: dict[str, int], add_bos: b
     if len(ids) != len(tokens):
         again = next(i for i, text in enumerate(tokens) if ids[text] != i)
         raise gguf.error(key, f"{key}: token {tokens[again]!r} occurs twice, with ids {again} and {ids[tokens[again]]}")
-    types = _token_types(gguf, len(tokens))
+    types = read_types(gguf, len(tokens))
     roles = read_roles(gguf, len(tokens), default_roles)
     special = find_special_tokens(tokens, types, ids.get, roles, gguf.get("general.name", str, default=""))
     vocabulary = Vocabulary(
@@ -102,6 +102,16 @@ def read_roles(gguf: GGUFFile, n_tokens: int, default_roles: dict[str, int]) -> 
             if _PREFIX + name in gguf.metadata:
                 roles[role] = gguf.get(_PREFIX + name, int)
     return roles
+
+
+def read_types(gguf: GGUFFile, n_tokens: int) -> list[int]:
+    """gguf.TokenType of each token, all normal where the file does not say. Raises GGUFError for fewer than tokens."""
+    key = _PREFIX + "token_type"
+    if key not in gguf.metadata:
+        return [int(TokenType.NORMAL)] * n_tokens
+    types: list[int] = gguf.get(key, "ints").tolist()
+    _check_length(gguf, key, types, n_tokens)
+    return types[:n_tokens]
 
 
 def read_scores(gguf: GGUFFile, n_tokens: int) -> list[float]:
@@ -147,15 +157,6 @@ def unknown_merge(gguf: GGUFFile, merges: list[tuple[str, str]], ids: dict[str, 
             if text not in ids:
                 return gguf.error(key, f"{key}: merge {left + ' ' + right!r} needs {text!r}, which is not a token")
     return None
-
-
-def _token_types(gguf: GGUFFile, n_tokens: int) -> list[int]:
-    key = _PREFIX + "token_type"
-    if key not in gguf.metadata:
-        return [int(TokenType.NORMAL)] * n_tokens
-    types = gguf.get(key, "ints").tolist()
-    _check_length(gguf, key, types, n_tokens)
-    return types[:n_tokens]
 
 
 def _check_length(gguf: GGUFFile, key: str, values: Sequence[object], n_tokens: int) -> None:

@@ -51,6 +51,7 @@ class LlamaCpp:
 
     kv_type: `f16` or `f32`. n_threads: CPU threads. n_ctx: tokens of context.
     repack: let llama.cpp re-order weights at load for its fastest kernels (off: weights as the file has them).
+    capture: install the evaluation callback that `tensors` needs; it costs speed (the graph runs node by node).
     Raises `RefengineError` where llama-cpp-python is not installed, `ModelError` where llama.cpp refuses the file.
     """
 
@@ -63,6 +64,7 @@ class LlamaCpp:
         n_threads: int = 2,
         flash_attention: bool = False,
         repack: bool = False,
+        capture: bool = True,
     ) -> None:
         try:
             import llama_cpp
@@ -90,8 +92,9 @@ class LlamaCpp:
         params.type_k = params.type_v = kv_types[kv_type]
         params.swa_full = True  # cells stay in the order of positions, also in sliding layers
         params.offload_kqv = False
-        self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_eval)
-        params.cb_eval = self._callback
+        if capture:
+            self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_eval)
+            params.cb_eval = self._callback
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             raise ModelError(f"{path}: llama.cpp makes no context: {self._last_log()}")
@@ -100,8 +103,8 @@ class LlamaCpp:
         self._callback_error: BaseException | None = None
         self._n_past = 0
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits of every one of `ids`, appended to what was evaluated before: (n, n_vocab) float32."""
+    def logits(self, ids: Sequence[int], last_only: bool = False) -> np.ndarray:
+        """Logits of every one of `ids` (or the last), appended to what was evaluated before: (n, n_vocab) float32."""
         lib, n = self._lib, len(ids)
         if n == 0:
             raise RequestError("no tokens to evaluate")
@@ -112,7 +115,7 @@ class LlamaCpp:
                 batch.pos[i] = self._n_past + i
                 batch.n_seq_id[i] = 1
                 batch.seq_id[i][0] = 0
-                batch.logits[i] = 1
+                batch.logits[i] = int(not last_only or i == n - 1)
             batch.n_tokens = n
             status = lib.llama_decode(self._context, batch)
         finally:
@@ -123,7 +126,7 @@ class LlamaCpp:
             raise RefengineError(f"llama.cpp could not evaluate {n} tokens (status {status}): {self._last_log()}")
         self._n_past += n
         rows = ctypes.cast(lib.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(rows, shape=(n, self.n_vocab)).copy()
+        return np.ctypeslib.as_array(rows, shape=(1 if last_only else n, self.n_vocab)).copy()
 
     def tensors(self, ids: Sequence[int], pattern: str = "") -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """As `logits`, and the tensors whose name matches the regular expression, in NumPy order without leading 1s.
@@ -172,7 +175,7 @@ class LlamaCpp:
     def _on_eval(self, pointer: int, ask: bool, user_data: Any) -> bool:
         """Called twice a node: `ask` whether its value is wanted, then with the value. False would stop the run."""
         if self._filter is None:
-            return not ask
+            return not ask  # nothing is wanted; computed nodes are always fine
         try:
             tensor = ctypes.cast(pointer, ctypes.POINTER(_GgmlTensor)).contents
             name = tensor.name.decode("utf-8", "replace")

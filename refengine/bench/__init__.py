@@ -1,0 +1,1 @@
+"""Throughput and latency measurements. Numbers are reported, never asserted."""

@@ -1,0 +1,108 @@
+"""The models that tools/make_model.py knows by name: tiny ones for tests, and the target models at full size.
+
+TINY has every architecture × tensor type as `<arch>-<type>`, with odd sizes (6 heads over 3 kv heads, heads of 48, rows
+of 96, 160, 224 and 288), and named variants after them. FULL has the shapes and type mixtures of the files users have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from tools.model_specs import ARCHITECTURES, PURE, ModelSpec
+from tools.model_vocab import default_size
+
+# Shapes whose rows divide into blocks of 32 only, and ones for blocks of 256 (an odd number of them where it is cheap).
+_ODD: dict[str, dict[str, Any]] = {
+    "llama": {"n_embd": 96, "n_head": 6, "n_head_kv": 3, "head_dim": 16, "n_ff": 224},
+    "qwen2": {"n_embd": 96, "n_head": 2, "n_head_kv": 1, "head_dim": 48, "n_ff": 224},
+    "qwen3": {"n_embd": 96, "n_head": 6, "n_head_kv": 3, "head_dim": 48, "n_ff": 224},
+    "phi3": {"n_embd": 96, "n_head": 2, "n_head_kv": 2, "head_dim": 48, "n_ff": 160},
+    "gpt-oss": {"n_embd": 96, "n_head": 6, "n_head_kv": 3, "head_dim": 48, "n_ff": 224},
+    "gpt2": {"n_embd": 96, "n_head": 6, "n_head_kv": 6, "head_dim": 16, "n_ff": 224},
+}
+_BY_256: dict[str, dict[str, Any]] = {
+    "llama": {"n_embd": 256, "n_head": 4, "n_head_kv": 2, "head_dim": 64, "n_ff": 768},
+    "qwen2": {"n_embd": 256, "n_head": 8, "n_head_kv": 2, "head_dim": 32, "n_ff": 768},
+    "qwen3": {"n_embd": 256, "n_head": 4, "n_head_kv": 2, "head_dim": 128, "n_ff": 768},
+    "phi3": {"n_embd": 256, "n_head": 4, "n_head_kv": 4, "head_dim": 64, "n_ff": 768},
+    "gpt-oss": {"n_embd": 256, "n_head": 8, "n_head_kv": 2, "head_dim": 32, "n_ff": 256},
+    "gpt2": {"n_embd": 256, "n_head": 4, "n_head_kv": 4, "head_dim": 64, "n_ff": 768},
+}
+_FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {"vocab": "llama-spm"},
+    "qwen2": {"vocab": "qwen2", "tied": True, "norm_eps": 1e-6, "rope_base": 1e6},
+    "qwen3": {"vocab": "qwen2", "norm_eps": 1e-6, "rope_base": 1e6},
+    "phi3": {"vocab": "phi-3"},
+    "gpt-oss": {
+        "vocab": "gpt-4o",
+        "rope_base": 150000.0,
+        **{"rope_scaling": "yarn", "rope_factor": 32.0, "n_ctx_orig": 64, "n_swa": 16},
+        **{"n_expert": 4, "n_expert_used": 2, "n_layer": 2, "n_ctx": 2048},
+    },
+    "gpt2": {"vocab": "gpt-2", "tied": True},
+}
+
+
+def tiny(arch: str, type: str, **overrides: Any) -> ModelSpec:
+    """A small model of any architecture and type. Overrides are fields of ModelSpec. Raises ValueError for bad ones."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
+    by_256 = type in PURE and GGML_QUANT_SIZES[GGMLQuantizationType[type]][0] == 256
+    fields = {"n_layer": 3, **(_BY_256 if by_256 else _ODD)[arch], **_FAMILY[arch], **overrides}
+    fields.setdefault("n_vocab", default_size(fields["vocab"]))
+    unknown = set(overrides) - set(ModelSpec.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"unknown fields {sorted(unknown)}; known: {', '.join(ModelSpec.__dataclass_fields__)}")
+    return ModelSpec(arch=arch, type=type, **fields)
+
+
+_LLAMA3 = {"vocab": "llama-bpe", "rope_base": 500000.0, "rope_freqs": True}
+
+TINY: dict[str, ModelSpec] = {f"{a}-{t.lower()}": tiny(a, t) for a in ARCHITECTURES for t in PURE} | {
+    # llama: llama-3 frequency factors; heads wider than n_embd / n_head; linear scaling; rows of 896; no vocabulary
+    "llama3-f32": tiny("llama", "F32", **_LLAMA3),
+    "llama3-q4_k_m": tiny("llama", "Q4_K_M", **{**_BY_256["llama"], **_LLAMA3}),
+    "llama-f32-wide-heads": tiny("llama", "F32", head_dim=48),
+    "llama-f32-linear": tiny("llama", "F32", rope_scaling="linear", rope_factor=4.0),
+    "llama-f32-no-vocab": tiny("llama", "F32", vocab="none", n_vocab=97),
+    "llama-f32-tied": tiny("llama", "F32", tied=True),
+    "llama-q8_0-896": tiny("llama", "Q8_0", n_layer=1, n_embd=896, n_head=2, n_head_kv=1, head_dim=64, n_ff=96),
+    # the mixture of the real Qwen2.5-0.5B file: rows of n_embd fall back to Q5_0 and Q8_0, ffn_down is Q4_K and Q6_K
+    "qwen2-q4_k_m": tiny("qwen2", "Q4_K_M", n_embd=288, n_head=6, n_head_kv=3, n_ff=768),
+    "qwen2-f32-untied": tiny("qwen2", "F32", tied=False),
+    "qwen3-q4_k_m": tiny("qwen3", "Q4_K_M", **_BY_256["qwen3"]),
+    "phi3-q4_k_m": tiny("phi3", "Q4_K_M", **_BY_256["phi3"]),
+    "phi3-mostly_q4_0": tiny("phi3", "MOSTLY_Q4_0", **_BY_256["phi3"]),  # output in Q6_K
+    "qwen2-mostly_q4_0": tiny("qwen2", "MOSTLY_Q4_0"),  # tied head in Q8_0
+    "phi3-f32-longrope": tiny("phi3", "F32", rope_scaling="longrope", n_ctx_orig=256),
+    "phi3-q4_0-gqa": tiny("phi3", "Q4_0", n_head=6, n_head_kv=2, head_dim=16),
+    "phi3-f32-window": tiny("phi3", "F32", n_swa=16),  # llama.cpp ignores phi3's window
+    "gpt-oss-mxfp4_moe": tiny("gpt-oss", "MXFP4_MOE"),
+    "gpt-oss-f32-three-of-five": tiny("gpt-oss", "F32", n_expert=5, n_expert_used=3),
+    "gpt2-f32-untied": tiny("gpt2", "F32", tied=False),
+}
+
+_PHI3_MINI: dict[str, Any] = {
+    **{"n_layer": 32, "n_embd": 3072, "n_head": 32, "n_head_kv": 32, "head_dim": 96, "n_ff": 8192},
+    **{"n_vocab": 32064, "n_ctx": 4096, "n_ctx_orig": 4096, "n_swa": 2047},
+}
+
+FULL: dict[str, ModelSpec] = {
+    "qwen2.5-0.5b": tiny(
+        "qwen2",
+        "Q4_K_M",
+        **{"n_layer": 24, "n_embd": 896, "n_head": 14, "n_head_kv": 2, "head_dim": 64, "n_ff": 4864},
+        **{"n_vocab": 151936, "n_ctx": 32768, "name": "Qwen2.5-0.5B shape (random weights)"},
+    ),
+    "phi-3-mini": tiny("phi3", "Q4_K_M", **_PHI3_MINI, name="Phi-3-mini-4k shape (random weights)"),
+    "phi-3-mini-q4_0": tiny("phi3", "MOSTLY_Q4_0", **_PHI3_MINI, name="Phi-3-mini-4k shape (random weights)"),
+    "gpt-oss-20b": tiny(
+        "gpt-oss",
+        "MXFP4_MOE",
+        **{"n_layer": 24, "n_embd": 2880, "n_head": 64, "n_head_kv": 8, "head_dim": 64, "n_ff": 2880},
+        **{"n_vocab": 201088, "n_ctx": 131072, "n_ctx_orig": 4096, "n_swa": 128},
+        **{"n_expert": 32, "n_expert_used": 4, "name": "gpt-oss-20b shape (random weights)"},
+    ),
+}
