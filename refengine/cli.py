@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import bdb
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from refengine.errors import RefengineError, RequestError
+from refengine.errors import RefengineError, one_line
 
 DESCRIPTION = """Run GGUF language models as readable array code that matches llama.cpp to its rounding noise."""
 
@@ -169,9 +170,9 @@ def _trace_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 wrong use or unusable input, 130 interrupted."""
     arguments = build_parser().parse_args(argv)
-    from refengine import commands
-
     try:
+        from refengine import commands
+
         run = {
             "generate": commands.generate,
             "logits": commands.logits,
@@ -181,15 +182,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         }[arguments.command]
         run(arguments)
         sys.stdout.flush()
-    except (RefengineError, OSError, MemoryError) as e:
+    except (RefengineError, OSError, MemoryError, UnicodeError) as e:
         if isinstance(e, BrokenPipeError):  # the reader of our output has gone; not an error of ours
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         if arguments.debug:
             raise
-        message = str(e) if isinstance(e, RequestError | RefengineError) else f"{type(e).__name__}: {e}"
-        print(f"refengine: error: {' '.join(message.split())}", file=sys.stderr)
+        message = str(e) if isinstance(e, RefengineError) else f"{type(e).__name__}: {e}"
+        if isinstance(e, UnicodeError):  # standard input or output, in this locale's encoding
+            message += "; set PYTHONIOENCODING=utf-8"
+        print(f"refengine: error: {one_line(message)}", file=sys.stderr)
         return 2
+    except bdb.BdbQuit:
+        print("refengine: stopped in the debugger", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("\nrefengine: interrupted", file=sys.stderr)
         return 130

@@ -21,7 +21,7 @@ import refengine
 from refengine.config import ModelConfig
 from refengine.engine.generation import Generation
 from refengine.engine.sampling import SamplingParams
-from refengine.errors import RefengineError, RequestError
+from refengine.errors import RefengineError, RequestError, one_line
 from refengine.gguf_file import GGUFFile
 from refengine.model import Model, load
 from refengine.models import BY_ARCHITECTURE
@@ -141,6 +141,7 @@ def inspect(arguments: argparse.Namespace) -> None:
         try:
             config = ModelConfig.from_gguf(gguf)
             check_tensors(gguf, BY_ARCHITECTURE[config.arch].tensors(config))
+            load_tokenizer(gguf)
             runnable = "yes"
         except RefengineError as e:
             runnable = f"no: {e}"
@@ -153,10 +154,10 @@ def inspect(arguments: argparse.Namespace) -> None:
         print(f"tensors       {len(gguf.tensors)} with {n_parameters:,} parameters")
         for name, (count, size) in sorted(by_type.items(), key=lambda item: -item[1][1]):
             print(f"  {name:8} {count:5} tensors  {_size(size)}")
-        print(f"runs here     {runnable}")
+        print(f"runs here     {one_line(runnable)}")
         print("metadata")
         for key, value in gguf.metadata.items():
-            print(f"  {key} = {_shown(value)}")
+            print(f"  {one_line(key)} = {_shown(value)}")
 
 
 def parse_ids(text: str) -> list[int]:
@@ -206,7 +207,7 @@ def _load(arguments: argparse.Namespace) -> Model:
         )
     reason = f" ({model.device.reason})" if arguments.device == "auto" else ""
     _say(
-        f"{model.config.name}: {model.config.arch} {quant_kind(model.gguf)}, device {model.device.name}{reason}, "
+        f"{model.config.name[:100]}: {model.config.arch} {quant_kind(model.gguf)}, device {model.device.name}{reason}, "
         f"numerics {_numerics(model)}, loaded in {time.perf_counter() - start:.2f} s"
     )
     return model
@@ -340,5 +341,5 @@ def _write(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"refengine: {text}", file=sys.stderr)
+    print(f"refengine: {one_line(text)}", file=sys.stderr)
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from refengine.errors import ModelError
 from refengine.gguf_file import GGUFFile
 
@@ -21,6 +23,8 @@ SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gpt-oss", "gpt2")
 # them from the file.
 YARN_BETA_FAST = 32.0
 YARN_BETA_SLOW = 1.0
+
+MAX_LAYERS = 10_000  # more layers than a file can have tensors (llama.cpp stops at 512)
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,12 @@ class _Reader:
         self.arch: str = gguf.get("general.architecture", str)
         if self.arch not in SUPPORTED_ARCHITECTURES:
             raise ModelError(
-                f"{gguf.path}: architecture {self.arch!r} is not supported; supported: "
+                f"{gguf.path}: architecture {self.arch[:64]!r} is not supported; supported: "
                 f"{', '.join(SUPPORTED_ARCHITECTURES)}"
             )
 
     def read(self) -> ModelConfig:
-        n_layer = self.size("block_count", limit=100_000)
+        n_layer = self.size("block_count", limit=MAX_LAYERS)
         n_embd = self.size("embedding_length")
         n_head = self.size("attention.head_count", per_layer=n_layer)
         n_head_kv = self.size("attention.head_count_kv", default=n_head, per_layer=n_layer)
@@ -152,10 +156,11 @@ class _Reader:
             raise self.bad(name, f"value {value} is outside 1..{limit}")
         return value
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        """A float from low to high, both within what float32 holds; or `default` where the key is absent."""
         value = self.gguf.get(self.key(name), float, default=default)
-        if not math.isfinite(value):
-            raise self.bad(name, f"value {value} is not finite")
+        if not low <= value <= high:  # NaN is not between them
+            raise self.bad(name, f"value {value} is outside {low:g}..{high:g}")
         return value
 
     def head_dim(self, n_embd: int, n_head: int) -> int:
@@ -170,7 +175,7 @@ class _Reader:
         return key_length
 
     def n_vocab(self) -> int:
-        """llama.cpp takes the vocabulary's length; a file without one (`no_vocab`) must say `<arch>.vocab_size`."""
+        """The vocabulary's length; in a file without one (`no_vocab`) `<arch>.vocab_size`, else the embedding's rows."""
         if "tokenizer.ggml.tokens" in self.gguf.metadata:
             return len(self.gguf.get("tokenizer.ggml.tokens", "strs"))
         if self.key("vocab_size") not in self.gguf.metadata and "token_embd.weight" in self.gguf.tensors:
@@ -190,24 +195,25 @@ class _Reader:
             raise self.bad("rope.dimension_count", f"cannot rotate {n_rot} of {head_dim} elements of a head")
         if self.arch in ("llama", "qwen2") and n_rot != head_dim:
             raise self.bad("rope.dimension_count", f"{n_rot} rotated elements, expected the whole head of {head_dim}")
-        freq_base = self.number("rope.freq_base", 10000.0)
-        if freq_base <= 0:
-            raise self.bad("rope.freq_base", f"base {freq_base} must be positive")
-        if self.number("rope.freq_base_swa", freq_base) != freq_base:
+        freq_base = self.number("rope.freq_base", 10000.0, 1.001, 1e30)
+        if self.number("rope.freq_base_swa", freq_base, 1.001, 1e30) != freq_base:
             raise self.bad("rope.freq_base_swa", "another base for sliding layers is not supported")
         scaling = self.gguf.get(self.key("rope.scaling.type"), str, default="linear")
         if scaling not in ("none", "linear", "yarn", "longrope"):
-            raise self.bad("rope.scaling.type", f"unknown scaling {scaling!r}; known: none, linear, yarn, longrope")
-        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0))
-        if factor < 0:
-            raise self.bad("rope.scaling.factor", f"factor {factor} must not be negative")
+            raise self.bad("rope.scaling.type", f"unknown scaling {scaling[:64]!r}; known: none, linear, yarn, longrope")
+        factor_key = "rope.scaling.factor"
+        if self.key(factor_key) not in self.gguf.metadata:
+            factor_key = "rope.scale_linear"  # its old name
+        factor = self.number(factor_key, 0.0, 0.0, 1e9)
+        if 0.0 < factor < 1e-9:
+            raise self.bad(factor_key, f"factor {factor} is too small")
         return RopeConfig(
             n_rot=n_rot,
             freq_base=freq_base,
             freq_scale=1.0 if factor == 0.0 or scaling == "none" else 1.0 / factor,
             n_ctx_orig=self.size("rope.scaling.original_context_length", default=n_ctx_train),
             ext_factor=1.0 if scaling == "yarn" else 0.0,
-            attn_factor=self.number("rope.scaling.attn_factor", 1.0),
+            attn_factor=self.number("rope.scaling.attn_factor", 1.0, -1e9, 1e9),
         )
 
     def swa_layers(self, n_layer: int) -> tuple[bool, ...]:
@@ -217,7 +223,8 @@ class _Reader:
         if value is None or isinstance(value, int):
             period = 2 if value is None else self.size("attention.sliding_window_pattern", default=0)
             return tuple(period == 0 or il % period < period - 1 for il in range(n_layer))
-        flags = [bool(v) for v in value]
+        is_ints = isinstance(value, np.ndarray) and value.dtype.kind in "iu"
+        flags = [bool(v) for v in self.gguf.get(key, "ints" if is_ints else "bools")]
         if len(flags) < n_layer:
             raise self.bad("attention.sliding_window_pattern", f"{len(flags)} entries for {n_layer} layers")
         return tuple(flags[:n_layer])

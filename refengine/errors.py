@@ -31,3 +31,8 @@ class RequestError(RefengineError):
 
 class TraceError(RefengineError):
     """A traced tensor is unknown, has the wrong shape, or holds NaN or Inf."""
+
+
+def one_line(text: str) -> str:
+    """`text`, parts of which may come from a file, on one line and without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

@@ -9,6 +9,7 @@ Knows nothing of attention arithmetic: it hands out arrays and indices.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ class BlockPool:
 
     def __init__(self, n_blocks: int) -> None:
         self.n_blocks = n_blocks
-        self._free = list(range(n_blocks - 1, -1, -1))
+        self._free = list(range(n_blocks))  # a heap
         self._references = [0] * n_blocks
 
     @property
@@ -45,7 +46,7 @@ class BlockPool:
         """Take `n` blocks with one reference each, or raise `OutOfBlocks` and take none."""
         if n > len(self._free):
             raise OutOfBlocks(f"KV cache is full: {n} blocks wanted, {len(self._free)} of {self.n_blocks} free")
-        blocks = [self._free.pop() for _ in range(n)]
+        blocks = [heapq.heappop(self._free) for _ in range(n)]
         for block in blocks:
             self._references[block] = 1
         return blocks
@@ -60,7 +61,7 @@ class BlockPool:
         assert self._references[block] > 0, f"block {block} is free"
         self._references[block] -= 1
         if self._references[block] == 0:
-            self._free.append(block)
+            heapq.heappush(self._free, block)
 
 
 @dataclass
@@ -113,10 +114,10 @@ class KVCache:
     ) -> None:
         self.n_ctx = n_ctx  # longest sequence it is meant for, in tokens
         self.block_size = block_size
-        self.pool = BlockPool(n_blocks)
         shape = (n_blocks, block_size, n_head_kv, head_dim)
         self.k = [xp.zeros(shape, dtype=dtype) for _ in range(n_layer)]
         self.v = [xp.zeros(shape, dtype=dtype) for _ in range(n_layer)]
+        self.pool = BlockPool(n_blocks)  # after the arrays: what does not fit fails before it costs anything
 
     @staticmethod
     def blocks_for(n_positions: int, block_size: int = BLOCK_SIZE) -> int:

@@ -44,13 +44,15 @@ def load(
     Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError` or `RequestError`.
     """
     rounding = profile(numerics, kv_type)
-    if n_ctx is not None and n_ctx < 1:
-        raise RequestError(f"n_ctx {n_ctx} must be at least 1 token")
+    if n_ctx is not None and not 1 <= n_ctx < 2**31:
+        raise RequestError(f"n_ctx {n_ctx} is outside 1..{2**31 - 1} tokens")
     if cpu_cache_mb is not None and cpu_cache_mb < 0:
         raise RequestError(f"cpu_cache_mb {cpu_cache_mb} must not be negative")
     opened = open_device(device)
     gguf = GGUFFile(Path(path))
     config = ModelConfig.from_gguf(gguf)
+    if n_ctx is not None and n_ctx > config.n_ctx_train and config.rope is None:
+        raise RequestError(f"n_ctx {n_ctx}: {config.arch} has learned positions, only {config.n_ctx_train} of them")
     tokenizer = load_tokenizer(gguf)
     architecture = BY_ARCHITECTURE[config.arch]
     weights = load_weights(gguf, architecture.tensors(config), config.n_layer, opened.xp, progress)

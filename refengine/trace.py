@@ -45,6 +45,10 @@ def to_numpy(x: Array) -> np.ndarray:
     return x.get() if hasattr(x, "get") else np.array(x)
 
 
+# Tensors that are shown from inside attention: (n_head, n_tokens, …).
+_HEADS_FIRST = ("kq-", "kq_soft_max-", "kqv-")
+
+
 class Trace:
     """A tracer that records, watches, breaks and replaces.
 
@@ -87,19 +91,23 @@ class Trace:
             self.tensors.setdefault(full, []).append(to_numpy(x))
         if self.watch:
             self._check_finite(full, x)
+        value = self._replaced(full, x) if full in self.replace else x
         if full in self.breakpoints:
-            self._break(full, x, sys._getframe(1))
-        return self._replaced(full, x) if full in self.replace else x
+            self._break(full, value, sys._getframe(1))  # last: the debugger would stop at any call that followed
+        return value
 
     def result(self) -> dict[str, np.ndarray]:
         """Recorded tensors by full name; several forward calls are joined along the rows where shapes allow.
 
-        Attention scores (`kq`, `kq_soft_max`) of several calls differ in their last axis and stay apart as `name@call`.
+        Tensors inside attention (`kq`, `kq_soft_max`, `kqv`) have heads, not rows, along their first axis: those of
+        several calls stay apart as `name@call`.
         """
         out: dict[str, np.ndarray] = {}
         for name, parts in self.tensors.items():
-            if len(parts) == 1 or len({p.shape[1:] for p in parts}) == 1:
-                out[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            if len(parts) == 1:
+                out[name] = parts[0]
+            elif len({p.shape[1:] for p in parts}) == 1 and not name.startswith(_HEADS_FIRST):
+                out[name] = np.concatenate(parts)
             else:
                 out.update({f"{name}@{i}": part for i, part in enumerate(parts)})
         return out
@@ -124,10 +132,14 @@ class Trace:
         if self.on_break is not None:
             self.on_break(full, x)
             return
-        print(f"refengine: stopped at {full}, shape {tuple(x.shape)} {x.dtype}; the value is `x` one frame down, "
-              f"and the forward pass is here:", file=sys.stderr)
-        debugger = pdb.Pdb()
-        debugger.set_trace(frame)
+        print(
+            f"refengine: stopped after {full}, shape {tuple(x.shape)} {x.dtype}; it is the variable that the line before "
+            "has just set (`__return__` at the end of a function)",
+            file=sys.stderr,
+        )
+        pdb.Pdb().set_trace(frame)
+        # From Python 3.13 on the debugger stops at the next instruction, which is before the variable is set.
+        frame.f_trace_opcodes = False
 
     def _replaced(self, full: str, x: Array) -> Array:
         new = self.replace[full]

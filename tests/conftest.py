@@ -20,3 +20,19 @@ def shared_data() -> Path:
     if not (folder / "vocab").is_dir():
         pytest.skip(f"no test data in {folder}: set REFENGINE_TEST_DATA to a folder with vocab/ and models/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory):
+    """A function from a name in `tools.make_model.TINY` to the path of that model, written when first wanted."""
+    from tools.make_model import TINY, write_spec
+
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def path(name: str) -> Path:
+        file = folder / f"{name}.gguf"
+        if not file.exists():
+            write_spec(file, TINY[name])
+        return file
+
+    return path

@@ -65,14 +65,15 @@ ROOMS = {
     "validate": Room({FACADE, *MODEL}, {*ARRAYS, "safetensors"}, frozenset({"cupy", "llama_cpp"})),  # no HTTP
     "worker": Room({FACADE, *MODEL}, {"numpy"}),
     "bench": Room({FACADE, *MODEL, "validate", "worker"}, {"numpy"}, frozenset({"cupy", "llama_cpp"})),
-    "cli": Room({FACADE, *MODEL, "validate", "worker", "bench"}, {*ARRAYS, "safetensors", "tqdm"}),
+    "commands": Room({FACADE, *MODEL, "validate", "worker", "bench"}, {*ARRAYS, "safetensors", "tqdm"}),
+    "cli": Room({FACADE, "errors", "commands"}, set()),  # arguments only
     "__main__": Room({"cli"}, set()),
 }
 
 # Standard modules that only some rooms may know; every other one is free.
 HTTP_ROOMS = {"worker", "bench"}
 RESERVED_STDLIB = {
-    "argparse": {"cli"},
+    "argparse": {"cli", "commands"},  # commands: for the type of what the parser gives
     "mmap": {"gguf_file", *INSIDE_GGUF_FILE},
     "http": HTTP_ROOMS,
     "urllib": HTTP_ROOMS,
@@ -195,6 +196,7 @@ PLANTED = {
     "files in a model": ("models/llama.py", "import mmap"),
     "HTTP in the engine": ("engine/scheduler.py", "from http.server import HTTPServer"),
     "arrays in a tokenizer": ("tokenizer/bpe.py", "import numpy as np"),
+    "work in the arguments": ("cli.py", "from refengine.gguf_file import GGUFFile"),
     "a library of another room": ("ops/norm.py", "import safetensors.numpy"),
     "a namespace's other package": ("tokenizer/spm.py", "from google.cloud import storage"),
     "cupy at import": ("cuda/loader.py", "import cupy as cp"),

@@ -118,16 +118,20 @@ def check_accepted(file: GGUFFile, file_size: int) -> None:
         assert end_of_last <= file_size
         assert 1 <= len(info.shape) <= 4
         assert min(info.shape) >= 1
+        assert info.offset % file.alignment == 0
         if int(info.type) in BLOCKS:
             elements, n_bytes = BLOCKS[int(info.type)]
+            assert info.shape[-1] % elements == 0
             assert info.n_bytes == math.prod(info.shape) // elements * n_bytes
         data = file.data(info.name)
         assert data.shape == (info.n_bytes,)
         int(data.sum())  # touches every byte
     for key, value in file.metadata.items():
         assert 1 <= len(key.encode()) <= 65_535
+        assert "\0" not in key
         assert isinstance(value, (bool, int, float, str, np.ndarray, list)), key
         assert not isinstance(value, list) or all(isinstance(text, str) for text in value), key
+        assert getattr(value, "dtype", None) != np.bool_ or value.view(np.uint8).max(initial=0) <= 1, key
 
 
 def read(path: Path, file_size: int) -> str | None:

@@ -296,17 +296,27 @@ def test_tiny_file_itself_is_accepted(tmp_path: Path) -> None:
     assert len(GGUFFile(tmp_path / "tiny.gguf").tensors) == 4
 
 
-def test_a_count_that_the_file_could_hold_is_still_limited(tmp_path: Path) -> None:
-    """A sparse file of 8 GB: without a limit of its own the array would be read into memory."""
+@pytest.mark.parametrize(
+    ("value_type", "value", "words"),
+    [
+        (ARRAY, array(I8, 1 << 32), r"number of elements of key 'k' is 4294967296; expected at most 16777216"),
+        (STRING, struct.pack("<Q", 1 << 32), r"length of key 'k' is 4294967296 bytes; expected at most 16777216"),
+        (
+            ARRAY,
+            array(STRING, 1, struct.pack("<Q", 1 << 25)),
+            r"length of element 0 of key 'k' is 33554432 bytes; expected at most 16777216",
+        ),
+    ],
+    ids=["numbers", "string", "string-in-array"],
+)
+def test_sizes_that_the_file_could_hold_are_still_limited(
+    tmp_path: Path, value_type: int, value: bytes, words: str
+) -> None:
+    """A sparse file of 8 GB: without limits of their own these would be read into memory."""
     path = tmp_path / "sparse.gguf"
-    raw = GGUFBuilder().raw_pair("k", ARRAY, array(I8, 1 << 32)).build()
-    path.write_bytes(raw)
+    path.write_bytes(GGUFBuilder().raw_pair("k", value_type, value).build())
     os.truncate(path, 8 << 30)
-    assert re.search(r"number of elements of key 'k' is 4294967296; expected at most 16777216", refusal(path))
-    raw_string = GGUFBuilder().raw_pair("k", STRING, struct.pack("<Q", 1 << 32)).build()
-    path.write_bytes(raw_string)
-    os.truncate(path, 8 << 30)
-    assert re.search(r"length of key 'k' is 4294967296 bytes; expected at most 16777216", refusal(path))
+    assert re.search(words, refusal(path))
 
 
 def test_empty_file_is_refused(tmp_path: Path) -> None:

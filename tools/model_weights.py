@@ -127,7 +127,7 @@ def _blocks(raw: np.ndarray, type_: GGMLQuantizationType, std: float) -> np.ndar
 
 def _k_scales(random: np.ndarray) -> np.ndarray:
     """Twelve packed bytes with eight 6-bit scales 16..63 and minimums equal to them give or take one: (n, 12) u8."""
-    scales = 16 + random[:, :8] % 48
+    scales = (16 + (random[:, :8].astype(np.uint16) * 48 >> 8)).astype(np.uint8)
     jitter = np.stack([random[:, 8:] & 15, random[:, 8:] >> 4], axis=1).reshape(-1, 8) % 3
     mins = np.minimum(scales + jitter - 1, 63)
     low = scales[:, :4] | (scales[:, 4:] >> 4) << 6

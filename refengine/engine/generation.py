@@ -140,4 +140,4 @@ class Generation(Iterator[Token]):
         rest = "" if self._detokenizer is None else self._detokenizer.finish()
         more, stopped = self._stops.push(rest)
         tail = "" if stopped else self._stops.finish()
-        return Token(token_id, text + more + tail, reason)
+        return Token(token_id, text + more + tail, "stop" if stopped else reason)

@@ -8,7 +8,8 @@ descending, ties by id, ascending. Each gets an integer weight
 and with the 64 random bits of (seed, token index) the token is the first in rank order whose running
 sum of weights exceeds floor(bits * kept_mass / 2**64). Integer sums do not depend on the order of
 additions, so a partial sort here and a parallel scan on a GPU reach the same token as a full sort.
-A weight is off by at most half of 2**-40 of the likeliest token's, the least a token can have and be drawn.
+A weight is off by at most half of 2**-40 of the likeliest token's, the least a token can have and be drawn;
+two machines whose exp() differs in the last bit can differ by one such step, and seldom do.
 
 Top-k, top-p and min-p each keep a prefix of the ranking, so the kept set is the shortest of the three
 and is described by its mass (sum of weights) alone.

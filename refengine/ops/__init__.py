@@ -91,6 +91,7 @@ class Ops:
             window=window,
             sinks=sinks,
             round_to=np.float16 if as_cached else None,
+            sum_dtype=self.numerics.sum_dtype,
             probe=probe,
         )
 

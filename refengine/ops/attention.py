@@ -39,6 +39,7 @@ def attention(
     window: int,
     sinks: Array | None,
     round_to: Any | None,
+    sum_dtype: Any,
     probe: Probe,
 ) -> Array:
     """softmax(scale · Q Kᵀ + mask) V per sequence (Vaswani et al. 2017). Returns (n_tokens, n_head * head_dim).
@@ -46,14 +47,15 @@ def attention(
     Qcur: (n_tokens, n_head, head_dim). window: tokens a row may look back, itself included; 0 = all.
     sinks: (n_head,) extra logits that take part in each row's softmax but carry no value (gpt-oss); or None.
     round_to: type that Q and the attention weights are rounded to before each product (llama.cpp: the cache's), or None.
+    sum_dtype: in which both products are formed.
     probe: shown `kq`, `kq_soft_max` (both (n_head, n_tokens, n_kv)) and `kqv` (n_head, n_tokens, head_dim); what it
     returns is used.
     """
     outputs = []
     for span in spans:
         q = Qcur[span.start : span.stop]
-        K = kv_read(xp, k_cache, span.block_table, span.n_kv, q.dtype)  # (n_kv, n_head_kv, head_dim)
-        V = kv_read(xp, v_cache, span.block_table, span.n_kv, q.dtype)  # (n_kv, n_head_kv, head_dim)
+        K = kv_read(xp, k_cache, span.block_table, span.n_kv, sum_dtype)  # (n_kv, n_head_kv, head_dim)
+        V = kv_read(xp, v_cache, span.block_table, span.n_kv, sum_dtype)  # (n_kv, n_head_kv, head_dim)
         masked = causal_mask(xp, positions[span.start : span.stop], span.n_kv, window)  # (n_tokens, n_kv)
         kq = probe("kq", x=grouped_product(xp, rounded(q, round_to).transpose(1, 0, 2), K.transpose(1, 2, 0)))
         kq_soft_max = probe("kq_soft_max", x=soft_max(xp, kq, masked, scale, sinks))
@@ -69,10 +71,11 @@ def causal_mask(xp: Any, positions: Array, n_kv: int, window: int) -> Array:
 
 
 def grouped_product(xp: Any, a: Array, b: Array) -> Array:
-    """(n_head, n, k) times (n_head_kv, k, m), each b serving n_head / n_head_kv neighbours: (n_head, n, m)."""
+    """(n_head, n, k) times (n_head_kv, k, m), each b serving n_head / n_head_kv neighbours: (n_head, n, m) as a."""
     n_head, n, k = a.shape
     n_head_kv = b.shape[0]
-    return xp.matmul(a.reshape(n_head_kv, n_head // n_head_kv * n, k), b).reshape(n_head, n, b.shape[2])
+    merged = a.astype(b.dtype, copy=False).reshape(n_head_kv, n_head // n_head_kv * n, k)
+    return xp.matmul(merged, b).reshape(n_head, n, b.shape[2]).astype(a.dtype, copy=False)
 
 
 def soft_max(xp: Any, kq: Array, masked: Array, scale: float, sinks: Array | None) -> Array:

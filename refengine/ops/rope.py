@@ -41,7 +41,7 @@ def rope_angles(
         mix = (one - np.clip(ramp, 0, 1)) * dtype(rope.ext_factor)
         angle = angle * (one - mix) + extrapolated * mix
         # The file's factor is without YaRN's own growth of the logits; it is applied here.
-        magnitude = magnitude * (one + dtype(0.1) * dtype(math.log(1.0 / rope.freq_scale)))
+        magnitude = magnitude * (one + dtype(0.1) * dtype(math.log(max(1.0, 1.0 / rope.freq_scale))))
     # cos and sin of the float32 angle, correctly rounded: NumPy's float32 versions may be off by several ulp.
     wide = angle.astype(np.float64)
     cos = np.cos(wide).astype(dtype) * magnitude

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 from refengine.errors import TokenizerError
 from refengine.gguf_file import GGUFFile
 from refengine.tokenizer.base import Tokenizer
-from refengine.tokenizer.byte_level import BYTE_TO_CHAR, token_to_bytes
+from refengine.tokenizer.byte_level import BYTE_TO_CHAR, byte_level_to_bytes
 from refengine.tokenizer.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from refengine.tokenizer.vocab import read_merges, read_vocabulary, unknown_merge
 
@@ -85,7 +85,7 @@ class ByteLevelBPE(Tokenizer):
         if kind in _TEXT_TYPES or token_id in self._special.cut_ids:
             return text.encode()
         if kind == TokenType.NORMAL:
-            return token_to_bytes(text)
+            return byte_level_to_bytes(text)
         return b""  # unused: it stands for nothing, as in llama.cpp
 
 

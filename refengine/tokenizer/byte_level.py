@@ -1,9 +1,13 @@
-"""The byte alphabet of byte-level BPE: each byte as one printable character (GPT-2's `bytes_to_unicode`).
+"""How tokens spell bytes. Knows no vocabulary.
 
-Printable Latin-1 bytes stand for themselves; the other 68 are, in order, U+0100 and up. Knows no vocabulary.
+Byte-level BPE writes each byte as one printable character (GPT-2's `bytes_to_unicode`): printable Latin-1 bytes stand
+for themselves; the other 68 are, in order, U+0100 and up. SentencePiece writes text as it is, but for a space, and has
+a token of its own for each byte, for what no other token covers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -14,8 +18,11 @@ BYTE_TO_CHAR: dict[int, str] = {
 }
 CHAR_TO_BYTE: dict[str, int] = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
+SPACE = "\u2581"  # SentencePiece's visible space
+BYTE_FALLBACK: dict[str, int] = {f"<0x{byte:02X}>": byte for byte in range(256)}  # SentencePiece's byte tokens
 
-def token_to_bytes(text: str) -> bytes:
+
+def byte_level_to_bytes(text: str) -> bytes:
     """The bytes that a byte-level token stands for.
 
     A text with characters outside the alphabet is no byte-level token (an added token typed as a normal one): its
@@ -25,3 +32,10 @@ def token_to_bytes(text: str) -> bytes:
         return bytes([CHAR_TO_BYTE[char] for char in text])
     except KeyError:
         return text.encode()
+
+
+def sentencepiece_to_bytes(text: str, byte_tokens: Mapping[str, int] = BYTE_FALLBACK) -> bytes:
+    """The bytes that a SentencePiece token stands for; `byte_tokens`: those that are byte tokens in this vocabulary."""
+    if text in byte_tokens:
+        return bytes([byte_tokens[text]])
+    return text.replace(SPACE, " ").encode()

@@ -18,13 +18,10 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from refengine.errors import TokenizerError
 from refengine.gguf_file import GGUFFile
 from refengine.tokenizer.base import SpacePrefix, Tokenizer
-from refengine.tokenizer.byte_level import token_to_bytes
+from refengine.tokenizer.byte_level import SPACE, byte_level_to_bytes, sentencepiece_to_bytes
 from refengine.tokenizer.pretokenizers import PRE_TOKENIZERS
 from refengine.tokenizer.special import find_special_tokens
 from refengine.tokenizer.vocab import read_roles, read_types
-
-_SPACE = "\u2581"
-_BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 class HFJsonTokenizer(Tokenizer):
@@ -95,11 +92,7 @@ class HFJsonTokenizer(Tokenizer):
             return text.encode()
         if self._types[token_id] not in (TokenType.NORMAL, TokenType.BYTE):
             return b""
-        if self._is_byte_level:
-            return token_to_bytes(text)
-        if text in _BYTE_TOKENS:
-            return bytes([_BYTE_TOKENS[text]])
-        return text.replace(_SPACE, " ").encode()
+        return byte_level_to_bytes(text) if self._is_byte_level else sentencepiece_to_bytes(text)
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:
@@ -127,7 +120,7 @@ def _is_byte_level(path: Path, decoders: list[dict[str, Any]]) -> bool:
 def _space_prefix(parts: list[dict[str, Any]]) -> SpacePrefix:
     """Where a SentencePiece-like tokenizer.json puts its extra space."""
     for part in parts:
-        if part["type"] == "Prepend" and part.get("prepend") == _SPACE:
+        if part["type"] == "Prepend" and part.get("prepend") == SPACE:
             return "fragments"
         if part["type"] == "Metaspace":
             schemes: dict[str, SpacePrefix] = {"always": "fragments", "first": "start"}

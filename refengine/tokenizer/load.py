@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from refengine.errors import TokenizerError
+from refengine.errors import RequestError, TokenizerError
 from refengine.gguf_file import GGUFFile
 from refengine.tokenizer.base import Tokenizer
 
@@ -19,10 +19,10 @@ def load_tokenizer(gguf: GGUFFile, source: Literal["auto", "gguf", "hf-json"] = 
     `source`: "gguf" builds it from the file's own vocabulary; "hf-json" reads `NAME.tokenizer.json` (for a model
     NAME.gguf) or `tokenizer.json` in the model's folder; "auto" takes such a file if there is one, else the GGUF.
     Raises TokenizerError for a vocabulary of an unsupported kind, a tokenizer.json that does not belong to the model,
-    or one that was asked for and is not there; GGUFError for malformed metadata.
+    or one that was asked for and is not there; GGUFError for malformed metadata; RequestError for another `source`.
     """
     if source not in ("auto", "gguf", "hf-json"):
-        raise TokenizerError(f"unknown tokenizer source {source!r}; choose auto, gguf or hf-json")
+        raise RequestError(f"unknown tokenizer source {source!r}; choose auto, gguf or hf-json")
     json_path = find_tokenizer_json(gguf.path)
     if source == "hf-json" and json_path is None:
         raise TokenizerError(f"{gguf.path}: no tokenizer.json lies beside it")

@@ -15,11 +15,9 @@ from sentencepiece import SentencePieceProcessor
 from refengine.errors import TokenizerError
 from refengine.gguf_file import GGUFFile
 from refengine.tokenizer.base import Tokenizer
+from refengine.tokenizer.byte_level import BYTE_FALLBACK, sentencepiece_to_bytes
 from refengine.tokenizer.spm_proto import build_model_proto
 from refengine.tokenizer.vocab import Vocabulary, read_scores, read_vocabulary
-
-_SPACE = "\u2581"  # SentencePiece's visible space
-_BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 class SentencePieceBPE(Tokenizer):
@@ -34,7 +32,7 @@ class SentencePieceBPE(Tokenizer):
     def __init__(self, gguf: GGUFFile) -> None:
         vocabulary = read_vocabulary(gguf, default_roles={"bos": 1, "eos": 2, "unk": 0}, add_bos=True)
         scores = read_scores(gguf, vocabulary.size)
-        has_all_bytes = all(text in vocabulary.ids for text in _BYTE_TOKENS)
+        has_all_bytes = all(text in vocabulary.ids for text in BYTE_FALLBACK)
         unk_id = _unknown_id(vocabulary)
         try:
             proto = build_model_proto(
@@ -48,7 +46,7 @@ class SentencePieceBPE(Tokenizer):
         except (RuntimeError, ValueError) as error:
             raise TokenizerError(f"{gguf.path}: the SentencePiece vocabulary cannot be built: {error}") from error
         # Also where a file without token types calls them ordinary tokens.
-        self._byte_tokens = _BYTE_TOKENS if has_all_bytes else {}
+        self._byte_tokens = BYTE_FALLBACK if has_all_bytes else {}
         self._tokens = vocabulary.tokens
         self._types = vocabulary.types
         self._special = vocabulary.special
@@ -76,10 +74,8 @@ class SentencePieceBPE(Tokenizer):
         kind = self._types[token_id]
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN) or token_id in self._special.cut_ids:
             return text.encode()
-        if text in self._byte_tokens:
-            return bytes([_BYTE_TOKENS[text]])
-        if kind == TokenType.NORMAL:
-            return text.replace(_SPACE, " ").encode()
+        if kind == TokenType.NORMAL or text in self._byte_tokens:
+            return sentencepiece_to_bytes(text, self._byte_tokens)
         return b""  # unused: it stands for nothing, as in llama.cpp
 
 
@@ -94,12 +90,12 @@ def _piece_types(gguf: GGUFFile, vocabulary: Vocabulary, unk_id: int, has_all_by
     types = list(vocabulary.types)
     for token_id, kind in enumerate(vocabulary.types):
         text = vocabulary.tokens[token_id]
-        if kind == TokenType.BYTE and text not in _BYTE_TOKENS:
+        if kind == TokenType.BYTE and text not in BYTE_FALLBACK:
             key = "tokenizer.ggml.token_type"
             raise gguf.error(
                 key, f"{key}: token {token_id} is a byte, but its text is {text!r}; expected <0x00>..<0xFF>"
             )
-        if text in _BYTE_TOKENS:
+        if text in BYTE_FALLBACK:
             types[token_id] = int(TokenType.BYTE if has_all_bytes else TokenType.CONTROL)
         elif token_id == unk_id:
             types[token_id] = int(TokenType.UNKNOWN)

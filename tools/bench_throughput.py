@@ -1,6 +1,6 @@
 """Load time, peak memory, prefill and decode speed of refengine and of llama.cpp on the same file and machine.
 
-    python -m refengine.bench.throughput --model model.gguf --threads 2
+    python -m tools.bench_throughput --model model.gguf --threads 2
 
 Engines run in processes of their own, in turns, so that neither warms up nor crowds out the other. Prefill is
 `--prompt-tokens` tokens at once into an empty cache, decode `--decode-tokens` single tokens after them; both after one
@@ -122,7 +122,7 @@ def main() -> None:
         return
     results = []
     for engine in a.engine or ENGINES:
-        command = [sys.executable, "-m", "refengine.bench.throughput", *sys.argv[1:], "--worker", engine]
+        command = [sys.executable, "-m", "tools.bench_throughput", *sys.argv[1:], "--worker", engine]
         threads = {name: str(a.threads) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True)
         if done.returncode:
@@ -134,7 +134,7 @@ def main() -> None:
         facts = {
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "command": " ".join(["python -m refengine.bench.throughput", *sys.argv[1:]]),
+            "command": " ".join(["python -m tools.bench_throughput", *sys.argv[1:]]),
             "numerics": a.numerics,
             "prompt_tokens": a.prompt_tokens,
             "decode_tokens": a.decode_tokens,

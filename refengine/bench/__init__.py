@@ -1,1 +1,0 @@
-"""Throughput and latency measurements. Numbers are reported, never asserted."""
