@@ -13,7 +13,7 @@ import numpy as np
 
 from refengine.errors import TraceError
 from refengine.model import Model
-from refengine.trace import Trace
+from refengine.trace import Trace, to_numpy
 
 SCORES = ("kq-", "kq_soft_max-")  # the peer pads these to its cache; columns past the prompt are not part of the model
 
@@ -46,7 +46,7 @@ def replay(
     def substitute(name: str) -> Callable[[np.ndarray], np.ndarray]:
         def replacement(ours: np.ndarray) -> np.ndarray:
             theirs = align(name, peer[name], ours.shape)
-            compared[name] = (ours.copy(), theirs)
+            compared[name] = (to_numpy(ours), theirs)
             return theirs
 
         return replacement

@@ -1,0 +1,69 @@
+"""The same array code on CuPy. Runs where there is a CUDA device: `pytest -m gpu`."""
+
+import numpy as np
+import pytest
+
+import refengine
+from refengine.engine.sampling import SamplingParams
+from refengine.validate.replay import nmse
+from tools.make_model import TINY
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _device():
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed (extras `cuda13`, `cuda12`)")
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as e:
+        pytest.skip(f"no CUDA device: {e}")
+
+
+def pair(path, numerics):
+    return refengine.load(path, "cpu", numerics), refengine.load(path, "cuda", numerics)
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_cupy_logits_equal_numpy(tiny_model, name, record_property):
+    cpu, gpu = pair(tiny_model(name), "exact")
+    ids = np.random.default_rng(1).integers(0, cpu.config.n_vocab, 56).tolist()
+    error = nmse(gpu.forward(ids), cpu.forward(ids))
+    record_property("nmse", error)
+    # float32 sums in another order: 1e-7 relative a product, as between NumPy and llama.cpp (1e-13 to 1e-12 NMSE).
+    assert error <= 1e-11
+
+
+@pytest.mark.parametrize("name", [n for n in TINY if TINY[n].arch in ("llama", "gpt-oss")])
+def test_cupy_rounds_activations_as_numpy(tiny_model, name):
+    """Every operation on NumPy's own inputs: rounding to blocks, float16 attention and the experts' selection agree."""
+    from refengine.validate.replay import replay
+
+    cpu, gpu = pair(tiny_model(name), "llamacpp")
+    ids = np.random.default_rng(2).integers(0, cpu.config.n_vocab, 48).tolist()
+    trace = refengine.Trace("")
+    cpu.forward(ids, trace=trace)
+    _, compared = replay(gpu, ids, trace.result())
+    assert compared
+    for tensor, (ours, theirs) in compared.items():
+        assert nmse(ours, theirs) <= 1e-11, tensor
+
+
+def test_cupy_float64_equals_numpy(tiny_model):
+    cpu, gpu = pair(tiny_model("qwen2-q4_k_m"), "exact64")
+    ids = np.random.default_rng(3).integers(0, cpu.config.n_vocab, 48).tolist()
+    assert nmse(gpu.forward(ids), cpu.forward(ids)) <= 1e-28  # 1e-16 relative a product, over three layers
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_cupy_chunks_give_the_same_logits(tiny_model, chunk):
+    _, gpu = pair(tiny_model("gpt-oss-mxfp4_moe"), "exact")
+    ids = np.random.default_rng(4).integers(0, gpu.config.n_vocab, 40).tolist()
+    whole = gpu.forward(ids)
+    assert np.abs(gpu.forward(ids, chunk=chunk) - whole).max() <= 1e-5 * np.abs(whole).max()
+
+
+def test_cupy_generates_the_same_greedy_tokens(tiny_model):
+    cpu, gpu = pair(tiny_model("qwen2-q4_k_m"), "exact")
+    params = SamplingParams(temperature=0, max_tokens=24)
+    assert [t.id for t in gpu.generate([5, 6, 7], params)] == [t.id for t in cpu.generate([5, 6, 7], params)]
