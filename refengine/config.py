@@ -136,7 +136,7 @@ class _Reader:
         return f"{self.arch}.{name}"
 
     def bad(self, name: str, message: str) -> ModelError:
-        return ModelError(str(self.gguf.error(self.key(name), message)))
+        return ModelError(str(self.gguf.error(self.key(name), f"{self.key(name)}: {message}")))
 
     def size(
         self, name: str, *, default: int | None = None, per_layer: int | None = None, limit: int = 2**31 - 1
@@ -175,7 +175,7 @@ class _Reader:
         return key_length
 
     def n_vocab(self) -> int:
-        """The vocabulary's length; in a file without one (`no_vocab`) `<arch>.vocab_size`, else the embedding's rows."""
+        """The vocabulary's length; in a file without one `<arch>.vocab_size`, else the rows of the embedding."""
         if "tokenizer.ggml.tokens" in self.gguf.metadata:
             return len(self.gguf.get("tokenizer.ggml.tokens", "strs"))
         if self.key("vocab_size") not in self.gguf.metadata and "token_embd.weight" in self.gguf.tensors:
@@ -200,7 +200,7 @@ class _Reader:
             raise self.bad("rope.freq_base_swa", "another base for sliding layers is not supported")
         scaling = self.gguf.get(self.key("rope.scaling.type"), str, default="linear")
         if scaling not in ("none", "linear", "yarn", "longrope"):
-            raise self.bad("rope.scaling.type", f"unknown scaling {scaling[:64]!r}; known: none, linear, yarn, longrope")
+            raise self.bad("rope.scaling.type", f"unknown {scaling[:64]!r}; known: none, linear, yarn, longrope")
         factor_key = "rope.scaling.factor"
         if self.key(factor_key) not in self.gguf.metadata:
             factor_key = "rope.scale_linear"  # its old name

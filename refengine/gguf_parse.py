@@ -235,7 +235,7 @@ def _alignment(cursor: Cursor, entry: MetadataEntry | None) -> int:
     if entry.type != GGUFValueType.UINT32:
         raise cursor.error(entry.offset, f"general.alignment is of type {entry.type_name}; expected uint32")
     alignment = int(entry.value)
-    if alignment % 8 or alignment & (alignment - 1) or not 8 <= alignment <= MAX_ALIGNMENT:
+    if alignment & (alignment - 1) or not 8 <= alignment <= MAX_ALIGNMENT:
         raise cursor.error(
             entry.offset, f"general.alignment is {alignment}; expected a power of two from 8 to {MAX_ALIGNMENT}"
         )

@@ -38,9 +38,12 @@ def load(
 ) -> Model:
     """Open a GGUF file (the first part of a split one) and put its tensors on a device.
 
-    device: `cpu`, `cuda`, `cuda:N`, `auto`. numerics: `exact` (float32), `exact64`, `llamacpp`. kv_type: `f16`, `f32` or
-    `f64` instead of the profile's. n_ctx: longest sequence in tokens (default: the model's context length).
-    cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory). progress(done, total) in bytes.
+    device:       `cpu`, `cuda`, `cuda:N`, `auto`.
+    numerics:     `exact` (float32), `exact64`, `llamacpp`.
+    kv_type:      `f16`, `f32` or `f64` instead of the profile's.
+    n_ctx:        longest sequence in tokens (default: the model's context length).
+    cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory).
+    progress:     called with the bytes done and the bytes in all.
     Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError` or `RequestError`.
     """
     rounding = profile(numerics, kv_type)

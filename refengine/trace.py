@@ -133,8 +133,8 @@ class Trace:
             self.on_break(full, x)
             return
         print(
-            f"refengine: stopped after {full}, shape {tuple(x.shape)} {x.dtype}; it is the variable that the line before "
-            "has just set (`__return__` at the end of a function)",
+            f"refengine: stopped after {full}, shape {tuple(x.shape)} {x.dtype}; it is the variable that the line "
+            "before has just set (`__return__` at the end of a function)",
             file=sys.stderr,
         )
         pdb.Pdb().set_trace(frame)

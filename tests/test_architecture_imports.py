@@ -44,7 +44,7 @@ BELOW_ENGINE = {
     "config": Room({"errors", "gguf_file"}, ARRAYS),
     "weights": Room({"errors", "gguf_file", "quants", "config"}, {*ARRAYS, "tqdm"}),
     # no arrays
-    "tokenizer": Room({"errors", "gguf_file"}, {"gguf", "tokenizers", "sentencepiece", "google.protobuf", "jinja2"}),
+    "tokenizer": Room({"errors", "gguf_file"}, {"gguf", "tokenizers", "sentencepiece", "jinja2"}),
     "kv_cache": Room({"errors", "config"}, {"numpy"}),  # no attention arithmetic
     "trace": Room({"errors"}, {"numpy", "safetensors"}),
     "ops": Room({"errors", "quants"}, ARRAYS),  # no config, cache, trace, CUDA

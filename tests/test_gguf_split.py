@@ -109,6 +109,10 @@ def assert_split_refused(opened: Path, culprit: Path, position: int, words: str)
     assert message.startswith(f"{culprit}: "), message
     assert re.search(words, message), message
     assert message.endswith(f" (byte {position})"), message
+    maps = Path("/proc/self/maps")
+    assert (
+        not maps.exists() or str(opened.parent) not in maps.read_text()
+    )  # no file stays mapped, the good ones neither
 
 
 @pytest.mark.parametrize("given", [0, 1])

@@ -105,7 +105,7 @@ def test_target_types_end_to_end(tiny_model, name):
         ours = model.forward(ids, trace=trace)
         first.append(nmse(trace.result()["l_out-0"], tensors["l_out-0"]))
         logits.append(nmse(ours, theirs))
-        # The two best logits are further apart than twice the largest error of the row: then the error cannot swap them.
+        # Where the two best logits are more than twice the row's largest error apart, the error cannot swap them.
         error = np.abs(ours - theirs).max(axis=1)
         top = np.sort(theirs, axis=1)
         decided = top[:, -1] - top[:, -2] > 2 * error

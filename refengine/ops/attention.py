@@ -46,7 +46,7 @@ def attention(
 
     Qcur: (n_tokens, n_head, head_dim). window: tokens a row may look back, itself included; 0 = all.
     sinks: (n_head,) extra logits that take part in each row's softmax but carry no value (gpt-oss); or None.
-    round_to: type that Q and the attention weights are rounded to before each product (llama.cpp: the cache's), or None.
+    round_to: type that Q and the attention weights are rounded to for their products (llama.cpp: the cache's), or None.
     sum_dtype: in which both products are formed.
     probe: shown `kq`, `kq_soft_max` (both (n_head, n_tokens, n_kv)) and `kqv` (n_head, n_tokens, head_dim); what it
     returns is used.
