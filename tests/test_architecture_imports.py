@@ -211,7 +211,6 @@ ALLOWED = {
     "its own room": ("ops/__init__.py", "from . import norm\nfrom .rope import rope\nimport refengine.ops.moe"),
     "cupy in a function": ("cuda/loader.py", "def compile():\n    import cupy.cuda\n    from cupy import RawModule"),
     "cupy for types only": ("cuda/ops.py", "import typing\nif typing.TYPE_CHECKING:\n    import cupy"),
-    "protobuf": ("tokenizer/spm.py", "from google.protobuf import descriptor_pb2"),
     "the facade in the command line": ("cli.py", "import argparse\nimport refengine\nfrom refengine import load"),
     "the standard library": ("errors.py", "import os.path\nfrom collections.abc import Sequence"),
 }

@@ -33,7 +33,8 @@ def run_tests() -> dict[str, Any]:
     """Outcome of `pytest -m gpu`, and the NMSE that each test recorded."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+        options = ["-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", *options]
         done = subprocess.run([*command, "tests/test_gpu.py"], cwd=ROOT, capture_output=True, text=True)
         print(done.stdout[-6000:], done.stderr[-2000:], file=sys.stderr)
         suite = ElementTree.parse(report).getroot()[0]
