@@ -1,0 +1,74 @@
+"""How far refengine is from llama.cpp, and llama.cpp from the exact meaning of its files; a table for the README.
+
+    python -m tools.report_parity
+
+For the tiny models: NMSE end to end and of the worst single operation on llama.cpp's own inputs, under `llamacpp`; then
+NMSE and KL divergence of llama.cpp's logits from `exact`, which is llama.cpp's own rounding. Medians of five prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import refengine
+from refengine.validate.llamacpp import LlamaCpp
+from refengine.validate.replay import nmse, replay
+from tools.make_model import TINY, write_spec
+
+MODELS = (
+    *("llama-f32", "qwen2-f32", "qwen3-f32", "phi3-f32", "gpt-oss-f32", "gpt2-f32"),
+    *("llama-f16", "llama-bf16", "llama-q4_0", "llama-q4_1", "llama-q5_0", "llama-q5_1", "llama-q8_0"),
+    *("llama-q4_k", "llama-q5_k", "llama-q6_k", "llama-mxfp4"),
+    *("qwen2-q4_k_m", "qwen2-mostly_q4_0", "qwen3-q4_k_m", "phi3-q4_k_m", "phi3-mostly_q4_0", "gpt-oss-mxfp4_moe"),
+)
+
+
+def kl_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
+    """Mean over rows of KL(reference ‖ logits) = Σ p (log p - log q), in nats."""
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        shifted = x.astype(np.float64) - x.max(axis=1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+    log_p, log_q = log_softmax(reference), log_softmax(logits)
+    return float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean())
+
+
+def row(name: str, folder: Path, n_prompts: int) -> str:
+    path = folder / f"{name}.gguf"
+    write_spec(path, TINY[name])
+    is_f32 = TINY[name].type == "F32"
+    kv_type = "f32" if is_f32 else "f16"
+    rounded = refengine.load(path, numerics="llamacpp", kv_type=kv_type)
+    exact = refengine.load(path, numerics="exact", kv_type="f32")
+    figures = []
+    for seed in range(n_prompts):
+        ids = np.random.default_rng(seed).integers(0, exact.config.n_vocab, 48).tolist()
+        with LlamaCpp(path, kv_type=kv_type) as peer:
+            theirs, tensors = peer.tensors(ids)
+        _, compared = replay(rounded, ids, tensors)
+        oracle = exact.forward(ids)
+        own = max(nmse(a, b) for a, b in compared.values())
+        end_to_end = nmse(rounded.forward(ids), theirs)
+        figures.append((own, end_to_end, nmse(theirs, oracle), max(kl_divergence(theirs, oracle), 0.0)))
+    own, end_to_end, rounding, kl = np.median(np.array(figures), axis=0)
+    return f"| {name} | {own:.0e} | {end_to_end:.0e} | {rounding:.0e} | {kl:.0e} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=5, help="prompts of 48 random ids (default 5)")
+    args = parser.parse_args()
+    print("| model | worst op, own inputs | end to end | llama.cpp from `exact` | KL of that (nats) |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MODELS:
+            print(row(name, Path(folder), args.prompts), flush=True)
+
+
+if __name__ == "__main__":
+    main()
