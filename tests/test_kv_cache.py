@@ -3,7 +3,6 @@ else is in the batch, does not change the logits."""
 
 import random
 from collections.abc import Sequence as SequenceOf
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,7 +118,10 @@ def test_batch_of_several_sequences_across_block_boundaries() -> None:
     assert batch.ids.tolist() == [50, 51, 52, 60, 61, 62, 63, 64]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     assert batch.slots.tolist() == [0, 1, 2, 4, 5, 6, 7, 8]  # blocks 0; 1 and 2
-    assert [(s.start, s.stop, s.n_kv, s.block_table.tolist()) for s in batch.spans] == [(0, 3, 3, [0]), (3, 8, 5, [1, 2])]
+    assert [(s.start, s.stop, s.n_kv, s.block_table.tolist()) for s in batch.spans] == [
+        (0, 3, 3, [0]),
+        (3, 8, 5, [1, 2]),
+    ]
     assert batch.rows.tolist() == list(range(8))
     cache.commit(first)
     assert (a.length, b.length) == (3, 5)

@@ -52,12 +52,14 @@ def test_clamped_swiglu_is_the_formula(dtype: Any, tolerance: float) -> None:
 
     y = swiglu_clamped(np, gate, up)
     assert y.dtype == dtype
-    expected = np.array([[reference(float(g), float(u)) for g, u in zip(*rows, strict=True)] for rows in zip(gate, up, strict=True)])
+    expected = np.vectorize(reference)(gate.astype(np.float64), up.astype(np.float64))
     # u + 1 may cancel: absolute, against values up to 7 × 8. exp(-1.702 g) multiplies the rounding of its argument by
     # up to 1.702 × 15.
     np.testing.assert_allclose(y, expected, rtol=20 * tolerance, atol=8 * tolerance)
     both_sides = np.clip(gate, -7, 7)  # control
-    assert not np.allclose(both_sides / (1 + np.exp(-1.702 * both_sides)) * (np.clip(up, -7, 7) + 1), expected, rtol=1e-3)
+    assert not np.allclose(
+        both_sides / (1 + np.exp(-1.702 * both_sides)) * (np.clip(up, -7, 7) + 1), expected, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCE)
@@ -72,12 +74,11 @@ def test_gelu_is_the_formula(dtype: Any, tolerance: float) -> None:
 
 
 def test_gelu_table_rounds_argument_and_result_to_float16() -> None:
-    x = np.random.default_rng(4).normal(0, 3, 5000).astype(np.float32)
+    x = np.clip(np.random.default_rng(4).normal(0, 3, 5000), -9.9, 9.9).astype(np.float32)
     y = gelu_f16_table(np, x)
     assert y.dtype == np.float32
     np.testing.assert_array_equal(y, y.astype(np.float16))
-    inside = np.abs(x) < 10
-    np.testing.assert_array_equal(y[inside], gelu_f16_table(np, x.astype(np.float16).astype(np.float32))[inside])
+    np.testing.assert_array_equal(y, gelu_f16_table(np, x.astype(np.float16).astype(np.float32)))
     expected = np.array([gelu_reference(float(np.float16(v))) for v in x])
     # Half a float16 ulp, plus what float32 loses where 1 + tanh cancels (x × 2^-25), rounded up.
     np.testing.assert_allclose(y, expected, rtol=2.0**-11 * 1.01, atol=4e-7)
@@ -88,5 +89,7 @@ def test_gelu_table_rounds_argument_and_result_to_float16() -> None:
 def test_gelu_table_ends() -> None:
     # ggml_vec_gelu_f32: 0 up to -10, x itself from 10 on, not rounded.
     x = np.array([-np.inf, -1e30, -10.0, 10.0, 10.003, 1e30, np.inf], np.float32)
-    np.testing.assert_array_equal(gelu_f16_table(np, x), [0, 0, 0, 10.0, np.float32(10.003), np.float32(1e30), np.inf])
+    with np.errstate(over="ignore"):  # as around every forward pass
+        y = gelu_f16_table(np, x)
+    np.testing.assert_array_equal(y, [0, 0, 0, 10.0, np.float32(10.003), np.float32(1e30), np.inf])
     assert np.isnan(gelu_f16_table(np, np.array([np.nan], np.float32))).all()

@@ -91,4 +91,6 @@ def test_sums_do_not_run_in_float32() -> None:
 def test_every_row_is_its_own() -> None:
     x, weight, bias = inputs(np.float32)
     np.testing.assert_array_equal(rms_norm(np, x[2:3], weight, 1e-5), rms_norm(np, x, weight, 1e-5)[2:3])
-    np.testing.assert_array_equal(layer_norm(np, x[2:3], weight, bias, 1e-5), layer_norm(np, x, weight, bias, 1e-5)[2:3])
+    np.testing.assert_array_equal(
+        layer_norm(np, x[2:3], weight, bias, 1e-5), layer_norm(np, x, weight, bias, 1e-5)[2:3]
+    )

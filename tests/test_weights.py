@@ -1,4 +1,4 @@
-"""Weights: every tensor that is missing, extra, wrongly shaped or of an unsupported type is named; what loads is exact."""
+"""Weights: a tensor that is missing, extra, wrongly shaped or of an unsupported type is named; what loads is exact."""
 
 from pathlib import Path
 
