@@ -47,9 +47,10 @@ def _open_cuda(index: int, reason: str) -> Device:
         raise DeviceError(f"device cuda:{index} needs CuPy, which cannot be imported ({e}); {INSTALL_HINT}") from None
     try:
         count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as e:
+        if index < count:
+            cupy.cuda.Device(index).use()
+    except RuntimeError as e:  # CuPy's CUDARuntimeError, or CUDA libraries that do not load
         raise DeviceError(f"device cuda:{index} cannot be opened: {e}; is a driver installed?") from None
     if index >= count:
         raise DeviceError(f"device cuda:{index} does not exist: this machine has {count} CUDA device(s)")
-    cupy.cuda.Device(index).use()
     return Device(cupy, f"cuda:{index}", reason)

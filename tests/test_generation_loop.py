@@ -30,6 +30,11 @@ def test_the_context_ends_it_too(model):
         Generation(model, [1] * 100, GREEDY)
 
 
+def test_learned_positions_bound_the_context(tiny_model):
+    with pytest.raises(RequestError, match="positions"):
+        refengine.load(tiny_model("gpt2-q8_0"), n_ctx=10**6)
+
+
 def test_an_end_of_generation_token_ends_it(model):
     ids = [t.id for t in model.generate([1, 5, 9], GREEDY)]
     position = next(i for i, token in enumerate(ids) if token not in ids[:i] and i > 2)

@@ -115,6 +115,19 @@ def test_target_types_end_to_end(tiny_model, name):
     assert np.median(logits) <= 1e-3
 
 
+@pytest.mark.parametrize("n_ctx", [256, 512])
+def test_longrope_factors_follow_the_context_asked_for(tiny_model, n_ctx):
+    """Trained on 256 tokens: the short factors up to that context, the long ones beyond, whatever the prompt's length."""
+    path = tiny_model("phi3-f32-longrope")
+    model = refengine.load(path, n_ctx=n_ctx)
+    ids = prompt(model)
+    with LlamaCpp(path, kv_type="f32", n_threads=1, n_ctx=n_ctx) as peer:
+        theirs = peer.logits(ids)
+    assert nmse(model.forward(ids), theirs) <= TIGHT
+    other = refengine.load(path, n_ctx=768 - n_ctx)
+    assert nmse(other.forward(ids), theirs) > 1e-4  # the control: the other factors are another model
+
+
 FAULTS = {
     "epsilon": ("attn_norm-0", lambda m: dataclasses.replace(m.config, norm_eps=m.config.norm_eps * 2)),
     "rope base": (
