@@ -42,7 +42,7 @@ def tensor_name(name: str, il: int | None, occurrence: int | None = None) -> str
 
 def to_numpy(x: Array) -> np.ndarray:
     """A NumPy copy of an array of any device."""
-    return x.get() if hasattr(x, "get") else np.array(x)
+    return np.array(x) if isinstance(x, np.ndarray) else np.asarray(x.get())
 
 
 # Tensors that are shown from inside attention: (n_head, n_tokens, …).

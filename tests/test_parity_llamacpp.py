@@ -117,7 +117,7 @@ def test_target_types_end_to_end(tiny_model, name):
 
 @pytest.mark.parametrize("n_ctx", [256, 512])
 def test_longrope_factors_follow_the_context_asked_for(tiny_model, n_ctx):
-    """Trained on 256 tokens: the short factors up to that context, the long ones beyond, whatever the prompt's length."""
+    """Trained on 256 tokens: short factors up to that context, long ones beyond, whatever the prompt's length."""
     path = tiny_model("phi3-f32-longrope")
     model = refengine.load(path, n_ctx=n_ctx)
     ids = prompt(model)
