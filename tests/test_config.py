@@ -296,9 +296,7 @@ def test_heads_must_divide_the_embedding_unless_their_length_is_given(tmp_path: 
 
 
 def test_k_and_v_heads_must_have_one_length(tmp_path: Path) -> None:
-    message = refused(
-        tmp_path, "llama", "attention.value_length", (U32, 12), attention__key_length=(U32, 14)
-    )
+    message = refused(tmp_path, "llama", "attention.value_length", (U32, 12), attention__key_length=(U32, 14))
     assert "K (14) and V (12)" in message
 
 
@@ -340,9 +338,7 @@ def test_scaling_types(tmp_path: Path) -> None:
         factor | {"rope.scaling.type": (STRING, "yarn"), "rope.scaling.original_context_length": (U32, 19)},
     )
     assert (yarn.freq_scale, yarn.ext_factor, yarn.n_ctx_orig) == (0.25, 1.0, 19)
-    longrope = rope_of(
-        tmp_path, {"rope.scaling.type": (STRING, "longrope"), "rope.scaling.attn_factor": (F32, 1.25)}
-    )
+    longrope = rope_of(tmp_path, {"rope.scaling.type": (STRING, "longrope"), "rope.scaling.attn_factor": (F32, 1.25)})
     assert (longrope.freq_scale, longrope.ext_factor, longrope.attn_factor) == (1.0, 0.0, 1.25)
     message = refused(tmp_path, "llama", "rope.scaling.type", (STRING, "ntk" * 1000))
     assert "known: none, linear, yarn, longrope" in message

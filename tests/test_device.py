@@ -12,9 +12,11 @@ from refengine.errors import DeviceError, RequestError
 
 
 class FakeCuda:
-    """Stands for `cupy.cuda`: counts devices, remembers which was taken, or fails as a machine without a driver does."""
+    """Stands for `cupy.cuda`: counts devices, remembers which was taken, or fails as without a driver."""
 
-    def __init__(self, n_devices: int = 0, count_error: Exception | None = None, use_error: Exception | None = None):
+    def __init__(
+        self, n_devices: int = 0, count_error: Exception | None = None, use_error: Exception | None = None
+    ) -> None:
         self.taken: list[int] = []
 
         def count() -> int:

@@ -4,7 +4,6 @@ A model that says what the test wants stands in where only the loop is in questi
 """
 
 from collections.abc import Sequence as SequenceOf
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -217,9 +216,7 @@ def test_without_a_vocabulary_there_are_ids_and_no_text() -> None:
 
 
 @pytest.mark.parametrize(("chunk", "expected"), [(512, [PROMPT]), (2, [[10, 11], [12]]), (1, [[10], [11], [12]])])
-def test_prompt_goes_in_chunks_then_token_by_token(
-    tokenizer: Tokenizer, chunk: int, expected: list[list[int]]
-) -> None:
+def test_prompt_goes_in_chunks_then_token_by_token(tokenizer: Tokenizer, chunk: int, expected: list[list[int]]) -> None:
     script = spell(tokenizer, "abc")
     model = ScriptedModel(tokenizer, [*script, EOS])
     run(model, chunk=chunk)
@@ -278,9 +275,7 @@ def test_cache_is_just_large_enough_and_its_blocks_return(tokenizer: Tokenizer) 
         next(generation)
 
 
-def test_abandoned_generation_gives_its_blocks_back(
-    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_abandoned_generation_gives_its_blocks_back(models: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
     model, caches = models["llama"], []
     original = model.new_cache
 

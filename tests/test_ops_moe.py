@@ -1,6 +1,7 @@
 """Selecting experts, softmax over the selected, and adding up, against plain Python."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def test_take_experts() -> None:
 
 # exp (2 to 3 ulp) and two more roundings in float32: 5 × 2^-24; in float64 as few.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 4e-7), (np.float64, 1e-15)])
-def test_row_soft_max_is_the_formula(dtype: type, tolerance: float) -> None:
+def test_row_soft_max_is_the_formula(dtype: Any, tolerance: float) -> None:
     x = np.random.default_rng(6).normal(0, 4, (7, 5)).astype(dtype)
     y = row_soft_max(np, x)
     assert y.dtype == dtype

@@ -3,6 +3,7 @@ numbers, and the property it exists for."""
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pairs: list[tuple[i
 # A difference of two products in float32, each rounded, of numbers up to 4: 3 × 4 × 2^-24, rounded up.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-14)])
 @pytest.mark.parametrize("n_rot", [10, 6])
-def test_rotation_pairs(dtype: type, tolerance: float, n_rot: int) -> None:
+def test_rotation_pairs(dtype: Any, tolerance: float, n_rot: int) -> None:
     rng = np.random.default_rng(9)
     x = rng.normal(size=(5, 3, 10)).astype(dtype)
     angle = rng.uniform(-3, 3, (5, 1, n_rot // 2))

@@ -113,10 +113,11 @@ def test_tensors_inside_attention_stay_apart_by_call(llama: Model) -> None:
     # Chunks of 3, 3 and 1: the first two `kqv` have one shape, and are still not rows of one tensor.
     tensors = recorded(llama, "^(kq|kqv|kq_soft_max)-0$", chunk=3)
     cfg = llama.config
-    assert {name: x.shape for name, x in tensors.items()} == {
-        **{f"{name}-0@{call}": (cfg.n_head, n, 3 * call + n) for name in ("kq", "kq_soft_max") for call, n in enumerate((3, 3, 1))},
-        **{f"kqv-0@{call}": (cfg.n_head, n, cfg.head_dim) for call, n in enumerate((3, 3, 1))},
-    }
+    expected: dict[str, tuple[int, ...]] = {}
+    for call, n in enumerate((3, 3, 1)):
+        expected |= {f"{name}-0@{call}": (cfg.n_head, n, 3 * call + n) for name in ("kq", "kq_soft_max")}
+        expected[f"kqv-0@{call}"] = (cfg.n_head, n, cfg.head_dim)
+    assert {name: x.shape for name, x in tensors.items()} == expected
 
 
 def test_bad_filter_is_named() -> None:
@@ -220,7 +221,9 @@ def test_on_break_is_called_with_name_and_value(llama: Model) -> None:
 
 def test_on_break_sees_the_replaced_value(llama: Model) -> None:
     seen: list[float] = []
-    trace = Trace(breakpoints=["Vcur-0"], on_break=lambda _, x: seen.append(float(x.max())), replace={"Vcur-0": np.zeros_like})
+    trace = Trace(
+        breakpoints=["Vcur-0"], on_break=lambda _, x: seen.append(float(x.max())), replace={"Vcur-0": np.zeros_like}
+    )
     llama.forward(IDS, trace=trace)
     assert seen == [0.0]
 
@@ -282,9 +285,8 @@ def test_debugger_stops_in_the_model_file_with_the_tensor_in_reach(
     where = [Path(name).name for name, _, _ in stops]
     assert where == [f"{file}.py", "attention.py", "__init__.py", f"{file}.py", f"{file}.py", f"{file}.py"]
     # It stands on the line after the one that set the variable; at the return, on that line itself.
-    for (name, line, _), text in zip(
-        [stops[0], stops[1], stops[4]], ['Qcur = trace("Qcur", il,', 'kq = probe("kq"', 'l_out = trace("l_out"'], strict=True
-    ):
+    set_before = ['Qcur = trace("Qcur", il,', 'kq = probe("kq"', 'l_out = trace("l_out"']
+    for (name, line, _), text in zip([stops[0], stops[1], stops[4]], set_before, strict=True):
         before = [s for s in Path(name).read_text(encoding="utf-8").splitlines()[: int(line) - 1] if s.strip()]
         assert before[-1].strip().startswith(text)
     assert 'trace("result_output"' in Path(stops[5][0]).read_text(encoding="utf-8").splitlines()[int(stops[5][1]) - 1]
