@@ -1,25 +1,10 @@
-"""The main job on a real trained model: the text its author published, by the command of the README."""
+"""What must not change the logits: how the prompt is cut, and how much of the weights is cached."""
 
 import numpy as np
 import pytest
 
 import refengine
-from refengine.cli import main
 from tools.make_model import TINY
-
-# Published with the model (llama2.c, tinyllamas/stories260K), greedy from "Once upon a time".
-PUBLISHED = (
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
-    "big, red ball. She wanted to play with it, but it was too high.\nLily's mom said, \"Lily, let's go to the park.\""
-)
-
-
-@pytest.mark.parametrize("numerics", ["exact", "llamacpp", "exact64"])
-def test_generate_prints_the_published_text(shared_data, capsys, numerics):
-    path = str(shared_data / "models" / "stories260K.gguf")
-    arguments = ["generate", "Once upon a time", "--model", path, "--temperature", "0", "--max-tokens", "200"]
-    assert main([*arguments, "--numerics", numerics]) == 0
-    assert capsys.readouterr().out.startswith(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", [n for n in TINY if n.endswith(("-f32", "-q4_k_m", "_moe"))])
