@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except (RefengineError, OSError, MemoryError, UnicodeError) as e:
         if isinstance(e, BrokenPipeError):  # the reader of our output has gone; not an error of ours
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             return 0
         if arguments.debug:
             raise
@@ -197,6 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(e, UnicodeError):  # standard input or output, in this locale's encoding
             message += "; set PYTHONIOENCODING=utf-8"
         print(f"refengine: error: {one_line(message)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was the output that failed
+            _discard_output()
         return 2
     except bdb.BdbQuit:
         print("refengine: stopped in the debugger", file=sys.stderr)
@@ -205,6 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nrefengine: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _discard_output() -> None:
+    """Standard output goes nowhere from here on: the interpreter flushes it at exit, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from refengine.cli import main
 from tools.make_model import write_model
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = os.environ | {"PYTHONIOENCODING": "utf-8"}
+# Buffered as for a user: what is left in a buffer at the end is where broken output shows.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"PYTHONIOENCODING": "utf-8"}
 
 
 @dataclass

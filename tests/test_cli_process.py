@@ -83,6 +83,7 @@ def test_output_into_a_closed_pipe(model: Path, arguments: list[str]) -> None:
         stdout=write_end,
         stderr=subprocess.PIPE,
         cwd=ROOT,
+        env=ENVIRONMENT,
         timeout=60,
         check=False,
     )
@@ -98,6 +99,7 @@ def test_full_disk_is_one_line(model: Path) -> None:
             stdout=full,
             stderr=subprocess.PIPE,
             cwd=ROOT,
+            env=ENVIRONMENT,
             timeout=60,
             check=False,
         )

@@ -12,7 +12,7 @@ import pytest
 
 from refengine.config import SUPPORTED_ARCHITECTURES
 from refengine.engine.generation import Generation, Token
-from refengine.engine.sampling import SamplingParams
+from refengine.engine.sampling import SamplingParams, sample
 from refengine.errors import RequestError
 from refengine.kv_cache import KVCache
 from refengine.model import Model, load
@@ -322,6 +322,14 @@ def test_generation_is_the_forward_pass_repeated(models: dict[str, Model], arch:
     for token in tokens:
         assert token.id == int(model.forward(history)[-1].argmax())
         history.append(token.id)
+
+
+def test_token_is_drawn_from_its_logits_seed_and_index(models: dict[str, Model]) -> None:
+    model, history = models["llama"], prompt(5)
+    params = SamplingParams(temperature=1.5, top_k=40, seed=77, max_tokens=9)
+    for index, token in enumerate(model.generate(history, params)):
+        assert token.id == sample(model.forward(history)[-1], params, history, 77, index)
+        history = [*history, token.id]
 
 
 def test_seed_decides_the_text(models: dict[str, Model]) -> None:

@@ -212,6 +212,7 @@ def test_cache_keeps_what_came_first_within_its_budget() -> None:
     assert cache.get(np, a, 0, 6, np.float32) is kept
     assert cache.get(np, b, 0, 1, np.float32) is None
     assert (cache.n_bytes, len(cache)) == (10 * row, 2)
+    assert DequantCache(6 * row - 1).get(np, a, 0, 6, np.float32) is None
 
 
 def test_cache_counts_the_type_it_stores() -> None:

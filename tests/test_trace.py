@@ -1,6 +1,5 @@
 """The trace: record, watch, replace, and stopping in a real debugger at the line of the forward pass."""
 
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from refengine.config import SUPPORTED_ARCHITECTURES
 from refengine.errors import TraceError
 from refengine.model import Model, load
 from refengine.trace import Trace, no_trace, tensor_name
+from tests.cli_runner import ENVIRONMENT
 from tests.model_files import float_bytes, read_floats, rewrite
 from tools.make_model import write_model
 
@@ -110,14 +110,15 @@ def test_chunks_are_joined_along_the_rows(llama: Model) -> None:
 
 
 def test_tensors_inside_attention_stay_apart_by_call(llama: Model) -> None:
-    # Chunks of 3, 3 and 1: the first two `kqv` have one shape, and are still not rows of one tensor.
-    tensors = recorded(llama, "^(kq|kqv|kq_soft_max)-0$", chunk=3)
+    # Two calls of three: their `kqv` have one shape, and are still not rows of one tensor.
+    trace = Trace("^(kq|kqv|kq_soft_max)-0$")
+    llama.forward(IDS[:6], trace=trace, chunk=3)
     cfg = llama.config
     expected: dict[str, tuple[int, ...]] = {}
-    for call, n in enumerate((3, 3, 1)):
-        expected |= {f"{name}-0@{call}": (cfg.n_head, n, 3 * call + n) for name in ("kq", "kq_soft_max")}
-        expected[f"kqv-0@{call}"] = (cfg.n_head, n, cfg.head_dim)
-    assert {name: x.shape for name, x in tensors.items()} == expected
+    for call in (0, 1):
+        expected |= {f"{name}-0@{call}": (cfg.n_head, 3, 3 * call + 3) for name in ("kq", "kq_soft_max")}
+        expected[f"kqv-0@{call}"] = (cfg.n_head, 3, cfg.head_dim)
+    assert {name: x.shape for name, x in trace.result().items()} == expected
 
 
 def test_bad_filter_is_named() -> None:
@@ -190,7 +191,9 @@ def test_replacement_inside_attention_is_used(llama: Model) -> None:
 
 def test_replacement_keeps_the_tensors_type(llama: Model) -> None:
     own = recorded(llama, "^l_out-0$")["l_out-0"].astype(np.float64)
-    assert llama.forward(IDS, trace=Trace(replace={"l_out-0": own})).dtype == np.float32
+    trace = Trace("^attn_norm-1$", replace={"l_out-0": own})
+    assert llama.forward(IDS, trace=trace).dtype == np.float32
+    assert trace.result()["attn_norm-1"].dtype == np.float32
 
 
 def test_replacement_of_another_shape_is_refused(llama: Model) -> None:
@@ -251,7 +254,7 @@ def debug(path: Path, breakpoints: list[str], commands: list[str], output: Path)
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        env=ENVIRONMENT,
         timeout=60,
         check=False,
     )
