@@ -56,8 +56,6 @@ def load(
     config = ModelConfig.from_gguf(gguf)
     if n_ctx is not None and n_ctx > config.n_ctx_train and config.rope is None:
         raise RequestError(f"n_ctx {n_ctx}: {config.arch} has learned positions, only {config.n_ctx_train} of them")
-    if n_ctx is not None and config.rope is None and n_ctx > config.n_ctx_train:
-        raise RequestError(f"n_ctx {n_ctx} exceeds the {config.n_ctx_train} positions that this model has learned")
     tokenizer = load_tokenizer(gguf)
     architecture = BY_ARCHITECTURE[config.arch]
     weights = load_weights(gguf, architecture.tensors(config), config.n_layer, opened.xp, progress)
