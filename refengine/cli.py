@@ -14,6 +14,7 @@ from refengine.errors import RefengineError, one_line
 DESCRIPTION = """Run GGUF language models as readable array code that matches llama.cpp to its rounding noise."""
 
 EPILOG = """examples:
+  refengine generate "Write a haiku about GPU computing"
   refengine generate "Once upon a time" --model stories260K.gguf --temperature 0
   refengine inspect --model model.gguf
   refengine logits --model model.gguf --prompt "Hello" --numerics llamacpp --output logits.npz
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     tokenize = _command(commands, "tokenize", "print the token ids of a text as JSON, or the text of ids")
     tokenize.add_argument("text", nargs="?", metavar="TEXT", help="the text, or with --decode the ids as JSON or 1,2,3")
-    tokenize.add_argument("--model", required=True, metavar="FILE", help="GGUF file")
+    tokenize.add_argument("--model", metavar="FILE", help="GGUF file (default: the packaged haiku model)")
     tokenize.add_argument("--decode", action="store_true", help="print the text of ids instead")
     tokenize.add_argument(
         "--special",
@@ -98,8 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
     inspect = _command(commands, "inspect", "print metadata, tensor types, sizes and the kind of quantisation")
-    inspect.add_argument("file", nargs="?", metavar="FILE", help="GGUF file (or --model)")
-    inspect.add_argument("--model", metavar="FILE", help="GGUF file")
+    inspect.add_argument("file", nargs="?", metavar="FILE", help="GGUF file (default: the packaged haiku model)")
+    inspect.add_argument("--model", metavar="FILE", help="the same as FILE")
     inspect.add_argument("--json", action="store_true", help="print one JSON object, with every tensor")
     inspect.add_argument("--debug", action="store_true", help="show a traceback on errors")
     return parser
@@ -114,7 +115,11 @@ def _command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParse
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, metavar="FILE", help="GGUF file; of a split one, the first part")
+    group.add_argument(
+        "--model",
+        metavar="FILE",
+        help="GGUF file; of a split one, the first part (default: the packaged model, which writes haiku)",
+    )
     group.add_argument(
         "--device",
         default="cpu",

@@ -23,7 +23,7 @@ from refengine.engine.generation import Generation
 from refengine.engine.sampling import SamplingParams
 from refengine.errors import RefengineError, RequestError, one_line
 from refengine.gguf_file import GGUFFile
-from refengine.model import Model, load
+from refengine.model import PACKAGED_MODEL, Model, load
 from refengine.models import BY_ARCHITECTURE
 from refengine.tokenizer import load_tokenizer
 from refengine.trace import Trace, Tracer, no_trace
@@ -117,10 +117,11 @@ def trace(arguments: argparse.Namespace) -> None:
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
-    with GGUFFile(Path(arguments.model)) as gguf:
+    path = _model_path(arguments.model)
+    with GGUFFile(path) as gguf:
         tokenizer = load_tokenizer(gguf)
         if tokenizer is None:
-            raise RequestError(f"{arguments.model} has no vocabulary")
+            raise RequestError(f"{path} has no vocabulary")
         text = sys.stdin.read() if arguments.text in (None, "-") else arguments.text
         if arguments.decode:
             _write(tokenizer.decode(parse_ids(text)) + "\n")
@@ -130,10 +131,9 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    path = arguments.model or arguments.file
-    if path is None or (arguments.model and arguments.file):
-        raise RequestError("give one GGUF file to inspect")
-    with GGUFFile(Path(path)) as gguf:
+    if arguments.model and arguments.file:
+        raise RequestError(f"give one GGUF file to inspect, not both {arguments.file} and {arguments.model}")
+    with GGUFFile(_model_path(arguments.model or arguments.file)) as gguf:
         by_type: dict[str, tuple[int, int]] = {}
         for info in gguf.tensors.values():
             count, size = by_type.get(info.type.name, (0, 0))
@@ -188,7 +188,16 @@ def _prompt(arguments: argparse.Namespace) -> tuple[str | None, list[int]]:
     return sys.stdin.read() if given[0] == "-" else given[0], []
 
 
+def _model_path(given: str | None) -> Path:
+    """The file given, or the packaged one, of which the user is told."""
+    if given is not None:
+        return Path(given)
+    _say("no --model given: using the packaged haiku model (try: Write a haiku about the ocean)")
+    return PACKAGED_MODEL
+
+
 def _load(arguments: argparse.Namespace) -> Model:
+    path = _model_path(arguments.model)
     start = time.perf_counter()
     with _bar("loading", None) as bar:
 
@@ -197,7 +206,7 @@ def _load(arguments: argparse.Namespace) -> Model:
             bar.update(done - bar.n)
 
         model = load(
-            arguments.model,
+            path,
             arguments.device,
             arguments.numerics,
             kv_type=arguments.kv_type,

@@ -23,11 +23,12 @@ from refengine.tokenizer import Tokenizer, load_tokenizer
 from refengine.trace import Tracer, no_trace, to_numpy
 from refengine.weights import load_weights
 
+PACKAGED_MODEL = Path(__file__).parent / "data" / "haiku-q4_k_m.gguf"  # our own: trained by tools/haiku
 PREFILL_CHUNK = 512  # tokens a forward call, llama.cpp's default micro-batch
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     numerics: str = "exact",
     *,
@@ -38,6 +39,7 @@ def load(
 ) -> Model:
     """Open a GGUF file (the first part of a split one) and put its tensors on a device.
 
+    path:         None opens the packaged model, which writes haiku.
     device:       `cpu`, `cuda`, `cuda:N`, `auto`.
     numerics:     `exact` (float32), `exact64`, `llamacpp`.
     kv_type:      `f16`, `f32` or `f64` instead of the profile's.
@@ -52,7 +54,7 @@ def load(
     if cpu_cache_mb is not None and cpu_cache_mb < 0:
         raise RequestError(f"cpu_cache_mb {cpu_cache_mb} must not be negative")
     opened = open_device(device)
-    gguf = GGUFFile(Path(path))
+    gguf = GGUFFile(PACKAGED_MODEL if path is None else Path(path))
     config = ModelConfig.from_gguf(gguf)
     if n_ctx is not None and n_ctx > config.n_ctx_train and config.rope is None:
         raise RequestError(f"n_ctx {n_ctx}: {config.arch} has learned positions, only {config.n_ctx_train} of them")

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 from tools.haiku.grammar import LINES, Grammar, Haiku, Template
 
+TRAINING_DOCUMENTS, TRAINING_SEED = 1_000_000, 0  # the training set
+SHARD = 10_000  # documents of one seed; shards are made side by side
 HELD_OUT_ONE_IN = 10
 FORMS = (
     "Write a haiku about {}", "Write a haiku about {}.", "Write me a haiku about {}", "write a haiku about {}",
@@ -60,6 +62,11 @@ class Request:
 def held_out(*key: object) -> bool:
     """Whether what these values name is kept from training."""
     return zlib.crc32("\t".join(map(str, key)).encode()) % HELD_OUT_ONE_IN == 0
+
+
+def shard_seed(seed: int, number: int) -> int:
+    """The seed of the `number`th SHARD documents of a large corpus."""
+    return seed * 1_000_003 + number
 
 
 class Corpus:

@@ -27,12 +27,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from tools.haiku.corpus import Corpus, chat
+from tools.haiku.corpus import SHARD, TRAINING_DOCUMENTS, TRAINING_SEED, Corpus, chat, shard_seed
 from tools.haiku.export import CHECKPOINT
 from tools.haiku.network import BALANCE, HaikuModel
 from tools.haiku.specs import SPECS
 
-SHARD = 10_000  # documents made by one process at a time
 ROWS = (80, 512)  # tokens of a training row, by turns: most chats are shorter than the first
 VALIDATION = 512  # held-out requests and templates
 LOG_EVERY, SAVE_EVERY = 100, 500
@@ -55,7 +54,7 @@ class TrainingSet:
 def _encoded_shard(tokenizer: Path, seed: int, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids of `count` documents, end to end, and the length of each."""
     encoder = Tokenizer.from_file(str(tokenizer))
-    documents = list(Corpus().documents(seed * 1_000_003 + number, count))
+    documents = list(Corpus().documents(shard_seed(seed, number), count))
     encoded = [e.ids for e in encoder.encode_batch(documents)]
     return np.concatenate([np.array(ids, np.uint16) for ids in encoded]), np.array([len(ids) for ids in encoded])
 
@@ -218,11 +217,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from FOLDER/state.pt")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     parser.add_argument("--tokenizer", type=Path, default=CHECKPOINT / "tokenizer.json")
-    parser.add_argument("--documents", type=int, default=1_000_000, help="training documents (default 1,000,000)")
+    parser.add_argument("--documents", type=int, default=TRAINING_DOCUMENTS, help="training documents (default 1,000,000)")
     parser.add_argument("--steps", type=int, default=6000, help="default 6000")
     parser.add_argument("--batch", type=int, default=65_536, metavar="TOKENS", help="tokens a step (default 65,536)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--seed", type=int, default=TRAINING_SEED, help="default 0")
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     train(parser.parse_args(argv))
     return 0
