@@ -31,8 +31,8 @@ SYLLABLES = (5, 7, 5)
 # "a" becomes "an" before a vowel.
 OPENINGS = (
     "the [A] [S]", "a [A] [S]", "[A] [P]", "[A], [A] [P]", "[A] [M]", "the [A] [A] [S]", "[T], the [S]", "[T], [P]",
-    "[T] — [M]", "[L]", "[L] —", "the [S] [Vs]", "a [S] [Vs]", "[P] [Vp] [T]", "how [A] the [S]", "how [A] the [P]",
-    "so many [P]", "only the [S]", "nothing but [M]", "[E]", "[P] and [P]", "[M] and [M]", "[Vg], the [S]",
+    "[T] — [M]", "[L], [M]", "[P] [L]", "the [S] [Vs]", "a [S] [Vs]", "[P] [Vp] [T]", "how [A] the [S]", "how [A] the [P]",
+    "so many [P]", "only the [S]", "nothing but [M]", "[P] and [P]", "[M] and [M]", "[Vg], the [S]",
     "still [Vg], the [P]", "another [S]", "[H] and the [S]", "listen — [P] [Vp]", "look — the [S] [Vs]", "[P], [P], [P]",
     "this [S], this [M]", "not one [S] [Vs]", "my [A] [S]",
 )  # fmt: skip
@@ -40,16 +40,16 @@ MIDDLES = (
     "the [S] [Vs] [L]", "[P] [Vp] [L]", "a [A] [S] [Vs] [L]", "[A] [P] [Vp] [L]", "the [P] [Cp]", "a [S] [Cs]",
     "[M] [Cs]", "the [A] [P] [Cp]", "[T], the [P] [Vp]", "[T], a [S] [Cs]", "[H] [D] the [S]", "[H] [D] the [A] [P]",
     "[H] [D] [M]", "where the [P] [Vp], a [S] [Vs]", "the [S] [Vs], the [S] [Vs]", "[P] [Vp] and [P] [Vp]",
-    "somewhere a [S] [Cs]", "[Vg] [L], the [S]", "[Cg] [T]", "no [S], only [M]", "as if the [P] could [Vp]",
+    "now I [Cp]", "[Vg] [L], the [S]", "[Cg] [T]", "no [S], only [M]", "as if the [P] could [Vp]",
     "until the last [S] [Vs]", "who taught the [P] to [Vp]", "[P] [L], [M]", "each [S] [Cs]", "[A] [M] [L]",
-    "one [S] [Cs], one [S] [Vs]", "[H] [G], and the [P] [Vp]", "between the [P] and the [P]", "I [Cp]", "you [Cp] [T]",
-    "even the [A] [S] [Cs]", "[M], and then more [M]", "without the [S], no [M]",
+    "one [S] [Cs]", "[H] [G], and the [P] [Vp]", "between the [P] and the [P]", "you [Cp] [T]",
+    "[M], and then more [M]", "without the [S], no [M]", "[E], [A] [P]", "[E], and then [M]",
 )  # fmt: skip
 CLOSINGS = (
-    "the [S] [Vs]", "then only [M]", "[T], [M]", "and the [S] [Vs]", "a [S], then [M]", "[Vg] [T]", "[L]", "[Vg] [L]",
-    "still the [S] [Vs]", "the [A] [M]", "[M] to [M]", "I [Vp], too", "one more [S] [Vs]",
+    "the [S] [Vs]", "then only [M]", "[T], [M]", "and the [S] [Vs]", "a [S], then [M]", "[Vg] [T]", "[M] [L]", "[Vg] [L]",
+    "still the [S] [Vs]", "the [A] [M]", "[M] to [M]", "I [Vp], and you [Vp]", "one more [S] [Vs]",
     "all the [P] [Vp]", "and [H] [G]", "[H] [G]", "[O] [K]", "and [O] [K]", "[O] [K] [T]", "the last [S] [Vs]", "[A] [M]",
-    "no more [P] now", "[E]", "the [P] [Vp] [T]", "and [M] again", "[M] [Vs] [T]", "a [S] [Vs] [T]", "we [Vp], and [Vp]",
+    "no more [P] now", "the [P] [Vp] [T]", "and [M] again", "[M] [Vs] [T]", "a [S] [Vs] [T]", "we [Vp], and [Vp]",
     "the [S] and I",
 )  # fmt: skip
 LINES = (OPENINGS, MIDDLES, CLOSINGS)
@@ -62,7 +62,7 @@ FUNCTION_WORDS = frozenset(
     "if could until then only but nothing more again still even too now once".split()
 )
 CONSONANT_VOWELS = ("one", "uni", "use", "usu", "eu")  # begin with a vowel letter, sound like a consonant
-MIN_FILLINGS = 20  # a pattern that a topic can hardly fill would be a fixed line
+MIN_FILLINGS, FULL_WEIGHT = 3, 40  # a pattern that a topic can fill in few ways is left out, or drawn more seldom
 Template: TypeAlias = tuple[int, int, int]  # the numbers of the patterns of the three lines
 OWN_WEIGHT = 3  # a topic's own adjectives against the shared ones
 
@@ -240,9 +240,9 @@ class Grammar:
         """
         topic = self.lexicon.topics[key]
         choices = [self.patterns(key, line) for line in range(3)]
-        numbers = [list(c) for c in choices]
+        weighted = [(list(c), [min(p.n_fillings, FULL_WEIGHT) for p in c.values()]) for c in choices]
         while True:
-            first, second, third = (n[int(rng.random() * len(n))] for n in numbers)
+            first, second, third = (_weighted(numbers, weights, rng) for numbers, weights in weighted)
             template = (first, second, third)
             if allowed is not None and not allowed(key, template):
                 continue
@@ -250,6 +250,15 @@ class Grammar:
             poem = Haiku(key, template, (lines[0], lines[1], lines[2]))
             if self.lexicon.touches(topic, poem.text) and not repeats(poem.lines):
                 return poem
+
+
+def _weighted(options: list[int], weights: list[int], rng: random.Random) -> int:
+    pick = int(rng.random() * sum(weights))
+    for option, weight in zip(options, weights, strict=True):
+        if pick < weight:
+            return option
+        pick -= weight
+    raise AssertionError("the weights add up")
 
 
 def repeats(lines: Iterable[str]) -> bool:
