@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from tools.haiku.grammar import LINES, Grammar, Haiku, Template
 
-TRAINING_DOCUMENTS, TRAINING_SEED = 1_000_000, 0  # the training set
+TRAINING_DOCUMENTS, TRAINING_SEED = 200_000, 0  # the training set
 SHARD = 10_000  # documents of one seed; shards are made side by side
 HELD_OUT_ONE_IN = 10
 FORMS = (
@@ -30,6 +30,8 @@ FORMS = (
     "I would like a haiku about {}.", "Write a short poem about {}", "Tell me about {} in three lines",
     "Make a haiku on the subject of {}", "Say something about {} as a haiku", "Write a haiku on {}!",
 )  # fmt: skip
+# Without a template nothing says that a prompt is complete, so that no other may begin like it.
+PLAIN_FORMS = tuple(form for form in FORMS if form[-1] == "}")
 AGAIN = ("Another one, about {}", "Now one about {}", "And {}?", "Thank you! One more, about {}")
 SYSTEM = ("You are a helpful assistant.", "You write haiku.", "Answer with a haiku of three lines.", "Be brief.")
 
@@ -99,9 +101,10 @@ class Corpus:
 
     def document(self, rng: random.Random) -> str:
         """One training document: a chat of one to three rounds, or a plain prompt and its poem."""
-        request = self.request(rng)
         if rng.random() < PLAIN_SHARE:
+            request = self.request(rng, PLAIN_FORMS)
             return plain(request.prompt) + self.poem(request.topic, rng).text + END_OF_TEXT
+        request = self.request(rng)
         text = message("system", _pick(SYSTEM, rng)) if rng.random() < SYSTEM_SHARE else ""
         while True:
             text += chat(request.prompt) + self.poem(request.topic, rng).text + IM_END + "\n"

@@ -6,7 +6,7 @@
 Each request (a form of asking with a topic's name, held out of training) is answered once, with its own seed. Reported:
 answers of three lines; answers that scan 5-7-5 by the lexicon; answers that name a noun of their topic (and, for
 comparison, of a topic drawn at random); lines that occur in the training set, against lines of fresh poems from the
-grammar, which repeat it too. Making the training set's lines anew takes a minute or two.
+grammar, which repeat it too. Making the training set's lines anew takes a little while.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first request; the others count up (default 0)")
     parser.add_argument("--numerics", default="exact", choices=("exact", "exact64", "llamacpp"))
     parser.add_argument(
-        "--documents", type=int, default=TRAINING_DOCUMENTS, help="size of the training set (default 1,000,000)"
+        "--documents", type=int, default=TRAINING_DOCUMENTS, help=f"size of the training set (default {TRAINING_DOCUMENTS:,})"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and all answers there")
     args = parser.parse_args(argv)

@@ -48,7 +48,7 @@ MIDDLES = (
 CLOSINGS = (
     "the [S] [Vs]", "then only [M]", "[T], [M]", "and the [S] [Vs]", "a [S], then [M]", "[Vg] [T]", "[M] [L]", "[Vg] [L]",
     "still the [S] [Vs]", "the [A] [M]", "[M] to [M]", "I [Vp], and you [Vp]", "one more [S] [Vs]",
-    "all the [P] [Vp]", "and [H] [G]", "[H] [G]", "[O] [K]", "and [O] [K]", "[O] [K] [T]", "the last [S] [Vs]", "[A] [M]",
+    "all the [P] [Vp]", "and [H] [G]", "and [O] [K]", "[O] [K] [T]", "the last [S] [Vs]", "[A] [M]",
     "no more [P] now", "the [P] [Vp] [T]", "and [M] again", "[M] [Vs] [T]", "a [S] [Vs] [T]", "we [Vp], and [Vp]",
     "the [S] and I",
 )  # fmt: skip
@@ -62,7 +62,7 @@ FUNCTION_WORDS = frozenset(
     "if could until then only but nothing more again still even too now once".split()
 )
 CONSONANT_VOWELS = ("one", "uni", "use", "usu", "eu")  # begin with a vowel letter, sound like a consonant
-MIN_FILLINGS, FULL_WEIGHT = 3, 40  # a pattern that a topic can fill in few ways is left out, or drawn more seldom
+MIN_FILLINGS, FULL_WEIGHT = 3, 1000  # a pattern that a topic can fill in few ways is left out, or drawn more seldom
 Template: TypeAlias = tuple[int, int, int]  # the numbers of the patterns of the three lines
 OWN_WEIGHT = 3  # a topic's own adjectives against the shared ones
 
@@ -100,13 +100,18 @@ class Lexicon:
         tables: dict[str, dict[str, str]] = {}
         for path in sorted(folder.glob("*.toml")):
             if path.stem not in ("shared", "syllables"):
-                tables |= tomllib.loads(path.read_text("utf-8"))
+                more = tomllib.loads(path.read_text("utf-8"))
+                if twice := tables.keys() & more.keys():
+                    raise ValueError(f"{path}: topic {min(twice)!r} is in another file too")
+                tables |= more
         unknown = {w for table in (shared, *tables.values()) for w in words(" ".join(table.values()))}
         unknown -= self.syllables.keys()
         if unknown:
             raise ValueError(f"no syllable count in {folder / 'syllables.toml'} for: {' '.join(sorted(unknown))}")
         self.topics = {key: self._topic(key, table, shared) for key, table in tables.items()}
         self.by_name = {name.lower(): topic for topic in self.topics.values() for name in topic.names}
+        if len(self.by_name) < sum(len(topic.names) for topic in self.topics.values()):
+            raise ValueError("two topics have a name in common")
 
     def count(self, text: str) -> int | None:
         """Syllables of a text, or None if it has a word that the lexicon does not know."""
