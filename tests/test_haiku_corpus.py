@@ -1,4 +1,4 @@
-"""The corpus of the haiku models: every poem scans, nothing held out is trained on, the same seed gives the same text."""
+"""The corpus of the haiku models: every poem scans, what is held out is not trained on, a seed gives one text."""
 
 import random
 import re
@@ -121,7 +121,12 @@ def test_forms_share_the_complement() -> None:
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("a owl", "an owl"), ("a universe", "a universe"), ("look — a old one", "look — an old one"), ("sea oak", "sea oak")],
+    [
+        ("a owl", "an owl"),
+        ("a universe", "a universe"),
+        ("look — a old one", "look — an old one"),
+        ("sea oak", "sea oak"),
+    ],
 )
 def test_with_articles_agrees_with_the_sound(line: str, expected: str) -> None:
     assert with_articles(line) == expected

@@ -4,8 +4,8 @@
     python -m tools.haiku.corpus --topic gpu_computing --count 5
     python -m tools.haiku.corpus --statistics 20000              # sizes, and how much of it repeats
 
-Two things are held out of training, a tenth each, by a hash of their names: templates of a poem (its three line patterns)
-for each topic, and forms of asking for each name of a topic. The same seed gives the same corpus.
+Two things are held out of training, a tenth each, by a hash of their names: templates of a poem (its three line
+patterns) for each topic, and forms of asking for each name of a topic. The same seed gives the same corpus.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from tools.haiku.grammar import LINES, Grammar, Haiku, Template
 
-TRAINING_DOCUMENTS, TRAINING_SEED = 200_000, 0  # the training set
+TRAINING_DOCUMENTS, TRAINING_SEED = 300_000, 0  # the training set
 SHARD = 10_000  # documents of one seed; shards are made side by side
 HELD_OUT_ONE_IN = 10
 FORMS = (

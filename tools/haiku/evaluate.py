@@ -12,6 +12,7 @@ grammar, which repeat it too. Making the training set's lines anew takes a littl
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -85,8 +86,15 @@ def answers(model: Any, corpus: Corpus, count: int, temperature: float, first_se
 
 
 def _line_hashes(seed: int, number: int, count: int) -> np.ndarray:
-    texts = Corpus().documents(shard_seed(seed, number), count)
-    return np.unique(hashes(line for text in texts for line in _bare(text).split("\n")))
+    return np.unique(hashes(pieces(Corpus().documents(shard_seed(seed, number), count))))
+
+
+def pieces(documents: Iterable[str]) -> Iterable[str]:
+    """All lines of the documents, and all poems: whatever three lines follow one another."""
+    for document in documents:
+        lines = _bare(document).split("\n")
+        yield from lines
+        yield from ("\n".join(lines[i : i + 3]) for i in range(len(lines) - 2))
 
 
 def _bare(text: str) -> str:
@@ -97,28 +105,27 @@ def _bare(text: str) -> str:
 
 def hashes(lines: Iterable[str]) -> np.ndarray:
     """64-bit hashes of lines, the same in every process."""
-    import hashlib
-
     digests = (hashlib.blake2b(line.encode(), digest_size=8).digest() for line in lines)
     return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
-def training_lines(n_documents: int) -> np.ndarray:
-    """Hashes of all lines of the training set, sorted."""
+def training_pieces(n_documents: int) -> np.ndarray:
+    """Hashes of all lines and poems of the training set, sorted."""
     counts = [min(SHARD, n_documents - i) for i in range(0, n_documents, SHARD)]
     n = len(counts)
     with ProcessPoolExecutor() as pool:
         made = pool.map(_line_hashes, [TRAINING_SEED] * n, range(n), counts)
-        return np.unique(np.concatenate(list(tqdm(made, total=n, desc="training lines", unit="shard", file=sys.stderr))))
+        return np.unique(np.concatenate(list(tqdm(made, total=n, desc="training set", unit="shard", file=sys.stderr))))
 
 
-def seen_share(lines: list[str], known: np.ndarray) -> float:
-    return float(np.isin(hashes(lines), known).mean())
+def seen_share(texts: list[str], known: np.ndarray) -> float:
+    """How many of these lines or poems the training set has."""
+    return float(np.isin(hashes(texts), known).mean())
 
 
 def report(found: list[Answer], corpus: Corpus, n_documents: int) -> dict[str, Any]:
     """The figures, as shares of 1."""
-    known = training_lines(n_documents)
+    known = training_pieces(n_documents)
     rng = random.Random(12345)
     written = [line for answer in found for line in answer.text.split("\n")]
     fresh = [
@@ -136,6 +143,7 @@ def report(found: list[Answer], corpus: Corpus, n_documents: int) -> dict[str, A
         "lines_in_training_set": seen,
         "lines_of_fresh_poems_in_training_set": expected,
         "excess": seen - expected,
+        "whole_answers_in_training_set": seen_share([a.text for a in found], known),
         "different_answers": len({a.text for a in found}),
     }
 
@@ -150,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first request; the others count up (default 0)")
     parser.add_argument("--numerics", default="exact", choices=("exact", "exact64", "llamacpp"))
     parser.add_argument(
-        "--documents", type=int, default=TRAINING_DOCUMENTS, help=f"size of the training set (default {TRAINING_DOCUMENTS:,})"
+        "--documents", type=int, default=TRAINING_DOCUMENTS, help=f"it was trained on (default {TRAINING_DOCUMENTS:,})"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and all answers there")
     args = parser.parse_args(argv)

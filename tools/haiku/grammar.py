@@ -27,14 +27,14 @@ LEXICON = Path(__file__).parent / "lexicon"
 SYLLABLES = (5, 7, 5)
 
 # Slots: S, P, M nouns (singular, plural, mass); A adjective; Vs, Vp, Vg verb (-s, base, -ing); Cs, Cp, Cg act;
-# L place; T time; H person; D what a person does to a noun; G gesture of a person; O onlooker; K its mood; E "S after S".
+# L place; T time; H person; D what a person does to a noun; G their gesture; O onlooker; K its mood; E "S after S".
 # "a" becomes "an" before a vowel.
 OPENINGS = (
     "the [A] [S]", "a [A] [S]", "[A] [P]", "[A], [A] [P]", "[A] [M]", "the [A] [A] [S]", "[T], the [S]", "[T], [P]",
-    "[T] — [M]", "[L], [M]", "[P] [L]", "the [S] [Vs]", "a [S] [Vs]", "[P] [Vp] [T]", "how [A] the [S]", "how [A] the [P]",
-    "so many [P]", "only the [S]", "nothing but [M]", "[P] and [P]", "[M] and [M]", "[Vg], the [S]",
-    "still [Vg], the [P]", "another [S]", "[H] and the [S]", "listen — [P] [Vp]", "look — the [S] [Vs]", "[P], [P], [P]",
-    "this [S], this [M]", "not one [S] [Vs]", "my [A] [S]",
+    "[T] — [M]", "[L], [M]", "[P] [L]", "the [S] [Vs]", "a [S] [Vs]", "[P] [Vp] [T]", "how [A] the [S]",
+    "how [A] the [P]", "so many [P]", "only the [S]", "nothing but [M]", "[P] and [P]", "[M] and [M]", "[Vg], the [S]",
+    "still [Vg], the [P]", "another [S]", "[H] and the [S]", "listen — [P] [Vp]", "look — the [S] [Vs]",
+    "[P], [P], [P]", "this [S], this [M]", "not one [S] [Vs]", "my [A] [S]",
 )  # fmt: skip
 MIDDLES = (
     "the [S] [Vs] [L]", "[P] [Vp] [L]", "a [A] [S] [Vs] [L]", "[A] [P] [Vp] [L]", "the [P] [Cp]", "a [S] [Cs]",
@@ -46,20 +46,23 @@ MIDDLES = (
     "[M], and then more [M]", "without the [S], no [M]", "[E], [A] [P]", "[E], and then [M]",
 )  # fmt: skip
 CLOSINGS = (
-    "the [S] [Vs]", "then only [M]", "[T], [M]", "and the [S] [Vs]", "a [S], then [M]", "[Vg] [T]", "[M] [L]", "[Vg] [L]",
-    "still the [S] [Vs]", "the [A] [M]", "[M] to [M]", "I [Vp], and you [Vp]", "one more [S] [Vs]",
-    "all the [P] [Vp]", "and [H] [G]", "and [O] [K]", "[O] [K] [T]", "the last [S] [Vs]", "[A] [M]",
-    "no more [P] now", "the [P] [Vp] [T]", "and [M] again", "[M] [Vs] [T]", "a [S] [Vs] [T]", "we [Vp], and [Vp]",
-    "the [S] and I",
+    "the [S] [Vs]", "then only [M]", "[T], [M]", "and the [S] [Vs]", "a [S], then [M]", "[Vg] [T]", "[M] [L]",
+    "[Vg] [L]", "still the [S] [Vs]", "the [A] [M]", "[M] to [M]", "I [Vp], and you [Vp]", "one more [S] [Vs]",
+    "all the [P] [Vp]", "and [H] [G]", "and [O] [K]", "[O] [K] [T]", "the last [S] [Vs]", "[A] [M]", "no more [P] now",
+    "the [P] [Vp] [T]", "and [M] again", "[M] [Vs] [T]", "a [S] [Vs] [T]", "we [Vp], and [Vp]", "the [S] and I",
 )  # fmt: skip
 LINES = (OPENINGS, MIDDLES, CLOSINGS)
 
 FIELDS = ("names", "singular", "plural", "mass", "verbs", "acts", "adjectives", "places")
+# May occur more than once in a poem.
 FUNCTION_WORDS = frozenset(
-    "a an the and or of in on at to by for from with without under over into onto across along between beside behind "
-    "before after through around against upon above below near past inside beneath beyond out up down as is are no not "
-    "one two three all each every my your our its his her this that these those i you we it so how who what where when "
-    "if could until then only but nothing more again still even too now once".split()
+    re.findall(
+        r"\w+",
+        "a an the and or of in on at to by for from with without under over into onto across along between beside "
+        "behind before after through around against upon above below near past inside beneath beyond out up down "
+        "as is are no not one two three all each every my your our its his her this that these those i you we it so "
+        "how who what where when if could until then only but nothing more again still even too now once",
+    )
 )
 CONSONANT_VOWELS = ("one", "uni", "use", "usu", "eu")  # begin with a vowel letter, sound like a consonant
 MIN_FILLINGS, FULL_WEIGHT = 3, 1000  # a pattern that a topic can fill in few ways is left out, or drawn more seldom

@@ -118,7 +118,7 @@ def _key(gguf_name: str) -> str:
 
 
 def _initial(name: str, shape: tuple[int, ...], spec: ModelSpec, generator: torch.Generator) -> Tensor:
-    """Ones for norms, zeros for biases and sinks, normal values for matrices (GPT-2's: smaller where they end a block)."""
+    """Ones for norms, zeros for biases and sinks, normal values for matrices, smaller where a block ends (GPT-2)."""
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     if name.endswith((".bias", "attn_sinks.weight")):

@@ -2,8 +2,8 @@
 
     python -m tools.haiku.perplexity FOLDER      # the files that tools/haiku/export.py wrote there
 
-Over the tokens of the poem and its end, given the request: exp of the mean negative log-likelihood. Requests and templates
-are those held out of training; the column `seen templates` has new poems of templates that were not, under `exact`.
+Over the tokens of the poem and its end, given the request: exp of the mean negative log-likelihood. Requests and
+templates are those held out of training; the last column has new poems of templates that were not, under `exact`.
 llama.cpp runs on the CPU with the weights as the file has them, and the KV cache each profile has.
 """
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"perplexity: {args.folder} has none of {', '.join(FILES)}; run tools.haiku.export", file=sys.stderr)
         return 2
     corpus = Corpus()
-    print("| file | size | refengine `exact` | refengine `llamacpp` | llama.cpp | seen templates |\n|---|---|---|---|---|---|")
+    print("| file | size | `exact` | `llamacpp` | llama.cpp | trained templates, `exact` |\n|---|---|---|---|---|---|")
     try:
         for path in tqdm(paths, file=sys.stderr, disable=None):
             print(row(path, corpus, args.poems), flush=True)

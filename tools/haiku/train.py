@@ -1,11 +1,12 @@
 """Train a haiku model with PyTorch (`pip install -e '.[haiku]'`), on a GPU if there is one.
 
     python -m tools.haiku.train dense   --output runs/dense
-    python -m tools.haiku.train experts --output runs/experts --resume
+    python -m tools.haiku.train experts --output runs/experts --steps 1800
+    python -m tools.haiku.export FOLDER --keep runs/dense dense --keep runs/experts experts
 
-The corpus is made anew from its seed, the same on every machine. Written to --output: `state.pt` every few hundred steps
-(--resume goes on from it), `log.csv` and `loss.png` (the loss curve), and at the end `model.safetensors`, float16 under
-GGUF names, which is what tools/haiku/export.py reads. On a GPU two runs differ in rounding.
+made the kept checkpoints. The corpus is made anew from its seed, the same on every machine. Written to --output:
+`state.pt` every few hundred steps (--resume goes on from it), `log.csv` and `loss.png` (the loss curve), and at the end
+`model.safetensors`, float16 under GGUF names. On a GPU two runs differ in rounding.
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ def train(args: argparse.Namespace) -> None:
     held_out = validation_set(args.tokenizer, device)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{args.model}: {n_parameters:,} parameters on {device}; {len(data.starts):,} documents, {len(data.ids):,} tokens;"
-        f" {args.steps} steps of {args.batch} tokens = {args.steps * args.batch / len(data.ids):.1f} epochs",
+        f"{args.model}: {n_parameters:,} parameters on {device}; {len(data.starts):,} documents, {len(data.ids):,} "
+        f"tokens; {args.steps} steps of {args.batch} tokens = {args.steps * args.batch / len(data.ids):.1f} epochs",
         file=sys.stderr,
     )
     log = _open_log(log_path, first)
@@ -217,8 +218,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from FOLDER/state.pt")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     parser.add_argument("--tokenizer", type=Path, default=CHECKPOINT / "tokenizer.json")
-    parser.add_argument("--documents", type=int, default=TRAINING_DOCUMENTS, help=f"training documents (default {TRAINING_DOCUMENTS:,})")
-    parser.add_argument("--steps", type=int, default=4000, help="default 4000")
+    parser.add_argument(
+        "--documents", type=int, default=TRAINING_DOCUMENTS, help=f"to train on (default {TRAINING_DOCUMENTS:,})"
+    )
+    parser.add_argument("--steps", type=int, default=1500, help="default 1500")
     parser.add_argument("--batch", type=int, default=65_536, metavar="TOKENS", help="tokens a step (default 65,536)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
     parser.add_argument("--seed", type=int, default=TRAINING_SEED, help="default 0")
