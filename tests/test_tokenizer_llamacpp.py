@@ -14,6 +14,7 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
 from refengine.gguf_file import GGUFFile
+from refengine.model import PACKAGED_MODEL
 from refengine.tokenizer import Tokenizer, load_tokenizer
 from refengine.tokenizer.byte_level import BYTE_TO_CHAR
 from refengine.tokenizer.pretokenizers import PRE_TOKENIZERS
@@ -31,6 +32,7 @@ MODELS = [
     "vocab/ggml-vocab-llama-bpe",
     "vocab/ggml-vocab-llama-spm",
     "models/stories260K",
+    str(PACKAGED_MODEL.with_suffix("")),  # an absolute path stays one, whatever folder it is joined to
 ]
 GPT_OSS = "vocab/gpt-oss-o200k"
 

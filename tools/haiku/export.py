@@ -74,6 +74,7 @@ def keep_checkpoint(run: Path, model: str, folder: Path = CHECKPOINT) -> list[Pa
         if sum(v.nbytes for v in shards[-1].values()) + value.nbytes > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = value
+    folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"{model}-*.safetensors"):
         old.unlink()
     paths = [folder / f"{model}-{i + 1}-of-{len(shards)}.safetensors" for i in range(len(shards))]

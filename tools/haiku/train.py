@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -136,7 +137,6 @@ def train(args: argparse.Namespace) -> None:
     log = _open_log(log_path, first)
     started = time.monotonic()
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", file=sys.stderr, mininterval=5)
-    total, counted = 0.0, 0
     for step in bar:
         rows = torch.from_numpy(data.rows(step, args.batch, ROWS[step % len(ROWS)], args.seed)).to(device)
         for group in optimizer.param_groups:
@@ -149,10 +149,10 @@ def train(args: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == args.steps:
-            total, counted = float(loss), step + 1
-            validation = validation_loss(model, *held_out)
-            log.writerow([counted, f"{total:.4f}", f"{validation:.4f}", f"{time.monotonic() - started:.1f}"])
-            bar.set_postfix_str(f"loss {total:.3f}, held-out poems {validation:.3f}")
+            training, validation = loss.item(), validation_loss(model, *held_out)
+            seconds = time.monotonic() - started
+            _write_row(log, [step + 1, f"{training:.4f}", f"{validation:.4f}", f"{seconds:.1f}"])
+            bar.set_postfix_str(f"loss {training:.3f}, held-out poems {validation:.3f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             _save(state_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
     log.close()
@@ -161,27 +161,19 @@ def train(args: argparse.Namespace) -> None:
     plot(log_path, args.output / "loss.png")
 
 
-class _Log:
-    """A CSV file whose rows are on disk as soon as they are written."""
-
-    def __init__(self, path: Path, rows: list[list[str]]) -> None:
-        self.file = path.open("w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerows(rows)
-
-    def writerow(self, row: list) -> None:
-        self.writer.writerow(row)
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _open_log(path: Path, first: int) -> _Log:
-    """The log up to step `first`, open for more."""
-    header = ["step", "loss", "held_out_poem_loss", "seconds"]
+def _open_log(path: Path, first: int) -> TextIO:
+    """The log with its rows up to step `first`, open for more; every row is on disk as soon as it is written."""
     kept = list(csv.reader(path.open()))[1:] if first else []
-    return _Log(path, [header, *(row for row in kept if int(row[0]) <= first)])
+    file = path.open("w", buffering=1)
+    _write_row(file, ["step", "loss", "held_out_poem_loss", "seconds"])
+    for row in kept:
+        if int(row[0]) <= first:
+            _write_row(file, row)
+    return file
+
+
+def _write_row(file: TextIO, row: list) -> None:
+    csv.writer(file, lineterminator="\n").writerow(row)
 
 
 def _save(path: Path, state: dict) -> None:
