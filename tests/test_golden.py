@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,16 @@ from safetensors.numpy import load_file
 
 import refengine
 from refengine.validate.replay import nmse
-from tools.make_golden import GOLDEN, MODELS, SEED, ids_of
-from tools.make_model import TINY
+from tools.haiku.specs import DENSE
+from tools.make_golden import GOLDEN, MODELS, SEED, ids_of, model_file
+from tools.make_model import TINY, write_spec
 
 
 @pytest.fixture(params=MODELS)
-def golden(request, tiny_model):
+def golden(request, tmp_path):
     folder = GOLDEN / request.param
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return tiny_model(request.param), manifest, load_file(folder / "golden.safetensors")
+    return model_file(request.param, tmp_path), manifest, load_file(folder / "golden.safetensors")
 
 
 def run(path: Path, manifest: dict, numerics: str):
@@ -32,7 +34,7 @@ def test_golden_belongs_to_the_model(golden):
     path, manifest, tensors = golden
     assert manifest["model_seed"] == SEED
     assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest["model_sha256"]
-    assert manifest["ids"] == ids_of(TINY[manifest["model"]].n_vocab)
+    assert manifest["ids"] == ids_of(path)
     assert {k: list(v.shape) for k, v in tensors.items()} == manifest["tensors"]
 
 
@@ -51,11 +53,11 @@ def test_golden_agrees(golden):
 
 
 def test_golden_control_a_wrong_seed_disagrees(golden, tmp_path):
-    from tools.make_model import write_spec
-
     _, manifest, tensors = golden
     other = tmp_path / "other.gguf"
-    write_spec(other, TINY[manifest["model"]], SEED + 1)
+    # For the packaged model, random weights of its shape.
+    spec = TINY.get(manifest["model"]) or replace(DENSE, type="Q4_K_M")
+    write_spec(other, spec, SEED + 1)
     assert nmse(run(other, manifest, "exact")["logits"], tensors["logits"]) > 0.1
 
 

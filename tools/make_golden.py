@@ -1,11 +1,11 @@
-"""Record llama.cpp's logits and chosen tensors of the tiny models into golden/, through llama-cpp-python.
+"""Record llama.cpp's logits and chosen tensors of the tiny models and the packaged one into golden/.
 
     python -m tools.make_golden             (all models of MODELS)
     python -m tools.make_golden llama-f32
 
-One folder a model: `golden.safetensors` (logits of all positions, tensors in NumPy order), `manifest.json` (what made
-it: model and seed, its sha256, llama-cpp-python's version, flags, ids). The models themselves are not kept: the same
-specification and seed give the same bytes.
+Through llama-cpp-python. One folder a model: `golden.safetensors` (logits of all positions, tensors in NumPy order), `manifest.json` (what made
+it: model and seed, its sha256, llama-cpp-python's version, flags, ids). The tiny models themselves are not kept: the
+same specification and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,18 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
+
+from refengine.config import ModelConfig
+from refengine.gguf_file import GGUFFile
+from refengine.model import PACKAGED_MODEL, load
+from refengine.validate.llamacpp import LlamaCpp
+from tools.make_model import TINY, write_spec
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SEED = 0
 N_TOKENS = 24
+PROMPT = "Write a haiku about GPU computing\nclocks in the green light\nno pipeline, only copper\n"
 TENSORS = r"^(l_out|kqv_out)-\d+$|^result_norm$"
 MODELS = (
     "llama-f32",
@@ -32,27 +40,35 @@ MODELS = (
     "phi3-mostly_q4_0",
     "gpt-oss-mxfp4_moe",
     "gpt2-f32",
+    "haiku-q4_k_m",  # the packaged one: trained weights
 )
 
 
-def ids_of(n_vocab: int) -> list[int]:
-    """A fixed prompt within any vocabulary."""
+def ids_of(path: Path) -> list[int]:
+    """A fixed prompt: ids all over the vocabulary of a tiny model, a real one for the packaged model."""
+    if path == PACKAGED_MODEL:
+        tokenizer = load().tokenizer
+        assert tokenizer is not None
+        return tokenizer.encode(PROMPT)
+    with GGUFFile(path) as gguf:
+        n_vocab = ModelConfig.from_gguf(gguf).n_vocab
     return [(37 * i + 5) % n_vocab for i in range(N_TOKENS)]
+
+
+def model_file(name: str, folder: Path) -> Path:
+    """The model of MODELS: written to `folder`, or the packaged file."""
+    if name == PACKAGED_MODEL.stem:
+        return PACKAGED_MODEL
+    write_spec(folder / f"{name}.gguf", TINY[name], SEED)
+    return folder / f"{name}.gguf"
 
 
 def record(name: str, folder: Path) -> None:
     """Write golden/<name>. Raises RefengineError where llama-cpp-python is missing."""
-    from safetensors.numpy import save_file
-
-    from refengine.validate.llamacpp import LlamaCpp
-    from tools.make_model import TINY, write_spec
-
-    spec = TINY[name]
-    kv_type = "f32" if spec.type == "F32" else "f16"
-    ids = ids_of(spec.n_vocab)
+    kv_type = "f32" if name.endswith("f32") else "f16"
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / f"{name}.gguf"
-        write_spec(path, spec, SEED)
+        path = model_file(name, Path(temporary))
+        ids = ids_of(path)
         with LlamaCpp(path, kv_type=kv_type, n_threads=1) as peer:
             logits, tensors = peer.tensors(ids, TENSORS)
             version = peer.version
