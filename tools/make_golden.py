@@ -3,9 +3,9 @@
     python -m tools.make_golden             (all models of MODELS)
     python -m tools.make_golden llama-f32
 
-Through llama-cpp-python. One folder a model: `golden.safetensors` (logits of all positions, tensors in NumPy order), `manifest.json` (what made
-it: model and seed, its sha256, llama-cpp-python's version, flags, ids). The tiny models themselves are not kept: the
-same specification and seed give the same bytes.
+Through llama-cpp-python. One folder a model: `golden.safetensors` (logits of all positions, tensors in NumPy order) and
+`manifest.json` (what made it: model and seed, its sha256, llama-cpp-python's version, flags, ids). The tiny models
+themselves are not kept: the same specification and seed give the same bytes.
 """
 
 from __future__ import annotations
