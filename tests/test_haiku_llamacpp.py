@@ -7,7 +7,7 @@ import pytest
 
 import refengine
 from refengine.model import PACKAGED_MODEL
-from refengine.validate.llamacpp import LlamaCpp
+from refengine.validate.llamacpp import LlamaCpp, quantize
 from refengine.validate.replay import nmse, replay
 from tools.haiku.corpus import Corpus, chat
 from tools.haiku.export import FILES, export
@@ -78,6 +78,12 @@ def test_every_operation_on_trained_weights_is_llamacpps(haiku_file, name: str) 
     assert len(compared) > 60
     worst = max(compared, key=lambda tensor: nmse(*compared[tensor]))
     assert nmse(*compared[worst]) <= OP_TOLERANCE, worst
+
+
+def test_quantiser_refuses_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("no model at all")
+    with pytest.raises(refengine.RefengineError, match=r"text\.gguf: llama\.cpp does not quantise"):
+        quantize(tmp_path / "text.gguf", tmp_path / "out.gguf", FILES["haiku-q8_0"][1])
 
 
 def test_export_reproduces_the_packaged_file(haiku_file) -> None:

@@ -2,8 +2,9 @@
 
     python -m tools.report_parity
 
-For the tiny models: NMSE end to end and of the worst single operation on llama.cpp's own inputs, under `llamacpp`; then
-NMSE and KL divergence of llama.cpp's logits from `exact`, which is llama.cpp's own rounding. Medians of five prompts.
+For the tiny models and the trained haiku models: NMSE end to end and of the worst single operation on llama.cpp's own
+inputs, under `llamacpp`; then NMSE and KL divergence of llama.cpp's logits from `exact`, which is llama.cpp's own
+rounding. Medians of five prompts.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import numpy as np
 import refengine
 from refengine.validate.llamacpp import LlamaCpp
 from refengine.validate.replay import nmse, replay
+from tools.haiku.corpus import Corpus
+from tools.haiku.export import FILES, export
 from tools.make_model import TINY, write_spec
 
+N_TOKENS = 48
 MODELS = (
     *("llama-f32", "qwen2-f32", "qwen3-f32", "phi3-f32", "gpt-oss-f32", "gpt2-f32"),
     *("llama-f16", "llama-bf16", "llama-q4_0", "llama-q4_1", "llama-q5_0", "llama-q5_1", "llama-q8_0"),
@@ -38,16 +42,31 @@ def kl_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
     return float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean())
 
 
+def model_file(name: str, folder: Path) -> Path:
+    """A small model with random weights, or one of the trained haiku models."""
+    if name in FILES:
+        return export(name, folder)
+    write_spec(folder / f"{name}.gguf", TINY[name])
+    return folder / f"{name}.gguf"
+
+
+def prompt_ids(model: refengine.Model, name: str, seed: int) -> list[int]:
+    """N_TOKENS ids: conversations for a haiku model, anything for the others."""
+    if name not in FILES:
+        return np.random.default_rng(seed).integers(0, model.config.n_vocab, N_TOKENS).tolist()
+    assert model.tokenizer is not None
+    text = "".join(Corpus().documents(1_000_000_000 + seed, 4))  # of a seed that training does not reach
+    return model.tokenizer.encode(text, add_special=False, parse_special=True)[:N_TOKENS]
+
+
 def row(name: str, folder: Path, n_prompts: int) -> str:
-    path = folder / f"{name}.gguf"
-    write_spec(path, TINY[name])
-    is_f32 = TINY[name].type == "F32"
-    kv_type = "f32" if is_f32 else "f16"
+    path = model_file(name, folder)
+    kv_type = "f32" if "-f32" in name else "f16"
     rounded = refengine.load(path, numerics="llamacpp", kv_type=kv_type)
     exact = refengine.load(path, numerics="exact", kv_type="f32")
     figures = []
     for seed in range(n_prompts):
-        ids = np.random.default_rng(seed).integers(0, exact.config.n_vocab, 48).tolist()
+        ids = prompt_ids(exact, name, seed)
         with LlamaCpp(path, kv_type=kv_type) as peer:
             theirs, tensors = peer.tensors(ids)
         _, compared = replay(rounded, ids, tensors)
@@ -61,12 +80,12 @@ def row(name: str, folder: Path, n_prompts: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=5, help="prompts of 48 random ids (default 5)")
+    parser.add_argument("--prompts", type=int, default=5, help=f"prompts of {N_TOKENS} tokens (default 5)")
     args = parser.parse_args()
     print("| model | worst op, own inputs | end to end | llama.cpp from `exact` | KL of that (nats) |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name in MODELS:
+        for name in (*MODELS, *FILES):
             print(row(name, Path(folder), args.prompts), flush=True)
 
 

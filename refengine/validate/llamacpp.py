@@ -66,23 +66,19 @@ class LlamaCpp:
         repack: bool = False,
         capture: bool = True,
     ) -> None:
-        try:
-            import llama_cpp
-        except ImportError as e:
-            raise RefengineError(f"llama-cpp-python cannot be imported ({e}); {INSTALL_HINT}") from None
+        llama_cpp = _library()
         kv_types = {"f16": GGML_TYPE_F16, "f32": GGML_TYPE_F32}
         if kv_type not in kv_types:
             raise RequestError(f"unknown KV cache type {kv_type!r} for llama.cpp; choose one of {', '.join(kv_types)}")
         self._lib = llama_cpp
         self.version: str = llama_cpp.__version__
-        self._silence()
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
         model_params.use_extra_bufts = repack
         model_params.n_gpu_layers = 0
         self._model = llama_cpp.llama_model_load_from_file(str(Path(path)).encode(), model_params)
         if not self._model:
-            raise ModelError(f"{path}: llama.cpp does not load this file: {self._last_log()}")
+            raise ModelError(f"{path}: llama.cpp does not load this file: {_last_log()}")
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -97,7 +93,7 @@ class LlamaCpp:
             params.cb_eval = self._callback
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
-            raise ModelError(f"{path}: llama.cpp makes no context: {self._last_log()}")
+            raise ModelError(f"{path}: llama.cpp makes no context: {_last_log()}")
         self._filter: re.Pattern[str] | None = None
         self._captured: list[tuple[str, str, np.ndarray]] = []
         self._callback_error: BaseException | None = None
@@ -123,7 +119,7 @@ class LlamaCpp:
         if self._callback_error is not None:
             raise self._callback_error
         if status != 0:
-            raise RefengineError(f"llama.cpp could not evaluate {n} tokens (status {status}): {self._last_log()}")
+            raise RefengineError(f"llama.cpp could not evaluate {n} tokens (status {status}): {_last_log()}")
         self._n_past += n
         rows = ctypes.cast(lib.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(rows, shape=(1 if last_only else n, self.n_vocab)).copy()
@@ -195,25 +191,45 @@ class LlamaCpp:
         desc.restype, desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
         return str(desc(pointer).decode())
 
-    def _silence(self) -> None:
-        global _log_callback
-        if _log_callback is None:
 
-            def keep(level: int, text: bytes, user_data: Any) -> None:
-                _log_lines.append(text.decode("utf-8", "replace"))
-                del _log_lines[:-20]
+def quantize(source: str | os.PathLike[str], output: str | os.PathLike[str], file_type: int) -> None:
+    """Write `source`, a float GGUF file, as `output` by llama.cpp's quantiser (`llama_model_quantize`).
 
-            _log_callback = self._lib.llama_log_callback(keep)
-            self._lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
-
-    @staticmethod
-    def _last_log() -> str:
-        lines = [line.strip() for line in "".join(_log_lines).splitlines() if line.strip()]
-        return lines[-1] if lines else "no message"
+    file_type: a `gguf.LlamaFileType`, as MOSTLY_Q4_K_M. Raises `RefengineError` without llama-cpp-python, `ModelError`
+    where llama.cpp refuses.
+    """
+    llama_cpp = _library()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = int(file_type)
+    if llama_cpp.llama_model_quantize(str(Path(source)).encode(), str(Path(output)).encode(), ctypes.byref(params)):
+        raise ModelError(f"{source}: llama.cpp does not quantise this file: {_last_log()}")
 
 
 _log_lines: list[str] = []
 _log_callback: Any = None  # C keeps the pointer: it must outlive every context
+
+
+def _library() -> Any:
+    """llama-cpp-python, with the library's log kept here instead of on stderr."""
+    global _log_callback
+    try:
+        import llama_cpp
+    except ImportError as e:
+        raise RefengineError(f"llama-cpp-python cannot be imported ({e}); {INSTALL_HINT}") from None
+    if _log_callback is None:
+
+        def keep(level: int, text: bytes, user_data: Any) -> None:
+            _log_lines.append(text.decode("utf-8", "replace"))
+            del _log_lines[:-20]
+
+        _log_callback = llama_cpp.llama_log_callback(keep)
+        llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
+    return llama_cpp
+
+
+def _last_log() -> str:
+    lines = [line.strip() for line in "".join(_log_lines).splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
 
 
 def _ggml_base() -> ctypes.CDLL:

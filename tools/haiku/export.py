@@ -10,8 +10,6 @@ quantiser, through llama-cpp-python (`pip install -e '.[validate]'`). `haiku-q4_
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +20,8 @@ from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from refengine.errors import RefengineError
+from refengine.validate.llamacpp import quantize
 from tools.haiku import vocabulary
 from tools.haiku.specs import SPECS
 from tools.model_specs import ModelSpec, metadata, tensors
@@ -44,7 +44,7 @@ FILES: dict[str, tuple[str, LlamaFileType]] = {
 def export(name: str, folder: Path, checkpoint: Path = CHECKPOINT) -> Path:
     """Write the file `name` (a key of FILES) to `folder/name.gguf` and return its path.
 
-    Raises KeyError for another name, FileNotFoundError without a checkpoint, RuntimeError where the quantiser fails.
+    Raises KeyError for another name, FileNotFoundError without a checkpoint, RefengineError where the quantiser fails.
     """
     model, file_type = FILES[name]
     output = folder / f"{name}.gguf"
@@ -105,25 +105,6 @@ def write_gguf(path: Path, spec: ModelSpec, weights: Mapping[str, np.ndarray], t
     writer.close()
 
 
-def quantize(source: Path, output: Path, file_type: LlamaFileType) -> None:
-    """llama.cpp's `llama_model_quantize`. Raises RuntimeError with its last words where it fails."""
-    try:
-        import llama_cpp
-    except ImportError as e:
-        raise RuntimeError(f"quantising needs llama-cpp-python ({e}): pip install -e '.[validate]'") from None
-    said: list[str] = []
-    listen = llama_cpp.llama_log_callback(lambda level, text, data: said.append(text.decode("utf-8", "replace")))
-    llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = int(file_type)
-    try:
-        failed = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(params))
-    finally:
-        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(0), ctypes.c_void_p(0))
-    if failed:
-        raise RuntimeError(f"llama.cpp's quantiser failed on {source}: {''.join(said[-3:]).strip()}")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -145,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.names or FILES:
             path = export(name, args.folder, args.checkpoint)
             print(f"{path}  {path.stat().st_size:,} bytes", file=sys.stderr)
-    except (OSError, RuntimeError, ValueError, json.JSONDecodeError) as e:
+    except (OSError, RefengineError, ValueError) as e:
         print(f"export: {e}", file=sys.stderr)
         return 2
     return 0
