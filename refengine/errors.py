@@ -33,6 +33,10 @@ class TraceError(RefengineError):
     """A traced tensor is unknown, has the wrong shape, or holds NaN or Inf."""
 
 
+class DumpError(RefengineError):
+    """A dump of another engine's tensors, or a map of its names, is malformed or incomplete."""
+
+
 def one_line(text: str) -> str:
     """`text`, parts of which may come from a file, on one line and without what a terminal would obey."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

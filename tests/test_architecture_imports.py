@@ -62,7 +62,7 @@ ROOMS = {
     "engine": Room(BELOW, {"numpy"}),  # no HTTP
     "model": Room(ENGINE, {*ARRAYS, "tqdm"}),
     FACADE: Room(MODEL, set()),
-    "validate": Room({FACADE, *MODEL}, {*ARRAYS, "safetensors"}, frozenset({"cupy", "llama_cpp"})),  # no HTTP
+    "validate": Room({FACADE, *MODEL}, {*ARRAYS, "safetensors", "yaml"}, frozenset({"cupy", "llama_cpp"})),  # no HTTP
     "worker": Room({FACADE, *MODEL}, {"numpy"}),
     "bench": Room({FACADE, *MODEL, "validate", "worker"}, {"numpy"}, frozenset({"cupy", "llama_cpp"})),
     "commands": Room({FACADE, *MODEL, "validate", "worker", "bench"}, {*ARRAYS, "safetensors", "tqdm"}),
