@@ -107,10 +107,25 @@ def trace(arguments: argparse.Namespace) -> None:
         return
     from safetensors.numpy import save_file
 
-    manifest = _manifest(model, prompt_ids, tensors)
+    from refengine.validate.dump import manifest_of
+
+    manifest = manifest_of(
+        f"refengine {refengine.__version__}",
+        prompt_ids,
+        tensors,
+        output.name,
+        model_sha256=file_sha256(model.gguf.path),
+        numerics=model.ops.numerics.name,
+        flags={
+            "model": model.gguf.path.name,
+            "arch": model.config.arch,
+            "kv_type": np.dtype(model.ops.numerics.kv_dtype).name,
+            "device": model.device.name,
+        },
+    )
     beside = output.with_suffix(".manifest.json")
     with _written(output) as temporary:
-        save_file({n: np.ascontiguousarray(v) for n, v in tensors.items()}, temporary, {"format": "refengine-trace"})
+        save_file({n: np.ascontiguousarray(v) for n, v in tensors.items()}, temporary)
     with _written(beside) as temporary:
         Path(temporary).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _say(f"{output}: {len(tensors)} tensors; manifest in {beside}")
@@ -252,37 +267,6 @@ def _print_statistics(model: Model, generation: Generation, reason: str) -> None
         f"prompt {generation.n_prompt} tokens ({prefill}), {n} generated{decode}, first token after "
         f"{generation.prefill_s * 1000:.0f} ms, stop: {reason}, seed {generation.seed}"
     )
-
-
-def _manifest(model: Model, ids: list[int], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    entries = []
-    for name, value in tensors.items():
-        base, _, occurrence = name.partition("@")[0].partition("#")
-        tensor, _, layer = base.rpartition("-")
-        entries.append(
-            {
-                "name": name,
-                "tensor": tensor or base,
-                "layer": int(layer) if tensor else None,
-                "occurrence": int(occurrence) if occurrence else None,
-                "shape": list(value.shape),
-                "dtype": str(value.dtype),
-            }
-        )
-    return {
-        "format": "refengine-trace",
-        "engine": "refengine",
-        "version": refengine.__version__,
-        "model": model.gguf.path.name,
-        "model_sha256": file_sha256(model.gguf.path),
-        "arch": model.config.arch,
-        "numerics": model.ops.numerics.name,
-        "kv_type": np.dtype(model.ops.numerics.kv_dtype).name,
-        "device": model.device.name,
-        "axis_order": "numpy",
-        "ids": ids,
-        "tensors": entries,
-    }
 
 
 def _inspection(gguf: GGUFFile, by_type: dict[str, tuple[int, int]], runnable: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 import refengine
 from refengine import commands
+from refengine.validate.dump import read_dump
 from tests.cli_runner import cli, write_llama, write_no_vocab
 from tests.model_files import float_bytes, read_floats, rewrite, split
 
@@ -102,7 +103,7 @@ def test_interrupted_write_leaves_nothing(
         file.write(b"half of it")
         raise error
 
-    def half_file(tensors: Any, path: str, metadata: Any) -> None:
+    def half_file(tensors: Any, path: str) -> None:
         Path(path).write_bytes(b"half of it")
         raise error
 
@@ -137,23 +138,24 @@ def test_trace_file_and_manifest(llama: Path, tmp_path: Path) -> None:
     expected = {
         "Qcur-0": ("Qcur", 0, None, [len(ids), cfg.n_head, cfg.head_dim]),
         "Qcur-0#0": ("Qcur", 0, 0, [len(ids), cfg.n_embd_q]),
-        "kq-0@0": ("kq", 0, None, [cfg.n_head, 3, 3]),
-        "kq-0@1": ("kq", 0, None, [cfg.n_head, rest, len(ids)]),
+        "kq-0@0": ("kq-0@0", None, None, [cfg.n_head, 3, 3]),
+        "kq-0@1": ("kq-0@1", None, None, [cfg.n_head, rest, len(ids)]),
         "result_norm": ("result_norm", None, None, [len(ids), cfg.n_embd]),
     }
-    listed = {t["name"]: (t["tensor"], t["layer"], t["occurrence"], t["shape"]) for t in manifest["tensors"]}
+    listed = {t["key"]: (t["name"], t["layer"], t["occurrence"], t["shape"]) for t in manifest["tensors"]}
     assert listed == expected
     assert manifest["ids"] == ids
-    assert (manifest["arch"], manifest["numerics"], manifest["kv_type"]) == ("llama", "exact", "float32")
+    flags = {"model": llama.name, "arch": "llama", "kv_type": "float32", "device": "cpu"}
+    assert (manifest["numerics"], manifest["flags"]) == ("exact", flags)
     assert manifest["model_sha256"] == commands.file_sha256(llama)
     with safe_open(output, framework="numpy") as tensors:
         assert set(tensors.keys()) == set(expected)
         for entry in manifest["tensors"]:
-            value = tensors.get_tensor(entry["name"])
-            assert (list(value.shape), str(value.dtype)) == (entry["shape"], entry["dtype"])
+            assert list(tensors.get_tensor(entry["key"]).shape) == entry["shape"]
         trace = refengine.Trace("^Qcur-0$")
         model.forward(ids, trace=trace, chunk=3)
         np.testing.assert_array_equal(tensors.get_tensor("Qcur-0"), trace.result()["Qcur-0"])
+    assert set(read_dump(tmp_path / "x.manifest.json").tensors) == set(expected)  # it is a dump like any engine's
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.manifest.json", "x.safetensors"]
 
 

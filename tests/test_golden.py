@@ -1,7 +1,6 @@
 """refengine against llama.cpp's recorded logits and tensors: runs where llama.cpp is not installed."""
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import refengine
+from refengine.validate.dump import LOGITS, Dump, read_dump
 from refengine.validate.replay import nmse
 from tools.haiku.specs import DENSE
 from tools.make_golden import GOLDEN, MODELS, SEED, ids_of, model_file
@@ -19,32 +19,31 @@ from tools.make_model import TINY, write_spec
 @pytest.fixture(params=MODELS)
 def golden(request, tmp_path):
     folder = GOLDEN / request.param
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return model_file(request.param, tmp_path), manifest, load_file(folder / "golden.safetensors")
+    return model_file(request.param, tmp_path), read_dump(folder)
 
 
-def run(path: Path, manifest: dict, numerics: str):
-    model = refengine.load(path, numerics=numerics, kv_type=manifest["flags"]["kv_type"])
-    trace = refengine.Trace("^(l_out|kqv_out)-|^result_norm$")
-    logits = model.forward(manifest["ids"], trace=trace)
-    return {"logits": logits, **trace.result()}
+def run(path: Path, golden: Dump, numerics: str):
+    model = refengine.load(path, numerics=numerics, kv_type=golden.flags["kv_type"])
+    trace = refengine.Trace("^(l_out|kqv_out)-|^result_(norm|output)$")
+    model.forward(golden.ids, trace=trace)
+    return trace.result()
 
 
 def test_golden_belongs_to_the_model(golden):
-    path, manifest, tensors = golden
-    assert manifest["model_seed"] == SEED
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest["model_sha256"]
-    assert manifest["ids"] == ids_of(path)
-    assert {k: list(v.shape) for k, v in tensors.items()} == manifest["tensors"]
+    path, dump = golden
+    assert dump.flags["model_seed"] == SEED
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == dump.model_sha256
+    assert dump.ids == ids_of(path)
+    assert load_file(dump.path.parent / "golden.safetensors").keys() == dump.tensors.keys()
 
 
 def test_golden_agrees(golden):
-    path, manifest, tensors = golden
-    is_f32 = manifest["flags"]["kv_type"] == "f32"
-    is_gpt2 = manifest["model"].startswith("gpt2")
-    ours = run(path, manifest, "exact" if is_f32 and not is_gpt2 else "llamacpp")
-    assert ours.keys() == tensors.keys()  # a missing or an extra tensor fails
-    for name, theirs in tensors.items():
+    path, dump = golden
+    is_f32 = dump.flags["kv_type"] == "f32"
+    is_gpt2 = dump.flags["model"].startswith("gpt2")
+    ours = run(path, dump, "exact" if is_f32 and not is_gpt2 else "llamacpp")
+    assert ours.keys() == dump.tensors.keys()  # a missing or an extra tensor fails
+    for name, theirs in dump.tensors.items():
         assert ours[name].shape == theirs.shape, name
         # float32: another order of sums (test_parity_llamacpp.py). gpt2: flips at its float16 GELU table, 1e-9.
         # Quantised: rounding flips that spread, 1e-8 to 3e-4; here only gross errors can show.
@@ -53,12 +52,12 @@ def test_golden_agrees(golden):
 
 
 def test_golden_control_a_wrong_seed_disagrees(golden, tmp_path):
-    _, manifest, tensors = golden
+    _, dump = golden
     other = tmp_path / "other.gguf"
     # For the packaged model, random weights of its shape.
-    spec = TINY.get(manifest["model"]) or replace(DENSE, type="Q4_K_M")
+    spec = TINY.get(dump.flags["model"]) or replace(DENSE, type="Q4_K_M")
     write_spec(other, spec, SEED + 1)
-    assert nmse(run(other, manifest, "exact")["logits"], tensors["logits"]) > 0.1
+    assert nmse(run(other, dump, "exact")[LOGITS], dump.tensors[LOGITS]) > 0.1
 
 
 def test_every_golden_folder_is_tested():

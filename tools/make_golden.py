@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from refengine.config import ModelConfig
 from refengine.gguf_file import GGUFFile
 from refengine.model import PACKAGED_MODEL, load
+from refengine.validate.dump import LOGITS, manifest_of
 from refengine.validate.llamacpp import LlamaCpp
 from tools.make_model import TINY, write_spec
 
@@ -74,19 +75,17 @@ def record(name: str, folder: Path) -> None:
             version = peer.version
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {"logits": logits, **tensors}
+    arrays = {**tensors, LOGITS: logits}
     save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "golden.safetensors")
-    manifest = {
-        "engine": "llama.cpp",
-        "llama_cpp_python": version,
-        "model": name,
-        "model_seed": SEED,
-        "model_sha256": sha256,
-        "flags": {"kv_type": kv_type, "flash_attention": False, "repack": False, "threads": 1, "device": "cpu"},
-        "axis_order": "numpy",
-        "ids": ids,
-        "tensors": {k: list(v.shape) for k, v in arrays.items()},
-    }
+    run = {"kv_type": kv_type, "flash_attention": False, "repack": False, "threads": 1, "device": "cpu"}
+    manifest = manifest_of(
+        f"llama.cpp (llama-cpp-python {version})",
+        ids,
+        arrays,
+        "golden.safetensors",
+        model_sha256=sha256,
+        flags={**run, "model": name, "model_seed": SEED},
+    )
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
