@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import refengine
-from refengine.validate.dump import LOGITS, Dump, read_dump
+from refengine.validate.capture import LOGITS, Capture
+from refengine.validate.dump import read_dump
 from refengine.validate.replay import nmse
 from tools.haiku.specs import DENSE
 from tools.make_golden import GOLDEN, MODELS, SEED, ids_of, model_file
@@ -22,7 +23,7 @@ def golden(request, tmp_path):
     return model_file(request.param, tmp_path), read_dump(folder)
 
 
-def run(path: Path, golden: Dump, numerics: str):
+def run(path: Path, golden: Capture, numerics: str):
     model = refengine.load(path, numerics=numerics, kv_type=golden.flags["kv_type"])
     trace = refengine.Trace("^(l_out|kqv_out)-|^result_(norm|output)$")
     model.forward(golden.ids, trace=trace)
@@ -34,7 +35,7 @@ def test_golden_belongs_to_the_model(golden):
     assert dump.flags["model_seed"] == SEED
     assert hashlib.sha256(path.read_bytes()).hexdigest() == dump.model_sha256
     assert dump.ids == ids_of(path)
-    assert load_file(dump.path.parent / "golden.safetensors").keys() == dump.tensors.keys()
+    assert load_file(dump.source.parent / "golden.safetensors").keys() == dump.tensors.keys()
 
 
 def test_golden_agrees(golden):

@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 from refengine.config import ModelConfig
 from refengine.gguf_file import GGUFFile
 from refengine.model import PACKAGED_MODEL, load
-from refengine.validate.dump import LOGITS, manifest_of
+from refengine.validate.capture import LOGITS
+from refengine.validate.dump import manifest_of
 from refengine.validate.llamacpp import LlamaCpp
 from tools.make_model import TINY, write_spec
 

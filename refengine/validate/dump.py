@@ -27,7 +27,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +37,12 @@ from safetensors import SafetensorError, safe_open
 
 from refengine.errors import DumpError
 from refengine.trace import tensor_name
+from refengine.validate.capture import Capture
 
 FORMAT, FORMAT_VERSION = "refengine-dump", 1
-LOGITS = "result_output"
 _DTYPES = {"f32": "<f4", "f16": "<f2", "bf16": "<u2", "f64": "<f8", "i32": "<i4", "i64": "<i8"}
 _NAMES = {"float32": "f32", "float16": "f16", "float64": "f64", "int32": "i32", "int64": "i64"}
 _MAX_MANIFEST = 256 << 20  # bytes; a manifest of a million tensors is smaller
-
-
-@dataclass(frozen=True)
-class Dump:
-    """A dump that was read. `tensors`: full name → array in NumPy order; raw files are mapped, not loaded."""
-
-    path: Path
-    engine: str
-    ids: list[int]
-    tensors: dict[str, np.ndarray] = field(repr=False)
-    model_sha256: str | None = None
-    numerics: str = ""
-    flags: Mapping[str, Any] = field(default_factory=dict)
-    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,8 +86,8 @@ class NameMap:
         return name
 
 
-def read_dump(path: str | Path, names: NameMap | None = None) -> Dump:
-    """Read a dump: its folder, or its manifest (of any file name).
+def read_dump(path: str | Path, names: NameMap | None = None) -> Capture:
+    """Read a dump: its folder, or its manifest (of any file name). Raw files are mapped, not loaded.
 
     Raises DumpError, naming the entry, for whatever is missing, malformed or points outside the folder.
     """
@@ -130,7 +116,7 @@ class _Reader:
             )
         self.content: dict[str, Any] = content
 
-    def read(self) -> Dump:
+    def read(self) -> Capture:
         ids = self._field(self.content, "ids", list, "manifest")
         if any(type(i) is not int or i < 0 for i in ids):
             raise DumpError(f"{self.path}: ids must be token ids, integers from 0")
@@ -146,8 +132,8 @@ class _Reader:
                 raise DumpError(f"{self.path}: {where}: tensor {name} is there twice")
             tensors[name] = self._tensor(entry, name)
         sha256 = self._field(self.content, "model_sha256", (str, type(None)), "manifest", None)
-        return Dump(
-            path=self.path,
+        return Capture(
+            source=self.path,
             engine=self._field(self.content, "engine", str, "manifest"),
             ids=ids,
             tensors=tensors,
