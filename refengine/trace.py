@@ -78,7 +78,7 @@ class Trace:
         self.breakpoints = set(breakpoints)
         self.on_break = on_break
         self.tensors: dict[str, list[np.ndarray]] = {}
-        self.seen: set[str] = set()
+        self.seen: dict[str, None] = {}  # full names, in order
 
     def breakpoint(self, name: str) -> None:
         """Stop in the debugger whenever tensor `name` (`Qcur-3`, or `Qcur-3#0` for an earlier occurrence) is made."""
@@ -86,7 +86,7 @@ class Trace:
 
     def __call__(self, name: str, il: int | None, x: Array, occurrence: int | None = None) -> Array:
         full = tensor_name(name, il, occurrence)
-        self.seen.add(full)
+        self.seen[full] = None
         if self._record is not None and self._record.search(full):
             self.tensors.setdefault(full, []).append(to_numpy(x))
         if self.watch:
@@ -114,7 +114,7 @@ class Trace:
 
     def check_names(self) -> None:
         """After a run: every break or replace name must have occurred. Raises `TraceError` naming the others."""
-        unknown = sorted((self.breakpoints | set(self.replace)) - self.seen)
+        unknown = sorted((self.breakpoints | set(self.replace)) - self.seen.keys())
         if unknown:
             raise TraceError(f"no such tensor: {', '.join(unknown)}; this model has {_summary(self.seen)}")
 
@@ -158,6 +158,6 @@ def _like(x: Array, value: np.ndarray) -> Array:
     return out
 
 
-def _summary(names: set[str]) -> str:
+def _summary(names: Iterable[str]) -> str:
     layers = sorted({n for n in names if n.endswith("-0") or "-" not in n})
     return ", ".join(layers) if layers else "no tensors (nothing was run)"

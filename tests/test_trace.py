@@ -166,7 +166,7 @@ def test_watch_sees_every_tensor_before_the_next_is_made(paths: dict[str, Path],
     trace = Trace(watch=True)
     with pytest.raises(TraceError, match=r"tensor embd is .* nan at \(2, 11\) of shape \(7, 96\) \(1 in all\)"):
         model.forward(IDS, trace=trace)
-    assert trace.seen == {"embd"}
+    assert list(trace.seen) == ["embd"]
 
 
 # ---- replace ------------------------------------------------------------------------------------------------------
