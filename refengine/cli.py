@@ -83,6 +83,35 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("--filter", default="", metavar="RE", help="regular expression on tensor names; all by default")
     trace.add_argument("--list", action="store_true", help="print names, shapes and value ranges, write nothing")
 
+    validate = _command(
+        commands, "validate", "compare with llama.cpp or a dump: which tensor goes wrong first, and is it its own error"
+    )
+    validate.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt (default: a sentence of our own)")
+    _model_arguments(validate, numerics="llamacpp")
+    _prompt_arguments(validate)
+    group = validate.add_argument_group("the other engine")
+    group.add_argument(
+        "--peer",
+        default="llama.cpp",
+        metavar="PEER",
+        help="llama.cpp (live, through llama-cpp-python), or the folder or manifest of a dump",
+    )
+    group.add_argument("--names", metavar="FILE", help="YAML or JSON list of [expression, llama.cpp's name] for a dump")
+    group.add_argument("--any-model", action="store_true", help="accept a dump made with another model file")
+    group.add_argument("--threads", type=int, default=2, metavar="N", help="of llama.cpp")
+    group.add_argument("--flash-attention", action="store_true", help="let llama.cpp fuse attention")
+    group.add_argument("--repack", action="store_true", help="let llama.cpp re-order weights for its fastest kernels")
+    group = validate.add_argument_group("verdict")
+    group.add_argument(
+        "--tolerance",
+        action="append",
+        default=[],
+        metavar="RE=NMSE",
+        help="allowed error on own inputs of the tensors that match, instead of the measured floor; repeatable",
+    )
+    group.add_argument("--all", action="store_true", help="show every tensor")
+    group.add_argument("--json", metavar="FILE.json", help="also write the verdict with every figure there")
+
     tokenize = _command(commands, "tokenize", "print the token ids of a text as JSON, or the text of ids")
     tokenize.add_argument("text", nargs="?", metavar="TEXT", help="the text, or with --decode the ids as JSON or 1,2,3")
     tokenize.add_argument("--model", metavar="FILE", help="GGUF file (default: the packaged haiku model)")
@@ -113,7 +142,7 @@ def _command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParse
     return parser
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def _model_arguments(parser: argparse.ArgumentParser, numerics: str = "exact") -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -128,7 +157,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--numerics",
-        default="exact",
+        default=numerics,
         choices=("exact", "exact64", "llamacpp"),
         help="exact: float32 on the dequantised weights; exact64: float64; llamacpp: rounded as llama.cpp's CPU rounds",
     )
@@ -178,7 +207,10 @@ def _trace_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 2 wrong use or unusable input, 130 interrupted."""
+    """Run the command line; returns the exit code: 0 done, 2 wrong use or unusable input, 130 interrupted.
+
+    `validate`: 0 agrees, 1 diverges, 3 nothing was compared.
+    """
     arguments = build_parser().parse_args(argv)
     try:
         from refengine import commands
@@ -187,10 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "generate": commands.generate,
             "logits": commands.logits,
             "trace": commands.trace,
+            "validate": commands.validate,
             "tokenize": commands.tokenize,
             "inspect": commands.inspect,
         }[arguments.command]
-        run(arguments)
+        code = run(arguments) or 0
         sys.stdout.flush()
     except (RefengineError, OSError, MemoryError, UnicodeError) as e:
         if isinstance(e, BrokenPipeError):  # the reader of our output has gone; not an error of ours
@@ -213,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nrefengine: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code
 
 
 def _discard_output() -> None:

@@ -29,6 +29,7 @@ from refengine.tokenizer import load_tokenizer
 from refengine.trace import Trace, Tracer, no_trace
 from refengine.weights import check_tensors, quant_kind
 
+VALIDATION_PROMPT = "The quick brown fox jumps over the lazy dog. In 1984 there were 12,345 naïve ones — and you?"
 SHOWN_ARRAY = 6  # elements of an array that `inspect` prints
 
 
@@ -129,6 +130,80 @@ def trace(arguments: argparse.Namespace) -> None:
     with _written(beside) as temporary:
         Path(temporary).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _say(f"{output}: {len(tensors)} tensors; manifest in {beside}")
+
+
+def validate(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from refengine.validate.dump import NameMap, read_dump
+    from refengine.validate.judge import judge
+    from refengine.validate.llamacpp import capture_llamacpp
+    from refengine.validate.report_text import print_verdict, to_json
+
+    output = None if arguments.json is None else _output_path(arguments.json, ".json")
+    given = [v for v in (arguments.text, arguments.prompt, arguments.ids) if v is not None]
+    if arguments.peer != "llama.cpp" and given:
+        raise RequestError("a dump has its own prompt: leave yours out")
+    model = _load(arguments)
+    sha256 = file_sha256(model.gguf.path)
+    if arguments.peer != "llama.cpp":
+        names = NameMap.read(arguments.names) if arguments.names else NameMap()
+        capture = read_dump(arguments.peer, names)
+    else:
+        if given:
+            text, ids = _prompt(arguments)
+            prompt_ids = model.prompt_ids(ids if text is None else text)
+        elif model.tokenizer is not None:
+            prompt_ids = model.prompt_ids(VALIDATION_PROMPT)
+        else:
+            prompt_ids = [i % model.config.n_vocab for i in range(1, 33)]
+        model.check_ids(prompt_ids)
+        kv_type = {"float16": "f16", "float32": "f32"}.get(np.dtype(model.ops.numerics.kv_dtype).name)
+        if kv_type is None:
+            raise RequestError("llama.cpp has no float64 KV cache: give --kv-type f16 or f32")
+        _say(f"llama.cpp runs {len(prompt_ids)} tokens")
+        capture = capture_llamacpp(
+            model.gguf.path,
+            prompt_ids,
+            kv_type=kv_type,
+            n_threads=arguments.threads,
+            flash_attention=arguments.flash_attention,
+            repack=arguments.repack,
+        )
+    verdict = judge(
+        model,
+        capture,
+        tolerances=[_tolerance(text) for text in arguments.tolerance],
+        model_sha256=None if arguments.any_model else sha256,
+        progress=lambda stage: _say(f"judging: {stage}"),
+    )
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    print_verdict(verdict, capture, console, arguments.all)
+    if output is not None:
+        facts = {
+            "refengine": refengine.__version__,
+            "model": model.gguf.path.name,
+            "model_sha256": sha256,
+            "arch": model.config.arch,
+            "numerics": model.ops.numerics.name,
+            "kv_type": np.dtype(model.ops.numerics.kv_dtype).name,
+        }
+        with _written(output) as temporary:
+            Path(temporary).write_text(json.dumps(to_json(verdict, capture, facts), indent=1) + "\n", encoding="utf-8")
+        _say(f"{output}: the verdict with every figure")
+    return verdict.exit_code
+
+
+def _tolerance(text: str) -> tuple[str, float]:
+    """`EXPRESSION=NMSE`."""
+    pattern, _, value = text.rpartition("=")
+    try:
+        tolerance = float(value)
+    except ValueError:
+        tolerance = -1.0
+    if not pattern or not tolerance >= 0.0:
+        raise RequestError(f"--tolerance {text}: write EXPRESSION=NMSE, as ^ffn_down=1e-12")
+    return pattern, tolerance
 
 
 def tokenize(arguments: argparse.Namespace) -> None:

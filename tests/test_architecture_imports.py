@@ -62,10 +62,11 @@ ROOMS = {
     "engine": Room(BELOW, {"numpy"}),  # no HTTP
     "model": Room(ENGINE, {*ARRAYS, "tqdm"}),
     FACADE: Room(MODEL, set()),
-    "validate": Room({FACADE, *MODEL}, {*ARRAYS, "safetensors", "yaml"}, frozenset({"cupy", "llama_cpp"})),  # no HTTP
+    # no HTTP
+    "validate": Room({FACADE, *MODEL}, {*ARRAYS, "safetensors", "yaml", "rich"}, frozenset({"cupy", "llama_cpp"})),
     "worker": Room({FACADE, *MODEL}, {"numpy"}),
     "bench": Room({FACADE, *MODEL, "validate", "worker"}, {"numpy"}, frozenset({"cupy", "llama_cpp"})),
-    "commands": Room({FACADE, *MODEL, "validate", "worker", "bench"}, {*ARRAYS, "safetensors", "tqdm"}),
+    "commands": Room({FACADE, *MODEL, "validate", "worker", "bench"}, {*ARRAYS, "safetensors", "tqdm", "rich"}),
     "cli": Room({FACADE, "errors", "commands"}, set()),  # arguments only
     "__main__": Room({"cli"}, set()),
 }

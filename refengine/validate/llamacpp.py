@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from refengine.errors import ModelError, RefengineError, RequestError
+from refengine.validate.capture import Capture
 
 INSTALL_HINT = "install refengine[validate], which builds llama-cpp-python (it needs a C++ compiler and a few minutes)"
 GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_I32 = 0, 1, 26
@@ -190,6 +191,15 @@ class LlamaCpp:
         desc = _ggml_base().ggml_op_desc
         desc.restype, desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
         return str(desc(pointer).decode())
+
+
+def capture_llamacpp(path: str | os.PathLike[str], ids: Sequence[int], **options: Any) -> Capture:
+    """Every tensor that llama.cpp makes of a prompt; options are those of `LlamaCpp`."""
+    options.setdefault("n_ctx", max(512, len(ids)))
+    with LlamaCpp(path, **options) as peer:
+        _, tensors = peer.tensors(ids)
+        engine = f"llama.cpp (llama-cpp-python {peer.version})"
+    return Capture(Path(path), engine, list(ids), tensors, numerics="llamacpp", flags=options)
 
 
 def quantize(source: str | os.PathLike[str], output: str | os.PathLike[str], file_type: int) -> None:
