@@ -19,6 +19,8 @@ EPILOG = """examples:
   refengine inspect --model model.gguf
   refengine logits --model model.gguf --prompt "Hello" --numerics llamacpp --output logits.npz
   refengine trace --model model.gguf --prompt "Hello" --filter 'Qcur-[01]$' --output qcur.safetensors
+  refengine validate --model model.gguf        (against llama.cpp)
+  refengine validate --model model.gguf --peer my_dump        (against tensors of your own engine)
   refengine generate "Hello" --model model.gguf --break Qcur-3     (stops in pdb at that tensor)
 """
 
@@ -87,8 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "validate", "compare with llama.cpp or a dump: which tensor goes wrong first, and is it its own error"
     )
     validate.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt (default: a sentence of our own)")
-    _model_arguments(validate, numerics="llamacpp")
-    _prompt_arguments(validate)
+    # Every weight is used in two passes only: keeping it would cost more memory than it saves time.
+    _model_arguments(validate, numerics="llamacpp", cache_mb=0)
+    _prompt_arguments(validate, chunk=False)
     group = validate.add_argument_group("the other engine")
     group.add_argument(
         "--peer",
@@ -142,7 +145,9 @@ def _command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParse
     return parser
 
 
-def _model_arguments(parser: argparse.ArgumentParser, numerics: str = "exact") -> None:
+def _model_arguments(
+    parser: argparse.ArgumentParser, numerics: str = "exact", cache_mb: int | None = None
+) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -168,17 +173,20 @@ def _model_arguments(parser: argparse.ArgumentParser, numerics: str = "exact") -
     group.add_argument(
         "--cpu-cache-mb",
         type=int,
+        default=cache_mb,
         metavar="MIB",
-        help="dequantised weights to keep, in MiB (default: half of the memory); 0 dequantises at every use",
+        help="dequantised weights to keep, in MiB; 0 dequantises at every use"
+        f" (default: {'half of the memory' if cache_mb is None else cache_mb})",
     )
     group.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
 
-def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
+def _prompt_arguments(parser: argparse.ArgumentParser, chunk: bool = True) -> None:
     group = parser.add_argument_group("prompt")
     group.add_argument("--prompt", metavar="TEXT", help="prompt as text; `-` reads standard input")
     group.add_argument("--ids", metavar="1,2,3", help="prompt as token ids, taken as they are; also as JSON: [1, 2, 3]")
-    group.add_argument("--chunk", type=int, default=512, metavar="N", help="prompt tokens a forward pass")
+    if chunk:
+        group.add_argument("--chunk", type=int, default=512, metavar="N", help="prompt tokens a forward pass")
 
 
 def _sampling_arguments(parser: argparse.ArgumentParser) -> None:

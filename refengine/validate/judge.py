@@ -156,9 +156,9 @@ def _expression(text: str) -> re.Pattern[str]:
 
 
 def _with_sums_in(model: Model, dtype: type) -> Model:
-    """The same model with its products summed in another type."""
+    """The same model with its products summed in another type. It runs once: no dequantised weight is worth keeping."""
     numerics = replace(model.ops.numerics, sum_dtype=dtype)
-    ops = Ops(model.ops.xp, numerics, model.ops.cache.budget)
+    ops = Ops(model.ops.xp, numerics, cache_bytes=0)
     return Model(model.gguf, model.config, model.tokenizer, model.weights, ops, model.device, model.n_ctx)
 
 
