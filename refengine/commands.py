@@ -135,6 +135,7 @@ def trace(arguments: argparse.Namespace) -> None:
 def validate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from refengine.validate.causes import likely_causes
     from refengine.validate.dump import NameMap, read_dump
     from refengine.validate.judge import judge
     from refengine.validate.llamacpp import capture_llamacpp
@@ -177,8 +178,12 @@ def validate(arguments: argparse.Namespace) -> int:
         model_sha256=None if arguments.any_model else sha256,
         progress=lambda stage: _say(f"judging: {stage}"),
     )
+    first, causes = verdict.first_own_error, []
+    if first is not None:
+        _say(f"trying known mistakes on {first.name}")
+        causes = likely_causes(model, capture, first)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    print_verdict(verdict, capture, console, arguments.all)
+    print_verdict(verdict, capture, console, causes, arguments.all)
     if output is not None:
         facts = {
             "refengine": refengine.__version__,
@@ -189,7 +194,8 @@ def validate(arguments: argparse.Namespace) -> int:
             "kv_type": np.dtype(model.ops.numerics.kv_dtype).name,
         }
         with _written(output) as temporary:
-            Path(temporary).write_text(json.dumps(to_json(verdict, capture, facts), indent=1) + "\n", encoding="utf-8")
+            report = json.dumps(to_json(verdict, capture, facts, causes), indent=1)
+            Path(temporary).write_text(report + "\n", encoding="utf-8")
         _say(f"{output}: the verdict with every figure")
     return verdict.exit_code
 

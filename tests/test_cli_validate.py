@@ -75,6 +75,24 @@ def test_a_wrong_tensor_is_named_and_the_json_has_the_same_figures(model: Path, 
     assert [t["name"] for t in found["tensors"] if t["own_error"]] == ["Kcur-1", "kq-1"]
 
 
+def test_a_known_mistake_is_named(model: Path, dump: Path, tmp_path: Path) -> None:
+    """The dump of an engine that forgot the bias of V in layer 1 (and went on with that)."""
+    from refengine import load
+    from refengine.trace import Trace
+
+    broken = load(model, numerics="llamacpp")
+    broken.weights.layers[1].attn_v_bias = broken.weights.layers[1].attn_v_bias * 0
+    trace = Trace("")
+    broken.forward(json.loads(dump.read_text())["ids"], trace=trace)
+    save_file({n: np.ascontiguousarray(v) for n, v in trace.result().items()}, dump.parent / "d.safetensors")
+    output = tmp_path / "verdict.json"
+    result = cli("validate", "--model", model, "--peer", dump, "--json", output)
+    assert result.code == 1
+    assert result.out.startswith("DIVERGES: Vcur-1 is the first")
+    assert "it is what comes out if the bias attn_v.bias is missing" in result.out
+    assert json.loads(output.read_text())["causes"] == ["the bias attn_v.bias is missing"]
+
+
 def test_nothing_compared_is_exit_code_3(model: Path, dump: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.yaml"
     names.write_text("- ['(.*)', 'mine_\\1']\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,9 +18,11 @@ SCHEMA_VERSION = 1
 SHOWN = 12  # rows of the table, unless all are asked for
 
 
-def print_verdict(verdict: Verdict, capture: Capture, console: Console, show_all: bool = False) -> None:
-    """Print the verdict; a table of the tensors in order, or of those that matter."""
-    for style, line in headline(verdict, capture):
+def print_verdict(
+    verdict: Verdict, capture: Capture, console: Console, causes: Sequence[str] = (), show_all: bool = False
+) -> None:
+    """Print the verdict with the causes found; a table of the tensors in order, or of those that matter."""
+    for style, line in headline(verdict, capture, causes):
         console.print(escape(line), style=style, highlight=False, soft_wrap=True)
     if verdict.tensors:
         console.print(_table(verdict, show_all))
@@ -27,7 +30,7 @@ def print_verdict(verdict: Verdict, capture: Capture, console: Console, show_all
         console.print(escape(line), highlight=False, soft_wrap=True)
 
 
-def headline(verdict: Verdict, capture: Capture) -> list[tuple[str, str]]:
+def headline(verdict: Verdict, capture: Capture, causes: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Lines with their styles, the verdict first."""
     n = len(verdict.tensors)
     first = verdict.first_own_error
@@ -39,6 +42,7 @@ def headline(verdict: Verdict, capture: Capture) -> list[tuple[str, str]]:
         own = sum(t.own_error for t in verdict.tensors)
         lines.append(("bold red", f"DIVERGES: {first.name} is the first tensor with an error of its own"))
         lines.append(("", _where(first)))
+        lines += [("bold", f"it is what comes out if {cause}") for cause in causes]
         lines.append(("", f"{own} of {n} tensors have an error of their own; what the others are off by is inherited"))
     else:
         nearest = verdict.least_margin
@@ -110,7 +114,9 @@ def _logit_lines(verdict: Verdict) -> list[str]:
     return lines
 
 
-def to_json(verdict: Verdict, capture: Capture, facts: dict[str, Any]) -> dict[str, Any]:
+def to_json(
+    verdict: Verdict, capture: Capture, facts: dict[str, Any], causes: Sequence[str] = ()
+) -> dict[str, Any]:
     """The verdict as JSON data: schema `refengine-verdict`. Numbers that JSON lacks are null."""
     first = verdict.first_own_error
     return _plain({
@@ -118,6 +124,7 @@ def to_json(verdict: Verdict, capture: Capture, facts: dict[str, Any]) -> dict[s
         "schema_version": SCHEMA_VERSION,
         "verdict": {0: "agrees", 1: "diverges", 3: "nothing compared"}[verdict.exit_code],
         "first_own_error": first.name if first else None,
+        "causes": list(causes),
         "facts": facts,
         "peer": {
             "engine": capture.engine,
