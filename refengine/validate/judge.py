@@ -2,7 +2,7 @@
 
 Every operation is run on the inputs that the other engine captured (replay), so that what it inherited does not count:
 that is the local error. It is judged against a noise floor that is measured, not chosen: the same operation on the same
-inputs with its sums in float32 instead of float64, which is how much two right engines may differ by their order of
+inputs with its sums in float32 and in float64, which is how much two right engines may differ by their order of
 additions.
 
     threshold = max(SUM_MARGIN · floor, POINTWISE)      all as NMSE
@@ -121,7 +121,8 @@ def judge(
     replayed.forward(model, capture.ids)
     progress("noise floors")
     floors = _Run(peer, substitute=True)
-    floors.forward(_with_sums_in(model, np.float32), capture.ids)
+    wide = model.ops.numerics.sum_dtype is np.float64
+    floors.forward(_with_sums_in(model, np.float32 if wide else np.float64), capture.ids)
 
     verdicts = []
     for name, value in replayed.values.items():
