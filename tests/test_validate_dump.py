@@ -49,7 +49,8 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_the_header_writes_is_read(writer: Path, tmp_path: Path) -> None:
     subprocess.run([writer, tmp_path / "d"], check=True)
     dump = read_dump(tmp_path / "d")
-    assert (dump.engine, dump.ids, dump.model_sha256) == ('toy "engine"\n\\1', [3, 1, 4], "abc0")
+    # On one line, whatever it holds: it is shown in a terminal.
+    assert (dump.engine, dump.ids, dump.model_sha256) == ('toy "engine" \\1', [3, 1, 4], "abc0")
     assert dump.complete
     q = 0.5 * np.arange(24, dtype=np.float32) - 3
     assert list(dump.tensors) == ["Qcur-7", "Qcur-7#0", "ffn_moe_topk-1", "result_norm"]
@@ -132,6 +133,8 @@ def test_manifest_of_what_a_trace_has_recorded_is_read_back(tmp_path: Path) -> N
         ({"tensors": [7]}, "tensor entry 0 is not an object"),
         ({"tensors": [entry(), entry()]}, "tensor l_out-0 is there twice"),
         ({"tensors": [entry(name=...)]}, "tensor entry 0: 'name' must be str, found None"),
+        ({"tensors": [entry(name="a\x1b[2Jb")]}, "must be printable"),
+        ({"tensors": [entry(name="")]}, "must be printable"),
         ({"tensors": [entry(layer="0")]}, "'layer' must be int or null"),
         ({"tensors": [entry(shape=[3, -4])]}, "shape [3, -4] must be lengths"),
         ({"tensors": [entry(shape=[3, 5])]}, "60 bytes at 0 do not fit data.bin, which has 48"),

@@ -35,7 +35,7 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from refengine.errors import DumpError
+from refengine.errors import DumpError, one_line
 from refengine.trace import tensor_name
 from refengine.validate.capture import Capture
 
@@ -134,7 +134,7 @@ class _Reader:
         sha256 = self._field(self.content, "model_sha256", (str, type(None)), "manifest", None)
         return Capture(
             source=self.path,
-            engine=self._field(self.content, "engine", str, "manifest"),
+            engine=one_line(self._field(self.content, "engine", str, "manifest")),
             ids=ids,
             tensors=tensors,
             model_sha256=sha256.lower() if sha256 else None,
@@ -155,6 +155,8 @@ class _Reader:
 
     def _full_name(self, entry: dict[str, Any], where: str) -> str:
         name = self._field(entry, "name", str, where)
+        if not name or not name.isprintable():
+            raise DumpError(f"{self.path}: {where}: name {name!r:.80} must be printable characters")
         layer = self._field(entry, "layer", (int, type(None)), where, None)
         occurrence = self._field(entry, "occurrence", (int, type(None)), where, None)
         return tensor_name(name, layer, occurrence)
