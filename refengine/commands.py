@@ -137,6 +137,7 @@ def validate(arguments: argparse.Namespace) -> int:
 
     from refengine.validate.causes import likely_causes
     from refengine.validate.dump import NameMap, read_dump
+    from refengine.validate.graft import graft
     from refengine.validate.judge import judge
     from refengine.validate.llamacpp import capture_llamacpp
     from refengine.validate.report_text import print_verdict, to_json
@@ -178,12 +179,13 @@ def validate(arguments: argparse.Namespace) -> int:
         model_sha256=None if arguments.any_model else sha256,
         progress=lambda stage: _say(f"judging: {stage}"),
     )
-    first, causes = verdict.first_own_error, []
+    first, causes, grafted = verdict.first_own_error, [], None
     if first is not None:
         _say(f"trying known mistakes on {first.name}")
         causes = likely_causes(model, capture, first)
+        grafted = graft(model, capture, verdict, first.name)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    print_verdict(verdict, capture, console, causes, arguments.all)
+    print_verdict(verdict, capture, console, causes, arguments.all, grafted)
     if output is not None:
         facts = {
             "refengine": refengine.__version__,
@@ -194,7 +196,7 @@ def validate(arguments: argparse.Namespace) -> int:
             "kv_type": np.dtype(model.ops.numerics.kv_dtype).name,
         }
         with _written(output) as temporary:
-            report = json.dumps(to_json(verdict, capture, facts, causes), indent=1)
+            report = json.dumps(to_json(verdict, capture, facts, causes, grafted), indent=1)
             Path(temporary).write_text(report + "\n", encoding="utf-8")
         _say(f"{output}: the verdict with every figure")
     return verdict.exit_code

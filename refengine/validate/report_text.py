@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from refengine.validate.capture import Capture
+from refengine.validate.graft import Graft
 from refengine.validate.judge import NOTHING_COMPARED, TensorVerdict, Verdict
 
 SCHEMA_VERSION = 1
@@ -19,14 +20,19 @@ SHOWN = 12  # rows of the table, unless all are asked for
 
 
 def print_verdict(
-    verdict: Verdict, capture: Capture, console: Console, causes: Sequence[str] = (), show_all: bool = False
+    verdict: Verdict,
+    capture: Capture,
+    console: Console,
+    causes: Sequence[str] = (),
+    show_all: bool = False,
+    graft: Graft | None = None,
 ) -> None:
     """Print the verdict with the causes found; a table of the tensors in order, or of those that matter."""
     for style, line in headline(verdict, capture, causes):
         console.print(escape(line), style=style, highlight=False, soft_wrap=True)
     if verdict.tensors:
         console.print(_table(verdict, show_all))
-    for line in _logit_lines(verdict):
+    for line in _logit_lines(verdict) + _graft_lines(graft):
         console.print(escape(line), highlight=False, soft_wrap=True)
 
 
@@ -114,8 +120,22 @@ def _logit_lines(verdict: Verdict) -> list[str]:
     return lines
 
 
+def _graft_lines(graft: Graft | None) -> list[str]:
+    if graft is None:
+        return []
+    alone, others = graft.alone, graft.others
+    return [
+        f"the error of {graft.name} alone, in our run: KL mean {alone.kl_mean:.1e}, max {alone.kl_max:.1e} nats; "
+        f"without it {others.kl_mean:.1e} and {others.kl_max:.1e} are left"
+    ]
+
+
 def to_json(
-    verdict: Verdict, capture: Capture, facts: dict[str, Any], causes: Sequence[str] = ()
+    verdict: Verdict,
+    capture: Capture,
+    facts: dict[str, Any],
+    causes: Sequence[str] = (),
+    graft: Graft | None = None,
 ) -> dict[str, Any]:
     """The verdict as JSON data: schema `refengine-verdict`. Numbers that JSON lacks are null."""
     first = verdict.first_own_error
@@ -125,6 +145,7 @@ def to_json(
         "verdict": {0: "agrees", 1: "diverges", 3: "nothing compared"}[verdict.exit_code],
         "first_own_error": first.name if first else None,
         "causes": list(causes),
+        "graft": None if graft is None else asdict(graft),
         "facts": facts,
         "peer": {
             "engine": capture.engine,
