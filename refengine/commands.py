@@ -182,8 +182,8 @@ def validate(arguments: argparse.Namespace) -> int:
     first, causes, grafted = verdict.first_own_error, [], None
     if first is not None:
         _say(f"trying known mistakes on {first.name}")
-        causes = likely_causes(model, capture, first)
-        grafted = graft(model, capture, verdict, first.name)
+        causes = likely_causes(model, verdict, first)
+        grafted = graft(model, verdict, first.name)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     print_verdict(verdict, capture, console, causes, arguments.all, grafted)
     if output is not None:

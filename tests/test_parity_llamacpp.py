@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import refengine
-from refengine.validate.replay import align, nmse, replay
+from refengine.validate.alignment import align, nmse
+from refengine.validate.replay import replay
 from tools.make_model import TINY
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra `validate`)")
@@ -152,4 +153,4 @@ def test_replay_names_a_planted_fault(tiny_model, fault):
 
 def test_align_refuses_another_size():
     with pytest.raises(refengine.RefengineError, match="Qcur-0"):
-        align("Qcur-0", np.zeros((3, 4)), (3, 5))
+        align("Qcur-0", np.zeros((3, 4)), np.zeros((3, 5)))

@@ -26,7 +26,7 @@ def test_a_graft_of_the_only_error_gives_the_broken_engines_logits(tiny_model: A
     layer(0, set_zero("attn_v_bias"))(broken)
     seen = capture(broken)
     verdict = judge(model, seen)
-    found = graft(model, seen, verdict, "Vcur-0")
+    found = graft(model, verdict, "Vcur-0")
     assert verdict.logits is not None
     assert found.alone.kl_mean > 1e-6
     # float32 sums on the way: 1e-6 relative in the logits.
@@ -38,7 +38,7 @@ def test_with_two_errors_each_has_its_share(tiny_model: Any) -> None:
     path = tiny_model(NAME)
     model, seen = load(path, NAME), capture(broken_twice(path))
     verdict = judge(model, seen)
-    found = graft(model, seen, verdict, "Vcur-0")
+    found = graft(model, verdict, "Vcur-0")
     only_later = load(path, NAME)
     layer(1, swap("ffn_gate", "ffn_up"))(only_later)
     later = judge(model, capture(only_later)).logits
@@ -52,4 +52,4 @@ def test_a_tensor_without_own_error_has_nothing_to_graft(tiny_model: Any) -> Non
     path = tiny_model(NAME)
     model, seen = load(path, NAME), capture(broken_twice(path))
     with pytest.raises(ValueError, match="result_output has no error"):
-        graft(model, seen, judge(model, seen), "result_output")
+        graft(model, judge(model, seen), "result_output")

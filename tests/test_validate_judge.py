@@ -228,10 +228,11 @@ def test_the_cause_is_named_where_it_is_known_and_none_made_up(name: str, tiny_m
     broken, model = load(path, fault.model), load(path, fault.model)
     fault.apply(broken)
     seen = capture(broken)
-    first = judge(model, seen).first_own_error
+    verdict = judge(model, seen)
+    first = verdict.first_own_error
     assert first is not None
     before = capture(model)
-    causes = likely_causes(model, seen, first)
+    causes = likely_causes(model, verdict, first)
     assert (causes[:1] or [None]) == [CAUSES[name]]
     # Trying hypotheses has changed nothing in our model.
     assert all(np.array_equal(v, before.tensors[n]) for n, v in capture(model).tensors.items())

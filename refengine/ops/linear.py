@@ -64,7 +64,9 @@ def linear(
     activation = quants.round_activation(xp, x, w.type) if numerics.as_llamacpp else x
     rounded = activation.astype(numerics.sum_dtype, copy=False)
     whole = cache.get(xp, w, first, first + n_out, numerics.sum_dtype)
-    if whole is not None:
+    if numerics.reversed_sums:
+        y = rounded[:, ::-1] @ float_rows(xp, w, first, first + n_out, numerics.sum_dtype)[:, ::-1].T
+    elif whole is not None:
         y = rounded @ whole.T
     else:
         y = xp.empty((x.shape[0], n_out), dtype=numerics.sum_dtype)

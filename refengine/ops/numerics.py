@@ -20,6 +20,7 @@ class Numerics:
     kv_dtype:    of the KV cache.
     as_llamacpp: round as llama.cpp's CPU backend does: activations to the weight type's partner before a product,
                  Q and the attention weights to float16 when the cache is float16, GELU through its float16 table.
+    reversed_sums: add the products of a sum from its other end: what an order of additions does, to measure noise.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Numerics:
     sum_dtype: type
     kv_dtype: type
     as_llamacpp: bool
+    reversed_sums: bool = False
 
 
 PROFILES = {

@@ -20,9 +20,9 @@ from refengine.model import Model
 from refengine.ops import Ops
 from refengine.ops.activation import gelu
 from refengine.trace import Trace, to_numpy
+from refengine.validate.alignment import nmse, part_of, put_into
 from refengine.validate.capture import Capture
-from refengine.validate.judge import TensorVerdict
-from refengine.validate.replay import align, nmse
+from refengine.validate.judge import TensorVerdict, Verdict
 
 MATCH = 1e-3  # of the unexplained error at most, in NMSE, for a hypothesis to count: it must explain nearly all of it
 
@@ -36,9 +36,9 @@ class Hypothesis:
     apply: Callable[[Model], Model]
 
 
-def likely_causes(model: Model, capture: Capture, wrong: TensorVerdict) -> list[str]:
+def likely_causes(model: Model, verdict: Verdict, wrong: TensorVerdict) -> list[str]:
     """The mistakes that explain this tensor, the best explanation first. Costs a forward pass for each one tried."""
-    found = []
+    capture, found = verdict.capture, []
     for hypothesis in hypotheses(model):
         if re.search(hypothesis.tensors, wrong.name):
             left = _error_under(hypothesis.apply(model), capture, wrong.name)
@@ -54,10 +54,10 @@ def _error_under(changed: Model, capture: Capture, name: str) -> float:
     def substitute(other: str) -> Callable[[np.ndarray], np.ndarray]:
         def replacement(ours: np.ndarray) -> np.ndarray:
             nonlocal result
-            theirs = align(other, capture.tensors[other], ours.shape)
+            values, theirs = to_numpy(ours), capture.tensors[other]
             if other == name:
-                result = nmse(theirs, to_numpy(ours))
-            return theirs
+                result = nmse(theirs, part_of(other, values, theirs))
+            return put_into(other, values, theirs)
 
         return replacement
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from refengine.model import Model
 from refengine.trace import Trace, to_numpy
+from refengine.validate.alignment import part_of, put_into
 from refengine.validate.capture import Capture
 from refengine.validate.judge import Verdict
 from refengine.validate.metrics import LogitMetrics, compare_logits
@@ -28,7 +29,7 @@ class Graft:
     others: LogitMetrics
 
 
-def graft(model: Model, capture: Capture, verdict: Verdict, name: str) -> Graft:
+def graft(model: Model, verdict: Verdict, name: str) -> Graft:
     """What the own error of tensor `name` does to the logits. Costs four forward passes.
 
     Raises ValueError for a tensor that has no own error in this verdict.
@@ -36,8 +37,9 @@ def graft(model: Model, capture: Capture, verdict: Verdict, name: str) -> Graft:
     wrong = [t.name for t in verdict.tensors if t.own_error]
     if name not in wrong:
         raise ValueError(f"tensor {name} has no error of its own")
+    capture = verdict.capture
     _, compared = replay(model, capture.ids, capture.tensors)
-    errors = {other: _change(*compared[other]) for other in wrong}
+    errors = {other: _change(other, *compared[other]) for other in wrong}
     right = _logits(model, capture, errors, ())
     alone = _logits(model, capture, errors, (name,))
     others = _logits(model, capture, errors, (other for other in wrong if other != name))
@@ -51,9 +53,14 @@ def _logits(
     return model.forward(capture.ids, trace=trace, chunk=len(capture.ids))
 
 
-def _change(ours: np.ndarray, theirs: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def _change(name: str, ours: np.ndarray, theirs: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Adds the local error. Chosen experts are not added to: theirs are taken."""
     if ours.dtype.kind != "f":
-        return lambda value: theirs
+        return lambda value: put_into(name, to_numpy(value), theirs)
     error = theirs.astype(np.float64) - ours.astype(np.float64)
-    return lambda value: to_numpy(value) + error
+
+    def changed(value: np.ndarray) -> np.ndarray:
+        right = to_numpy(value)
+        return put_into(name, right, part_of(name, right, theirs) + error)
+
+    return changed

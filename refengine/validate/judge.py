@@ -2,8 +2,8 @@
 
 Every operation is run on the inputs that the other engine captured (replay), so that what it inherited does not count:
 that is the local error. It is judged against a noise floor that is measured, not chosen: the same operation on the same
-inputs with its sums in float32 and in float64, which is how much two right engines may differ by their order of
-additions.
+inputs with its sums in float64, in float32, and in float32 from the other end, which is how much two right engines may
+differ by their order of additions.
 
 Where the capture leaves tensors out, several operations stand between two that it has, and a product that rounds its
 inputs may round one of them the other way. What that makes of the noise is found by shaking the tensors left out, a few
@@ -22,7 +22,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +31,9 @@ from refengine.errors import ModelError, RequestError
 from refengine.model import Model
 from refengine.ops import Ops
 from refengine.trace import Trace, to_numpy
+from refengine.validate.alignment import align, may_be_cut, nmse, part_of, put_into, row_axis
 from refengine.validate.capture import LOGITS, Capture
 from refengine.validate.metrics import LogitMetrics, TensorMetrics, compare, compare_logits
-from refengine.validate.replay import align, nmse
 
 SUM_MARGIN = 16.0
 POINTWISE = 3e-14
@@ -46,13 +47,17 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TensorVerdict:
-    """One tensor. `local`: on the other engine's inputs; `total`: at the end of both engines' own way there."""
+    """One tensor. `local`: on the other engine's inputs; `total`: at the end of both engines' own way there.
+
+    layout: how the other engine's was brought into our shape, in words; empty where nothing was to be done.
+    """
 
     name: str
     local: TensorMetrics
     total: TensorMetrics
     floor: float
     threshold: float
+    layout: str = ""
 
     @property
     def own_error(self) -> bool:
@@ -69,14 +74,15 @@ class Verdict:
     """The outcome. True where the engines agree in everything that was compared, and something was.
 
     tensors: in order of evaluation. missing: ours that the capture lacks. unknown: those of the capture that we lack.
-    logits: our own free run against the capture's, where it has logits of every position.
+    logits: our own free run against the capture's, of the positions that it has.
+    capture: what was judged, its tensors in our shapes and order (`validate.alignment`).
     """
 
     tensors: tuple[TensorVerdict, ...]
     missing: tuple[str, ...]
     unknown: tuple[str, ...]
     logits: LogitMetrics | None
-    complete: bool
+    capture: Capture = field(repr=False)
 
     def __bool__(self) -> bool:
         return self.exit_code == AGREES
@@ -122,24 +128,27 @@ def judge(
     peer = capture.tensors
 
     progress("our own run")
-    own = _Run(peer, substitute=False)
+    own = _Run(capture.tensors)
     logits = own.forward(model, capture.ids)
+    capture, layouts = _aligned(capture, own.values, model.config.n_layer)
+    peer = capture.tensors
     progress("every operation on the other engine's inputs")
     replayed = _Run(peer, substitute=True)
     replayed.forward(model, capture.ids)
     progress("noise floors")
     missing = tuple(name for name in own.seen if name not in peer)
     wide = model.ops.numerics.sum_dtype is np.float64
-    other_sums = _with_sums_in(model, np.float32 if wide else np.float64)
+    other_sums = _variant(model, sum_dtype=np.float32 if wide else np.float64)
+    backwards = _variant(model, sum_dtype=np.float32, reversed_sums=True)
     seeds = range(SHAKEN_RUNS if missing else 1)
-    gentle = [_Run(peer, substitute=True, shaken=missing, shake=SHAKE, seed=seed) for seed in seeds]
+    gentle = [_Run(peer, substitute=True, shaken=missing, shake=SHAKE, seed=seed) for seed in (*seeds, SHAKEN_RUNS)]
     rough = [_Run(peer, substitute=True, shaken=missing, shake=ROUGHER * SHAKE, seed=seed) for seed in seeds if missing]
-    for run in (*gentle, *rough):
+    for run in (*gentle[:-1], *rough):
         run.forward(other_sums, capture.ids)
+    gentle[-1].forward(backwards, capture.ids)
 
     verdicts = []
     for name, value in replayed.values.items():
-        theirs = align(name, peer[name], value.shape)
         floor = max(nmse(run.values[name], value) for run in gentle)
         if rough:
             flips = max(nmse(run.values[name], value) for run in rough)
@@ -149,21 +158,56 @@ def judge(
         verdicts.append(
             TensorVerdict(
                 name,
-                local=compare(theirs, value),
-                total=compare(theirs, own.values[name]),
+                local=_compared(name, peer[name], value, own.values[name]),
+                total=_compared(name, peer[name], part_of(name, own.values[name], peer[name]), own.values[name]),
                 floor=floor,
                 threshold=given[-1] if given else max(SUM_MARGIN * floor, POINTWISE),
+                layout=layouts[name],
             )
         )
-    peer_logits = peer.get(LOGITS)
-    comparable = peer_logits is not None and peer_logits.shape == logits.shape
     return Verdict(
         tensors=tuple(verdicts),
         missing=missing,
         unknown=tuple(name for name in peer if name not in own.seen),
-        logits=compare_logits(peer[LOGITS], logits, capture.ids) if comparable else None,
-        complete=capture.complete,
+        logits=_logits(other_sums, capture, logits, list(own.seen)),
+        capture=capture,
     )
+
+
+def _compared(name: str, theirs: np.ndarray, ours: np.ndarray, whole: np.ndarray) -> TensorMetrics:
+    """`compare`, the worst coordinate counted in the `whole` of our tensor where theirs has its last rows only."""
+    found, axis = compare(theirs, ours), row_axis(name)
+    worst = list(found.worst)
+    worst[axis] += whole.shape[axis] - theirs.shape[axis]
+    return replace(found, worst=tuple(worst))
+
+
+def _aligned(capture: Capture, own: Mapping[str, np.ndarray], n_layer: int) -> tuple[Capture, dict[str, str]]:
+    """The capture with every tensor that we have too in our shape, and notes by name."""
+    tensors, layouts = dict(capture.tensors), {}
+    for name, ours in own.items():
+        rows_cut = may_be_cut(name, n_layer)
+        tensors[name], layouts[name] = align(name, capture.tensors[name], ours, rows_cut=rows_cut)
+    return replace(capture, tensors=tensors), layouts
+
+
+def _logits(
+    other_sums: Model, capture: Capture, ours: np.ndarray, names: Sequence[str]
+) -> LogitMetrics | None:
+    """The capture's logits against ours; what rounding may do is measured only where a token flips."""
+    if LOGITS not in capture.tensors:
+        return None
+    theirs = capture.tensors[LOGITS]
+    reference, n = part_of(LOGITS, ours, theirs), len(theirs)
+    ids, first = capture.ids[-n:], len(ours) - n
+    metrics = compare_logits(theirs, reference, ids, first_position=first)
+    if not metrics.flips:
+        return metrics
+    bounds = np.zeros(n)
+    for seed in range(SHAKEN_RUNS):
+        shaken = _Run({}, shaken=names, shake=SHAKE, seed=seed).forward(other_sums, capture.ids)
+        bounds = np.maximum(bounds, np.abs(shaken[first:].astype(np.float64) - reference).max(axis=1))
+    return compare_logits(theirs, reference, ids, bounds, first_position=first)
 
 
 def _expression(text: str) -> re.Pattern[str]:
@@ -173,16 +217,16 @@ def _expression(text: str) -> re.Pattern[str]:
         raise RequestError(f"tolerance pattern {text!r} is not a regular expression: {e}") from None
 
 
-def _with_sums_in(model: Model, dtype: type) -> Model:
-    """The same model with its products summed in another type. It runs once: no dequantised weight is worth keeping."""
-    numerics = replace(model.ops.numerics, sum_dtype=dtype)
-    ops = Ops(model.ops.xp, numerics, cache_bytes=0)
+def _variant(model: Model, **numerics: Any) -> Model:
+    """The same model rounded in another way. It runs once: no dequantised weight is worth keeping."""
+    ops = Ops(model.ops.xp, replace(model.ops.numerics, **numerics), cache_bytes=0)
     return Model(model.gguf, model.config, model.tokenizer, model.weights, ops, model.device, model.n_ctx)
 
 
 class _Run:
     """One forward pass whose tensors are kept where the peer has them, and replaced by the peer's if asked.
 
+    The peer's are aligned, and ours are kept to the rows that it has, if they are to be substituted.
     shaken: tensors to move by a few units in the last place, at random, to see what rounding makes of that.
     """
 
@@ -190,7 +234,7 @@ class _Run:
         self,
         peer: Mapping[str, np.ndarray],
         *,
-        substitute: bool,
+        substitute: bool = False,
         shaken: Sequence[str] = (),
         shake: float = 0.0,
         seed: int = 0,
@@ -215,9 +259,13 @@ class _Run:
         return shaken  # Trace puts it on the tensor's device
 
     def _at(self, name: str) -> Callable[[np.ndarray], np.ndarray]:
-        def replacement(ours: np.ndarray) -> np.ndarray:
-            theirs = align(name, self._peer[name], ours.shape)  # an unfit size is said before anything is judged
+        def keep(ours: np.ndarray) -> np.ndarray:
             self.values[name] = to_numpy(ours)
-            return theirs if self._substitute else ours
+            return ours
 
-        return replacement
+        def substitute(ours: np.ndarray) -> np.ndarray:
+            values, theirs = to_numpy(ours), self._peer[name]
+            self.values[name] = part_of(name, values, theirs)
+            return put_into(name, values, theirs)
+
+        return substitute if self._substitute else keep

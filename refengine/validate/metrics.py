@@ -152,6 +152,7 @@ class LogitMetrics:
     delta_p_rms: float
     perplexity_ratio: float | None
     flips: tuple[Flip, ...]
+    first_position: int = 0
 
     @property
     def kl_mean(self) -> float:
@@ -167,7 +168,11 @@ class LogitMetrics:
 
 
 def compare_logits(
-    value: np.ndarray, reference: np.ndarray, ids: Sequence[int] = (), bounds: np.ndarray | None = None
+    value: np.ndarray,
+    reference: np.ndarray,
+    ids: Sequence[int] = (),
+    bounds: np.ndarray | None = None,
+    first_position: int = 0,
 ) -> LogitMetrics:
     """Compare logits (n, n_vocab) of the n positions of a prompt with token ids `ids`.
 
@@ -178,6 +183,7 @@ def compare_logits(
     perplexity_ratio: of value's to reference's over the prompt; None for fewer than two ids.
     flips:            positions with another likeliest token. bounds (n,): how far the logits of each position may be
                       off by rounding; by default nothing is excused.
+    first_position:   of the first row, where a prompt's earlier positions are left out.
     Raises ValueError for unlike shapes, or ids that are not one a row.
     """
     if value.shape != reference.shape or value.ndim != 2 or value.size == 0:
@@ -199,7 +205,7 @@ def compare_logits(
     allowed = np.zeros(len(value)) if bounds is None else bounds
     flips = tuple(
         Flip(
-            position=int(i),
+            position=first_position + int(i),
             token=int(ours[i]),
             reference_token=int(theirs[i]),
             margin=float(reference[i, theirs[i]]) - float(reference[i, ours[i]]),
@@ -217,6 +223,7 @@ def compare_logits(
         delta_p_rms=float(np.sqrt(np.mean(np.square(delta)))),
         perplexity_ratio=ratio,
         flips=flips,
+        first_position=first_position,
     )
 
 

@@ -11,27 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from refengine.errors import TraceError
 from refengine.model import Model
 from refengine.trace import Trace, to_numpy
-
-SCORES = ("kq-", "kq_soft_max-")  # the peer pads these to its cache; columns past the prompt are not part of the model
-
-
-def nmse(value: np.ndarray, reference: np.ndarray) -> float:
-    """Normalised mean square error: mean((value - reference)²) / mean(reference²), in float64."""
-    wide = reference.astype(np.float64)
-    power = float(np.mean(np.square(wide)))
-    error = float(np.mean(np.square(value.astype(np.float64) - wide)))
-    return error / power if power else (0.0 if error == 0.0 else float("inf"))
-
-
-def align(name: str, peer: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The peer's tensor in our shape: heads merged or split, padded score columns cut. Raises `TraceError`."""
-    cut = peer[..., : shape[-1]] if name.startswith(SCORES) else peer
-    if cut.size != int(np.prod(shape)):
-        raise TraceError(f"tensor {name}: ours is {shape}, the peer's {peer.shape}")
-    return cut.reshape(shape)
+from refengine.validate.alignment import align, may_be_cut, part_of, put_into
 
 
 def replay(
@@ -45,9 +27,10 @@ def replay(
 
     def substitute(name: str) -> Callable[[np.ndarray], np.ndarray]:
         def replacement(ours: np.ndarray) -> np.ndarray:
-            theirs = align(name, peer[name], ours.shape)
-            compared[name] = (to_numpy(ours), theirs)
-            return theirs
+            values = to_numpy(ours)
+            theirs, _ = align(name, peer[name], values, rows_cut=may_be_cut(name, model.config.n_layer))
+            compared[name] = (part_of(name, values, theirs), theirs)
+            return put_into(name, values, theirs)
 
         return replacement
 

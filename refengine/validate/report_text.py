@@ -60,7 +60,7 @@ def headline(verdict: Verdict, capture: Capture, causes: Sequence[str] = ()) -> 
                 ("", f"nearest to its limit: {nearest.name}, NMSE {nearest.local.nmse:.1e} of {nearest.threshold:.1e} "
                  f"allowed ({nearest.margin:.1f} times below)")
             )  # fmt: skip
-    if not verdict.complete:
+    if not capture.complete:
         lines.append(("yellow", "the capture is incomplete: its engine stopped before it had finished writing"))
     if verdict.missing and verdict.tensors:
         named = ", ".join(verdict.missing[:4]) + (", …" if len(verdict.missing) > 4 else "")
