@@ -6,7 +6,7 @@ import argparse
 import bdb
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from refengine.errors import RefengineError, one_line
@@ -20,7 +20,7 @@ EPILOG = """examples:
   refengine logits --model model.gguf --prompt "Hello" --numerics llamacpp --output logits.npz
   refengine trace --model model.gguf --prompt "Hello" --filter 'Qcur-[01]$' --output qcur.safetensors
   refengine validate --model model.gguf        (against llama.cpp)
-  refengine validate --model model.gguf --peer my_dump        (against tensors of your own engine)
+  refengine validate --model model.gguf --peer my_dump --html report.html        (against tensors of your own engine)
   refengine generate "Hello" --model model.gguf --break Qcur-3     (stops in pdb at that tensor)
 """
 
@@ -90,18 +90,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     validate.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt (default: a sentence of our own)")
     # Every weight is used in two passes only: keeping it would cost more memory than it saves time.
-    _model_arguments(validate, numerics="llamacpp", cache_mb=0)
+    _model_arguments(validate, numerics="llamacpp", cache_mb=0, several=True)
     _prompt_arguments(validate, chunk=False)
     group = validate.add_argument_group("the other engine")
     group.add_argument(
         "--peer",
         default="llama.cpp",
         metavar="PEER",
-        help="llama.cpp (live, through llama-cpp-python), or the folder or manifest of a dump",
+        help="llama.cpp (live, through llama-cpp-python), the folder or manifest of a dump, or refengine itself under "
+        "other settings: refengine:exact64, refengine:cuda,f16",
     )
     group.add_argument("--names", metavar="FILE", help="YAML or JSON list of [expression, llama.cpp's name] for a dump")
     group.add_argument("--any-model", action="store_true", help="accept a dump made with another model file")
     group.add_argument("--threads", type=int, default=2, metavar="N", help="of llama.cpp")
+    group.add_argument("--ubatch", type=int, metavar="N", help="llama.cpp's micro-batch in tokens (default: all at once)")
     group.add_argument("--flash-attention", action="store_true", help="let llama.cpp fuse attention")
     group.add_argument("--repack", action="store_true", help="let llama.cpp re-order weights for its fastest kernels")
     group = validate.add_argument_group("verdict")
@@ -114,6 +116,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--all", action="store_true", help="show every tensor")
     group.add_argument("--json", metavar="FILE.json", help="also write the verdict with every figure there")
+    group.add_argument("--html", metavar="FILE.html", help="also write it as one page to open in a browser, offline")
+    group = validate.add_argument_group("many prompts, many models")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help='a prompt a line: "text", [1, 2, 3], or {"id": …, "prompt": "text"}; --model may be given several times',
+    )
+    group.add_argument("--output", metavar="FILE.jsonl", help="where results are added; started again, it goes on there")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="processes side by side")
 
     tokenize = _command(commands, "tokenize", "print the token ids of a text as JSON, or the text of ids")
     tokenize.add_argument("text", nargs="?", metavar="TEXT", help="the text, or with --decode the ids as JSON or 1,2,3")
@@ -146,12 +157,13 @@ def _command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParse
 
 
 def _model_arguments(
-    parser: argparse.ArgumentParser, numerics: str = "exact", cache_mb: int | None = None
+    parser: argparse.ArgumentParser, numerics: str = "exact", cache_mb: int | None = None, several: bool = False
 ) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         metavar="FILE",
+        action="append" if several else "store",
         help="GGUF file; of a split one, the first part (default: the packaged model, which writes haiku)",
     )
     group.add_argument(
@@ -221,17 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
-        from refengine import commands
-
-        run = {
-            "generate": commands.generate,
-            "logits": commands.logits,
-            "trace": commands.trace,
-            "validate": commands.validate,
-            "tokenize": commands.tokenize,
-            "inspect": commands.inspect,
-        }[arguments.command]
-        code = run(arguments) or 0
+        code = _function(arguments.command)(arguments) or 0
         sys.stdout.flush()
     except (RefengineError, OSError, MemoryError, UnicodeError) as e:
         if isinstance(e, BrokenPipeError):  # the reader of our output has gone; not an error of ours
@@ -255,6 +257,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nrefengine: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
+    """What a command does; imported when it is wanted, since libraries take their time."""
+    if command == "validate":
+        from refengine.commands_validate import validate
+
+        return validate
+    from refengine import commands
+
+    found: Callable[[argparse.Namespace], int | None] = getattr(commands, command)
+    return found
 
 
 def _discard_output() -> None:

@@ -63,18 +63,21 @@ ROOMS = {
     "model": Room(ENGINE, {*ARRAYS, "tqdm"}),
     FACADE: Room(MODEL, set()),
     # no HTTP
-    "validate": Room({FACADE, *MODEL}, {*ARRAYS, "safetensors", "yaml", "rich"}, frozenset({"cupy", "llama_cpp"})),
+    "validate": Room({FACADE, *MODEL}, {*ARRAYS, "safetensors", "yaml", "rich", "jinja2"}, frozenset({"cupy", "llama_cpp"})),
     "worker": Room({FACADE, *MODEL}, {"numpy"}),
     "bench": Room({FACADE, *MODEL, "validate", "worker"}, {"numpy"}, frozenset({"cupy", "llama_cpp"})),
-    "commands": Room({FACADE, *MODEL, "validate", "worker", "bench"}, {*ARRAYS, "safetensors", "tqdm", "rich"}),
-    "cli": Room({FACADE, "errors", "commands"}, set()),  # arguments only
+    "console": Room({FACADE, *MODEL, "validate"}, {*ARRAYS, "tqdm"}),
+    "commands": Room({FACADE, *MODEL, "validate", "console"}, {*ARRAYS, "safetensors"}),
+    "commands_validate": Room({FACADE, *MODEL, "validate", "console"}, {"tqdm", "rich"}),
+    "cli": Room({FACADE, "errors", "commands", "commands_validate"}, set()),  # arguments only
     "__main__": Room({"cli"}, set()),
 }
 
 # Standard modules that only some rooms may know; every other one is free.
 HTTP_ROOMS = {"worker", "bench"}
 RESERVED_STDLIB = {
-    "argparse": {"cli", "commands"},  # commands: for the type of what the parser gives
+    # All but cli: for the type of what the parser gives.
+    "argparse": {"cli", "console", "commands", "commands_validate"},
     "mmap": {"gguf_file", *INSIDE_GGUF_FILE},
     "http": HTTP_ROOMS,
     "urllib": HTTP_ROOMS,

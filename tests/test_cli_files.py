@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 import refengine
-from refengine import commands
+from refengine.validate.capture import sha256_of_file
 from refengine.validate.dump import read_dump
 from tests.cli_runner import cli, write_llama, write_no_vocab
 from tests.model_files import float_bytes, read_floats, rewrite, split
@@ -147,7 +147,7 @@ def test_trace_file_and_manifest(llama: Path, tmp_path: Path) -> None:
     assert manifest["ids"] == ids
     flags = {"model": llama.name, "arch": "llama", "kv_type": "float32", "device": "cpu"}
     assert (manifest["numerics"], manifest["flags"]) == ("exact", flags)
-    assert manifest["model_sha256"] == commands.file_sha256(llama)
+    assert manifest["model_sha256"] == sha256_of_file(llama)
     with safe_open(output, framework="numpy") as tensors:
         assert set(tensors.keys()) == set(expected)
         for entry in manifest["tensors"]:

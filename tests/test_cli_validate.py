@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from refengine import commands
+from refengine.validate.capture import sha256_of_file
 from tests.cli_runner import cli
 
 PROMPT = "an ox and the other one"
@@ -66,7 +66,7 @@ def test_a_wrong_tensor_is_named_and_the_json_has_the_same_figures(model: Path, 
     assert "1 of our tensors were not captured: attn_out-0" in result.out
     found = json.loads(output.read_text())
     assert (found["schema"], found["verdict"], found["first_own_error"]) == ("refengine-verdict", "diverges", "Kcur-1")
-    assert found["facts"]["model_sha256"] == commands.file_sha256(model)
+    assert found["facts"]["model_sha256"] == sha256_of_file(model)
     tensor = next(t for t in found["tensors"] if t["name"] == "Kcur-1")
     assert tensor["own_error"]
     assert tensor["local"]["worst"] == [2, 1, 7]

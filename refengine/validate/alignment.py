@@ -1,8 +1,8 @@
 """Another engine's tensors in our axis order: layouts are recognised before anything is computed.
 
 Engines hold the same values differently: heads merged or apart, axes swapped, score rows padded to the cache's size,
-and in the last layer only the rows whose logits are wanted. What a shape leaves open (a square one may be transposed) is
-settled by the values: another order is taken only where the plain one is far from what we get and that one is near.
+and in the last layer only the rows whose logits are wanted. What a shape leaves open (a square one may be transposed)
+is settled by the values: another order is taken only where the plain one is far from what we get and that one is near.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,3 +29,13 @@ class Capture:
     numerics: str = ""
     flags: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = True
+
+
+def sha256_of_file(path: Path, progress: Callable[[int], object] = lambda n_bytes: None) -> str:
+    """SHA-256 of a file in hexadecimal. progress: called with the bytes of every piece read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(8 << 20):
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest()

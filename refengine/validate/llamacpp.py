@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from refengine.errors import ModelError, RefengineError, RequestError
+from refengine.validate.alignment import SCORES, row_axis
 from refengine.validate.capture import Capture
 
 INSTALL_HINT = "install refengine[validate], which builds llama-cpp-python (it needs a C++ compiler and a few minutes)"
@@ -51,6 +52,7 @@ class LlamaCpp:
     """A model loaded by llama.cpp. A context manager; `close` frees what the library holds.
 
     kv_type: `f16` or `f32`. n_threads: CPU threads. n_ctx: tokens of context.
+    n_ubatch: tokens of a micro-batch (default: all that are given at once).
     repack: let llama.cpp re-order weights at load for its fastest kernels (off: weights as the file has them).
     capture: install the evaluation callback that `tensors` needs; it costs speed (the graph runs node by node).
     Raises `RefengineError` where llama-cpp-python is not installed, `ModelError` where llama.cpp refuses the file.
@@ -65,6 +67,7 @@ class LlamaCpp:
         n_threads: int = 2,
         flash_attention: bool = False,
         repack: bool = False,
+        n_ubatch: int | None = None,
         capture: bool = True,
     ) -> None:
         llama_cpp = _library()
@@ -83,7 +86,10 @@ class LlamaCpp:
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = n_ctx
+        if n_ubatch is not None and not 1 <= n_ubatch <= n_ctx:
+            raise RequestError(f"llama.cpp's micro-batch of {n_ubatch} tokens must be 1 to {n_ctx}")
+        self._n_ubatch = n_ubatch or n_ctx
+        params.n_batch, params.n_ubatch = n_ctx, self._n_ubatch
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn_type = 1 if flash_attention else 0
         params.type_k = params.type_v = kv_types[kv_type]
@@ -129,6 +135,7 @@ class LlamaCpp:
         """As `logits`, and the tensors whose name matches the regular expression, in NumPy order without leading 1s.
 
         Views (reshape, permute) are left out. A name that several nodes bear keeps its plain form for the last of them.
+        Micro-batches are joined along the rows; `kq` is left out then: its columns for later tokens were not yet made.
         """
         self._filter, self._captured, self._callback_error = re.compile(pattern), [], None
         try:
@@ -138,10 +145,12 @@ class LlamaCpp:
         by_name: dict[str, list[np.ndarray]] = {}
         for name, _, value in self._captured:
             by_name.setdefault(name, []).append(value)
+        n_batches = -(-len(ids) // self._n_ubatch)
         named: dict[str, np.ndarray] = {}
-        for name, values in by_name.items():
+        for name, parts in by_name.items():
+            values = parts if n_batches == 1 else _joined(name, parts, n_batches)
             named.update({f"{name}#{i}": value for i, value in enumerate(values[:-1])})
-            named[name] = values[-1]
+            named.update({name: value for value in values[-1:]})
         return logits, named
 
     def ops(self) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -191,6 +200,20 @@ class LlamaCpp:
         desc = _ggml_base().ggml_op_desc
         desc.restype, desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
         return str(desc(pointer).decode())
+
+
+def _joined(name: str, parts: list[np.ndarray], n_batches: int) -> list[np.ndarray]:
+    """A name's values of every micro-batch, in order of evaluation → of the whole prompt, one an occurrence."""
+    if name.startswith("kq-") or len(parts) % n_batches or any(p.ndim < 2 for p in parts):
+        return []
+    n, axis, joined = len(parts) // n_batches, row_axis(name), []
+    for occurrence in range(n):
+        values = parts[occurrence::n]
+        if name.startswith(SCORES):  # the cache grows; what is not in it yet has no weight
+            width = max(v.shape[-1] for v in values)
+            values = [np.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, width - v.shape[-1])]) for v in values]
+        joined.append(np.concatenate(values, axis=axis))
+    return joined
 
 
 def capture_llamacpp(path: str | os.PathLike[str], ids: Sequence[int], **options: Any) -> Capture:

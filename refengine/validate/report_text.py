@@ -1,43 +1,35 @@
-"""A verdict for people: the outcome first, then where to look, then what was compared; and the same as JSON."""
+"""A verdict for people: the outcome first, then where to look, then what was compared."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from refengine.validate.capture import Capture
 from refengine.validate.graft import Graft
 from refengine.validate.judge import NOTHING_COMPARED, TensorVerdict, Verdict
+from refengine.validate.metrics import Flip
+from refengine.validate.run import Outcome
 
-SCHEMA_VERSION = 1
 SHOWN = 12  # rows of the table, unless all are asked for
 
 
-def print_verdict(
-    verdict: Verdict,
-    capture: Capture,
-    console: Console,
-    causes: Sequence[str] = (),
-    show_all: bool = False,
-    graft: Graft | None = None,
-) -> None:
+def print_outcome(outcome: Outcome, console: Console, show_all: bool = False) -> None:
     """Print the verdict with the causes found; a table of the tensors in order, or of those that matter."""
-    for style, line in headline(verdict, capture, causes):
+    verdict = outcome.verdict
+    for style, line in headline(outcome):
         console.print(escape(line), style=style, highlight=False, soft_wrap=True)
     if verdict.tensors:
         console.print(_table(verdict, show_all))
-    for line in _logit_lines(verdict) + _graft_lines(graft):
+    for line in _layout_lines(verdict) + _logit_lines(verdict) + _graft_lines(outcome.graft):
         console.print(escape(line), highlight=False, soft_wrap=True)
 
 
-def headline(verdict: Verdict, capture: Capture, causes: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Lines with their styles, the verdict first."""
+def headline(outcome: Outcome) -> list[tuple[str, str]]:
+    """Lines with their styles (of rich), the verdict first."""
+    verdict, capture = outcome.verdict, outcome.verdict.capture
     n = len(verdict.tensors)
     first = verdict.first_own_error
     lines: list[tuple[str, str]] = []
@@ -48,7 +40,7 @@ def headline(verdict: Verdict, capture: Capture, causes: Sequence[str] = ()) -> 
         own = sum(t.own_error for t in verdict.tensors)
         lines.append(("bold red", f"DIVERGES: {first.name} is the first tensor with an error of its own"))
         lines.append(("", _where(first)))
-        lines += [("bold", f"it is what comes out if {cause}") for cause in causes]
+        lines += [("bold", f"it is what comes out if {cause}") for cause in outcome.causes]
         lines.append(("", f"{own} of {n} tensors have an error of their own; what the others are off by is inherited"))
     else:
         nearest = verdict.least_margin
@@ -110,14 +102,31 @@ def _logit_lines(verdict: Verdict) -> list[str]:
         f"logits end to end: KL mean {logits.kl_mean:.1e}, p99 {logits.kl_p99:.1e}, max {logits.kl_max:.1e} nats; "
         f"same likeliest token at {logits.top1_agreement:.1%} of {len(logits.kl)} positions"
     ]
-    for flip in logits.flips[:3]:
-        lines.append(
-            f"  position {flip.position}: token {flip.token} instead of {flip.reference_token}, which we put "
-            f"{flip.margin:.2g} above it"
-        )
+    lines += [f"  {flip_words(flip)}" for flip in logits.flips[:3]]
     if len(logits.flips) > 3:
-        lines.append(f"  and {len(logits.flips) - 3} more")
+        ties = sum(flip.is_tie for flip in logits.flips[3:])
+        lines.append(f"  and {len(logits.flips) - 3} more, {ties} of them ties")
     return lines
+
+
+def flip_words(flip: Flip) -> str:
+    """What became of the likeliest token at a position, and whether rounding explains it."""
+    told = f"position {flip.position}: token {flip.token} instead of {flip.reference_token}, which we put "
+    if flip.is_tie:
+        return told + f"{flip.margin:.2g} above it: a tie, as rounding moves logits there by {flip.bound:.2g}"
+    return told + f"{flip.margin:.2g} above it: more than rounding moves logits there ({flip.bound:.2g})"
+
+
+def _layout_lines(verdict: Verdict) -> list[str]:
+    """Layouts that differ from ours, each with the tensors that have it."""
+    by_layout: dict[str, list[str]] = {}
+    for t in verdict.tensors:
+        if t.layout:
+            by_layout.setdefault(t.layout, []).append(t.name)
+    return [
+        f"taken as {layout}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for layout, names in by_layout.items()
+    ]
 
 
 def _graft_lines(graft: Graft | None) -> list[str]:
@@ -128,55 +137,3 @@ def _graft_lines(graft: Graft | None) -> list[str]:
         f"the error of {graft.name} alone, in our run: KL mean {alone.kl_mean:.1e}, max {alone.kl_max:.1e} nats; "
         f"without it {others.kl_mean:.1e} and {others.kl_max:.1e} are left"
     ]
-
-
-def to_json(
-    verdict: Verdict,
-    capture: Capture,
-    facts: dict[str, Any],
-    causes: Sequence[str] = (),
-    graft: Graft | None = None,
-) -> dict[str, Any]:
-    """The verdict as JSON data: schema `refengine-verdict`. Numbers that JSON lacks are null."""
-    first = verdict.first_own_error
-    return _plain({
-        "schema": "refengine-verdict",
-        "schema_version": SCHEMA_VERSION,
-        "verdict": {0: "agrees", 1: "diverges", 3: "nothing compared"}[verdict.exit_code],
-        "first_own_error": first.name if first else None,
-        "causes": list(causes),
-        "graft": None if graft is None else asdict(graft),
-        "facts": facts,
-        "peer": {
-            "engine": capture.engine,
-            "source": capture.source.name,
-            "numerics": capture.numerics,
-            "flags": dict(capture.flags),
-            "complete": capture.complete,
-        },
-        "ids": capture.ids,
-        "tensors": [
-            {
-                "name": t.name,
-                "own_error": t.own_error,
-                "floor": t.floor,
-                "threshold": t.threshold,
-                "local": asdict(t.local),
-                "total": asdict(t.total),
-            }
-            for t in verdict.tensors
-        ],
-        "missing": list(verdict.missing),
-        "unknown": list(verdict.unknown),
-        "logits": None if verdict.logits is None else asdict(verdict.logits),
-    })  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value

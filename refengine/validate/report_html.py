@@ -1,0 +1,108 @@
+"""The verdict as one page: nothing is fetched, every figure is that of the JSON report it is made from."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+LEVELS = 8  # of colour
+TINY = 1e-300  # for logarithms of 0
+
+Report = dict[str, Any]
+
+
+def to_html(report: Report) -> str:
+    """A page from the data of `report_json.to_json`. Text of other engines is escaped."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["number"] = number
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    tensors = report["tensors"]
+    names = {t["name"]: i for i, t in enumerate(tensors)}
+    first = report["first_own_error"]
+    return template.render(
+        report=report,
+        first=tensors[names[first]] if first is not None else None,
+        first_index=names.get(first),
+        n_wrong=sum(t["own_error"] for t in tensors),
+        nearest=min(tensors, key=lambda t: t["margin"] or math.inf, default=None),
+        maps=[
+            ("own", "Own error: each operation on the other engine's inputs", _heat_map(tensors, _own_level, "local")),
+            ("total", "Total error: what has added up by then", _heat_map(tensors, _total_level, "total")),
+        ],
+        kl=_bars(report["logits"]),
+    )
+
+
+def number(value: float | None) -> str:
+    """As the terminal shows it: two digits. JSON's null stands for what is not finite."""
+    return "not finite" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def _heat_map(tensors: list[Report], level: Any, which: str) -> dict[str, Any]:
+    """Columns by tensor, rows by layer: the cells of `which` error. Tensors of no layer stand in rows of their own."""
+    columns: dict[str, None] = {}
+    rows: dict[str, dict[str, Report]] = {}
+    for index, tensor in enumerate(tensors):
+        kind, layer = _place(tensor["name"])
+        if layer is not None:
+            columns.setdefault(kind)
+        value = tensor[which]["nmse"]
+        bad = tensor[which]["nonfinite_mismatches"] > 0
+        rows.setdefault(layer if layer is not None else "", {})[kind] = {
+            "index": index,
+            "name": tensor["name"],
+            "text": "NaN" if bad else exponent(value),
+            "level": LEVELS if bad else level(tensor),
+            "words": f"{tensor['name']}: NMSE {number(value)}, allowed {number(tensor['threshold'])}",
+            "own_error": tensor["own_error"],
+        }
+    outside = rows.pop("", {})
+    ordered = sorted(rows.items(), key=lambda row: int(row[0]))
+    return {
+        "columns": list(columns),
+        "rows": [(layer, [cells.get(column) for column in columns]) for layer, cells in ordered],
+        "outside": list(outside.values()),
+    }
+
+
+def _place(name: str) -> tuple[str, str | None]:
+    """`Qcur-3#0` → (`Qcur#0`, `3`); `result_norm` → (`result_norm`, None)."""
+    match = re.fullmatch(r"(.+)-(\d+)((?:#\d+)?)", name)
+    return (match[1] + match[3], match[2]) if match else (name, None)
+
+
+def exponent(value: float | None) -> str:
+    """A power of ten, for a narrow cell."""
+    return "∞" if value is None else "0" if value == 0 else str(math.floor(math.log10(value)))
+
+
+def _own_level(tensor: Report) -> int:
+    """0 within the noise; above, a level for every two orders of magnitude."""
+    if not tensor["own_error"]:
+        return 0
+    ratio = (tensor["local"]["nmse"] or math.inf) / max(tensor["threshold"], TINY)
+    return LEVELS if math.isinf(ratio) else min(LEVELS, 1 + int(math.log10(max(ratio, 1.0)) / 2))
+
+
+def _total_level(tensor: Report) -> int:
+    """A level for every two orders of magnitude from 1e-16 to 1."""
+    value = tensor["total"]["nmse"]
+    return LEVELS if value is None else max(0, min(LEVELS, int((16 + math.log10(max(value, TINY))) / 2)))
+
+
+def _bars(logits: Report | None) -> list[dict[str, Any]]:
+    """KL by position as bars on a logarithmic scale from 1e-16 to 10 nats: height in per cent."""
+    if logits is None:
+        return []
+    flipped = {flip["position"] for flip in logits["flips"]}
+    bars = []
+    for i, value in enumerate(logits["kl"]):
+        position = logits["first_position"] + i
+        height = 100.0 if value is None else max(0.5, min(100.0, (16 + math.log10(max(value, TINY))) / 17 * 100))
+        bars.append({"position": position, "kl": value, "height": round(height, 1), "flip": position in flipped})
+    return bars
