@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--names", metavar="FILE", help="YAML or JSON list of [expression, llama.cpp's name] for a dump")
     group.add_argument("--any-model", action="store_true", help="accept a dump made with another model file")
     group.add_argument("--threads", type=int, default=2, metavar="N", help="of llama.cpp")
-    group.add_argument("--ubatch", type=int, metavar="N", help="llama.cpp's micro-batch in tokens (default: all at once)")
+    group.add_argument("--ubatch", type=int, metavar="N", help="llama.cpp's micro-batch in tokens (default: all)")
     group.add_argument("--flash-attention", action="store_true", help="let llama.cpp fuse attention")
     group.add_argument("--repack", action="store_true", help="let llama.cpp re-order weights for its fastest kernels")
     group = validate.add_argument_group("verdict")
@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.jsonl",
         help='a prompt a line: "text", [1, 2, 3], or {"id": …, "prompt": "text"}; --model may be given several times',
     )
-    group.add_argument("--output", metavar="FILE.jsonl", help="where results are added; started again, it goes on there")
+    group.add_argument("--output", metavar="FILE.jsonl", help="where results are added; started again, it goes on")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="processes side by side")
 
     tokenize = _command(commands, "tokenize", "print the token ids of a text as JSON, or the text of ids")

@@ -107,8 +107,8 @@ def _corpus(arguments: argparse.Namespace) -> int:
     _console().print(summary_table(rows))
     failed = [row for row in rows if "error" in row]
     if failed:
-        first = failed[0]
-        say(f"{len(failed)} of {len(rows)} runs failed; the first, {first['model']} {first['prompt']}: {first['error']}")
+        first = "{model} {prompt}: {error}".format(**failed[0])
+        say(f"{len(failed)} of {len(rows)} runs failed; the first, {first}")
         return 2
     wrong = [row for row in rows if row["verdict"] != "agrees"]
     return 0 if not wrong else 3 if all(row["verdict"] == "nothing compared" for row in wrong) else 1

@@ -63,12 +63,16 @@ ROOMS = {
     "model": Room(ENGINE, {*ARRAYS, "tqdm"}),
     FACADE: Room(MODEL, set()),
     # no HTTP
-    "validate": Room({FACADE, *MODEL}, {*ARRAYS, "safetensors", "yaml", "rich", "jinja2"}, frozenset({"cupy", "llama_cpp"})),
+    "validate": Room(
+        {FACADE, *MODEL}, {*ARRAYS, "safetensors", "yaml", "rich", "jinja2"}, frozenset({"cupy", "llama_cpp"})
+    ),
     "worker": Room({FACADE, *MODEL}, {"numpy"}),
     "bench": Room({FACADE, *MODEL, "validate", "worker"}, {"numpy"}, frozenset({"cupy", "llama_cpp"})),
     "console": Room({FACADE, *MODEL, "validate"}, {*ARRAYS, "tqdm"}),
     "commands": Room({FACADE, *MODEL, "validate", "console"}, {*ARRAYS, "safetensors"}),
     "commands_validate": Room({FACADE, *MODEL, "validate", "console"}, {"tqdm", "rich"}),
+    # pytest loads this in every suite where refengine is installed: light until the fixture is called.
+    "pytest_plugin": Room({FACADE, *MODEL, "validate"}, {"pytest", "rich"}),
     "cli": Room({FACADE, "errors", "commands", "commands_validate"}, set()),  # arguments only
     "__main__": Room({"cli"}, set()),
 }

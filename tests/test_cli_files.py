@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 import refengine
+from refengine import console
 from refengine.validate.capture import sha256_of_file
 from refengine.validate.dump import read_dump
 from tests.cli_runner import cli, write_llama, write_no_vocab
@@ -87,7 +88,7 @@ def test_bad_output_is_refused_before_the_model_is_loaded(
     name: str,
     message: str,
 ) -> None:
-    monkeypatch.setattr(commands, "load", fail_if_loaded)
+    monkeypatch.setattr(console, "load", fail_if_loaded)
     assert message in cli(command, "--ids", "1", "--model", llama, "--output", tmp_path / name).error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from refengine import commands
+from refengine import console
 from tests.cli_runner import ENVIRONMENT, ROOT, cli, subprocess_cli, write_llama, write_no_vocab, write_qwen2
 
 
@@ -32,7 +32,7 @@ def test_interruption_exits_with_130(llama: Path, monkeypatch: pytest.MonkeyPatc
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "load", interrupted)
+    monkeypatch.setattr(console, "load", interrupted)
     result = cli("generate", "a", "--model", llama)
     assert result.code == 130
     assert result.err.splitlines()[-1] == "refengine: interrupted"

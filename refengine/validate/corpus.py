@@ -211,8 +211,8 @@ def _model(path: Path, settings: Settings) -> Model:
 def summary_table(rows: Sequence[Row]) -> Table:
     """A line for every model: verdicts, the nearest that any tensor came to its limit, KL over all positions, flips."""
     table = Table(title="agreement by model")
-    headings = ("model", "type", "prompts", "agree", "diverge", "failed", "least margin", "KL mean", "p99", "max", "flips")
-    for heading in headings:
+    headings = "model,type,prompts,agree,diverge,failed,least margin,KL mean,p99,max,flips"
+    for heading in headings.split(","):
         table.add_column(heading, justify="left" if heading in ("model", "type") else "right")
     by_model: dict[str, list[Row]] = {}
     for row in rows:

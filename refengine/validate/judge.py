@@ -137,8 +137,7 @@ def judge(
     replayed.forward(model, capture.ids)
     progress("noise floors")
     missing = tuple(name for name in own.seen if name not in peer)
-    wide = model.ops.numerics.sum_dtype is np.float64
-    other_sums = _variant(model, sum_dtype=np.float32 if wide else np.float64)
+    other_sums = _in_other_width(model)
     backwards = _variant(model, sum_dtype=np.float32, reversed_sums=True)
     seeds = range(SHAKEN_RUNS if missing else 1)
     gentle = [_Run(peer, substitute=True, shaken=missing, shake=SHAKE, seed=seed) for seed in (*seeds, SHAKEN_RUNS)]
@@ -215,6 +214,15 @@ def _expression(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as e:
         raise RequestError(f"tolerance pattern {text!r} is not a regular expression: {e}") from None
+
+
+def _in_other_width(model: Model) -> Model:
+    """What is float32 in float64, and the reverse; RoPE's angles too, but for `llamacpp`, which follows one engine."""
+    numerics = model.ops.numerics
+    if numerics.as_llamacpp:
+        return _variant(model, sum_dtype=np.float32)
+    other = np.float32 if numerics.dtype is np.float64 else np.float64
+    return _variant(model, dtype=other, sum_dtype=other)
 
 
 def _variant(model: Model, **numerics: Any) -> Model:

@@ -150,7 +150,8 @@ class LlamaCpp:
         for name, parts in by_name.items():
             values = parts if n_batches == 1 else _joined(name, parts, n_batches)
             named.update({f"{name}#{i}": value for i, value in enumerate(values[:-1])})
-            named.update({name: value for value in values[-1:]})
+            if values:
+                named[name] = values[-1]
         return logits, named
 
     def ops(self) -> list[tuple[str, str, tuple[int, ...]]]:
