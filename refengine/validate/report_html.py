@@ -20,6 +20,7 @@ def to_html(report: Report) -> str:
     """A page from the data of `report_json.to_json`. Text of other engines is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["number"] = number
+    environment.filters["value"] = lambda v: "NaN or infinite" if v is None else f"{v:.7g}"
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     tensors = report["tensors"]
     names = {t["name"]: i for i, t in enumerate(tensors)}
@@ -77,8 +78,8 @@ def _place(name: str) -> tuple[str, str | None]:
 
 
 def exponent(value: float | None) -> str:
-    """A power of ten, for a narrow cell."""
-    return "∞" if value is None else "0" if value == 0 else str(math.floor(math.log10(value)))
+    """A power of ten, for a narrow cell; a dot for no error at all."""
+    return "∞" if value is None else "·" if value == 0 else str(math.floor(math.log10(value)))
 
 
 def _own_level(tensor: Report) -> int:
