@@ -10,7 +10,7 @@ from refengine.errors import TraceError
 from refengine.validate.alignment import align, part_of, put_into
 from refengine.validate.capture import LOGITS
 from refengine.validate.judge import AGREES, DIVERGES, judge
-from tests.test_validate_judge import N_TOKENS, capture, config, load
+from tests.zoo import N_TOKENS, capture, config, load
 
 
 def values(*shape: int) -> np.ndarray:

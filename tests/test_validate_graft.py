@@ -8,7 +8,7 @@ import pytest
 
 from refengine.validate.graft import graft
 from refengine.validate.judge import judge
-from tests.test_validate_judge import capture, layer, load, set_zero, swap
+from tests.zoo import capture, layer, load, set_zero, swap
 
 NAME = "qwen2-f32"
 

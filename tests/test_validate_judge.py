@@ -1,241 +1,63 @@
-"""A zoo of broken engines: each is our own engine with one fault; the verdict must name the tensor where it sits."""
+"""The judge on a zoo of broken engines, on engines without fault, and on what is not comparable."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-import refengine
 from refengine.errors import ModelError, RequestError, TraceError
-from refengine.model import Model
-from refengine.ops import Ops
-from refengine.validate.capture import Capture
-from refengine.validate.causes import likely_causes
+from refengine.validate.dump import manifest_of, read_dump
 from refengine.validate.judge import AGREES, DIVERGES, NOTHING_COMPARED, judge
-from tools.make_model import TINY
-
-N_TOKENS = 24
-
-
-def load(path: Path, name: str) -> Model:
-    return refengine.load(path, numerics="llamacpp", kv_type="f32" if TINY[name].type == "F32" else "f16")
-
-
-def capture(model: Model, source: Path = Path("engine"), record: str = "") -> Capture:
-    """What this engine's tensors are: of our model, or of a broken one."""
-    ids = np.random.default_rng(3).integers(0, model.config.n_vocab, N_TOKENS).tolist()
-    trace = refengine.Trace(record)
-    model.forward(ids, trace=trace)
-    return Capture(source, "an engine", ids, trace.result())
-
-
-class Broken(Ops):
-    """Operations of which `fault` replaces some, from its `start`th call on."""
-
-    def __init__(self, ops: Ops, fault: dict[str, Callable[..., Any]], start: int = 0) -> None:
-        super().__init__(ops.xp, ops.numerics, ops.cache.budget)
-        for name, broken in fault.items():
-            setattr(self, name, partial(self._call, getattr(ops, name), broken, start))
-        self._calls = 0
-
-    def _call(self, right: Callable[..., Any], broken: Callable[..., Any], start: int, *args: Any, **kwargs: Any):
-        self._calls += 1
-        return right(*args, **kwargs) if self._calls <= start else broken(right, *args, **kwargs)
-
-
-def ops(start: int = 0, **fault: Callable[..., Any]) -> Callable[[Model], None]:
-    def apply(model: Model) -> None:
-        model.ops = Broken(model.ops, fault, start)
-
-    return apply
-
-
-def config(**changes: Any) -> Callable[[Model], None]:
-    def apply(model: Model) -> None:
-        model.config = replace(model.config, **changes)
-
-    return apply
-
-
-def rope(**changes: Any) -> Callable[[Model], None]:
-    def apply(model: Model) -> None:
-        model.config = replace(model.config, rope=replace(model.config.rope, **changes))
-
-    return apply
-
-
-def layer(il: int, change: Callable[[Any], None]) -> Callable[[Model], None]:
-    return lambda model: change(model.weights.layers[il])
-
-
-def set_zero(attribute: str) -> Callable[[Any], None]:
-    return lambda weights: setattr(weights, attribute, np.zeros_like(getattr(weights, attribute)))
-
-
-def swap(a: str, b: str) -> Callable[[Any], None]:
-    def apply(weights: Any) -> None:
-        first, second = getattr(weights, a), getattr(weights, b)
-        # The names stay: they are what the cache of dequantised weights goes by.
-        setattr(weights, a, replace(second, name=first.name))
-        setattr(weights, b, replace(first, name=second.name))
-
-    return apply
-
-
-def matrix_bytes(attribute: str, change: Callable[[np.ndarray], None]) -> Callable[[Any], None]:
-    def apply(weights: Any) -> None:
-        matrix = getattr(weights, attribute)
-        data = np.array(matrix.data)
-        change(data)
-        setattr(weights, attribute, replace(matrix, data=data))
-
-    return apply
-
-
-def swap_first_scale_nibbles(data: np.ndarray) -> None:
-    """Of the first Q4_K block, after d and dmin (4 bytes) in its 12 bytes of scales: low bits of a scale and a minimum.
-
-    Byte 13 has those of sub-block 5, which are unlike in this model.
-    """
-    assert data[13] >> 4 != data[13] & 15
-    data[13] = (data[13] >> 4) | ((data[13] & 15) << 4)
-
-
-def transpose(weights: Any) -> None:
-    matrix = weights.attn_output
-    n = matrix.shape[0]
-    values = np.ascontiguousarray(np.asarray(matrix.data).view(np.float32).reshape(n, n).T)
-    weights.attn_output = replace(matrix, data=values.view(np.uint8).reshape(-1))
-
-
-def interleaved_heads(right: Any, Qcur: Any, k_cache: Any, v_cache: Any, *args: Any, **kwargs: Any) -> Any:
-    """Query head h reads K/V head h % n_head_kv instead of h // (n_head / n_head_kv)."""
-    group = (1, 1, Qcur.shape[1] // k_cache.shape[2], 1)
-    return right(Qcur, np.tile(k_cache, group), np.tile(v_cache, group), *args, **kwargs)
-
-
-def shifted_positions(right: Any, positions: np.ndarray, *args: Any) -> Any:
-    return right(np.where(positions >= 17, positions + 1, positions), *args)
-
-
-def without(**fixed: Any) -> Callable[..., Any]:
-    return lambda right, *args, **kwargs: right(*args, **{**kwargs, **fixed})
-
-
-def stale_slot(right: Any, cache: np.ndarray, new: np.ndarray, slots: np.ndarray) -> None:
-    """The last row is written one slot too far: a wrong stride."""
-    right(cache, new, np.append(slots[:-1], slots[-1] + 1))
-
-
-@dataclass(frozen=True)
-class Fault:
-    name: str
-    model: str
-    apply: Callable[[Model], None]
-    expected: str
-
-
-FAULTS = [
-    Fault("epsilon 1e-5 for 1e-6", "qwen2-f32", config(norm_eps=1e-5), "attn_norm-0"),
-    Fault("epsilon 1e-6 for 1e-5", "llama-q4_0", config(norm_eps=1e-6), "attn_norm-0"),
-    Fault("RoPE pairs neighbours", "qwen2-q8_0",
-          ops(rope_neox=lambda right, x, a: refengine.ops.rope.rope_norm(np, x, *a)), "Qcur-0"),
-    Fault("RoPE pairs halves", "llama-q5_k",
-          ops(rope_norm=lambda right, x, a: refengine.ops.rope.rope_neox(np, x, *a)), "Qcur-0"),
-    Fault("RoPE base 1e4 for 1e6", "qwen3-q4_k_m", rope(freq_base=1e4), "Qcur-0"),
-    Fault("RoPE not applied to K of layer 1", "llama-f32",
-          ops(start=3, rope_norm=lambda right, x, a: x), "Kcur-1"),
-    Fault("positions off by one from token 17 on", "qwen2-q4_k_m", ops(rope_angles=shifted_positions), "Qcur-0"),
-    Fault("no YaRN", "gpt-oss-f32", rope(ext_factor=0.0), "Qcur-0"),
-    Fault("interleaved K/V heads", "llama-f32", ops(attention=interleaved_heads), "kq-0"),
-    Fault("no 1/sqrt(d) in layer 1", "qwen2-f32", ops(start=1, attention=without(scale=1.0)), "kq_soft_max-1"),
-    Fault("sliding window off by one", "gpt-oss-mxfp4_moe", config(n_swa=TINY["gpt-oss-mxfp4_moe"].n_swa + 1),
-          "kq_soft_max-0"),
-    Fault("no sinks", "gpt-oss-q8_0", ops(attention=without(sinks=None)), "kq_soft_max-0"),
-    Fault("K cache stride", "phi3-q4_k_m", ops(kv_append=stale_slot), "kq-0"),
-    Fault("V cache stride in layer 1", "llama-f32", ops(start=3, kv_append=stale_slot), "kqv-1"),
-    Fault("no bias on Q of layer 1", "qwen2-q4_k_m", layer(1, set_zero("attn_q_bias")), "Qcur-1#1"),
-    Fault("no bias on V of layer 0", "qwen2-f32", layer(0, set_zero("attn_v_bias")), "Vcur-0"),
-    Fault("transposed output projection", "llama-f32", layer(1, transpose), "attn_out-1"),
-    Fault("gate and up swapped", "llama-q4_0", layer(1, swap("ffn_gate", "ffn_up")), "ffn_up-1"),
-    Fault("K and V swapped", "llama-q8_0", layer(0, swap("attn_k", "attn_v")), "Kcur-0#0"),
-    Fault("one swapped scale nibble in Q4_K", "llama-q4_k",
-          layer(1, matrix_bytes("ffn_up", swap_first_scale_nibbles)), "ffn_up-1"),
-    Fault("SwiGLU without its clamp and its 1", "gpt-oss-f32",
-          ops(swiglu_clamped=lambda right, g, u: right(g, u - 1)), "ffn_moe_swiglu_oai-0"),
-    Fault("softmax over all experts", "gpt-oss-f32",
-          ops(row_soft_max=lambda right, x: right(np.append(x, x[:, :1], axis=1))[:, :-1]),
-          "ffn_moe_weights_softmax-0"),
-    Fault("the worst experts", "gpt-oss-q4_0", ops(top_experts=lambda right, s, n: right(-s, n)), "ffn_moe_topk-0"),
-    Fault("exact GELU for tanh GELU", "gpt2-f32",
-          ops(gelu=lambda right, x: (x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))).astype(x.dtype)),
-          "ffn_gelu-0"),
-    Fault("LayerNorm as RMSNorm", "gpt2-q8_0",
-          ops(start=2, layer_norm=lambda right, x, w, b, eps: refengine.ops.norm.rms_norm(np, x, w, eps) + b),
-          "attn_norm-1"),
-    Fault("one weight of the head", "qwen3-f32",
-          lambda model: matrix_bytes("output", lambda d: d.__setitem__(slice(40, 44), 0))(model.weights),
-          "result_output"),
-]  # fmt: skip
+from refengine.validate.run import validate
+from tests.zoo import FAULTS, N_TOKENS, Fault, capture, config, layer, load, ops, swap
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_verdict_names_the_tensor_where_the_fault_sits(fault: Fault, tiny_model: Any) -> None:
-    path = tiny_model(fault.model)
-    broken = load(path, fault.model)
-    fault.apply(broken)
-    verdict = judge(load(path, fault.model), capture(broken))
-    assert verdict.exit_code == DIVERGES
-    assert verdict.first_own_error is not None
-    assert verdict.first_own_error.name == fault.expected
-
-
-CAUSES = {
-    "epsilon 1e-5 for 1e-6": "the norm's epsilon is 1e-05 instead of 1e-06",
-    "epsilon 1e-6 for 1e-5": "the norm's epsilon is 1e-06 instead of 1e-05",
-    "RoPE pairs neighbours": "RoPE rotates neighbours (2i, 2i+1) instead of halves (i, i + n/2)",
-    "RoPE pairs halves": "RoPE rotates halves (i, i + n/2) instead of neighbours (2i, 2i+1)",
-    "RoPE base 1e4 for 1e6": "RoPE's base is 10000 instead of 1e+06",
-    "RoPE not applied to K of layer 1": "RoPE is not applied",
-    "no YaRN": "YaRN is missing",
-    "interleaved K/V heads": "query heads read the wrong K/V head (h % n_head_kv instead of h // group)",
-    "no 1/sqrt(d) in layer 1": "scores are not scaled by 1/sqrt(head_dim)",
-    "sliding window off by one": "the sliding window is 17 instead of 16 tokens",
-    "no sinks": "attention sinks are missing",
-    "no bias on Q of layer 1": "the bias attn_q.bias is missing",
-    "no bias on V of layer 0": "the bias attn_v.bias is missing",
-    "gate and up swapped": "ffn_gate and ffn_up are swapped",
-    "K and V swapped": "attn_k and attn_v are swapped",
-    "SwiGLU without its clamp and its 1": "the clamped SwiGLU multiplies by up instead of up + 1",
-    "exact GELU for tanh GELU": "GELU is taken by the error function instead of its tanh form",
-    # These no hypothesis covers, and none is put forward.
-    "one swapped scale nibble in Q4_K": None,
-    "one weight of the head": None,
-    "K cache stride": None,
-    "LayerNorm as RMSNorm": None,
-}
-
-
-@pytest.mark.parametrize("name", CAUSES)
-def test_the_cause_is_named_where_it_is_known_and_none_made_up(name: str, tiny_model: Any) -> None:
-    fault = next(f for f in FAULTS if f.name == name)
-    path = tiny_model(fault.model)
-    broken, model = load(path, fault.model), load(path, fault.model)
-    fault.apply(broken)
-    seen = capture(broken)
-    verdict = judge(model, seen)
-    first = verdict.first_own_error
-    assert first is not None
+def test_verdict_names_the_tensor_where_the_fault_sits_and_its_cause(fault: Fault, tiny_model: Any) -> None:
+    broken, model = fault.models(tiny_model(fault.model))
     before = capture(model)
-    causes = likely_causes(model, verdict, first)
-    assert (causes[:1] or [None]) == [CAUSES[name]]
+    outcome = validate(model, capture(broken))
+    first = outcome.verdict.first_own_error
+    assert outcome.verdict.exit_code == DIVERGES
+    assert first is not None
+    assert first.name == fault.expected
+    assert (outcome.causes[:1] or (None,)) == (fault.cause,)
     # Trying hypotheses has changed nothing in our model.
-    assert all(np.array_equal(v, before.tensors[n]) for n, v in capture(model).tensors.items())
+    assert all(np.array_equal(v, before.tensors[n], equal_nan=True) for n, v in capture(model).tensors.items())
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_the_verdict_on_a_dump_is_the_same(fault: Fault, tiny_model: Any, tmp_path: Path) -> None:
+    broken, model = fault.models(tiny_model(fault.model))
+    seen = capture(broken)
+    manifest = manifest_of("an engine", seen.ids, seen.tensors, "t.safetensors")
+    save_file({n: np.ascontiguousarray(v) for n, v in seen.tensors.items()}, tmp_path / "t.safetensors")
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    live, dumped = judge(model, seen), judge(model, read_dump(tmp_path))
+    assert dumped.first_own_error is not None
+    assert dumped.first_own_error.name == fault.expected
+    assert repr(dumped.tensors) == repr(live.tensors)  # every figure; NaN too
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("positions off by one from token 17 on", "only at token 17 to 23"),
+        ("one weight of the head", "only at column 0"),
+        ("one swapped scale nibble in Q4_K", "only at column 0"),
+        ("K cache stride", "only at column 23"),
+        ("RoPE pairs halves", "only at token 1 to 23"),
+        ("epsilon 1e-5 for 1e-6", ""),
+    ],
+)
+def test_where_in_the_tensor_it_is_wrong(name: str, words: str, tiny_model: Any) -> None:
+    fault = next(f for f in FAULTS if f.name == name)
+    broken, model = fault.models(tiny_model(fault.model))
+    assert validate(model, capture(broken)).where == words
 
 
 HEALTHY = sorted({fault.model for fault in FAULTS})

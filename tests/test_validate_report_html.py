@@ -14,7 +14,7 @@ from refengine.validate.report_html import exponent, number, to_html
 from refengine.validate.report_json import to_json
 from refengine.validate.run import validate
 from tests.cli_runner import cli
-from tests.test_validate_judge import FAULTS, capture, load
+from tests.zoo import FAULTS, capture, load
 
 
 def report_of(fault_name: str, tiny_model: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "verdict": {0: "agrees", 1: "diverges", 3: "nothing compared"}[verdict.exit_code],
         "first_own_error": first.name if first else None,
+        "where": outcome.where,
         "causes": list(outcome.causes),
         "graft": graft and {"name": graft.name, "alone": _logits(graft.alone), "others": _logits(graft.others)},
         "facts": dict(outcome.facts),

@@ -39,7 +39,7 @@ def headline(outcome: Outcome) -> list[tuple[str, str]]:
     elif first is not None:
         own = sum(t.own_error for t in verdict.tensors)
         lines.append(("bold red", f"DIVERGES: {first.name} is the first tensor with an error of its own"))
-        lines.append(("", _where(first)))
+        lines.append(("", _where(first) + (f"; {outcome.where}" if outcome.where else "")))
         lines += [("bold", f"it is what comes out if {cause}") for cause in outcome.causes]
         lines.append(("", f"{own} of {n} tensors have an error of their own; what the others are off by is inherited"))
     else:

@@ -11,7 +11,7 @@ import numpy as np
 import refengine
 from refengine.model import Model
 from refengine.validate.capture import Capture
-from refengine.validate.causes import likely_causes
+from refengine.validate.causes import likely_causes, whereabouts
 from refengine.validate.graft import Graft, graft
 from refengine.validate.judge import Progress, Verdict, judge
 from refengine.weights import quant_kind
@@ -21,12 +21,14 @@ from refengine.weights import quant_kind
 class Outcome:
     """What a validation found. True where the engines agree.
 
-    causes: known mistakes that explain the first own error, in words. graft: what that error does to the logits.
+    causes: known mistakes that explain the first own error, in words. where: the part of the tensor that is wrong, if
+    it is not all of it. graft: what that error does to the logits.
     facts: what ran: versions, model, hash, numerics.
     """
 
     verdict: Verdict
     causes: tuple[str, ...]
+    where: str
     graft: Graft | None
     facts: Mapping[str, Any]
 
@@ -54,13 +56,14 @@ def validate(
         model_sha256=None if any_model else model_sha256,
         progress=progress,
     )
-    first, causes, grafted = verdict.first_own_error, [], None
+    first, causes, where, grafted = verdict.first_own_error, [], "", None
     if first is not None:
         progress(f"known mistakes, tried on {first.name}")
+        where = whereabouts(model, verdict, first)
         causes = likely_causes(model, verdict, first)
         progress(f"what {first.name} does to the logits")
         grafted = graft(model, verdict, first.name)
-    return Outcome(verdict, tuple(causes), grafted, _facts(model, model_sha256))
+    return Outcome(verdict, tuple(causes), where, grafted, _facts(model, model_sha256))
 
 
 def _facts(model: Model, sha256: str | None) -> dict[str, Any]:
