@@ -64,16 +64,17 @@ def linear(
     activation = quants.round_activation(xp, x, w.type) if numerics.as_llamacpp else x
     rounded = activation.astype(numerics.sum_dtype, copy=False)
     whole = cache.get(xp, w, first, first + n_out, numerics.sum_dtype)
-    if numerics.reversed_sums:
-        y = rounded[:, ::-1] @ float_rows(xp, w, first, first + n_out, numerics.sum_dtype)[:, ::-1].T
-    elif whole is not None:
-        y = rounded @ whole.T
+    order = slice(None, None, -1) if numerics.reversed_sums else slice(None)
+    rounded = rounded[:, order]
+    if whole is not None:
+        y = rounded @ whole[:, order].T
     else:
         y = xp.empty((x.shape[0], n_out), dtype=numerics.sum_dtype)
         step = max(1, SLICE_ELEMENTS // w.shape[-1])
         for start in range(0, n_out, step):
             stop = min(start + step, n_out)
-            y[:, start:stop] = rounded @ float_rows(xp, w, first + start, first + stop, numerics.sum_dtype).T
+            part = float_rows(xp, w, first + start, first + stop, numerics.sum_dtype)
+            y[:, start:stop] = rounded @ part[:, order].T
     if numerics.as_llamacpp and quants.SUPPORTED[w.type].partner == "Q8_1":
         minimums = quants.mins(xp, w.rows(first, first + n_out), w.type, (n_out, w.shape[-1]))
         y = y + quants.q8_1_residual(xp, x).astype(numerics.sum_dtype) @ minimums.T

@@ -23,6 +23,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -140,17 +141,18 @@ def judge(
     other_sums = _in_other_width(model)
     backwards = _variant(model, sum_dtype=np.float32, reversed_sums=True)
     seeds = range(SHAKEN_RUNS if missing else 1)
-    gentle = [_Run(peer, substitute=True, shaken=missing, shake=SHAKE, seed=seed) for seed in (*seeds, SHAKEN_RUNS)]
-    rough = [_Run(peer, substitute=True, shaken=missing, shake=ROUGHER * SHAKE, seed=seed) for seed in seeds if missing]
+    noise = partial(_Run, peer, substitute=True, reference=replayed.values, shaken=missing)
+    gentle = [noise(shake=SHAKE, seed=seed) for seed in (*seeds, SHAKEN_RUNS)]
+    rough = [noise(shake=ROUGHER * SHAKE, seed=seed) for seed in seeds if missing]
     for run in (*gentle[:-1], *rough):
         run.forward(other_sums, capture.ids)
     gentle[-1].forward(backwards, capture.ids)
 
     verdicts = []
     for name, value in replayed.values.items():
-        floor = max(nmse(run.values[name], value) for run in gentle)
+        floor = max(run.distances[name] for run in gentle)
         if rough:
-            flips = max(nmse(run.values[name], value) for run in rough)
+            flips = max(run.distances[name] for run in rough)
             proportionate = max(floor, SHAKE**2) * ROUGHER**2
             floor = flips if flips > ROUGHER * proportionate else floor
         given = [tolerance for pattern, tolerance in patterns if pattern.search(name)]
@@ -234,7 +236,8 @@ def _variant(model: Model, **numerics: Any) -> Model:
 class _Run:
     """One forward pass whose tensors are kept where the peer has them, and replaced by the peer's if asked.
 
-    The peer's are aligned, and ours are kept to the rows that it has, if they are to be substituted.
+    The peer's are aligned, and ours are kept to the rows that it has, if they are to be substituted. With a reference,
+    only the NMSE from it is kept of each tensor: noise is a number.
     shaken: tensors to move by a few units in the last place, at random, to see what rounding makes of that.
     """
 
@@ -243,13 +246,15 @@ class _Run:
         peer: Mapping[str, np.ndarray],
         *,
         substitute: bool = False,
+        reference: Mapping[str, np.ndarray] | None = None,
         shaken: Sequence[str] = (),
         shake: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.values: dict[str, np.ndarray] = {}
+        self.distances: dict[str, float] = {}
         self.seen: dict[str, None] = {}
-        self._peer, self._substitute = peer, substitute
+        self._peer, self._substitute, self._reference = peer, substitute, reference
         self._shaken, self._amount, self._rng = shaken, shake, np.random.default_rng(seed)
 
     def forward(self, model: Model, ids: Sequence[int]) -> np.ndarray:
@@ -273,7 +278,11 @@ class _Run:
 
         def substitute(ours: np.ndarray) -> np.ndarray:
             values, theirs = to_numpy(ours), self._peer[name]
-            self.values[name] = part_of(name, values, theirs)
+            part = part_of(name, values, theirs)
+            if self._reference is None:
+                self.values[name] = part
+            else:
+                self.distances[name] = nmse(part, self._reference[name])
             return put_into(name, values, theirs)
 
         return substitute if self._substitute else keep
