@@ -63,4 +63,7 @@ def test_its_planted_fault_is_found(engine: Path, weights: Path, tiny_model: Any
     result = cli("validate", "--model", model, "--peer", tmp_path / "dump", "--numerics", "exact", "--all")
     assert result.code == 1
     assert result.out.startswith("DIVERGES: Kcur-1 is the first tensor with an error of its own")
-    assert "1 of " in result.out.splitlines()[2]  # and nothing else is blamed
+    lines = result.out.splitlines()
+    assert "; only at token 4 to 9" in lines[1]
+    assert lines[2] == "it is what comes out if positions are off by one from token 4 on (position + 1)"
+    assert lines[3].startswith("1 of ")  # and nothing else is blamed

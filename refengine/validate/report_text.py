@@ -50,7 +50,7 @@ def headline(outcome: Outcome) -> list[tuple[str, str]]:
         if math.isfinite(nearest.margin):
             lines.append(
                 ("", f"nearest to its limit: {nearest.name}, NMSE {nearest.local.nmse:.1e} of {nearest.threshold:.1e} "
-                 f"allowed ({nearest.margin:.1f} times below)")
+                 f"allowed ({nearest.margin:.1f} times below; measured noise floor {nearest.floor:.1e})")
             )  # fmt: skip
     if not capture.complete:
         lines.append(("yellow", "the capture is incomplete: its engine stopped before it had finished writing"))
