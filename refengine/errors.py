@@ -37,6 +37,11 @@ class DumpError(RefengineError):
     """A dump of another engine's tensors, or a map of its names, is malformed or incomplete."""
 
 
+class KernelError(RefengineError):
+    """A kernel does not compile, is called wrongly, or does what it must not."""
+
+
+
 def one_line(text: str) -> str:
     """`text`, parts of which may come from a file, on one line and without what a terminal would obey."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

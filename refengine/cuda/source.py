@@ -1,0 +1,117 @@
+"""Kernel sources: the text that is compiled, and the kernels' signatures as they stand in it.
+
+`common.cuh` is put in front of every file, with `#line`, so that one text is all there is to compile and to hash, and
+messages of the compiler name the right file and line. Signatures are read from the text: what a launch is checked
+against cannot be out of step with the kernel. Knows nothing of compilers and devices.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refengine.errors import KernelError
+
+PREAMBLE = "common.cuh"
+_HERE = Path(__file__).resolve().parents[1]
+
+# C types of parameters and the array or scalar types that fit them.
+_TYPES: dict[str, tuple[str, ...]] = {
+    "float": ("float32",),
+    "double": ("float64",),
+    "f16": ("float16", "uint16"),
+    "unsigned short": ("uint16", "float16"),
+    "unsigned char": ("uint8",),
+    "signed char": ("int8",),
+    "int": ("int32",),
+    "unsigned": ("uint32",),
+    "long long": ("int64",),
+    "unsigned long long": ("uint64",),
+}
+_KERNEL = re.compile(
+    r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)', re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One of a kernel's: `kind` is its C type without const and *."""
+
+    name: str
+    kind: str
+    pointer: bool
+    writable: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kernel file, ready to compile. text: with the preamble in front. kernels: name → parameters."""
+
+    name: str
+    text: str
+    kernels: dict[str, tuple[Parameter, ...]]
+
+
+def folder() -> Path:
+    """Where the kernel sources are: beside the package in a checkout, inside it where it was installed."""
+    for place in (_HERE.parent / "kernels_cu", _HERE / "kernels_cu"):
+        if (place / PREAMBLE).is_file():
+            return place
+    raise KernelError(f"no kernel sources: neither {_HERE.parent / 'kernels_cu'} nor {_HERE / 'kernels_cu'} has them")
+
+
+def names() -> list[str]:
+    """Every kernel file, without its ending."""
+    return sorted(path.stem for path in folder().glob("*.cu"))
+
+
+def read_source(name: str) -> Source:
+    """`name` of kernels_cu/name.cu. Raises KernelError where it is missing or a signature cannot be read."""
+    path = folder() / f"{name}.cu"
+    if not path.is_file():
+        raise KernelError(f"no kernel file {path.name}; there are {', '.join(names())}")
+    parts = [(folder() / PREAMBLE).read_text(encoding="utf-8"), path.read_text(encoding="utf-8")]
+    return source_of(name, *zip((PREAMBLE, path.name), parts, strict=True))
+
+
+def source_of(name: str, *parts: tuple[str, str]) -> Source:
+    """A source of (file name, text) parts, one after the other."""
+    text = "".join(f'#line 1 "{file}"\n{part}\n' for file, part in parts)
+    plain = re.sub(r"//[^\n]*|/\*.*?\*/", "", parts[-1][1], flags=re.DOTALL)
+    return Source(name, text, {m[1]: _parameters(name, m[1], m[2]) for m in _KERNEL.finditer(plain)})
+
+
+def _parameters(file: str, kernel: str, text: str) -> tuple[Parameter, ...]:
+    found = []
+    for declaration in filter(None, (" ".join(d.split()) for d in text.split(","))):
+        match = re.fullmatch(r"(const )?([\w ]+?) ?(\*)? ?(?:__restrict__ )?(\w+)", declaration)
+        if match is None or match[2] not in _TYPES:
+            raise KernelError(f"{file}.cu: {kernel}: parameter {declaration!r} has a type that launches do not know")
+        found.append(Parameter(match[4], match[2], match[3] is not None, match[1] is None))
+    return tuple(found)
+
+
+def check_arguments(source: Source, kernel: str, arguments: Sequence[Any]) -> tuple[Parameter, ...]:
+    """That arrays and NumPy scalars fit the kernel's parameters in number and type. Raises KernelError; see W-1431."""
+    if kernel not in source.kernels:
+        raise KernelError(f"{source.name}.cu has no kernel {kernel!r}; it has {', '.join(source.kernels)}")
+    parameters = source.kernels[kernel]
+    if len(arguments) != len(parameters):
+        raise KernelError(f"{kernel} takes {len(parameters)} arguments, {len(arguments)} were given")
+    for parameter, value in zip(parameters, arguments, strict=True):
+        where = f"{kernel}: {parameter.name}"
+        if value is None and parameter.pointer:
+            continue  # a null pointer, where the kernel allows one
+        dtype = getattr(value, "dtype", None)
+        if dtype is None or parameter.pointer != (not isinstance(value, np.generic)):
+            raise KernelError(f"{where} must be {'an array' if parameter.pointer else 'a NumPy scalar'}: {value!r:.60}")
+        if dtype.name not in _TYPES[parameter.kind]:
+            raise KernelError(f"{where} must be {' or '.join(_TYPES[parameter.kind])}, found {dtype.name}")
+        if parameter.pointer and not value.flags.c_contiguous:
+            raise KernelError(f"{where} must be contiguous, found shape {value.shape} with strides {value.strides}")
+    return parameters
