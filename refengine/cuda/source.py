@@ -1,14 +1,14 @@
 """Kernel sources: the text that is compiled, and the kernels' signatures as they stand in it.
 
-`common.cuh` is put in front of every file, with `#line`, so that one text is all there is to compile and to hash, and
-messages of the compiler name the right file and line. Signatures are read from the text: what a launch is checked
-against cannot be out of step with the kernel. Knows nothing of compilers and devices.
+`common.cuh`, and each header that a file includes, is put in front of it, with `#line`: one text is all there is to
+compile and to hash, and messages of the compiler name the right file and line. Signatures are read from the text: what
+a launch is checked against cannot be out of step with the kernel. Knows nothing of compilers and devices.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ _TYPES: dict[str, tuple[str, ...]] = {
     "long long": ("int64",),
     "unsigned long long": ("uint64",),
 }
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
+_MACRO = re.compile(r"^#define (\w+)\((\w+)[^)]*\)((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE)
 _KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)', re.DOTALL
 )
@@ -75,15 +77,26 @@ def read_source(name: str) -> Source:
     path = folder() / f"{name}.cu"
     if not path.is_file():
         raise KernelError(f"no kernel file {path.name}; there are {', '.join(names())}")
-    parts = [(folder() / PREAMBLE).read_text(encoding="utf-8"), path.read_text(encoding="utf-8")]
-    return source_of(name, *zip((PREAMBLE, path.name), parts, strict=True))
+    text = path.read_text(encoding="utf-8")
+    headers = [PREAMBLE, *_INCLUDE.findall(text)]
+    parts = [(header, (folder() / header).read_text(encoding="utf-8")) for header in headers]
+    return source_of(name, *parts, (path.name, _INCLUDE.sub("", text)))
 
 
 def source_of(name: str, *parts: tuple[str, str]) -> Source:
     """A source of (file name, text) parts, one after the other."""
     text = "".join(f'#line 1 "{file}"\n{part}\n' for file, part in parts)
     plain = re.sub(r"//[^\n]*|/\*.*?\*/", "", parts[-1][1], flags=re.DOTALL)
-    return Source(name, text, {m[1]: _parameters(name, m[1], m[2]) for m in _KERNEL.finditer(plain)})
+    return Source(name, text, {kernel: _parameters(name, kernel, given) for kernel, given in _signatures(plain)})
+
+
+def _signatures(plain: str) -> Iterator[tuple[str, str]]:
+    """Kernels and parameters; of a macro whose first argument is the kernel's name, those for each of its uses."""
+    for macro, argument, body in _MACRO.findall(plain):
+        for kernel, given in _KERNEL.findall(body.replace("\\\n", " ")):
+            if kernel == argument:
+                yield from ((use, given) for use in re.findall(rf"^{macro}\((\w+)", plain, re.MULTILINE))
+    yield from _KERNEL.findall(_MACRO.sub("", plain))
 
 
 def _parameters(file: str, kernel: str, text: str) -> tuple[Parameter, ...]:

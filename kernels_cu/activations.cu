@@ -1,0 +1,43 @@
+// Activation rows as products take them: halves with an exact power of two a row, and sums of 32.
+//
+//   e = the exponent that puts max |x[t]| into [2^14, 2^15), at least -126; out = half(x · 2^-e) in layout.activation_order;
+//   scale[t] = 2^e; sums[t, b] = Σ of the 32 halves of block b
+// so that rows of 1e6 do not overflow and rows of 1e-6 do not vanish: what is 2^-28 of the row's largest keeps all 11
+// bits. A row with NaN or infinity has e = 0, and they come out as they went in. A row of zeros has e = 0.
+//
+// Twin: refengine.cuda.reference.activations_f16. x (n_rows, n_in) float32; out (n_rows, n_in) halves; scale (n_rows,);
+// sums (n_rows, n_in / 32) float32. Grid: x rows; block: any number of warps.
+// Order: block sums by the tree of warp_sum; a maximum has no order. Reads x twice (once from cache), writes 2 bytes each.
+extern "C" __global__ void activations_f16(const float* x, f16* out, float* scale, float* sums, int n_in) {
+  __shared__ float largest[32];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  const float* row = x + static_cast<long long>(blockIdx.x) * n_in;
+  float top = 0.0f;
+  for (int k = threadIdx.x; k < n_in; k += blockDim.x) {
+    // Written so that a NaN, which no comparison holds for, is kept.
+    float magnitude = fabsf(row[k]);
+    top = top != top || magnitude <= top ? top : magnitude;
+  }
+  for (int offset = 16; offset; offset /= 2) {
+    float other = __shfl_xor_sync(ALL_LANES, top, offset);
+    top = top != top || other <= top ? top : other;
+  }
+  if (lane == 0) largest[warp] = top;
+  __syncthreads();
+  for (int i = 0; i < n_warps; i++) top = top != top || largest[i] <= top ? top : largest[i];
+  // The exponent's field of a float; 0 for zero and denormals, 255 for NaN and infinity.
+  int field = static_cast<int>(__float_as_uint(top) >> 23 & 255);
+  int e = field == 255 || top == 0.0f ? 0 : max(field - 127 - 14, -126);
+  int first = -e / 2, second = -e - first;  // 2^-e in two factors: 2^126 is the largest that a row needs
+  float up = __uint_as_float(static_cast<uint32_t>(127 + first) << 23);
+  float more = __uint_as_float(static_cast<uint32_t>(127 + second) << 23);
+  for (int block = warp; block < n_in / 32; block += n_warps) {
+    f16 half = f32_to_f16(__fmul_rn(__fmul_rn(row[block * 32 + lane], up), more));
+    // Column 4c + j of half h stands at place 8c + 4h + j.
+    int place = lane % 16 / 4 * 8 + lane / 16 * 4 + lane % 4;
+    out[(static_cast<long long>(blockIdx.x) * (n_in / 32) + block) * 32 + place] = half;
+    float sum = warp_sum(f16_to_f32(half));
+    if (lane == 0) sums[static_cast<long long>(blockIdx.x) * (n_in / 32) + block] = sum;
+  }
+  if (threadIdx.x == 0) scale[blockIdx.x] = __uint_as_float(static_cast<uint32_t>(127 + e) << 23);
+}

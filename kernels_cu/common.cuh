@@ -1,0 +1,154 @@
+// Put in front of every kernel file: types, and the few instructions that C++ has no words for.
+//
+// Nothing is included: the sources compile with NVRTC alone. HOSTCUDA is set where they are built for the CPU
+// (tools/hostcuda), which has its own bodies for what is assembler here.
+#ifndef HOSTCUDA
+typedef unsigned char uint8_t;
+typedef signed char int8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+typedef long long int64_t;
+#endif
+
+typedef uint16_t f16;    // one half-precision number, as bits
+typedef uint32_t f16x2;  // two; the first in the low bits
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// --- Dynamic shared memory: `type* name`, of the size given at the launch ---
+#ifdef HOSTCUDA
+#define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(hostcuda::dynamic_shared())
+#else
+#define DYNAMIC_SHARED(type, name)                  \
+  extern __shared__ __align__(128) unsigned char name##_bytes[]; \
+  type* name = reinterpret_cast<type*>(name##_bytes)
+#endif
+
+// --- Half precision ---
+#ifdef HOSTCUDA
+inline float f16_to_f32(f16 bits) {
+  uint32_t sign = uint32_t{bits & 0x8000u} << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
+  if (exponent) return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
+  float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+  return __uint_as_float(sign | __float_as_uint(magnitude));
+}
+// To nearest, ties to even.
+inline f16 f32_to_f16(float x) {
+  uint32_t bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7fffu;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
+  if (magnitude < 0x38800000u) {  // denormal: the addition rounds at the right place
+    float shifted = __uint_as_float(magnitude) + 0.5f;
+    return sign | (__float_as_uint(shifted) - 0x3f000000u);
+  }
+  return sign | ((magnitude + 0xc8000fffu + (magnitude >> 13 & 1)) >> 13);
+}
+inline f16x2 pack_f16x2(f16 low, f16 high) { return low | uint32_t{high} << 16; }
+inline f16x2 f32_to_f16x2(float low, float high) { return pack_f16x2(f32_to_f16(low), f32_to_f16(high)); }
+// a · b + c on both halves, rounded once.
+inline f16x2 fma_f16x2(f16x2 a, f16x2 b, f16x2 c) {
+  auto one = [](f16 a, f16 b, f16 c) {
+    return f32_to_f16(static_cast<float>(double{f16_to_f32(a)} * f16_to_f32(b) + f16_to_f32(c)));
+  };
+  return pack_f16x2(one(a & 0xffff, b & 0xffff, c & 0xffff), one(a >> 16, b >> 16, c >> 16));
+}
+#else
+__device__ __forceinline__ float f16_to_f32(f16 bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+__device__ __forceinline__ f16 f32_to_f16(float x) {
+  f16 bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+__device__ __forceinline__ f16x2 pack_f16x2(f16 low, f16 high) { return low | static_cast<uint32_t>(high) << 16; }
+__device__ __forceinline__ f16x2 f32_to_f16x2(float low, float high) {
+  f16x2 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ f16x2 fma_f16x2(f16x2 a, f16x2 b, f16x2 c) {
+  f16x2 result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+#endif
+
+// --- Loads of several words: aligned to their size, from memory that no kernel writes meanwhile ---
+#ifdef HOSTCUDA
+template <class T>
+T load_constant(const void* address) {
+  hostcuda::require_alignment(address, sizeof(T));
+  return *static_cast<const T*>(address);
+}
+#else
+template <class T>
+__device__ __forceinline__ T load_constant(const void* address) {
+  return __ldg(static_cast<const T*>(address));
+}
+#endif
+
+// --- The tensor core: d = a · b + d with a (16, 16) and b (16, 8) of halves, d (16, 8) of floats ---
+// Lane 4·r + c holds of a: rows r (a[0], a[2]) and r + 8 (a[1], a[3]), columns 2c, 2c + 1 (a[0], a[1]) and 2c + 8,
+// 2c + 9 (a[2], a[3]); of b: column r, rows 2c, 2c + 1 (b[0]) and 2c + 8, 2c + 9 (b[1]); of d: rows r (d[0], d[1]) and
+// r + 8 (d[2], d[3]), columns 2c and 2c + 1. (PTX ISA, mma.m16n8k16.)
+struct MmaA { f16x2 x[4]; };
+struct MmaB { f16x2 x[2]; };
+struct MmaD { float x[4]; };
+
+#ifdef HOSTCUDA
+struct MmaOperands { MmaA a; MmaB b; MmaD d; };
+inline void mma_m16n8k16(MmaD& d, const MmaA& a, const MmaB& b, int line = __builtin_LINE()) {
+  MmaOperands in{a, b, d};
+  hostcuda::warp_operation(
+      [](hostcuda::Lane* lanes, unsigned) {
+        auto half = [](f16x2 pair, int i) { return double{f16_to_f32(pair >> (16 * i) & 0xffff)}; };
+        double A[16][16], B[16][8];
+        for (int lane = 0; lane < 32; lane++) {
+          const auto& given = *static_cast<const MmaOperands*>(lanes[lane].in);
+          int r = lane / 4, c = lane % 4;
+          for (int i = 0; i < 8; i++) A[r + 8 * (i / 2 % 2)][2 * c + 8 * (i / 4) + i % 2] = half(given.a.x[i / 2], i % 2);
+          for (int i = 0; i < 4; i++) B[2 * c + 8 * (i / 2) + i % 2][r] = half(given.b.x[i / 2], i % 2);
+        }
+        for (int lane = 0; lane < 32; lane++) {
+          const auto& given = *static_cast<const MmaOperands*>(lanes[lane].in);
+          auto& out = *static_cast<MmaD*>(lanes[lane].out);
+          for (int i = 0; i < 4; i++) {
+            int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+            double sum = given.d.x[i];  // products of halves are exact in double; one rounding at the end
+            for (int k = 0; k < 16; k++) sum += A[row][k] * B[k][column];
+            out.x[i] = static_cast<float>(sum);
+          }
+        }
+      },
+      ALL_LANES, &in, &d, 0, line);
+}
+#else
+__device__ __forceinline__ void mma_m16n8k16(MmaD& d, const MmaA& a, const MmaB& b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d.x[0]), "+f"(d.x[1]), "+f"(d.x[2]), "+f"(d.x[3])
+      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+}
+#endif
+
+// --- Sums in one order ---
+// Of a value of each lane, by a butterfly: the same bits in every lane, whatever the rest of the grid does.
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
+  return x;
+}
+// Of a value of each thread of a block; `scratch` has a float for every warp, and may be used again after the call.
+__device__ __forceinline__ float block_sum(float x, float* scratch) {
+  int warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  float sum = warp_sum(x);
+  if (threadIdx.x % 32 == 0) scratch[warp] = sum;
+  __syncthreads();
+  float total = 0.0f;
+  for (int i = 0; i < n_warps; i++) total += scratch[i];
+  __syncthreads();
+  return total;
+}

@@ -1,0 +1,50 @@
+// Rows of the embedding matrix, dequantised: out[t, k] = W[ids[t], k], bit for bit ggml's value.
+//
+// Twin: refengine.ops.linear.embedding. ids (n_tokens,) int32; out (n_tokens, n_in) float32.
+// Grid: x tokens, y 32-column blocks in groups of 8; block: 32 threads, thread 4·b + c has lane c's columns of block b.
+// Moves the row once, 4 bytes out for each column. No sums.
+// Precondition: every id is below n_out. F32 and BF16 matrices are rows as in the file.
+#include "quants.cuh"
+
+template <class Q>
+__device__ __forceinline__ void embed(const Planes& w, const int* ids, float* out, int n_in) {
+  int id = ids[blockIdx.x], row = id % 16, block = blockIdx.y * 8 + threadIdx.x / 4, c = threadIdx.x % 4;
+  long long tile = id / 16;
+  if (block >= w.n_blocks) return;
+  MmaA a[2];
+  Q::a(w, tile * w.n_blocks + block, row % 8 * 4 + c, a);
+  float* to = out + static_cast<long long>(blockIdx.x) * n_in + block * 32;
+  float minimum = Q::minimum(w, tile, block, row);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float scale = Q::scale(w, tile, block, row, half);
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++) {
+      f16x2 codes = row < 8 ? a[half].x[2 * pair] : a[half].x[2 * pair + 1];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        // Rounded twice, as ggml does: the product, then the difference.
+        float value = __fmul_rn(f16_to_f32(codes >> 16 * i & 0xffffu), scale);
+        if (Q::HAS_MINIMUM) value = __fadd_rn(value, -minimum);
+        to[half * 16 + c * 4 + pair * 2 + i] = value;
+      }
+    }
+  }
+}
+
+#define EMBEDDING(name, Q)                                                                                         \
+  extern "C" __global__ void name(const unsigned char* low, const unsigned char* high, const unsigned char* d,     \
+                                  const unsigned char* m, const unsigned char* scales, const int* ids, float* out, \
+                                  int n_in) {                                                                      \
+    embed<Q>(Planes{low, high, d, m, scales, n_in / 32}, ids, out, n_in);                                          \
+  }
+EMBEDDING(embedding_q4_0, Q4_0)
+EMBEDDING(embedding_q4_1, Q4_1)
+EMBEDDING(embedding_q5_0, Q5_0)
+EMBEDDING(embedding_q5_1, Q5_1)
+EMBEDDING(embedding_q8_0, Q8_0)
+EMBEDDING(embedding_q4_k, Q4_K)
+EMBEDDING(embedding_q5_k, Q5_K)
+EMBEDDING(embedding_q6_k, Q6_K)
+EMBEDDING(embedding_mxfp4, MXFP4)
+EMBEDDING(embedding_f16, F16)

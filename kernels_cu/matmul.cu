@@ -1,0 +1,151 @@
+// Products with quantised weights: y[t, o] = Σ_k W[o, k] x[t, k] + bias[o], for one row or thousands, one order of sums.
+//
+// Twin: refengine.ops.linear.linear. Activations come from `activations_f16` (activations.cu): halves in the order of
+// layout.activation_order, each row multiplied by a power of two 1 / x_scale[t]; x_sums[t, b] is the sum of block b's
+// 32 halves. Weights are planes as in layout.py. y (n_rows, n_out) float32; bias (n_out,) float32 or null.
+//
+// Order of additions, the same for every n_rows and both kernels:
+//   block of 32 columns   p = two mma.sync.m16n8k16, columns 0-15 then 16-31, from zero (Q6_K: two sums of one mma)
+//   segment of 256        s = fma(scale, p, s), then s = fma(-minimum, x_sum, s), blocks ascending, from zero
+//   row                   y = (((s0 + s1) + s2) + …) · x_scale, then + bias
+// The integers of a block are exact in half precision, so that only the activations are rounded.
+//
+// rows8_*:  up to 8 rows a block of threads: grid x tiles of 16 outputs, y groups of 8 rows; each warp takes every
+//           n_warps-th segment, and warp 0 adds them in order. For few rows: all of the time is reading the weights.
+//           Dynamic shared memory: 512 bytes a segment.
+// rows64_*: 64 rows a warp: grid x groups of n_warps tiles, y groups of 64 rows; a warp walks all segments of its tile.
+// Weights are read once for 8 (64) rows.
+#include "quants.cuh"
+
+constexpr int SEGMENT = 8;  // blocks of 32 columns
+
+struct Activations {
+  const f16* x;
+  const float *sums, *scale;
+  int n_rows;
+};
+
+// Adds one block to the segment sums of 8 · N rows from `first` on.
+template <class Q, int N>
+__device__ __forceinline__ void add_block(const Planes& w, const Activations& x, long long tile, int block, int first,
+                                          MmaD (&sums)[N]) {
+  int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  MmaA a[2];
+  Q::a(w, tile * w.n_blocks + block, lane, a);
+  float scale[2][2], minimum[2];
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    scale[row][0] = Q::scale(w, tile, block, r + 8 * row, 0);
+    scale[row][1] = Q::SPLIT ? Q::scale(w, tile, block, r + 8 * row, 1) : scale[row][0];
+    minimum[row] = Q::minimum(w, tile, block, r + 8 * row);
+  }
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    int token = first + 8 * n + r;
+    uint4 four = make_uint4(0, 0, 0, 0);
+    if (token < x.n_rows)
+      four = load_constant<uint4>(x.x + (static_cast<long long>(token) * w.n_blocks + block) * 32 + c * 8);
+    MmaB b[2] = {{{four.x, four.y}}, {{four.z, four.w}}};
+    MmaD p{};
+    mma_m16n8k16(p, a[0], b[0]);
+    if (Q::SPLIT) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[n].x[i] = __fmaf_rn(scale[i / 2][0], p.x[i], sums[n].x[i]);
+      p = MmaD{};
+    }
+    mma_m16n8k16(p, a[1], b[1]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[n].x[i] = __fmaf_rn(scale[i / 2][1], p.x[i], sums[n].x[i]);
+    if (Q::HAS_MINIMUM) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int column = first + 8 * n + 2 * c + i % 2;
+        float x_sum = column < x.n_rows ? x.sums[static_cast<long long>(column) * w.n_blocks + block] : 0.0f;
+        sums[n].x[i] = __fmaf_rn(-minimum[i / 2], x_sum, sums[n].x[i]);
+      }
+    }
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void store(const Activations& x, long long tile, int first, const MmaD (&total)[N],
+                                      const float* bias, float* y, int n_out) {
+  int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+#pragma unroll
+  for (int n = 0; n < N; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int token = first + 8 * n + 2 * c + i % 2;
+      long long out = tile * 16 + r + 8 * (i / 2);
+      if (token >= x.n_rows || out >= n_out) continue;
+      float value = __fmul_rn(total[n].x[i], x.scale[token]);
+      y[token * static_cast<long long>(n_out) + out] = bias ? __fadd_rn(value, bias[out]) : value;
+    }
+}
+
+template <class Q>
+__device__ __forceinline__ void rows8(const Planes& w, const Activations& x, const float* bias, float* y, int n_out) {
+  DYNAMIC_SHARED(float, partial);  // (n_segments, 4, 32)
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  int n_segments = (w.n_blocks + SEGMENT - 1) / SEGMENT;
+  for (int segment = warp; segment < n_segments; segment += n_warps) {
+    MmaD sums[1] = {};
+    int end = min(w.n_blocks, (segment + 1) * SEGMENT);
+    for (int block = segment * SEGMENT; block < end; block++)
+      add_block<Q, 1>(w, x, blockIdx.x, block, blockIdx.y * 8, sums);
+#pragma unroll
+    for (int i = 0; i < 4; i++) partial[(segment * 4 + i) * 32 + lane] = sums[0].x[i];
+  }
+  __syncthreads();
+  if (warp) return;
+  MmaD total[1] = {};
+  for (int segment = 0; segment < n_segments; segment++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) total[0].x[i] = __fadd_rn(total[0].x[i], partial[(segment * 4 + i) * 32 + lane]);
+  store<1>(x, blockIdx.x, blockIdx.y * 8, total, bias, y, n_out);
+}
+
+template <class Q>
+__device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const float* bias, float* y, int n_out) {
+  int tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, first = blockIdx.y * 64;
+  if (tile >= (n_out + 15) / 16) return;
+  MmaD total[8] = {};
+  for (int segment = 0; segment < w.n_blocks; segment += SEGMENT) {
+    MmaD sums[8] = {};
+    int end = min(w.n_blocks, segment + SEGMENT);
+    for (int block = segment; block < end; block++) add_block<Q, 8>(w, x, tile, block, first, sums);
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) total[n].x[i] = __fadd_rn(total[n].x[i], sums[n].x[i]);
+  }
+  store<8>(x, tile, first, total, bias, y, n_out);
+}
+
+#define MATMUL(name, kernel, Q)                                                                                      \
+  extern "C" __global__ void name(const unsigned char* low, const unsigned char* high, const unsigned char* d,       \
+                                  const unsigned char* m, const unsigned char* scales, const f16* x,                 \
+                                  const float* x_sums, const float* x_scale, const float* bias, float* y, int n_out, \
+                                  int n_in, int n_rows) {                                                            \
+    kernel<Q>(Planes{low, high, d, m, scales, n_in / 32}, Activations{x, x_sums, x_scale, n_rows}, bias, y, n_out);  \
+  }
+MATMUL(rows8_q4_0, rows8, Q4_0)
+MATMUL(rows8_q4_1, rows8, Q4_1)
+MATMUL(rows8_q5_0, rows8, Q5_0)
+MATMUL(rows8_q5_1, rows8, Q5_1)
+MATMUL(rows8_q8_0, rows8, Q8_0)
+MATMUL(rows8_q4_k, rows8, Q4_K)
+MATMUL(rows8_q5_k, rows8, Q5_K)
+MATMUL(rows8_q6_k, rows8, Q6_K)
+MATMUL(rows8_mxfp4, rows8, MXFP4)
+MATMUL(rows8_f16, rows8, F16)
+MATMUL(rows64_q4_0, rows64, Q4_0)
+MATMUL(rows64_q4_1, rows64, Q4_1)
+MATMUL(rows64_q5_0, rows64, Q5_0)
+MATMUL(rows64_q5_1, rows64, Q5_1)
+MATMUL(rows64_q8_0, rows64, Q8_0)
+MATMUL(rows64_q4_k, rows64, Q4_K)
+MATMUL(rows64_q5_k, rows64, Q5_K)
+MATMUL(rows64_q6_k, rows64, Q6_K)
+MATMUL(rows64_mxfp4, rows64, MXFP4)
+MATMUL(rows64_f16, rows64, F16)

@@ -1,0 +1,157 @@
+"""How weights lie on the device: the same bits as in the file, in the order in which a warp multiplies them.
+
+A matrix (n_out, n_in) is cut into tiles of 16 rows by 32 columns, what one warp takes for two `mma.sync.m16n8k16`. Of
+a tile lane 4·r + c holds columns 4c … 4c + 3 and 16 + 4c … 16 + 4c + 3 of rows r and r + 8: four for each of the two.
+Activations are laid out likewise (`activation_order`), so that a lane's are 16 bytes in a row. Each part of a block
+(low bits, high bits, scales) is a plane of its own, tile after tile along a row of tiles, so that a warp's loads are
+contiguous:
+
+    low   4-bit types: a word of 8 nibbles a row; the even columns in nibbles 0…3, the odd ones in 4…7
+          Q8_0: 8 bytes a row.  F16: 8 halves a row
+    high  the fifth bits (Q5_*: a byte a row, bit n for nibble n) or fifth and sixth (Q6_K: 16 bits a row)
+    d, m, dmin, e   one a row for every block of the file's type, 16 rows together
+    scales          K-quants: those of a 256-block, 16 rows together. Q4_K and Q5_K: their 96 bits as three words: low
+                    nibbles of the eight scales, of the eight minimums, and the two upper bits of both
+
+Rows are filled up to whole tiles with zeros. F32 and BF16 stay as they are: their products need no tensor core.
+`pack` is array code, and runs where the weights are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from refengine import quants
+from refengine.errors import ModelError
+
+Array = Any
+Type = GGMLQuantizationType
+
+TILE_ROWS, TILE_COLUMNS = 16, 32
+_NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble n of a word holds this column
+_UNTILED = (Type.F32, Type.BF16)
+_LOW_BITS = {Type.F16: 16, Type.Q8_0: 8}  # every other one: 4
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix on the device. shape: (n_out, n_in) or (n_expert, n_out, n_in). planes: name → bytes, u8."""
+
+    name: str
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    planes: dict[str, Array]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(int(plane.nbytes) for plane in self.planes.values())
+
+
+def pack(xp: Any, w: Any) -> PackedMatrix:
+    """A stored matrix (`weights.Matrix`, or what has its name, type, shape and data) in the device's order.
+
+    Raises ModelError for rows that are no multiple of 32 columns.
+    """
+    n_in = w.shape[-1]
+    if w.type in _UNTILED:
+        return PackedMatrix(w.name, w.type, tuple(w.shape), {"low": w.data})
+    if n_in % TILE_COLUMNS:
+        raise ModelError(f"{w.name}: rows of {n_in} are no multiple of {TILE_COLUMNS}, which the kernels need")
+    n_expert = int(np.prod(w.shape[:-2], dtype=np.int64))
+    fmt = quants.SUPPORTED[w.type]
+    blocks = w.data.reshape(n_expert, w.shape[-2], n_in // fmt.block_size, fmt.block_bytes)
+    missing = -w.shape[-2] % TILE_ROWS
+    if missing:
+        blocks = xp.concatenate([blocks, xp.zeros((n_expert, missing, *blocks.shape[2:]), xp.uint8)], axis=1)
+    tiles = blocks.reshape(-1, TILE_ROWS, *blocks.shape[2:])  # (n_tiles, 16, n_blocks, block_bytes)
+    assert fmt.dtype.fields is not None
+    fields = {}
+    for name, (sub, offset, *_) in fmt.dtype.fields.items():
+        fields[name] = tiles[..., offset : offset + sub.itemsize]
+    planes = _codes(xp, w.type, fields) | {
+        name: _rows_together(xp, _k_scales(xp, value) if name == "scales" and value.shape[-1] == 12 else value)
+        for name, value in fields.items()
+        if name not in ("qs", "ql", "qh", "x")
+    }
+    return PackedMatrix(w.name, w.type, tuple(w.shape), planes)
+
+
+def _rows_together(xp: Any, field: Array) -> Array:
+    """(n_tiles, 16, n_blocks, bytes) → for every tile and block the 16 rows' bytes one after another."""
+    return xp.ascontiguousarray(field.transpose(0, 2, 1, 3)).reshape(-1)
+
+
+def _k_scales(xp: Any, packed: Array) -> Array:
+    """Twelve bytes of 6-bit scales and minimums → three words (see the module)."""
+    first, second, third = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
+    scales = xp.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=-1)  # (…, 8) u8
+    minimums = xp.concatenate([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=-1)  # (…, 8) u8
+    words = [_bits(xp, scales & 15, 4), _bits(xp, minimums & 15, 4)]
+    words.append(_bits(xp, xp.concatenate([scales >> 4, minimums >> 4], axis=-1), 2))
+    return xp.stack(words, axis=-1).view(xp.uint8).reshape(*packed.shape[:-1], 12)
+
+
+def _bits(xp: Any, values: Array, width: int) -> Array:
+    """The last axis, small integers, packed into a word each `width` bits: (…) u32."""
+    shifts = xp.arange(0, 32, width, dtype=xp.uint32)
+    return xp.bitwise_or.reduce(values.astype(xp.uint32) << shifts, axis=-1) if xp is np else (
+        (values.astype(xp.uint32) << shifts).sum(axis=-1, dtype=xp.uint32)
+    )
+
+
+def _codes(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> dict[str, Array]:
+    """Planes `low` and, where there is one, `high`."""
+    if kind == Type.F16:
+        return {"low": _in_lanes(xp, fields["x"], 2).reshape(-1)}
+    if kind == Type.Q8_0:
+        return {"low": _in_lanes(xp, fields["qs"], 1).reshape(-1)}
+    codes = _lane_codes(xp, kind, fields)  # (n_tiles, n_in / 32, 32 lanes, 2 rows, 8 columns) u8
+    ordered = codes[..., list(_NIBBLE_ORDER)]
+    low = ordered & 15
+    planes = {"low": (low[..., 0::2] | (low[..., 1::2] << 4)).reshape(-1)}
+    if "qh" in fields:
+        width = 2 if kind == Type.Q6_K else 1
+        high = (ordered >> 4).astype(xp.uint16) << xp.arange(0, 8 * width, width, dtype=xp.uint16)
+        packed = high.sum(axis=-1, dtype=xp.uint16)
+        planes["high"] = (packed.view(xp.uint8) if width == 2 else packed.astype(xp.uint8)).reshape(-1)
+    return planes
+
+
+def _in_lanes(xp: Any, field: Array, size: int) -> Array:
+    """Elements of `size` bytes in columns' order → (n_tiles, n_in / 32, 8 r, 4 c, 2 rows, 2 halves, 4 · size)."""
+    tiled = field.reshape(field.shape[0], 2, 8, -1, 2, 4, 4 * size)
+    return xp.ascontiguousarray(tiled.transpose(0, 3, 2, 5, 1, 4, 6))
+
+
+def activation_order(n_in: int) -> np.ndarray:
+    """Which column stands at each place of an activation row: (n_in,) int64."""
+    within = np.arange(TILE_COLUMNS).reshape(2, 4, 4).transpose(1, 0, 2).reshape(-1)
+    return (np.arange(0, n_in, TILE_COLUMNS)[:, None] + within).reshape(-1)
+
+
+def _lane_codes(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> Array:
+    """The integer codes of a type with nibbles, in lanes."""
+    rows = fields["ql" if "ql" in fields else "qs"].shape[:2]
+    if kind == Type.Q6_K:
+        low = fields["ql"].reshape(*rows, -1, 2, 1, 2, 32)
+        nibbles = xp.concatenate([low & 15, low >> 4], axis=-3)  # 128 elements: four groups of 32
+        shifts = xp.arange(0, 8, 2, dtype=xp.uint8)[:, None]
+        high = (fields["qh"].reshape(*rows, -1, 2, 1, 32) >> shifts) & 3
+        codes = nibbles.reshape(*rows, -1, 2, 4, 32) | (high << 4)
+    elif kind in (Type.Q4_K, Type.Q5_K):
+        packed = fields["qs"].reshape(*rows, -1, 4, 1, 32)
+        codes = xp.concatenate([packed & 15, packed >> 4], axis=-2).reshape(*rows, -1, 8, 32)
+        if "qh" in fields:
+            shifts = xp.arange(8, dtype=xp.uint8)[:, None]
+            codes = codes | (((fields["qh"].reshape(*rows, -1, 1, 32) >> shifts) & 1) << 4)
+    else:
+        packed = fields["qs"].reshape(*rows, -1, 1, 16)
+        codes = xp.concatenate([packed & 15, packed >> 4], axis=-2)
+        if "qh" in fields:
+            bits = xp.unpackbits(xp.ascontiguousarray(fields["qh"]).reshape(-1), bitorder="little")
+            codes = codes.reshape(*rows, -1, 32) | (bits.reshape(*rows, -1, 32) << 4)
+    return _in_lanes(xp, codes.reshape(*rows, -1), 1).reshape(rows[0], -1, 32, 2, 8)
