@@ -7,17 +7,16 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from refengine import quants
-from refengine.cuda.host import HostModule
 from refengine.cuda.layout import activation_order, pack
-from refengine.cuda.source import read_source
 from refengine.errors import ModelError
 from refengine.weights import Matrix
 from tests.kernel_matrices import TILED, random_matrix
+from tests.kernel_runner import PLACES, Kernels
 
 
-@pytest.fixture(scope="module")
-def module() -> HostModule:
-    return HostModule(read_source("embedding"))
+@pytest.fixture(scope="module", params=PLACES)
+def module(request: pytest.FixtureRequest) -> Kernels:
+    return Kernels("embedding", request.param)
 
 
 def planes(packed: Any) -> list[Any]:
@@ -28,7 +27,7 @@ def planes(packed: Any) -> list[Any]:
 
 @pytest.mark.parametrize("kind", TILED)
 @pytest.mark.parametrize("shape", [(16, 256), (37, 512), (5, 768)])
-def test_every_value_is_bit_exact(kind: str, shape: tuple[int, int], module: HostModule) -> None:
+def test_every_value_is_bit_exact(kind: str, shape: tuple[int, int], module: Kernels) -> None:
     w = random_matrix(kind, shape, seed=shape[0])
     packed = pack(np, w)
     n_out, n_in = shape

@@ -6,28 +6,32 @@ import numpy as np
 import pytest
 
 from refengine import quants
-from refengine.cuda.host import HostModule
 from refengine.cuda.layout import activation_order, pack
 from refengine.cuda.reference import activations_f16, block_sums
-from refengine.cuda.source import read_source
 from tests.kernel_matrices import TILED, random_matrix
+from tests.kernel_runner import PLACES, Kernels
 from tests.test_kernels_embedding import planes
 
 EPS = 2.0**-24  # float32, half a unit in the last place
 HALF = 2.0**-11  # float16, the same
 
 
-@pytest.fixture(scope="module")
-def activations() -> HostModule:
-    return HostModule(read_source("activations"))
+@pytest.fixture(scope="module", params=PLACES)
+def place(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def matmul() -> HostModule:
-    return HostModule(read_source("matmul"))
+def activations(place: str) -> Kernels:
+    return Kernels("activations", place)
 
 
-def prepared(module: HostModule, x: np.ndarray, warps: int = 4, order: int = 0) -> list[np.ndarray]:
+@pytest.fixture(scope="module")
+def matmul(place: str) -> Kernels:
+    return Kernels("matmul", place)
+
+
+def prepared(module: Kernels, x: np.ndarray, warps: int = 4, order: int = 0) -> list[np.ndarray]:
     """Halves, block sums and scales of rows: what the product's kernels take."""
     n_rows, n_in = x.shape
     halves, scale = np.zeros((n_rows, n_in), np.float16), np.zeros(n_rows, np.float32)
@@ -37,7 +41,7 @@ def prepared(module: HostModule, x: np.ndarray, warps: int = 4, order: int = 0) 
 
 
 def product(
-    module: HostModule, kernel: str, w: Any, given: list[np.ndarray], bias: np.ndarray | None, warps: int = 4
+    module: Kernels, kernel: str, w: Any, given: list[np.ndarray], bias: np.ndarray | None, warps: int = 4
 ) -> np.ndarray:
     n_out, n_in = w.shape
     n_rows = len(given[0])
@@ -52,7 +56,7 @@ def product(
 
 
 @pytest.mark.parametrize("warps", [1, 3])
-def test_activation_rows_are_their_twins_bit_for_bit(warps: int, activations: HostModule) -> None:
+def test_activation_rows_are_their_twins_bit_for_bit(warps: int, activations: Kernels) -> None:
     rng = np.random.default_rng(4)
     x = rng.standard_normal((9, 96)).astype(np.float32)
     magnitudes = [1, 1e6, 1e-6, 1e30, 1e-30, 1e-42, 0, 3.4e38, 65504]
@@ -74,7 +78,7 @@ def test_activation_rows_are_their_twins_bit_for_bit(warps: int, activations: Ho
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_come_through_and_stay_in_their_row(
-    bad: float, activations: HostModule, matmul: HostModule
+    bad: float, activations: Kernels, matmul: Kernels
 ) -> None:
     x = np.random.default_rng(5).standard_normal((3, 256)).astype(np.float32)
     x[1, 77] = bad
@@ -86,7 +90,7 @@ def test_nan_and_infinity_come_through_and_stay_in_their_row(
 @pytest.mark.parametrize("kernel", ["rows8", "rows64"])
 @pytest.mark.parametrize("kind", TILED)
 def test_products_are_within_float32_of_the_rounded_activations(
-    kind: str, kernel: str, activations: HostModule, matmul: HostModule
+    kind: str, kernel: str, activations: Kernels, matmul: Kernels
 ) -> None:
     rng = np.random.default_rng(6)
     n_rows, n_out, n_in = 5, 37, 768
@@ -122,7 +126,7 @@ def code_magnitudes(w: Any, values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", TILED)
-def test_every_grouping_of_rows_gives_the_same_bits(kind: str, activations: HostModule, matmul: HostModule) -> None:
+def test_every_grouping_of_rows_gives_the_same_bits(kind: str, activations: Kernels, matmul: Kernels) -> None:
     rng = np.random.default_rng(8)
     w = random_matrix(kind, (48, 512), 9)
     x = rng.standard_normal((70, 512)).astype(np.float32)
@@ -135,7 +139,7 @@ def test_every_grouping_of_rows_gives_the_same_bits(kind: str, activations: Host
             np.testing.assert_array_equal(alone, whole[rows])
 
 
-def test_the_order_of_threads_does_not_matter(activations: HostModule) -> None:
+def test_the_order_of_threads_does_not_matter(activations: Kernels) -> None:
     x = np.random.default_rng(1).standard_normal((2, 256)).astype(np.float32)
     first = prepared(activations, x)
     for order in (1, 2, 3):

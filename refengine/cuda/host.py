@@ -6,7 +6,6 @@ For tests and for stepping through a kernel in gdb, not for speed. Built once an
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from refengine.cuda.cache import cache_folder, digest
 from refengine.cuda.source import Source, check_arguments
 from refengine.errors import KernelError
 
@@ -108,14 +108,6 @@ def toolchain() -> Path:
     raise KernelError("tools/hostcuda is not here: kernels run on the CPU from a checkout of the sources")
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $REFENGINE_CACHE, or refengine in the user's cache folder."""
-    given = os.environ.get("REFENGINE_CACHE")
-    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "refengine"
-    base.mkdir(parents=True, exist_ok=True)
-    return base
-
-
 def _build(source: Source, mode: str) -> Path:
     """The shared library of a source, compiled where the cache lacks it. Two processes may build at once."""
     compiler, tools = os.environ.get("CXX", "g++"), toolchain()
@@ -123,9 +115,8 @@ def _build(source: Source, mode: str) -> Path:
         raise KernelError(f"kernels on the CPU need a C++ compiler, and there is no {compiler}; set CXX to another")
     exports = "".join(f"HOSTCUDA_EXPORT({kernel})\n" for kernel in source.kernels)
     header, runtime = tools / "hostcuda.h", tools / "runtime.cpp"
-    told = (source.text, exports, mode, compiler, header.read_text("utf-8"), runtime.read_text("utf-8"))
-    digest = hashlib.sha256("\0".join(told).encode()).hexdigest()[:24]
-    library = cache_folder() / f"host-{source.name}-{mode}-{digest}.so"
+    key = digest(source.text, exports, mode, compiler, header.read_text("utf-8"), runtime.read_text("utf-8"))
+    library = cache_folder() / f"host-{source.name}-{mode}-{key}.so"
     if library.exists():
         return library
     flags = [compiler, "-std=c++17", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
@@ -136,7 +127,7 @@ def _build(source: Source, mode: str) -> Path:
         objects = [f"{folder}/kernel.o", f"{folder}/runtime.o"]
         _run([*flags, *_MODES[mode], "-include", str(header), "-c", str(code), "-o", objects[0]], source.name)
         _run([*flags, "-O2", "-c", str(runtime), "-o", objects[1]], "hostcuda")
-        _run([compiler, "-shared", *objects, "-o", f"{folder}/library.so"], source.name)
+        _run([compiler, "-shared", "-Wl,-Bsymbolic", *objects, "-o", f"{folder}/library.so"], source.name)
         os.replace(f"{folder}/library.so", library)
     return library
 
