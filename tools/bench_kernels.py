@@ -1,0 +1,162 @@
+"""Products with quantised weights on a GPU: how much of the memory's speed they reach.
+
+    python -m tools.bench_kernels [--output FILE.json] [--warps 4]
+
+For matrices of the target models, at 1, 8, 64 and 512 rows: time of one product (median of several rounds, each over
+so many copies of the weights that none is in the cache), GB/s of weights read, and that as a share of a measured copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from refengine import quants
+from refengine.cuda.layout import PackedMatrix, pack
+from refengine.cuda.loader import DeviceModule
+from refengine.cuda.source import read_source
+from refengine.device import open_device
+from refengine.weights import Matrix
+
+SHAPES = (
+    ("phi3 qkv", "Q4_K", 9216, 3072),
+    ("phi3 gate+up", "Q4_K", 16384, 3072),
+    ("phi3 down", "Q4_K", 3072, 8192),
+    ("phi3 down", "Q6_K", 3072, 8192),
+    ("phi3 head", "Q6_K", 32064, 3072),
+    ("phi3 gate+up", "Q5_K", 16384, 3072),
+    ("qwen2 up", "Q5_0", 4864, 896),
+    ("qwen2 down", "Q6_K", 896, 4864),
+    ("qwen2 head", "Q8_0", 151936, 896),
+    ("gpt-oss q", "Q8_0", 4096, 2880),
+    ("gpt-oss head", "Q8_0", 201088, 2880),
+    ("gpt-oss experts", "MXFP4", 23040, 2880),
+    ("large", "Q4_0", 16384, 4096),
+    ("large", "Q5_0", 16384, 4096),
+    ("large", "F16", 16384, 4096),
+)
+ROWS = (1, 8, 64, 512)
+COLD_BYTES = 256 << 20  # of weights between two uses of the same copy: several times the cache
+ROUNDS = 5
+
+
+def repeated_matrix(xp: Any, kind: str, n_out: int, n_in: int) -> PackedMatrix:
+    """A matrix of which each 64 rows are the same: only sizes matter here."""
+    fmt = quants.SUPPORTED[GGMLQuantizationType[kind]]
+    n_bytes = 64 * n_in // fmt.block_size * fmt.block_bytes
+    raw = np.random.default_rng(0).integers(0, 60, n_bytes, dtype=np.uint8)
+    small = pack(np, Matrix("bench", fmt.type, (64, n_in), raw))
+    planes = {name: xp.tile(xp.asarray(plane), n_out // 64) for name, plane in small.planes.items()}
+    return PackedMatrix("bench", fmt.type, (n_out, n_in), planes)
+
+
+def arguments_of(packed: PackedMatrix) -> list[Any]:
+    p = packed.planes
+    return [p.get("low"), p.get("high"), p.get("d", p.get("e")), p.get("m", p.get("dmin")), p.get("scales")]
+
+
+def seconds(xp: Any, run: Any, n: int) -> list[float]:
+    """Seconds of one of `run(i)`, i from 0 to n - 1, for every round; the first round warms up."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        start, stop = xp.cuda.Event(), xp.cuda.Event()
+        start.record()
+        for i in range(n):
+            run(i)
+        stop.record()
+        stop.synchronize()
+        times.append(xp.cuda.get_elapsed_time(start, stop) / 1e3 / n)
+    return times[1:]
+
+
+def copy_bandwidth(xp: Any) -> float:
+    """Bytes a second that a copy within device memory reads and writes."""
+    source = xp.zeros(1 << 30, xp.uint8)
+    target = xp.empty_like(source)
+    return 2 * source.nbytes / float(np.median(seconds(xp, lambda i: xp.copyto(target, source), 10)))
+
+
+def bench(xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_rows: int, warps: int) -> dict[str, Any]:
+    one = repeated_matrix(xp, kind, n_out, n_in)
+    n_copies = max(1, -(-COLD_BYTES // one.n_bytes)) if n_rows <= 64 else 2
+    copies = [arguments_of(one)]
+    for _ in range(n_copies - 1):
+        copies.append([None if a is None else a.copy() for a in copies[0]])
+    x = xp.zeros((n_rows, n_in), xp.uint16)
+    sums, scale = xp.zeros((n_rows, n_in // 32), xp.float32), xp.ones(n_rows, xp.float32)
+    y = xp.empty((n_rows, n_out), xp.float32)
+    few = n_rows <= 8
+    tiles = -(-n_out // 16)
+    grid = (tiles, -(-n_rows // 8)) if few else (-(-tiles // warps), -(-n_rows // 64))
+    shared = 512 * -(-n_in // 256) if few else 0
+    sizes = [np.int32(n_out), np.int32(n_in), np.int32(n_rows)]
+    kernel = f"{'rows8' if few else 'rows64'}_{kind.lower()}"
+
+    def run(i: int) -> None:
+        given = [*copies[i % n_copies], x, sums, scale, None, y, *sizes]
+        module.launch(kernel, grid, (32 * warps,), given, shared)
+
+    stream = xp.cuda.Stream(non_blocking=True)
+    n = max(n_copies, 20)
+    with stream:
+        run(0)
+        stream.synchronize()
+        stream.begin_capture()  # a graph: what is measured is the kernels, not Python
+        for i in range(n):
+            run(i)
+        graph = stream.end_capture()
+        graph.launch(stream)
+        stream.synchronize()
+        times = []
+        for _ in range(ROUNDS):
+            start, stop = xp.cuda.Event(), xp.cuda.Event()
+            start.record(stream)
+            graph.launch(stream)
+            stop.record(stream)
+            stop.synchronize()
+            times.append(xp.cuda.get_elapsed_time(start, stop) / 1e3 / n)
+    median = float(np.median(times))
+    return {
+        "microseconds": [round(t * 1e6, 2) for t in (median, min(times), max(times))],
+        "gb_per_s": round(one.n_bytes / median / 1e9, 1),
+        "tflop_per_s": round(2.0 * n_out * n_in * n_rows / median / 1e12, 2),
+        "weight_mb": round(one.n_bytes / 1e6, 2),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="also write JSON there")
+    parser.add_argument("--warps", type=int, default=4, help="warps a block (default 4)")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of activations")
+    given = parser.parse_args()
+    xp = open_device("cuda").xp
+    module = DeviceModule(read_source("matmul"))
+    copied = copy_bandwidth(xp)
+    print(f"copy {copied / 1e9:.0f} GB/s (read and written), {given.warps} warps a block")
+    results = []
+    for what, kind, n_out, n_in in SHAPES:
+        for n_rows in given.rows:
+            found = bench(xp, module, kind, n_out, n_in, n_rows, given.warps)
+            found |= {"what": what, "type": kind, "n_out": n_out, "n_in": n_in, "rows": n_rows}
+            found["share_of_copy"] = round(found["gb_per_s"] * 1e9 / copied, 3)
+            results.append(found)
+            print(
+                f"{what:16} {kind:6} {n_out:6} x {n_in:5} {n_rows:4} rows {found['microseconds'][0]:9.1f} us "
+                f"{found['gb_per_s']:7.0f} GB/s {found['share_of_copy']:6.1%} {found['tflop_per_s']:7.1f} TFLOP/s",
+                flush=True,
+            )
+    if given.output:
+        record = {"copy_gb_per_s": round(copied / 1e9, 1), "warps": given.warps, "results": results}
+        given.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
