@@ -12,12 +12,13 @@ __device__ __forceinline__ void embed(const Planes& w, const int* ids, float* ou
   long long tile = id / 16;
   if (block >= w.n_blocks) return;
   MmaA a[2];
-  Q::a(w, tile * w.n_blocks + block, row % 8 * 4 + c, a);
+  Q::operands(Q::load(w, tile * w.n_blocks + block, row % 8 * 4 + c), a);
+  auto scales = Q::scales(w, tile * w.n_segments + block / SEGMENT, row);
   float* to = out + static_cast<long long>(blockIdx.x) * n_in + block * 32;
-  float minimum = Q::minimum(w, tile, block, row);
+  float minimum = Q::minimum(scales, block % SEGMENT);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    float scale = Q::scale(w, tile, block, row, half);
+    float scale = Q::scale(scales, block % SEGMENT, half);
 #pragma unroll
     for (int pair = 0; pair < 2; pair++) {
       f16x2 codes = row < 8 ? a[half].x[2 * pair] : a[half].x[2 * pair + 1];
@@ -32,11 +33,10 @@ __device__ __forceinline__ void embed(const Planes& w, const int* ids, float* ou
   }
 }
 
-#define EMBEDDING(name, Q)                                                                                         \
-  extern "C" __global__ void name(const unsigned char* low, const unsigned char* high, const unsigned char* d,     \
-                                  const unsigned char* m, const unsigned char* scales, const int* ids, float* out, \
-                                  int n_in) {                                                                      \
-    embed<Q>(Planes{low, high, d, m, scales, n_in / 32}, ids, out, n_in);                                          \
+#define EMBEDDING(name, Q)                                                                                          \
+  extern "C" __global__ void name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, \
+                                  const unsigned char* d, const int* ids, float* out, int n_in) {                   \
+    embed<Q>(planes_of(low, high, scales, d, n_in), ids, out, n_in);                                                \
   }
 EMBEDDING(embedding_q4_0, Q4_0)
 EMBEDDING(embedding_q4_1, Q4_1)

@@ -17,54 +17,68 @@
 // Weights are read once for 8 (64) rows.
 #include "quants.cuh"
 
-constexpr int SEGMENT = 8;  // blocks of 32 columns
-
 struct Activations {
   const f16* x;
   const float *sums, *scale;
   int n_rows;
 };
 
-// Adds one block to the segment sums of 8 · N rows from `first` on.
+// The products of one block of 32 columns with 8 · N rows of activations, added to the sums of its segment.
 template <class Q, int N>
-__device__ __forceinline__ void add_block(const Planes& w, const Activations& x, long long tile, int block, int first,
-                                          MmaD (&sums)[N]) {
+__device__ __forceinline__ void add_block(const typename Q::Words& words, const typename Q::Scales (&scales)[2], int j,
+                                          const Activations& x, int block, int n_blocks, int first, MmaD (&sums)[N]) {
   int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   MmaA a[2];
-  Q::a(w, tile * w.n_blocks + block, lane, a);
-  float scale[2][2], minimum[2];
-#pragma unroll
-  for (int row = 0; row < 2; row++) {
-    scale[row][0] = Q::scale(w, tile, block, r + 8 * row, 0);
-    scale[row][1] = Q::SPLIT ? Q::scale(w, tile, block, r + 8 * row, 1) : scale[row][0];
-    minimum[row] = Q::minimum(w, tile, block, r + 8 * row);
-  }
+  Q::operands(words, a);
 #pragma unroll
   for (int n = 0; n < N; n++) {
     int token = first + 8 * n + r;
     uint4 four = make_uint4(0, 0, 0, 0);
     if (token < x.n_rows)
-      four = load_constant<uint4>(x.x + (static_cast<long long>(token) * w.n_blocks + block) * 32 + c * 8);
+      four = load_constant<uint4>(x.x + (static_cast<long long>(token) * n_blocks + block) * 32 + c * 8);
     MmaB b[2] = {{{four.x, four.y}}, {{four.z, four.w}}};
     MmaD p{};
     mma_m16n8k16(p, a[0], b[0]);
     if (Q::SPLIT) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) sums[n].x[i] = __fmaf_rn(scale[i / 2][0], p.x[i], sums[n].x[i]);
+      for (int i = 0; i < 4; i++) sums[n].x[i] = __fmaf_rn(Q::scale(scales[i / 2], j, 0), p.x[i], sums[n].x[i]);
       p = MmaD{};
     }
     mma_m16n8k16(p, a[1], b[1]);
 #pragma unroll
-    for (int i = 0; i < 4; i++) sums[n].x[i] = __fmaf_rn(scale[i / 2][1], p.x[i], sums[n].x[i]);
+    for (int i = 0; i < 4; i++) sums[n].x[i] = __fmaf_rn(Q::scale(scales[i / 2], j, 1), p.x[i], sums[n].x[i]);
     if (Q::HAS_MINIMUM) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int column = first + 8 * n + 2 * c + i % 2;
-        float x_sum = column < x.n_rows ? x.sums[static_cast<long long>(column) * w.n_blocks + block] : 0.0f;
-        sums[n].x[i] = __fmaf_rn(-minimum[i / 2], x_sum, sums[n].x[i]);
+      for (int i = 0; i < 2; i++) {
+        int column = first + 8 * n + 2 * c + i;
+        float x_sum = column < x.n_rows ? x.sums[static_cast<long long>(column) * n_blocks + block] : 0.0f;
+        sums[n].x[i] = __fmaf_rn(-Q::minimum(scales[0], j), x_sum, sums[n].x[i]);
+        sums[n].x[2 + i] = __fmaf_rn(-Q::minimum(scales[1], j), x_sum, sums[n].x[2 + i]);
       }
     }
   }
+}
+
+// The sums of one segment. For few rows, all of its weights are asked for before the first is used: the time is in
+// their way from memory. For many, registers are better spent on sums.
+template <class Q, int N>
+__device__ __forceinline__ void add_segment(const Planes& w, const Activations& x, long long tile, int segment,
+                                            int first, MmaD (&sums)[N]) {
+  int lane = threadIdx.x % 32, r = lane / 4, start = segment * SEGMENT, n = min(SEGMENT, w.n_blocks - start);
+  typename Q::Scales scales[2] = {Q::scales(w, tile * w.n_segments + segment, r),
+                                  Q::scales(w, tile * w.n_segments + segment, r + 8)};
+  long long place = tile * w.n_blocks + start;
+  if (N > 1 || n < SEGMENT) {
+#pragma unroll 1
+    for (int j = 0; j < n; j++)
+      add_block<Q, N>(Q::load(w, place + j, lane), scales, j, x, start + j, w.n_blocks, first, sums);
+    return;
+  }
+  typename Q::Words words[SEGMENT];
+#pragma unroll
+  for (int j = 0; j < SEGMENT; j++) words[j] = Q::load(w, place + j, lane);
+#pragma unroll
+  for (int j = 0; j < SEGMENT; j++) add_block<Q, N>(words[j], scales, j, x, start + j, w.n_blocks, first, sums);
 }
 
 template <int N>
@@ -87,19 +101,16 @@ template <class Q>
 __device__ __forceinline__ void rows8(const Planes& w, const Activations& x, const float* bias, float* y, int n_out) {
   DYNAMIC_SHARED(float, partial);  // (n_segments, 4, 32)
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-  int n_segments = (w.n_blocks + SEGMENT - 1) / SEGMENT;
-  for (int segment = warp; segment < n_segments; segment += n_warps) {
+  for (int segment = warp; segment < w.n_segments; segment += n_warps) {
     MmaD sums[1] = {};
-    int end = min(w.n_blocks, (segment + 1) * SEGMENT);
-    for (int block = segment * SEGMENT; block < end; block++)
-      add_block<Q, 1>(w, x, blockIdx.x, block, blockIdx.y * 8, sums);
+    add_segment<Q, 1>(w, x, blockIdx.x, segment, blockIdx.y * 8, sums);
 #pragma unroll
     for (int i = 0; i < 4; i++) partial[(segment * 4 + i) * 32 + lane] = sums[0].x[i];
   }
   __syncthreads();
   if (warp) return;
   MmaD total[1] = {};
-  for (int segment = 0; segment < n_segments; segment++)
+  for (int segment = 0; segment < w.n_segments; segment++)
 #pragma unroll
     for (int i = 0; i < 4; i++) total[0].x[i] = __fadd_rn(total[0].x[i], partial[(segment * 4 + i) * 32 + lane]);
   store<1>(x, blockIdx.x, blockIdx.y * 8, total, bias, y, n_out);
@@ -110,10 +121,9 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
   int tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, first = blockIdx.y * 64;
   if (tile >= (n_out + 15) / 16) return;
   MmaD total[8] = {};
-  for (int segment = 0; segment < w.n_blocks; segment += SEGMENT) {
+  for (int segment = 0; segment < w.n_segments; segment++) {
     MmaD sums[8] = {};
-    int end = min(w.n_blocks, segment + SEGMENT);
-    for (int block = segment; block < end; block++) add_block<Q, 8>(w, x, tile, block, first, sums);
+    add_segment<Q, 8>(w, x, tile, segment, first, sums);
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -122,12 +132,11 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
   store<8>(x, tile, first, total, bias, y, n_out);
 }
 
-#define MATMUL(name, kernel, Q)                                                                                      \
-  extern "C" __global__ void name(const unsigned char* low, const unsigned char* high, const unsigned char* d,       \
-                                  const unsigned char* m, const unsigned char* scales, const f16* x,                 \
-                                  const float* x_sums, const float* x_scale, const float* bias, float* y, int n_out, \
-                                  int n_in, int n_rows) {                                                            \
-    kernel<Q>(Planes{low, high, d, m, scales, n_in / 32}, Activations{x, x_sums, x_scale, n_rows}, bias, y, n_out);  \
+#define MATMUL(name, kernel, Q)                                                                                       \
+  extern "C" __global__ void name(const unsigned char* low, const unsigned char* high, const unsigned char* scales,   \
+                                  const unsigned char* d, const f16* x, const float* x_sums, const float* x_scale,    \
+                                  const float* bias, float* y, int n_out, int n_in, int n_rows) {                     \
+    kernel<Q>(planes_of(low, high, scales, d, n_in), Activations{x, x_sums, x_scale, n_rows}, bias, y, n_out);        \
   }
 MATMUL(rows8_q4_0, rows8, Q4_0)
 MATMUL(rows8_q4_1, rows8, Q4_1)

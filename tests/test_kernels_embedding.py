@@ -21,8 +21,7 @@ def module(request: pytest.FixtureRequest) -> Kernels:
 
 def planes(packed: Any) -> list[Any]:
     found = packed.planes
-    return [found.get("low"), found.get("high"), found.get("d", found.get("e")), found.get("m", found.get("dmin")),
-            found.get("scales")]  # fmt: skip
+    return [found.get(name) for name in ("low", "high", "scales", "d")]
 
 
 @pytest.mark.parametrize("kind", TILED)

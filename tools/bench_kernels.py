@@ -57,8 +57,7 @@ def repeated_matrix(xp: Any, kind: str, n_out: int, n_in: int) -> PackedMatrix:
 
 
 def arguments_of(packed: PackedMatrix) -> list[Any]:
-    p = packed.planes
-    return [p.get("low"), p.get("high"), p.get("d", p.get("e")), p.get("m", p.get("dmin")), p.get("scales")]
+    return [packed.planes.get(name) for name in ("low", "high", "scales", "d")]
 
 
 def seconds(xp: Any, run: Any, n: int) -> list[float]:

@@ -9,11 +9,13 @@ contiguous:
     low   4-bit types: a word of 8 nibbles a row; the even columns in nibbles 0…3, the odd ones in 4…7
           Q8_0: 8 bytes a row.  F16: 8 halves a row
     high  the fifth bits (Q5_*: a byte a row, bit n for nibble n) or fifth and sixth (Q6_K: 16 bits a row)
-    d, m, dmin, e   one a row for every block of the file's type, 16 rows together
-    scales          K-quants: those of a 256-block, 16 rows together. Q4_K and Q5_K: their 96 bits as three words: low
-                    nibbles of the eight scales, of the eight minimums, and the two upper bits of both
+    scales  what belongs to 256 columns of a row, 16 rows together:
+            Q4_0, Q5_0, Q8_0: eight d.  Q4_1, Q5_1: eight d, then eight m.  MXFP4: eight e
+            Q4_K, Q5_K: four words: d and dmin; low nibbles of the eight scales; of the eight minimums; the two upper
+            bits of both.  Q6_K: its sixteen scales of a byte
+    d       Q6_K: one for 256 columns, 16 rows together
 
-Rows are filled up to whole tiles with zeros. F32 and BF16 stay as they are: their products need no tensor core.
+Rows are filled up to whole tiles, and their scales to whole 256 columns, with zeros. F32 and BF16 stay as they are: their products need no tensor core.
 `pack` is array code, and runs where the weights are.
 """
 
@@ -32,6 +34,7 @@ Array = Any
 Type = GGMLQuantizationType
 
 TILE_ROWS, TILE_COLUMNS = 16, 32
+SEGMENT = 8  # blocks of 32 columns whose scales lie together
 _NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble n of a word holds this column
 _UNTILED = (Type.F32, Type.BF16)
 _LOW_BITS = {Type.F16: 16, Type.Q8_0: 8}  # every other one: 4
@@ -72,16 +75,33 @@ def pack(xp: Any, w: Any) -> PackedMatrix:
     fields = {}
     for name, (sub, offset, *_) in fmt.dtype.fields.items():
         fields[name] = tiles[..., offset : offset + sub.itemsize]
-    planes = _codes(xp, w.type, fields) | {
-        name: _rows_together(xp, _k_scales(xp, value) if name == "scales" and value.shape[-1] == 12 else value)
-        for name, value in fields.items()
-        if name not in ("qs", "ql", "qh", "x")
-    }
-    return PackedMatrix(w.name, w.type, tuple(w.shape), planes)
+    return PackedMatrix(w.name, w.type, tuple(w.shape), _codes(xp, w.type, fields) | _scales(xp, w.type, fields))
+
+
+def _scales(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> dict[str, Array]:
+    """Planes `scales` and, for Q6_K, `d`."""
+    if kind == Type.F16:
+        return {}
+    if kind == Type.Q6_K:
+        return {name: _rows_together(xp, fields[name]) for name in ("scales", "d")}
+    if kind in (Type.Q4_K, Type.Q5_K):
+        parts = [fields["d"], fields["dmin"], _k_scales(xp, fields["scales"])]
+        return {"scales": _rows_together(xp, xp.concatenate(parts, axis=-1))}
+    together = [_segments(xp, fields[name]) for name in ("d", "m", "e") if name in fields]
+    return {"scales": _rows_together(xp, xp.concatenate(together, axis=-1))}
+
+
+def _segments(xp: Any, field: Array) -> Array:
+    """(n_tiles, 16, n_blocks, bytes) of blocks of 32 → (n_tiles, 16, n_segments, 8 · bytes), zeros at the end."""
+    n_tiles, rows, n_blocks, size = field.shape
+    missing = -n_blocks % SEGMENT
+    if missing:
+        field = xp.concatenate([field, xp.zeros((n_tiles, rows, missing, size), xp.uint8)], axis=2)
+    return xp.ascontiguousarray(field).reshape(n_tiles, rows, -1, SEGMENT * size)
 
 
 def _rows_together(xp: Any, field: Array) -> Array:
-    """(n_tiles, 16, n_blocks, bytes) → for every tile and block the 16 rows' bytes one after another."""
+    """(n_tiles, 16, n, bytes) → for every tile and n the 16 rows' bytes one after another."""
     return xp.ascontiguousarray(field.transpose(0, 2, 1, 3)).reshape(-1)
 
 
