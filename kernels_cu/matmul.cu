@@ -59,7 +59,7 @@ __device__ __forceinline__ void add_block(const typename Q::Words& words, const 
   }
 }
 
-// The sums of one segment. For few rows, all of its weights are asked for before the first is used: the time is in
+// The sums of one segment. For few rows, several blocks' weights are asked for before the first is used: the time is in
 // their way from memory. For many, registers are better spent on sums.
 template <class Q, int N>
 __device__ __forceinline__ void add_segment(const Planes& w, const Activations& x, long long tile, int segment,
@@ -74,11 +74,15 @@ __device__ __forceinline__ void add_segment(const Planes& w, const Activations& 
       add_block<Q, N>(Q::load(w, place + j, lane), scales, j, x, start + j, w.n_blocks, first, sums);
     return;
   }
-  typename Q::Words words[SEGMENT];
 #pragma unroll
-  for (int j = 0; j < SEGMENT; j++) words[j] = Q::load(w, place + j, lane);
+  for (int group = 0; group < SEGMENT; group += Q::AHEAD) {
+    typename Q::Words words[Q::AHEAD];
 #pragma unroll
-  for (int j = 0; j < SEGMENT; j++) add_block<Q, N>(words[j], scales, j, x, start + j, w.n_blocks, first, sums);
+    for (int j = 0; j < Q::AHEAD; j++) words[j] = Q::load(w, place + group + j, lane);
+#pragma unroll
+    for (int j = 0; j < Q::AHEAD; j++)
+      add_block<Q, N>(words[j], scales, group + j, x, start + group + j, w.n_blocks, first, sums);
+  }
 }
 
 template <int N>
@@ -132,29 +136,31 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
   store<8>(x, tile, first, total, bias, y, n_out);
 }
 
-#define MATMUL(name, kernel, Q)                                                                                       \
-  extern "C" __global__ void name(const unsigned char* low, const unsigned char* high, const unsigned char* scales,   \
-                                  const unsigned char* d, const f16* x, const float* x_sums, const float* x_scale,    \
-                                  const float* bias, float* y, int n_out, int n_in, int n_rows) {                     \
+// The most threads that a block may have, which bounds the registers of each: 64 (rows8), 255 (rows64).
+#define MATMUL(name, kernel, THREADS, Q)                                                                              \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
+      name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, const unsigned char* d,  \
+           const f16* x, const float* x_sums, const float* x_scale, const float* bias, float* y, int n_out, int n_in, \
+           int n_rows) {                                                                                              \
     kernel<Q>(planes_of(low, high, scales, d, n_in), Activations{x, x_sums, x_scale, n_rows}, bias, y, n_out);        \
   }
-MATMUL(rows8_q4_0, rows8, Q4_0)
-MATMUL(rows8_q4_1, rows8, Q4_1)
-MATMUL(rows8_q5_0, rows8, Q5_0)
-MATMUL(rows8_q5_1, rows8, Q5_1)
-MATMUL(rows8_q8_0, rows8, Q8_0)
-MATMUL(rows8_q4_k, rows8, Q4_K)
-MATMUL(rows8_q5_k, rows8, Q5_K)
-MATMUL(rows8_q6_k, rows8, Q6_K)
-MATMUL(rows8_mxfp4, rows8, MXFP4)
-MATMUL(rows8_f16, rows8, F16)
-MATMUL(rows64_q4_0, rows64, Q4_0)
-MATMUL(rows64_q4_1, rows64, Q4_1)
-MATMUL(rows64_q5_0, rows64, Q5_0)
-MATMUL(rows64_q5_1, rows64, Q5_1)
-MATMUL(rows64_q8_0, rows64, Q8_0)
-MATMUL(rows64_q4_k, rows64, Q4_K)
-MATMUL(rows64_q5_k, rows64, Q5_K)
-MATMUL(rows64_q6_k, rows64, Q6_K)
-MATMUL(rows64_mxfp4, rows64, MXFP4)
-MATMUL(rows64_f16, rows64, F16)
+MATMUL(rows8_q4_0, rows8, 1024, Q4_0)
+MATMUL(rows8_q4_1, rows8, 1024, Q4_1)
+MATMUL(rows8_q5_0, rows8, 1024, Q5_0)
+MATMUL(rows8_q5_1, rows8, 1024, Q5_1)
+MATMUL(rows8_q8_0, rows8, 1024, Q8_0)
+MATMUL(rows8_q4_k, rows8, 1024, Q4_K)
+MATMUL(rows8_q5_k, rows8, 1024, Q5_K)
+MATMUL(rows8_q6_k, rows8, 1024, Q6_K)
+MATMUL(rows8_mxfp4, rows8, 1024, MXFP4)
+MATMUL(rows8_f16, rows8, 1024, F16)
+MATMUL(rows64_q4_0, rows64, 256, Q4_0)
+MATMUL(rows64_q4_1, rows64, 256, Q4_1)
+MATMUL(rows64_q5_0, rows64, 256, Q5_0)
+MATMUL(rows64_q5_1, rows64, 256, Q5_1)
+MATMUL(rows64_q8_0, rows64, 256, Q8_0)
+MATMUL(rows64_q4_k, rows64, 256, Q4_K)
+MATMUL(rows64_q5_k, rows64, 256, Q5_K)
+MATMUL(rows64_q6_k, rows64, 256, Q6_K)
+MATMUL(rows64_mxfp4, rows64, 256, MXFP4)
+MATMUL(rows64_f16, rows64, 256, F16)

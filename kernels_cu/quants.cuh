@@ -8,6 +8,8 @@
 //     scale(scales, j, half)                 what the products of block j's 32 columns are multiplied by; SPLIT: of 16
 //     minimum(scales, j)                     what is subtracted for each 1 of the activations, where HAS_MINIMUM
 //
+//   AHEAD                                    blocks that a lane asks for before it uses the first: registers allow it
+//
 // place = tile * n_blocks + block of 32 columns; segment = tile * n_segments + segment of 256; row is 0 to 15.
 
 constexpr int SEGMENT = 8;  // blocks of 32 columns
@@ -32,6 +34,11 @@ __device__ __forceinline__ f16x2 integers(uint32_t codes) {
   return fma_f16x2(codes | 0x64006400u, ONES, OFFSET);
 }
 
+// A small integer as a float, exactly: below 2^23 it is the fraction of 2^23 + n. The conversion instruction is slow.
+__device__ __forceinline__ float small_integer(uint32_t n, float bias) {
+  return __fadd_rn(__uint_as_float(0x4b000000u | n), -8388608.0f - bias);
+}
+
 // Half i (0 … 7) of four words, as a float.
 __device__ __forceinline__ float half_of(const uint4& words, int i) {
   uint32_t word = i < 2 ? words.x : i < 4 ? words.y : i < 6 ? words.z : words.w;
@@ -42,6 +49,7 @@ __device__ __forceinline__ float half_of(const uint4& words, int i) {
 template <f16x2 OFFSET>
 struct FourBits {
   static constexpr bool SPLIT = false;
+  static constexpr int AHEAD = 8;
   using Words = uint2;
   static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
     return load_constant<uint2>(w.low + place * 256 + lane * 8);
@@ -59,6 +67,7 @@ struct FourBits {
 template <f16x2 OFFSET>
 struct FiveBits {
   static constexpr bool SPLIT = false;
+  static constexpr int AHEAD = 4;
   struct Words {
     uint2 low;
     uint32_t high;
@@ -111,11 +120,11 @@ struct SixBits {
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) {
     uint32_t code = (s.y >> 4 * j & 15) | (s.w >> 2 * j & 3) << 4;
-    return __fmul_rn(f16_to_f32(static_cast<f16>(s.x)), static_cast<float>(code));
+    return __fmul_rn(f16_to_f32(static_cast<f16>(s.x)), small_integer(code, 0.0f));
   }
   static __device__ __forceinline__ float minimum(const Scales& s, int j) {
     uint32_t code = (s.z >> 4 * j & 15) | (s.w >> (16 + 2 * j) & 3) << 4;
-    return __fmul_rn(f16_to_f32(static_cast<f16>(s.x >> 16)), static_cast<float>(code));
+    return __fmul_rn(f16_to_f32(static_cast<f16>(s.x >> 16)), small_integer(code, 0.0f));
   }
 };
 
@@ -128,6 +137,7 @@ struct Q5_K : FiveBits<MINUS_1024>, SixBits {};
 
 struct Q8_0 : EightD {
   static constexpr bool SPLIT = false;
+  static constexpr int AHEAD = 4;
   using Words = uint4;  // row r: columns of the first and of the second mma; row r + 8 likewise
   static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
     return load_constant<uint4>(w.low + place * 512 + lane * 16);
@@ -143,6 +153,7 @@ struct Q8_0 : EightD {
 
 struct Q6_K {
   static constexpr bool SPLIT = true, HAS_MINIMUM = false;
+  static constexpr int AHEAD = 4;
   struct Words {
     uint2 low;
     uint32_t high;
@@ -170,8 +181,8 @@ struct Q6_K {
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int half) {
     uint32_t word = j < 2 ? s.factors.x : j < 4 ? s.factors.y : j < 6 ? s.factors.z : s.factors.w;
-    int factor = static_cast<int8_t>(word >> 8 * (j % 2 * 2 + half) & 0xffu);
-    return __fmul_rn(s.d, static_cast<float>(factor));
+    uint32_t factor = (word >> 8 * (j % 2 * 2 + half) & 0xffu) ^ 0x80u;
+    return __fmul_rn(s.d, small_integer(factor, 128.0f));
   }
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
 };
@@ -180,6 +191,7 @@ struct Q6_K {
 // value; times 2^15 they are ggml's doubled integers, whose scale is halved.
 struct MXFP4 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false;
+  static constexpr int AHEAD = 8;
   using Words = uint2;
   static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
     return load_constant<uint2>(w.low + place * 256 + lane * 8);
@@ -208,6 +220,7 @@ struct MXFP4 {
 
 struct F16 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false;
+  static constexpr int AHEAD = 2;
   struct Words {
     uint4 row[2];
   };

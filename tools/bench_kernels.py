@@ -92,6 +92,9 @@ def bench(xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_row
     y = xp.empty((n_rows, n_out), xp.float32)
     few = n_rows <= 8
     tiles = -(-n_out // 16)
+    if not warps:  # as many as keep the whole device busy, and have a segment each
+        warps = min(32, max(1, -(-n_in // 256)), 1 << max(0, (4096 // tiles).bit_length() - 1)) if few else 4
+        warps = max(warps, 2)
     grid = (tiles, -(-n_rows // 8)) if few else (-(-tiles // warps), -(-n_rows // 64))
     shared = 512 * -(-n_in // 256) if few else 0
     sizes = [np.int32(n_out), np.int32(n_in), np.int32(n_rows)]
@@ -122,6 +125,7 @@ def bench(xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_row
             times.append(xp.cuda.get_elapsed_time(start, stop) / 1e3 / n)
     median = float(np.median(times))
     return {
+        "warps": warps,
         "microseconds": [round(t * 1e6, 2) for t in (median, min(times), max(times))],
         "gb_per_s": round(one.n_bytes / median / 1e9, 1),
         "tflop_per_s": round(2.0 * n_out * n_in * n_rows / median / 1e12, 2),
@@ -132,13 +136,13 @@ def bench(xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_row
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="also write JSON there")
-    parser.add_argument("--warps", type=int, default=4, help="warps a block (default 4)")
+    parser.add_argument("--warps", type=int, default=0, help="warps a block (default: by the matrix)")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of activations")
     given = parser.parse_args()
     xp = open_device("cuda").xp
     module = DeviceModule(read_source("matmul"))
     copied = copy_bandwidth(xp)
-    print(f"copy {copied / 1e9:.0f} GB/s (read and written), {given.warps} warps a block")
+    print(f"copy {copied / 1e9:.0f} GB/s (read and written)")
     results = []
     for what, kind, n_out, n_in in SHAPES:
         for n_rows in given.rows:
@@ -147,12 +151,13 @@ def main() -> int:
             found["share_of_copy"] = round(found["gb_per_s"] * 1e9 / copied, 3)
             results.append(found)
             print(
-                f"{what:16} {kind:6} {n_out:6} x {n_in:5} {n_rows:4} rows {found['microseconds'][0]:9.1f} us "
+                f"{what:16} {kind:6} {n_out:6} x {n_in:5} {n_rows:4} rows {found['warps']:2} warps "
+                f"{found['microseconds'][0]:9.1f} us "
                 f"{found['gb_per_s']:7.0f} GB/s {found['share_of_copy']:6.1%} {found['tflop_per_s']:7.1f} TFLOP/s",
                 flush=True,
             )
     if given.output:
-        record = {"copy_gb_per_s": round(copied / 1e9, 1), "warps": given.warps, "results": results}
+        record = {"copy_gb_per_s": round(copied / 1e9, 1), "results": results}
         given.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -15,7 +15,8 @@ contiguous:
             bits of both.  Q6_K: its sixteen scales of a byte
     d       Q6_K: one for 256 columns, 16 rows together
 
-Rows are filled up to whole tiles, and their scales to whole 256 columns, with zeros. F32 and BF16 stay as they are: their products need no tensor core.
+Rows are filled up to whole tiles, and their scales to whole 256 columns, with zeros. F32 and BF16 stay as they are:
+their products need no tensor core.
 `pack` is array code, and runs where the weights are.
 """
 
