@@ -25,6 +25,17 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
   type* name = reinterpret_cast<type*>(name##_bytes)
 #endif
 
+// --- Bits: (word & mask) | others, in one instruction ---
+#ifdef HOSTCUDA
+inline uint32_t select_or(uint32_t word, uint32_t mask, uint32_t others) { return (word & mask) | others; }
+#else
+__device__ __forceinline__ uint32_t select_or(uint32_t word, uint32_t mask, uint32_t others) {
+  uint32_t result;  // written out: with two constants the compiler makes two instructions of it
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(others));
+  return result;
+}
+#endif
+
 // --- Half precision ---
 #ifdef HOSTCUDA
 inline float f16_to_f32(f16 bits) {

@@ -24,15 +24,22 @@ __device__ __forceinline__ Planes planes_of(const uint8_t* low, const uint8_t* h
   return Planes{low, high, scales, d, n_in / 32, (n_in / 32 + SEGMENT - 1) / SEGMENT};
 }
 
-constexpr f16x2 ONES = 0x3c003c00u;
-constexpr f16x2 MINUS_1024 = 0xe400e400u, MINUS_1032 = 0xe408e408u, MINUS_1040 = 0xe410e410u, MINUS_1056 = 0xe420e420u,
-                MINUS_1152 = 0xe480e480u;
-
-// Codes 0 … 63 put above 1024, where halves are integers, less 1024 and the type's offset: exact.
-template <f16x2 OFFSET>
-__device__ __forceinline__ f16x2 integers(uint32_t codes) {
-  return fma_f16x2(codes | 0x64006400u, ONES, OFFSET);
-}
+// Codes as halves, without conversions: put into the fraction of 1024, where a half counts in ones, or four bits higher,
+// where it counts in sixteenths of that; less 1024 (or 64) and the type's offset. All of it is exact.
+template <int OFFSET>
+struct Integers {
+  static constexpr f16x2 ONE = 0x3c003c00u, SIXTEENTH = 0x2c002c00u, MAGIC = 0x64006400u;
+  // -(1024 + OFFSET) and -(64 + OFFSET), for OFFSET 0, 8, 16 or 32
+  static constexpr f16x2 LESS = (0xe400u + OFFSET) * 0x10001u, LESS_64 = (0xd400u + OFFSET * 16) * 0x10001u;
+  // Bits 0-3 (with `more`, up to 0-5) of both halves of a word.
+  static __device__ __forceinline__ f16x2 low(uint32_t word, uint32_t more = 0) {
+    return fma_f16x2(select_or(word, 0x000f000fu, MAGIC) | more, ONE, LESS);
+  }
+  // Bits 4-7 (with `more`, up to 4-9).
+  static __device__ __forceinline__ f16x2 high(uint32_t word, uint32_t more = 0) {
+    return fma_f16x2(select_or(word, 0x00f000f0u, MAGIC) | more, SIXTEENTH, LESS_64);
+  }
+};
 
 // A small integer as a float, exactly: below 2^23 it is the fraction of 2^23 + n. The conversion instruction is slow.
 __device__ __forceinline__ float small_integer(uint32_t n, float bias) {
@@ -46,7 +53,7 @@ __device__ __forceinline__ float half_of(const uint4& words, int i) {
 }
 
 // The i-th pair of columns of rows r and r + 8 goes to a[i / 2].x[2 * (i % 2)] and the one after it.
-template <f16x2 OFFSET>
+template <int OFFSET>
 struct FourBits {
   static constexpr bool SPLIT = false;
   static constexpr int AHEAD = 8;
@@ -55,16 +62,16 @@ struct FourBits {
     return load_constant<uint2>(w.low + place * 256 + lane * 8);
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      a[i / 2].x[2 * (i % 2)] = integers<OFFSET>(words.x >> 4 * i & 0x000f000fu);
-      a[i / 2].x[2 * (i % 2) + 1] = integers<OFFSET>(words.y >> 4 * i & 0x000f000fu);
-    }
+    using I = Integers<OFFSET>;
+    a[0] = {{I::low(words.x), I::low(words.y), I::high(words.x), I::high(words.y)}};
+    a[1] = {{I::low(words.x >> 8), I::low(words.y >> 8), I::high(words.x >> 8), I::high(words.y >> 8)}};
   }
 };
 
-// Bit n of a byte belongs to nibble n: the i-th pair of columns has bits i and 4 + i.
-template <f16x2 OFFSET>
+// The fifth bits of a lane: two bytes, moved to bits 4-11 and 20-27. There, bits 4 and 20 belong to the pair in a word's
+// bits 0-3, bits 8 and 24 to that in its bits 4-7; shifted by one, the pairs of the word shifted by eight; by two and
+// three, those of row r + 8.
+template <int OFFSET>
 struct FiveBits {
   static constexpr bool SPLIT = false;
   static constexpr int AHEAD = 4;
@@ -76,13 +83,12 @@ struct FiveBits {
     return {load_constant<uint2>(w.low + place * 256 + lane * 8), load_constant<uint16_t>(w.high + place * 64 + lane * 2)};
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-    uint32_t x = (words.high & 0x000fu) << 4 | (words.high & 0x00f0u) << 16;
-    uint32_t y = (words.high & 0x0f00u) >> 4 | (words.high & 0xf000u) << 8;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      a[i / 2].x[2 * (i % 2)] = integers<OFFSET>((words.low.x >> 4 * i & 0x000f000fu) | (x >> i & 0x00100010u));
-      a[i / 2].x[2 * (i % 2) + 1] = integers<OFFSET>((words.low.y >> 4 * i & 0x000f000fu) | (y >> i & 0x00100010u));
-    }
+    using I = Integers<OFFSET>;
+    uint32_t x = words.low.x, y = words.low.y, h = __byte_perm(words.high, 0, 0x4140) << 4;
+    a[0] = {{I::low(x, h & 0x00100010u), I::low(y, h >> 2 & 0x00100010u), I::high(x, h & 0x01000100u),
+             I::high(y, h >> 2 & 0x01000100u)}};
+    a[1] = {{I::low(x >> 8, h >> 1 & 0x00100010u), I::low(y >> 8, h >> 3 & 0x00100010u),
+             I::high(x >> 8, h >> 1 & 0x01000100u), I::high(y >> 8, h >> 3 & 0x01000100u)}};
   }
 };
 
@@ -128,12 +134,12 @@ struct SixBits {
   }
 };
 
-struct Q4_0 : FourBits<MINUS_1032>, EightD {};
-struct Q4_1 : FourBits<MINUS_1024>, EightDM {};
-struct Q5_0 : FiveBits<MINUS_1040>, EightD {};
-struct Q5_1 : FiveBits<MINUS_1024>, EightDM {};
-struct Q4_K : FourBits<MINUS_1024>, SixBits {};
-struct Q5_K : FiveBits<MINUS_1024>, SixBits {};
+struct Q4_0 : FourBits<8>, EightD {};
+struct Q4_1 : FourBits<0>, EightDM {};
+struct Q5_0 : FiveBits<16>, EightD {};
+struct Q5_1 : FiveBits<0>, EightDM {};
+struct Q4_K : FourBits<0>, SixBits {};
+struct Q5_K : FiveBits<0>, SixBits {};
 
 struct Q8_0 : EightD {
   static constexpr bool SPLIT = false;
@@ -143,7 +149,7 @@ struct Q8_0 : EightD {
     return load_constant<uint4>(w.low + place * 512 + lane * 16);
   }
   static __device__ __forceinline__ f16x2 two(uint32_t word, uint32_t selector) {
-    return fma_f16x2(__byte_perm(word ^ 0x80808080u, 0x64646464u, selector), ONES, MINUS_1152);
+    return fma_f16x2(__byte_perm(word ^ 0x80808080u, 0x64646464u, selector), 0x3c003c00u, 0xe480e480u);  // - 1152
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
     a[0] = {{two(words.x, 0x4140), two(words.z, 0x4140), two(words.x, 0x4342), two(words.z, 0x4342)}};
@@ -161,15 +167,15 @@ struct Q6_K {
   static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
     return {load_constant<uint2>(w.low + place * 256 + lane * 8), load_constant<uint32_t>(w.high + place * 128 + lane * 4)};
   }
+  // As FiveBits, with two bits each: bits 4-5, 8-9, 20-21, 24-25, those two higher, and both again eight bits higher
+  // (around the end of the word) for row r + 8.
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-    uint32_t x = (words.high & 0xffu) << 4 | (words.high & 0xff00u) << 12;
-    uint32_t y = (words.high >> 16 & 0xffu) << 4 | (words.high >> 16 & 0xff00u) << 12;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      a[i / 2].x[2 * (i % 2)] = integers<MINUS_1056>((words.low.x >> 4 * i & 0x000f000fu) | (x >> 2 * i & 0x00300030u));
-      a[i / 2].x[2 * (i % 2) + 1] =
-          integers<MINUS_1056>((words.low.y >> 4 * i & 0x000f000fu) | (y >> 2 * i & 0x00300030u));
-    }
+    using I = Integers<32>;
+    uint32_t x = words.low.x, y = words.low.y, h = words.high, g = h >> 8 | h << 24;
+    a[0] = {{I::low(x, h & 0x00300030u), I::low(y, g & 0x00300030u), I::high(x, h & 0x03000300u),
+             I::high(y, g & 0x03000300u)}};
+    a[1] = {{I::low(x >> 8, h >> 2 & 0x00300030u), I::low(y >> 8, g >> 2 & 0x00300030u),
+             I::high(x >> 8, h >> 2 & 0x03000300u), I::high(y >> 8, g >> 2 & 0x03000300u)}};
   }
   struct Scales {
     uint4 factors;

@@ -8,7 +8,7 @@ contiguous:
 
     low   4-bit types: a word of 8 nibbles a row; the even columns in nibbles 0…3, the odd ones in 4…7
           Q8_0: 8 bytes a row.  F16: 8 halves a row
-    high  the fifth bits (Q5_*: a byte a row, bit n for nibble n) or fifth and sixth (Q6_K: 16 bits a row)
+    high  the fifth bits (Q5_*: two bytes a lane) or fifth and sixth (Q6_K: four), in the order of `_high`
     scales  what belongs to 256 columns of a row, 16 rows together:
             Q4_0, Q5_0, Q8_0: eight d.  Q4_1, Q5_1: eight d, then eight m.  MXFP4: eight e
             Q4_K, Q5_K: four words: d and dmin; low nibbles of the eight scales; of the eight minimums; the two upper
@@ -135,11 +135,31 @@ def _codes(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> dic
     low = ordered & 15
     planes = {"low": (low[..., 0::2] | (low[..., 1::2] << 4)).reshape(-1)}
     if "qh" in fields:
-        width = 2 if kind == Type.Q6_K else 1
-        high = (ordered >> 4).astype(xp.uint16) << xp.arange(0, 8 * width, width, dtype=xp.uint16)
-        packed = high.sum(axis=-1, dtype=xp.uint16)
-        planes["high"] = (packed.view(xp.uint8) if width == 2 else packed.astype(xp.uint8)).reshape(-1)
+        planes["high"] = _high(xp, codes >> 4, kind == Type.Q6_K)
     return planes
+
+
+def _high(xp: Any, bits: Array, two: bool) -> Array:
+    """Upper bits of codes in lanes (…, 2 rows, 8 columns) → bytes of the plane `high`.
+
+    A pair of columns i goes with nibbles i and 4 + i of its word. Its bits stand where `quants.cuh` takes them from
+    without a shift or with one: of the first pair at 0, of the second at 4, of the third and fourth a step higher, of
+    row r + 8 two steps; the second column of a pair eight bits (Q5_*), or sixteen (Q6_K, from bit 4 on), above the first.
+    """
+    places = np.zeros((2, 8), np.int64)
+    for row in range(2):
+        for column in range(8):
+            pair, second = divmod(column, 2)
+            if two:
+                place = 4 + 4 * (pair % 2) + 2 * (pair // 2) + 16 * second
+                places[row, column] = (place + 8 * row) % 32
+            else:
+                places[row, column] = 4 * (pair % 2) + pair // 2 + 2 * row + 8 * second
+    dtype = xp.uint32 if two else xp.uint16
+    words = (bits.astype(dtype) << xp.asarray(places.astype(np.uint32 if two else np.uint16))).sum(
+        axis=(-2, -1), dtype=dtype
+    )
+    return words.astype(dtype).view(xp.uint8).reshape(-1)
 
 
 def _in_lanes(xp: Any, field: Array, size: int) -> Array:
