@@ -9,6 +9,7 @@ so many copies of the weights that none is in the cache), GB/s of weights read, 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -138,6 +139,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="also write JSON there")
     parser.add_argument("--warps", type=int, default=0, help="warps a block (default: by the matrix)")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of activations")
+    parser.add_argument("--commit", default="", help="of the sources, for the record")
     given = parser.parse_args()
     xp = open_device("cuda").xp
     module = DeviceModule(read_source("matmul"))
@@ -157,7 +159,15 @@ def main() -> int:
                 flush=True,
             )
     if given.output:
-        record = {"copy_gb_per_s": round(copied / 1e9, 1), "results": results}
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "device": xp.cuda.runtime.getDeviceProperties(0)["name"].decode(),
+            "commit": given.commit,
+            "command": " ".join(["python -m tools.bench_kernels", *sys.argv[1:]]),
+            "cupy": xp.__version__,
+            "copy_gb_per_s": round(copied / 1e9, 1),
+            "results": results,
+        }
         given.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -144,7 +144,7 @@ def _high(xp: Any, bits: Array, two: bool) -> Array:
 
     A pair of columns i goes with nibbles i and 4 + i of its word. Its bits stand where `quants.cuh` takes them from
     without a shift or with one: of the first pair at 0, of the second at 4, of the third and fourth a step higher, of
-    row r + 8 two steps; the second column of a pair eight bits (Q5_*), or sixteen (Q6_K, from bit 4 on), above the first.
+    row r + 8 two steps; the second column of a pair eight bits (Q5_*), or sixteen (Q6_K, from bit 4 on), above.
     """
     places = np.zeros((2, 8), np.int64)
     for row in range(2):
