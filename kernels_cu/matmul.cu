@@ -136,7 +136,7 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
   store<8>(x, tile, first, total, bias, y, n_out);
 }
 
-// The most threads that a block may have, which bounds the registers of each: 64 (rows8), 255 (rows64).
+// The most threads that a block may have bounds the registers of each: 64 or 128 (rows8, at most 16 warps), 255 (rows64).
 #define MATMUL(name, kernel, THREADS, Q)                                                                              \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
       name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, const unsigned char* d,  \
@@ -147,13 +147,13 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
 MATMUL(rows8_q4_0, rows8, 1024, Q4_0)
 MATMUL(rows8_q4_1, rows8, 1024, Q4_1)
 MATMUL(rows8_q5_0, rows8, 1024, Q5_0)
-MATMUL(rows8_q5_1, rows8, 1024, Q5_1)
+MATMUL(rows8_q5_1, rows8, 512, Q5_1)
 MATMUL(rows8_q8_0, rows8, 1024, Q8_0)
 MATMUL(rows8_q4_k, rows8, 1024, Q4_K)
 MATMUL(rows8_q5_k, rows8, 1024, Q5_K)
 MATMUL(rows8_q6_k, rows8, 1024, Q6_K)
 MATMUL(rows8_mxfp4, rows8, 1024, MXFP4)
-MATMUL(rows8_f16, rows8, 1024, F16)
+MATMUL(rows8_f16, rows8, 512, F16)
 MATMUL(rows64_q4_0, rows64, 256, Q4_0)
 MATMUL(rows64_q4_1, rows64, 256, Q4_1)
 MATMUL(rows64_q5_0, rows64, 256, Q5_0)

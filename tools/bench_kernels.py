@@ -94,7 +94,7 @@ def bench(xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_row
     few = n_rows <= 8
     tiles = -(-n_out // 16)
     if not warps:  # as many as keep the whole device busy, and have a segment each
-        warps = min(32, max(1, -(-n_in // 256)), 1 << max(0, (4096 // tiles).bit_length() - 1)) if few else 4
+        warps = min(16, max(1, -(-n_in // 256)), 1 << max(0, (4096 // tiles).bit_length() - 1)) if few else 4
         warps = max(warps, 2)
     grid = (tiles, -(-n_rows // 8)) if few else (-(-tiles // warps), -(-n_rows // 64))
     shared = 512 * -(-n_in // 256) if few else 0
