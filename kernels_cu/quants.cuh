@@ -117,20 +117,24 @@ struct EightDM {
   static __device__ __forceinline__ float minimum(const Scales& s, int j) { return -half_of(s.m, j); }
 };
 
-// d and dmin; low nibbles of eight scales; of eight minimums; upper two bits of both.
+// d and dmin; eight scales and eight minimums of six bits. Two neighbours' are decoded together, as halves.
 struct SixBits {
   static constexpr bool HAS_MINIMUM = true;
   using Scales = uint4;
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
     return load_constant<uint4>(w.scales + (segment * 16 + row) * 16);
   }
+  // Nibbles i and 4 + i of `low`, and above them the bits 4, 5 and 20, 21 of `upper`.
+  static __device__ __forceinline__ float code(uint32_t low, uint32_t upper, int j) {
+    f16x2 both = Integers<0>::low(low >> 4 * (j / 2), upper & 0x00300030u);
+    return f16_to_f32(static_cast<f16>(j % 2 ? both >> 16 : both));
+  }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) {
-    uint32_t code = (s.y >> 4 * j & 15) | (s.w >> 2 * j & 3) << 4;
-    return __fmul_rn(f16_to_f32(static_cast<f16>(s.x)), small_integer(code, 0.0f));
+    uint32_t upper = j < 4 ? s.w << (4 - j / 2 * 2) : s.w >> (j / 2 * 2 - 4);
+    return __fmul_rn(f16_to_f32(static_cast<f16>(s.x)), code(s.y, upper, j));
   }
   static __device__ __forceinline__ float minimum(const Scales& s, int j) {
-    uint32_t code = (s.z >> 4 * j & 15) | (s.w >> (16 + 2 * j) & 3) << 4;
-    return __fmul_rn(f16_to_f32(static_cast<f16>(s.x >> 16)), small_integer(code, 0.0f));
+    return __fmul_rn(f16_to_f32(static_cast<f16>(s.x >> 16)), code(s.z, s.w >> (4 + j / 2 * 2), j));
   }
 };
 

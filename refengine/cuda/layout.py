@@ -11,8 +11,9 @@ contiguous:
     high  the fifth bits (Q5_*: two bytes a lane) or fifth and sixth (Q6_K: four), in the order of `_high`
     scales  what belongs to 256 columns of a row, 16 rows together:
             Q4_0, Q5_0, Q8_0: eight d.  Q4_1, Q5_1: eight d, then eight m.  MXFP4: eight e
-            Q4_K, Q5_K: four words: d and dmin; low nibbles of the eight scales; of the eight minimums; the two upper
-            bits of both.  Q6_K: its sixteen scales of a byte
+            Q4_K, Q5_K: four words: d and dmin; low nibbles of the eight scales, in the order of a word's columns; of
+            the eight minimums; the two upper bits of scales and minimums 0, 2, 4, 6, then of 1, 3, 5, 7
+            Q6_K: its sixteen scales of a byte
     d       Q6_K: one for 256 columns, 16 rows together
 
 Rows are filled up to whole tiles, and their scales to whole 256 columns, with zeros. F32 and BF16 stay as they are:
@@ -111,8 +112,9 @@ def _k_scales(xp: Any, packed: Array) -> Array:
     first, second, third = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
     scales = xp.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=-1)  # (…, 8) u8
     minimums = xp.concatenate([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=-1)  # (…, 8) u8
-    words = [_bits(xp, scales & 15, 4), _bits(xp, minimums & 15, 4)]
-    words.append(_bits(xp, xp.concatenate([scales >> 4, minimums >> 4], axis=-1), 2))
+    scales, minimums = scales[..., list(_NIBBLE_ORDER)], minimums[..., list(_NIBBLE_ORDER)]
+    upper = [scales[..., :4], minimums[..., :4], scales[..., 4:], minimums[..., 4:]]
+    words = [_bits(xp, scales & 15, 4), _bits(xp, minimums & 15, 4), _bits(xp, xp.concatenate(upper, axis=-1) >> 4, 2)]
     return xp.stack(words, axis=-1).view(xp.uint8).reshape(*packed.shape[:-1], 12)
 
 
