@@ -143,7 +143,9 @@ struct Q4_1 : FourBits<0>, EightDM {};
 struct Q5_0 : FiveBits<16>, EightD {};
 struct Q5_1 : FiveBits<0>, EightDM {};
 struct Q4_K : FourBits<0>, SixBits {};
-struct Q5_K : FiveBits<0>, SixBits {};
+struct Q5_K : FiveBits<0>, SixBits {
+  static constexpr int AHEAD = 2;  // its scales take the registers
+};
 
 struct Q8_0 : EightD {
   static constexpr bool SPLIT = false;
