@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
@@ -47,10 +48,7 @@ def validate(arguments: argparse.Namespace) -> int:
         model,
         prompt,
         names=NameMap.read(arguments.names) if arguments.names else None,
-        n_threads=arguments.threads,
-        n_ubatch=arguments.ubatch,
-        flash_attention=arguments.flash_attention,
-        repack=arguments.repack,
+        **_llamacpp(arguments),
     )
     outcome = validate_capture(
         model,
@@ -91,10 +89,7 @@ def _corpus(arguments: argparse.Namespace) -> int:
         kv_type=arguments.kv_type,
         n_ctx=arguments.ctx,
         cpu_cache_mb=arguments.cpu_cache_mb,
-        n_threads=arguments.threads,
-        n_ubatch=arguments.ubatch,
-        flash_attention=arguments.flash_attention,
-        repack=arguments.repack,
+        llamacpp=_llamacpp(arguments),
         tolerances=tuple(_tolerance(text) for text in arguments.tolerance),
     )
     # Every process multiplies matrices: together they should have no more threads than there are cores.
@@ -112,6 +107,15 @@ def _corpus(arguments: argparse.Namespace) -> int:
         return 2
     wrong = [row for row in rows if row["verdict"] != "agrees"]
     return 0 if not wrong else 3 if all(row["verdict"] == "nothing compared" for row in wrong) else 1
+
+
+def _llamacpp(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "n_threads": arguments.threads,
+        "n_ubatch": arguments.ubatch,
+        "flash_attention": arguments.flash_attention,
+        "repack": arguments.repack,
+    }
 
 
 def _console() -> Console:

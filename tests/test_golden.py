@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import refengine
-from refengine.validate.alignment import nmse
 from refengine.validate.capture import LOGITS, Capture
 from refengine.validate.dump import read_dump
+from refengine.validate.metrics import nmse
 from tools.haiku.specs import DENSE
 from tools.make_golden import GOLDEN, MODELS, SEED, ids_of, model_file
 from tools.make_model import TINY, write_spec

@@ -5,7 +5,7 @@ import pytest
 
 import refengine
 from refengine.engine.sampling import SamplingParams
-from refengine.validate.alignment import nmse
+from refengine.validate.metrics import nmse
 from tools.make_model import TINY
 
 pytestmark = pytest.mark.gpu

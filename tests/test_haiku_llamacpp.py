@@ -7,8 +7,8 @@ import pytest
 
 import refengine
 from refengine.model import PACKAGED_MODEL
-from refengine.validate.alignment import nmse
 from refengine.validate.llamacpp import LlamaCpp, quantize
+from refengine.validate.metrics import nmse
 from refengine.validate.replay import replay
 from tools.haiku.corpus import Corpus, chat
 from tools.haiku.export import FILES, export

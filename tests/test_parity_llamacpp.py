@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import refengine
-from refengine.validate.alignment import align, nmse
+from refengine.validate.alignment import align
+from refengine.validate.metrics import nmse
 from refengine.validate.replay import replay
 from tools.make_model import TINY
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from refengine.validate.report_html import exponent, number, to_html
+from refengine.validate.report_html import exponent, to_html
 from refengine.validate.report_json import to_json
+from refengine.validate.report_text import number
 from refengine.validate.run import validate
 from tests.cli_runner import cli
 from tests.zoo import FAULTS, capture, load

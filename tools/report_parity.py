@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import refengine
-from refengine.validate.alignment import nmse
 from refengine.validate.llamacpp import LlamaCpp
+from refengine.validate.metrics import nmse
 from refengine.validate.replay import replay
 from tools.haiku.corpus import Corpus
 from tools.haiku.export import FILES, export

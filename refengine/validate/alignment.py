@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from refengine.errors import TraceError
+from refengine.trace import to_numpy
+from refengine.validate.metrics import nmse
 
 SCORES = ("kq-", "kq_soft_max-")  # the peer pads these to its cache; columns past the prompt are not part of the model
 HEADS_FIRST = (*SCORES, "kqv-")  # (n_head, n_tokens, …)
 FAR, NEAR = 0.5, 0.05  # NMSE: unrelated values are 2 apart, those of a float16 engine less than 0.001
-
-
-def nmse(value: np.ndarray, reference: np.ndarray) -> float:
-    """Normalised mean square error: mean((value - reference)²) / mean(reference²), in float64."""
-    wide = reference.astype(np.float64)
-    power = float(np.mean(np.square(wide)))
-    error = float(np.mean(np.square(value.astype(np.float64) - wide)))
-    return error / power if power else (0.0 if error == 0.0 else float("inf"))
 
 
 def align(name: str, peer: np.ndarray, ours: np.ndarray, *, rows_cut: bool = False) -> tuple[np.ndarray, str]:
@@ -80,6 +77,19 @@ def put_into(name: str, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.concatenate([kept, theirs.astype(ours.dtype)], axis=axis)
 
 
+def substitution(
+    name: str, theirs: np.ndarray, look: Callable[[np.ndarray], None]
+) -> Callable[[Any], np.ndarray]:
+    """For `Trace`'s replace: shows `look` the rows of ours that an aligned tensor has, and goes on with that tensor."""
+
+    def replacement(ours: Any) -> np.ndarray:
+        values = to_numpy(ours)
+        look(part_of(name, values, theirs))
+        return put_into(name, values, theirs)
+
+    return replacement
+
+
 def row_axis(name: str) -> int:
     """The axis of our tensor along which the prompt's positions lie."""
     return 1 if name.startswith(HEADS_FIRST) else 0
@@ -89,11 +99,10 @@ def _last_rows(x: np.ndarray, axis: int, n: int) -> np.ndarray:
     return x[:, x.shape[1] - n :] if axis else x[len(x) - n :]
 
 
-def _merges(lengths: list[int], shape: tuple[int, ...]) -> bool:
+def _merges(lengths: Sequence[int], shape: Sequence[int]) -> bool:
     """Whether `shape` is `lengths` with neighbours merged or split; lengths of 1 do not count."""
-    ends = set(itertools.accumulate((n for n in lengths if n != 1), initial=1, func=lambda a, b: a * b))
-    others = set(itertools.accumulate((n for n in shape if n != 1), initial=1, func=lambda a, b: a * b))
-    return ends <= others or others <= ends
+    ours, theirs = (set(itertools.accumulate(sizes, operator.mul, initial=1)) for sizes in (lengths, shape))
+    return ours <= theirs or theirs <= ours
 
 
 def _in_order(peer: np.ndarray, shape: tuple[int, ...], order: tuple[int, ...]) -> np.ndarray:

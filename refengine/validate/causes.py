@@ -11,15 +11,15 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from refengine.model import Model
-from refengine.trace import Trace, to_numpy
-from refengine.validate.alignment import nmse, part_of, put_into, row_axis
+from refengine.trace import Trace
+from refengine.validate.alignment import row_axis, substitution
 from refengine.validate.judge import POINTWISE, TensorVerdict, Verdict
-from refengine.validate.metrics import compare
+from refengine.validate.metrics import compare, nmse
 from refengine.validate.mistakes import hypotheses
 
 MATCH = 1e-3  # of the unexplained error at most, in NMSE, for a hypothesis to count: it must explain nearly all of it
@@ -30,8 +30,7 @@ def likely_causes(model: Model, verdict: Verdict, wrong: TensorVerdict) -> list[
     """The mistakes that explain this tensor, the best explanation first. Costs a forward pass for each one tried."""
     tensors, ids = verdict.capture.tensors, verdict.capture.ids
     limit = max(wrong.threshold, MATCH * wrong.local.nmse)
-    right = _replayed(model, ids, tensors, wrong.name)
-    theirs = tensors[wrong.name]
+    right, theirs = verdict.replayed[wrong.name], tensors[wrong.name]
     found: list[tuple[float, str]] = []
     for hypothesis in hypotheses(model, first_wrong_row(wrong, theirs, right)):
         if re.search(hypothesis.tensors, wrong.name):
@@ -43,12 +42,9 @@ def likely_causes(model: Model, verdict: Verdict, wrong: TensorVerdict) -> list[
     return [text for _, text in sorted(found, key=lambda entry: entry[0])]
 
 
-def whereabouts(model: Model, verdict: Verdict, wrong: TensorVerdict) -> str:
-    """Where in the tensor the error sits, in words; empty where it is everywhere. Costs a forward pass."""
-    theirs = verdict.capture.tensors[wrong.name]
-    right = _replayed(model, verdict.capture.ids, verdict.capture.tensors, wrong.name)
-    if right.ndim == 0 or right.shape != theirs.shape:
-        return ""
+def whereabouts(verdict: Verdict, wrong: TensorVerdict) -> str:
+    """Where in the tensor the error sits, in words; empty where it is everywhere."""
+    right, theirs = verdict.replayed[wrong.name], verdict.capture.tensors[wrong.name]
     token_axis, places = row_axis(wrong.name), []
     first_token = len(verdict.capture.ids) - right.shape[token_axis]  # rows may be cut to the last ones
     for axis in range(right.ndim):
@@ -66,10 +62,7 @@ def whereabouts(model: Model, verdict: Verdict, wrong: TensorVerdict) -> str:
 
 def first_wrong_row(wrong: TensorVerdict, theirs: np.ndarray, right: np.ndarray) -> int:
     """The first token at which the tensor is wrong; 0 where that cannot be said."""
-    axis = row_axis(wrong.name)
-    if right.ndim < 2 or right.shape != theirs.shape:
-        return 0
-    rows = _wrong_along(axis, theirs, right, wrong.threshold)
+    rows = _wrong_along(row_axis(wrong.name), theirs, right, wrong.threshold)
     return rows[0] if rows else 0
 
 
@@ -128,16 +121,14 @@ def _replayed(model: Model, ids: list[int], tensors: Mapping[str, np.ndarray], n
     """What this model makes of tensor `name` on the capture's inputs, in the rows that the capture has."""
     result: list[np.ndarray] = []
 
-    def at(other: str) -> Callable[[np.ndarray], np.ndarray]:
-        def replacement(ours: np.ndarray) -> np.ndarray:
-            values = to_numpy(ours)
-            if other == name:
-                result.append(part_of(other, values, tensors[other]))
-                raise _Reached
-            return put_into(other, values, tensors[other])
+    def reached(ours: np.ndarray) -> None:
+        result.append(ours)
+        raise _Reached
 
-        return replacement
+    def passed(ours: np.ndarray) -> None:
+        """On the way: of no interest."""
 
+    replace = {n: substitution(n, theirs, reached if n == name else passed) for n, theirs in tensors.items()}
     with contextlib.suppress(_Reached):
-        model.forward(ids, trace=Trace(replace={other: at(other) for other in tensors}), chunk=len(ids))
+        model.forward(ids, trace=Trace(replace=replace), chunk=len(ids))
     return result[0]

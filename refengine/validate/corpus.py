@@ -6,10 +6,11 @@ import hashlib
 import json
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """Of both engines: what `refengine.load` and `capture_peer` take."""
+    """Of both engines: what `refengine.load` and `capture_peer` take; llamacpp: options of llama.cpp by name."""
 
     peer: str
     device: str = "cpu"
@@ -37,10 +38,7 @@ class Settings:
     kv_type: str | None = None
     n_ctx: int | None = None
     cpu_cache_mb: int | None = 0
-    n_threads: int = 2
-    n_ubatch: int | None = None
-    flash_attention: bool = False
-    repack: bool = False
+    llamacpp: dict[str, Any] = field(default_factory=dict)
     tolerances: tuple[tuple[str, float], ...] = ()
 
 
@@ -76,10 +74,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         prompts.append(Prompt(one_line(str(entry.get("id", f"line {number}"))), value))
     if not prompts:
         raise RequestError(f"{path} has no prompt; write one a line, as JSON")
-    names = [p.name for p in prompts]
-    twice = next((n for n in names if names.count(n) > 1), None)
-    if twice is not None:
-        raise RequestError(f"{path}: two prompts have the id {twice!r}")
+    twice = [name for name, n in Counter(p.name for p in prompts).items() if n > 1]
+    if twice:
+        raise RequestError(f"{path}: two prompts have the id {twice[0]!r}")
     return prompts
 
 
@@ -167,15 +164,7 @@ def _run(key: str, path: Path, sha256: str, prompt: Prompt, settings: Settings) 
     try:
         model = _model(path, settings)
         ids = model.prompt_ids(prompt.value)
-        capture = capture_peer(
-            settings.peer,
-            model,
-            ids,
-            n_threads=settings.n_threads,
-            n_ubatch=settings.n_ubatch,
-            flash_attention=settings.flash_attention,
-            repack=settings.repack,
-        )
+        capture = capture_peer(settings.peer, model, ids, **settings.llamacpp)
         outcome = validate(model, capture, tolerances=settings.tolerances, model_sha256=sha256)
     except RefengineError as e:
         return {**row, "error": one_line(str(e))}

@@ -17,7 +17,6 @@ from refengine.validate.alignment import part_of, put_into
 from refengine.validate.capture import Capture
 from refengine.validate.judge import Verdict
 from refengine.validate.metrics import LogitMetrics, compare_logits
-from refengine.validate.replay import replay
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Graft:
 
 
 def graft(model: Model, verdict: Verdict, name: str) -> Graft:
-    """What the own error of tensor `name` does to the logits. Costs four forward passes.
+    """What the own error of tensor `name` does to the logits. Costs three forward passes.
 
     Raises ValueError for a tensor that has no own error in this verdict.
     """
@@ -38,8 +37,7 @@ def graft(model: Model, verdict: Verdict, name: str) -> Graft:
     if name not in wrong:
         raise ValueError(f"tensor {name} has no error of its own")
     capture = verdict.capture
-    _, compared = replay(model, capture.ids, capture.tensors)
-    errors = {other: _change(other, *compared[other]) for other in wrong}
+    errors = {other: _change(other, verdict.replayed[other], capture.tensors[other]) for other in wrong}
     right = _logits(model, capture, errors, ())
     alone = _logits(model, capture, errors, (name,))
     others = _logits(model, capture, errors, (other for other in wrong if other != name))

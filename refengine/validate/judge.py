@@ -32,9 +32,9 @@ from refengine.errors import ModelError, RequestError
 from refengine.model import Model
 from refengine.ops import Ops
 from refengine.trace import Trace, to_numpy
-from refengine.validate.alignment import align, may_be_cut, nmse, part_of, put_into, row_axis
+from refengine.validate.alignment import align, may_be_cut, part_of, row_axis, substitution
 from refengine.validate.capture import LOGITS, Capture
-from refengine.validate.metrics import LogitMetrics, TensorMetrics, compare, compare_logits
+from refengine.validate.metrics import LogitMetrics, TensorMetrics, compare, compare_logits, nmse
 
 SUM_MARGIN = 16.0
 POINTWISE = 3e-14
@@ -76,7 +76,8 @@ class Verdict:
 
     tensors: in order of evaluation. missing: ours that the capture lacks. unknown: those of the capture that we lack.
     logits: our own free run against the capture's, of the positions that it has.
-    capture: what was judged, its tensors in our shapes and order (`validate.alignment`).
+    capture: what was judged, its tensors in our shapes and order (`validate.alignment`). replayed: by name, what we get
+    on its inputs, in the rows that it has.
     """
 
     tensors: tuple[TensorVerdict, ...]
@@ -84,6 +85,7 @@ class Verdict:
     unknown: tuple[str, ...]
     logits: LogitMetrics | None
     capture: Capture = field(repr=False)
+    replayed: Mapping[str, np.ndarray] = field(repr=False)
 
     def __bool__(self) -> bool:
         return self.exit_code == AGREES
@@ -126,7 +128,6 @@ def judge(
         )
     model.check_ids(capture.ids)
     patterns = [(_expression(text), value) for text, value in tolerances]
-    peer = capture.tensors
 
     progress("our own run")
     own = _Run(capture.tensors)
@@ -172,6 +173,7 @@ def judge(
         unknown=tuple(name for name in peer if name not in own.seen),
         logits=_logits(other_sums, capture, logits, list(own.seen)),
         capture=capture,
+        replayed=replayed.values,
     )
 
 
@@ -192,9 +194,7 @@ def _aligned(capture: Capture, own: Mapping[str, np.ndarray], n_layer: int) -> t
     return replace(capture, tensors=tensors), layouts
 
 
-def _logits(
-    other_sums: Model, capture: Capture, ours: np.ndarray, names: Sequence[str]
-) -> LogitMetrics | None:
+def _logits(other_sums: Model, capture: Capture, ours: np.ndarray, names: Sequence[str]) -> LogitMetrics | None:
     """The capture's logits against ours; what rounding may do is measured only where a token flips."""
     if LOGITS not in capture.tensors:
         return None
@@ -272,17 +272,14 @@ class _Run:
         return shaken  # Trace puts it on the tensor's device
 
     def _at(self, name: str) -> Callable[[np.ndarray], np.ndarray]:
-        def keep(ours: np.ndarray) -> np.ndarray:
-            self.values[name] = to_numpy(ours)
+        def keep(ours: np.ndarray) -> None:
+            if self._reference is None:
+                self.values[name] = ours
+            else:
+                self.distances[name] = nmse(ours, self._reference[name])
+
+        def look(ours: np.ndarray) -> np.ndarray:
+            keep(to_numpy(ours))
             return ours
 
-        def substitute(ours: np.ndarray) -> np.ndarray:
-            values, theirs = to_numpy(ours), self._peer[name]
-            part = part_of(name, values, theirs)
-            if self._reference is None:
-                self.values[name] = part
-            else:
-                self.distances[name] = nmse(part, self._reference[name])
-            return put_into(name, values, theirs)
-
-        return substitute if self._substitute else keep
+        return substitution(name, self._peer[name], keep) if self._substitute else look

@@ -94,6 +94,14 @@ def compare(value: np.ndarray, reference: np.ndarray) -> TensorMetrics:
     )  # fmt: skip
 
 
+def nmse(value: np.ndarray, reference: np.ndarray) -> float:
+    """Normalised mean square error: mean((value - reference)²) / mean(reference²), in float64."""
+    wide = reference.astype(np.float64)
+    power = float(np.mean(np.square(wide)))
+    error = float(np.mean(np.square(value.astype(np.float64) - wide)))
+    return error / power if power else (0.0 if error == 0.0 else float("inf"))
+
+
 def _nmse(error: np.ndarray, reference: np.ndarray) -> float:
     # Scaled, so that squares of huge values do not overflow.
     scale = float(np.abs(reference).max())

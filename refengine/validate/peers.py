@@ -49,7 +49,7 @@ def capture_peer(
 
     peer:  `llama.cpp`; `refengine:SETTING,…` with settings among the profiles, KV types and devices
            (`refengine:exact64`, `refengine:cuda,f16`); else the path of a dump, which has its own prompt.
-    names: for a dump. The rest is llama.cpp's.
+    names: for a dump. The rest is llama.cpp's (`LlamaCpp`).
     Raises RequestError for a setting that does not exist or ids that do not fit, DumpError, and what engines raise.
     """
     if is_dump(peer):

@@ -9,6 +9,8 @@ from typing import Any
 
 import jinja2
 
+from refengine.validate.report_text import number
+
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 LEVELS = 8  # of colour
 TINY = 1e-300  # for logarithms of 0
@@ -37,11 +39,6 @@ def to_html(report: Report) -> str:
         ],
         kl=_bars(report["logits"]),
     )
-
-
-def number(value: float | None) -> str:
-    """As the terminal shows it: two digits. JSON's null stands for what is not finite."""
-    return "not finite" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
 def _heat_map(tensors: list[Report], level: Any, which: str) -> dict[str, Any]:

@@ -84,14 +84,15 @@ def _table(verdict: Verdict, show_all: bool) -> Table:
     for t in rows:
         mark = "own error" if t.own_error else "inherited" if t.total.nmse > 4 * t.threshold else ""
         table.add_row(
-            escape(t.name), _number(t.local.nmse), _number(t.threshold), _number(t.total.nmse),
-            _number(t.total.max_abs), f"{t.local.ulp_p99:.0f}", mark, style="red" if t.own_error else None,
+            escape(t.name), number(t.local.nmse), number(t.threshold), number(t.total.nmse),
+            number(t.total.max_abs), f"{t.local.ulp_p99:.0f}", mark, style="red" if t.own_error else None,
         )  # fmt: skip
     return table
 
 
-def _number(value: float) -> str:
-    return "0" if value == 0 else f"{value:.1e}"
+def number(value: float | None) -> str:
+    """Two digits. JSON's null stands for what is not finite."""
+    return "not finite" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
 def _logit_lines(verdict: Verdict) -> list[str]:

@@ -59,7 +59,7 @@ def validate(
     first, causes, where, grafted = verdict.first_own_error, [], "", None
     if first is not None:
         progress(f"known mistakes, tried on {first.name}")
-        where = whereabouts(model, verdict, first)
+        where = whereabouts(verdict, first)
         causes = likely_causes(model, verdict, first)
         progress(f"what {first.name} does to the logits")
         grafted = graft(model, verdict, first.name)
