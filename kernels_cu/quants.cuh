@@ -52,6 +52,16 @@ __device__ __forceinline__ float half_of(const uint4& words, int i) {
   return f16_to_f32(static_cast<f16>(i % 2 ? word >> 16 : word));
 }
 
+// What a lane has of a tile in nibbles: a word of row r, one of row r + 8.
+__device__ __forceinline__ uint2 nibble_words(const Planes& w, long long place, int lane) {
+  return load_constant<uint2>(w.low + place * 256 + lane * 8);
+}
+
+// Four words of scales a row and segment.
+__device__ __forceinline__ uint4 scale_words(const Planes& w, long long segment, int row) {
+  return load_constant<uint4>(w.scales + (segment * 16 + row) * 16);
+}
+
 // The i-th pair of columns of rows r and r + 8 goes to a[i / 2].x[2 * (i % 2)] and the one after it.
 template <int OFFSET>
 struct FourBits {
@@ -59,7 +69,7 @@ struct FourBits {
   static constexpr int AHEAD = 8;
   using Words = uint2;
   static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
-    return load_constant<uint2>(w.low + place * 256 + lane * 8);
+    return nibble_words(w, place, lane);
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
     using I = Integers<OFFSET>;
@@ -80,7 +90,7 @@ struct FiveBits {
     uint32_t high;
   };
   static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
-    return {load_constant<uint2>(w.low + place * 256 + lane * 8), load_constant<uint16_t>(w.high + place * 64 + lane * 2)};
+    return {nibble_words(w, place, lane), load_constant<uint16_t>(w.high + place * 64 + lane * 2)};
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
     using I = Integers<OFFSET>;
@@ -122,7 +132,7 @@ struct SixBits {
   static constexpr bool HAS_MINIMUM = true;
   using Scales = uint4;
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return load_constant<uint4>(w.scales + (segment * 16 + row) * 16);
+    return scale_words(w, segment, row);
   }
   // Nibbles i and 4 + i of `low`, and above them the bits 4, 5 and 20, 21 of `upper`.
   static __device__ __forceinline__ float code(uint32_t low, uint32_t upper, int j) {
@@ -171,7 +181,7 @@ struct Q6_K {
     uint32_t high;
   };
   static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
-    return {load_constant<uint2>(w.low + place * 256 + lane * 8), load_constant<uint32_t>(w.high + place * 128 + lane * 4)};
+    return {nibble_words(w, place, lane), load_constant<uint32_t>(w.high + place * 128 + lane * 4)};
   }
   // As FiveBits, with two bits each: bits 4-5, 8-9, 20-21, 24-25, those two higher, and both again eight bits higher
   // (around the end of the word) for row r + 8.
@@ -188,7 +198,7 @@ struct Q6_K {
     float d;
   };
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return {load_constant<uint4>(w.scales + (segment * 16 + row) * 16),
+    return {scale_words(w, segment, row),
             f16_to_f32(load_constant<f16>(w.d + (segment * 16 + row) * 2))};
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int half) {
@@ -206,7 +216,7 @@ struct MXFP4 {
   static constexpr int AHEAD = 8;
   using Words = uint2;
   static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
-    return load_constant<uint2>(w.low + place * 256 + lane * 8);
+    return nibble_words(w, place, lane);
   }
   static __device__ __forceinline__ f16x2 values(uint32_t codes) {
     // The code for -0 is +0 in ggml: adding +0 makes it so.

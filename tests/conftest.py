@@ -36,3 +36,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory):
         return file
 
     return path
+
+
+@pytest.fixture(scope="module", params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request: pytest.FixtureRequest) -> str:
+    """Where kernels run: in the host build, or on a GPU."""
+    return request.param

@@ -11,8 +11,6 @@ from refengine.cuda.source import read_source
 from refengine.device import open_device
 from refengine.errors import DeviceError
 
-PLACES = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
-
 
 class Kernels:
     """`launch` as the modules of refengine.cuda have it; on the GPU, arrays go there and those written come back."""

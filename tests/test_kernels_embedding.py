@@ -1,7 +1,5 @@
 """The device's order of weights, through the kernel that reads it back: every value is ggml's, to the bit."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -11,17 +9,12 @@ from refengine.cuda.layout import activation_order, pack
 from refengine.errors import ModelError
 from refengine.weights import Matrix
 from tests.kernel_matrices import TILED, random_matrix
-from tests.kernel_runner import PLACES, Kernels
+from tests.kernel_runner import Kernels
 
 
-@pytest.fixture(scope="module", params=PLACES)
-def module(request: pytest.FixtureRequest) -> Kernels:
-    return Kernels("embedding", request.param)
-
-
-def planes(packed: Any) -> list[Any]:
-    found = packed.planes
-    return [found.get(name) for name in ("low", "high", "scales", "d")]
+@pytest.fixture(scope="module")
+def module(place: str) -> Kernels:
+    return Kernels("embedding", place)
 
 
 @pytest.mark.parametrize("kind", TILED)
@@ -33,7 +26,7 @@ def test_every_value_is_bit_exact(kind: str, shape: tuple[int, int], module: Ker
     ids = np.random.default_rng(1).permutation(n_out).astype(np.int32)
     out = np.full((n_out, n_in), np.nan, np.float32)
     grid = (n_out, -(-(n_in // 32) // 8))
-    module.launch(f"embedding_{kind.lower()}", grid, (32,), [*planes(packed), ids, out, np.int32(n_in)])
+    module.launch(f"embedding_{kind.lower()}", grid, (32,), [*packed.arguments(), ids, out, np.int32(n_in)])
     expected = quants.dequantize(np, w.data, w.type, shape)[ids]
     np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
 

@@ -9,16 +9,10 @@ from refengine import quants
 from refengine.cuda.layout import activation_order, pack
 from refengine.cuda.reference import activations_f16, block_sums
 from tests.kernel_matrices import TILED, random_matrix
-from tests.kernel_runner import PLACES, Kernels
-from tests.test_kernels_embedding import planes
+from tests.kernel_runner import Kernels
 
 EPS = 2.0**-24  # float32, half a unit in the last place
 HALF = 2.0**-11  # float16, the same
-
-
-@pytest.fixture(scope="module", params=PLACES)
-def place(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +44,7 @@ def product(
     few = kernel.startswith("rows8")
     grid = (tiles, -(-n_rows // 8)) if few else (-(-tiles // warps), -(-n_rows // 64))
     sizes = [np.int32(n_out), np.int32(n_in), np.int32(n_rows)]
-    arguments = [*planes(pack(np, w)), *given, bias, y, *sizes]
+    arguments = [*pack(np, w).arguments(), *given, bias, y, *sizes]
     module.launch(f"{kernel}_{w.type.name.lower()}", grid, (32 * warps,), arguments, 512 * segments if few else 0)
     return y
 

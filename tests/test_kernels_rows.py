@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 
 from refengine.ops import activation, attention, norm, rope
-from tests.kernel_runner import PLACES, Kernels
+from tests.kernel_runner import Kernels
 
 EPS = 2.0**-24  # float32, half a unit in the last place
-
-
-@pytest.fixture(scope="module", params=PLACES)
-def place(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(scope="module")

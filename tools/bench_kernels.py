@@ -57,10 +57,6 @@ def repeated_matrix(xp: Any, kind: str, n_out: int, n_in: int) -> PackedMatrix:
     return PackedMatrix("bench", fmt.type, (n_out, n_in), planes)
 
 
-def arguments_of(packed: PackedMatrix) -> list[Any]:
-    return [packed.planes.get(name) for name in ("low", "high", "scales", "d")]
-
-
 def seconds(xp: Any, run: Any, n: int) -> list[float]:
     """Seconds of one of `run(i)`, i from 0 to n - 1, for every round; the first round warms up."""
     times = []
@@ -85,7 +81,7 @@ def copy_bandwidth(xp: Any) -> float:
 def bench(xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_rows: int, warps: int) -> dict[str, Any]:
     one = repeated_matrix(xp, kind, n_out, n_in)
     n_copies = max(1, -(-COLD_BYTES // one.n_bytes)) if n_rows <= 64 else 2
-    copies = [arguments_of(one)]
+    copies = [one.arguments()]
     for _ in range(n_copies - 1):
         copies.append([None if a is None else a.copy() for a in copies[0]])
     x = xp.zeros((n_rows, n_in), xp.uint16)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from refengine.cuda.cache import cache_folder, digest
-from refengine.cuda.source import Source, check_arguments
+from refengine.cuda.source import Source, check_arguments, three
 from refengine.errors import KernelError
 
 _HERE = Path(__file__).resolve().parents[1]
@@ -83,8 +83,8 @@ class HostModule:
             kernel.encode(),
             ctypes.cast(self._library[f"hostcuda_call_{kernel}"], ctypes.c_void_p),
             pointers,
-            (ctypes.c_uint * 3)(*_three(grid)),
-            (ctypes.c_uint * 3)(*_three(block)),
+            (ctypes.c_uint * 3)(*three(grid)),
+            (ctypes.c_uint * 3)(*three(block)),
             ctypes.c_size_t(shared_bytes),
             given,
             len(buffers),
@@ -93,11 +93,6 @@ class HostModule:
         )
         if error is not None:
             raise KernelError(error.decode(errors="replace"))
-
-
-def _three(sizes: Sequence[int]) -> tuple[int, int, int]:
-    x, y, z = (*sizes, 1, 1, 1)[:3]
-    return x, y, z
 
 
 def toolchain() -> Path:

@@ -51,6 +51,10 @@ class PackedMatrix:
     shape: tuple[int, ...]
     planes: dict[str, Array]
 
+    def arguments(self) -> list[Array | None]:
+        """The planes as kernels take them: low, high, scales, d; None for those that the type lacks."""
+        return [self.planes.get(name) for name in ("low", "high", "scales", "d")]
+
     @property
     def n_bytes(self) -> int:
         return sum(int(plane.nbytes) for plane in self.planes.values())
@@ -77,7 +81,7 @@ def pack(xp: Any, w: Any) -> PackedMatrix:
     fields = {}
     for name, (sub, offset, *_) in fmt.dtype.fields.items():
         fields[name] = tiles[..., offset : offset + sub.itemsize]
-    return PackedMatrix(w.name, w.type, tuple(w.shape), _codes(xp, w.type, fields) | _scales(xp, w.type, fields))
+    return PackedMatrix(w.name, w.type, tuple(w.shape), _codes(xp, w.type, tiles, fields) | _scales(xp, w.type, fields))
 
 
 def _scales(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> dict[str, Array]:
@@ -109,9 +113,7 @@ def _rows_together(xp: Any, field: Array) -> Array:
 
 def _k_scales(xp: Any, packed: Array) -> Array:
     """Twelve bytes of 6-bit scales and minimums → three words (see the module)."""
-    first, second, third = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
-    scales = xp.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=-1)  # (…, 8) u8
-    minimums = xp.concatenate([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=-1)  # (…, 8) u8
+    scales, minimums = quants.six_bit_scales(xp, packed.reshape(-1, 12))  # (n, 8) u8
     scales, minimums = scales[..., list(_NIBBLE_ORDER)], minimums[..., list(_NIBBLE_ORDER)]
     upper = [scales[..., :4], minimums[..., :4], scales[..., 4:], minimums[..., 4:]]
     words = [_bits(xp, scales & 15, 4), _bits(xp, minimums & 15, 4), _bits(xp, xp.concatenate(upper, axis=-1) >> 4, 2)]
@@ -119,20 +121,18 @@ def _k_scales(xp: Any, packed: Array) -> Array:
 
 
 def _bits(xp: Any, values: Array, width: int) -> Array:
-    """The last axis, small integers, packed into a word each `width` bits: (…) u32."""
-    shifts = xp.arange(0, 32, width, dtype=xp.uint32)
-    return xp.bitwise_or.reduce(values.astype(xp.uint32) << shifts, axis=-1) if xp is np else (
-        (values.astype(xp.uint32) << shifts).sum(axis=-1, dtype=xp.uint32)
-    )
+    """The last axis, integers of `width` bits, packed into a word each: (…) u32."""
+    return (values.astype(xp.uint32) << xp.arange(0, 32, width, dtype=xp.uint32)).sum(axis=-1, dtype=xp.uint32)
 
 
-def _codes(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> dict[str, Array]:
+def _codes(xp: Any, kind: GGMLQuantizationType, tiles: Array, fields: dict[str, Array]) -> dict[str, Array]:
     """Planes `low` and, where there is one, `high`."""
     if kind == Type.F16:
         return {"low": _in_lanes(xp, fields["x"], 2).reshape(-1)}
     if kind == Type.Q8_0:
         return {"low": _in_lanes(xp, fields["qs"], 1).reshape(-1)}
-    codes = _lane_codes(xp, kind, fields)  # (n_tiles, n_in / 32, 32 lanes, 2 rows, 8 columns) u8
+    natural = quants.codes(xp, tiles.reshape(-1, tiles.shape[-1]), kind).reshape(*tiles.shape[:2], -1)
+    codes = _in_lanes(xp, natural, 1).reshape(len(tiles), -1, 32, 2, 8)  # (n_tiles, n_in / 32, lanes, rows, columns)
     ordered = codes[..., list(_NIBBLE_ORDER)]
     low = ordered & 15
     planes = {"low": (low[..., 0::2] | (low[..., 1::2] << 4)).reshape(-1)}
@@ -174,27 +174,3 @@ def activation_order(n_in: int) -> np.ndarray:
     """Which column stands at each place of an activation row: (n_in,) int64."""
     within = np.arange(TILE_COLUMNS).reshape(2, 4, 4).transpose(1, 0, 2).reshape(-1)
     return (np.arange(0, n_in, TILE_COLUMNS)[:, None] + within).reshape(-1)
-
-
-def _lane_codes(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> Array:
-    """The integer codes of a type with nibbles, in lanes."""
-    rows = fields["ql" if "ql" in fields else "qs"].shape[:2]
-    if kind == Type.Q6_K:
-        low = fields["ql"].reshape(*rows, -1, 2, 1, 2, 32)
-        nibbles = xp.concatenate([low & 15, low >> 4], axis=-3)  # 128 elements: four groups of 32
-        shifts = xp.arange(0, 8, 2, dtype=xp.uint8)[:, None]
-        high = (fields["qh"].reshape(*rows, -1, 2, 1, 32) >> shifts) & 3
-        codes = nibbles.reshape(*rows, -1, 2, 4, 32) | (high << 4)
-    elif kind in (Type.Q4_K, Type.Q5_K):
-        packed = fields["qs"].reshape(*rows, -1, 4, 1, 32)
-        codes = xp.concatenate([packed & 15, packed >> 4], axis=-2).reshape(*rows, -1, 8, 32)
-        if "qh" in fields:
-            shifts = xp.arange(8, dtype=xp.uint8)[:, None]
-            codes = codes | (((fields["qh"].reshape(*rows, -1, 1, 32) >> shifts) & 1) << 4)
-    else:
-        packed = fields["qs"].reshape(*rows, -1, 1, 16)
-        codes = xp.concatenate([packed & 15, packed >> 4], axis=-2)
-        if "qh" in fields:
-            bits = xp.unpackbits(xp.ascontiguousarray(fields["qh"]).reshape(-1), bitorder="little")
-            codes = codes.reshape(*rows, -1, 32) | (bits.reshape(*rows, -1, 32) << 4)
-    return _in_lanes(xp, codes.reshape(*rows, -1), 1).reshape(rows[0], -1, 32, 2, 8)

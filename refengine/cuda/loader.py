@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from refengine.cuda.cache import cache_folder, digest, write_whole
-from refengine.cuda.source import Source, check_arguments
+from refengine.cuda.source import Source, check_arguments, three
 from refengine.errors import DeviceError, KernelError
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
@@ -132,7 +132,7 @@ class DeviceModule:
             if shared_bytes > STATIC_LIMIT:
                 attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 self._driver.funcSetAttribute(function.ptr, attribute, shared_bytes)
-            function((*grid, 1, 1)[:3], (*block, 1, 1)[:3], given, shared_bytes)
+            function(three(grid), three(block), given, shared_bytes)
         except RuntimeError as e:  # CUDADriverError
             raise KernelError(f"{kernel}: launch of grid {tuple(grid)}, block {tuple(block)} refused: {e}") from None
 

@@ -109,6 +109,12 @@ def _parameters(file: str, kernel: str, text: str) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
+def three(sizes: Sequence[int]) -> tuple[int, int, int]:
+    """A grid or block of one to three sizes, as launches take it."""
+    x, y, z = (*sizes, 1, 1)[:3]
+    return x, y, z
+
+
 def check_arguments(source: Source, kernel: str, arguments: Sequence[Any]) -> tuple[Parameter, ...]:
     """That arrays and NumPy scalars fit the kernel's parameters in number and type. Raises KernelError; see W-1431."""
     if kernel not in source.kernels:

@@ -1,11 +1,20 @@
 """Quantised formats: block layouts, dequantisation and activation rounding, bit for bit as ggml has them."""
 
 from refengine.quants.activations import q8_1_residual, q8_1_sums, quantize_activation, round_activation
-from refengine.quants.blocks import SUPPORTED, QuantFormat, dequantize, mins, require_supported
+from refengine.quants.blocks import (
+    SUPPORTED,
+    QuantFormat,
+    codes,
+    dequantize,
+    mins,
+    require_supported,
+    six_bit_scales,
+)
 
 __all__ = [
     "SUPPORTED",
     "QuantFormat",
+    "codes",
     "dequantize",
     "mins",
     "q8_1_residual",
@@ -13,4 +22,5 @@ __all__ = [
     "quantize_activation",
     "require_supported",
     "round_activation",
+    "six_bit_scales",
 ]

@@ -101,20 +101,24 @@ def _decode_f32(xp: ModuleType, blocks: Fields, out: Array) -> None:
 
 
 def _decode_q4_0(xp: ModuleType, blocks: Fields, out: Array) -> None:
-    codes = _nibbles(xp, blocks.u8("qs"), 1).reshape(-1, 32)
+    codes = _codes_q4(xp, blocks)
     codes -= 8
     xp.multiply(codes.view(xp.int8), blocks.f16("d"), out=out)
 
 
 def _decode_q4_1(xp: ModuleType, blocks: Fields, out: Array) -> None:
-    codes = _nibbles(xp, blocks.u8("qs"), 1).reshape(-1, 32)
-    xp.multiply(codes, blocks.f16("d"), out=out)
+    xp.multiply(_codes_q4(xp, blocks), blocks.f16("d"), out=out)
     out += blocks.f16("m")
+
+
+def _codes_q4(xp: ModuleType, blocks: Fields) -> Array:
+    """Codes 0..15 of Q4_0, Q4_1 and MXFP4, (n, 32) u8."""
+    return _nibbles(xp, blocks.u8("qs"), 1).reshape(-1, 32)
 
 
 def _codes_q5(xp: ModuleType, blocks: Fields) -> Array:
     """Codes 0..31 of Q5_0 and Q5_1, (n, 32) u8: the nibbles with bit j of `qh` as the fifth bit of element j."""
-    codes = _nibbles(xp, blocks.u8("qs"), 1).reshape(-1, 32)
+    codes = _codes_q4(xp, blocks)
     fifth = xp.unpackbits(xp.ascontiguousarray(blocks.u8("qh")).reshape(-1), bitorder="little").reshape(-1, 32)
     fifth <<= 4
     codes |= fifth
@@ -137,48 +141,49 @@ def _decode_q8_0(xp: ModuleType, blocks: Fields, out: Array) -> None:
 
 
 def _decode_mxfp4(xp: ModuleType, blocks: Fields, out: Array) -> None:
-    codes = _nibbles(xp, blocks.u8("qs"), 1).reshape(-1, 32)
-    values = xp.take(xp.asarray(MXFP4_VALUES), codes)
+    values = xp.take(xp.asarray(MXFP4_VALUES), _codes_q4(xp, blocks))
     exponent = blocks.u8("e").astype(xp.uint32)
     # half of 2^(e - 127); for e < 2 that is denormal. e = 255 (NaN by the OCP standard) is 2^127 in ggml.
     bits = xp.where(exponent < 2, xp.left_shift(0x00200000, exponent), (exponent - 1) << 23)
     xp.multiply(values, bits.astype(xp.uint32).view(xp.float32), out=out)
 
 
-def _scales_k4(xp: ModuleType, blocks: Fields) -> tuple[Array, Array]:
-    """The eight scales and eight minimums of a Q4_K or Q5_K block, both (n, 8, 1) f32 (`get_scale_min_k4`).
+def six_bit_scales(xp: ModuleType, packed: Array) -> tuple[Array, Array]:
+    """The eight scales and eight minimums of Q4_K and Q5_K blocks as integers: (n, 12) u8 → two (n, 8) u8.
 
     Twelve bytes hold sixteen 6-bit integers: the first four of each kind in the low six bits of bytes 0..3 and
     4..7; of the last four, the low nibbles in bytes 8..11 and the top two bits above the first ones.
     """
-    packed = blocks.u8("scales")
     first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = xp.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=1)  # (n, 8) u8
     minimums = xp.concatenate([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=1)  # (n, 8) u8
+    return scales, minimums
+
+
+def _scales_k4(xp: ModuleType, blocks: Fields) -> tuple[Array, Array]:
+    """The eight scales and eight minimums of a Q4_K or Q5_K block, both (n, 8, 1) f32 (`get_scale_min_k4`)."""
+    scales, minimums = six_bit_scales(xp, blocks.u8("scales"))
     return (blocks.f16("d") * scales)[:, :, None], (blocks.f16("dmin") * minimums)[:, :, None]
 
 
-def _decode_q4_k(xp: ModuleType, blocks: Fields, out: Array) -> None:
-    scale, minimum = _scales_k4(xp, blocks)
-    groups = out.reshape(-1, 8, 32)
-    xp.multiply(_nibbles(xp, blocks.u8("qs"), 4).reshape(-1, 8, 32), scale, out=groups)
-    groups -= minimum
+def _codes_q4_k(xp: ModuleType, blocks: Fields) -> Array:
+    """Codes 0..15, (n, 8, 32) u8."""
+    return _nibbles(xp, blocks.u8("qs"), 4).reshape(-1, 8, 32)
 
 
-def _decode_q5_k(xp: ModuleType, blocks: Fields, out: Array) -> None:
-    scale, minimum = _scales_k4(xp, blocks)
-    codes = _nibbles(xp, blocks.u8("qs"), 4).reshape(-1, 8, 32)
+def _codes_q5_k(xp: ModuleType, blocks: Fields) -> Array:
+    """Codes 0..31, (n, 8, 32) u8."""
+    codes = _codes_q4_k(xp, blocks)
     shift = xp.arange(8, dtype=xp.uint8)[None, :, None]
     fifth = blocks.u8("qh")[:, None, :] >> shift  # bit g of byte l belongs to element l of group g
     fifth &= 1
     fifth <<= 4
     codes |= fifth
-    groups = out.reshape(-1, 8, 32)
-    xp.multiply(codes, scale, out=groups)
-    groups -= minimum
+    return codes
 
 
-def _decode_q6_k(xp: ModuleType, blocks: Fields, out: Array) -> None:
+def _codes_q6_k(xp: ModuleType, blocks: Fields) -> Array:
+    """Codes 0..63, (n, 2, 4, 32) u8."""
     low = blocks.u8("ql").reshape(-1, 2, 2, 32)
     codes = xp.empty((low.shape[0], 2, 4, 32), dtype=xp.uint8)
     xp.bitwise_and(low, 15, out=codes[:, :, :2])
@@ -188,6 +193,25 @@ def _decode_q6_k(xp: ModuleType, blocks: Fields, out: Array) -> None:
     high &= 3
     high <<= 4
     codes |= high
+    return codes
+
+
+def _decode_q4_k(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    scale, minimum = _scales_k4(xp, blocks)
+    groups = out.reshape(-1, 8, 32)
+    xp.multiply(_codes_q4_k(xp, blocks), scale, out=groups)
+    groups -= minimum
+
+
+def _decode_q5_k(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    scale, minimum = _scales_k4(xp, blocks)
+    groups = out.reshape(-1, 8, 32)
+    xp.multiply(_codes_q5_k(xp, blocks), scale, out=groups)
+    groups -= minimum
+
+
+def _decode_q6_k(xp: ModuleType, blocks: Fields, out: Array) -> None:
+    codes = _codes_q6_k(xp, blocks)
     codes -= 32
     scale = blocks.f16("d") * blocks.i8("scales")  # (n, 16) f32, one for 16 elements
     xp.multiply(codes.view(xp.int8).reshape(-1, 16, 16), scale[:, :, None], out=out.reshape(-1, 16, 16))
@@ -219,6 +243,21 @@ SUPPORTED: dict[GGMLQuantizationType, QuantFormat] = {
         _format(Type.MXFP4, "Q8_0", _decode_mxfp4, ("e", "u1"), ("qs", "u1", 16)),
     )
 }
+
+
+_CODES: dict[GGMLQuantizationType, Callable[[ModuleType, Fields], Array]] = {
+    **dict.fromkeys((Type.Q4_0, Type.Q4_1, Type.MXFP4), _codes_q4),
+    **dict.fromkeys((Type.Q5_0, Type.Q5_1), _codes_q5),
+    Type.Q4_K: _codes_q4_k,
+    Type.Q5_K: _codes_q5_k,
+    Type.Q6_K: _codes_q6_k,
+}
+
+
+def codes(xp: ModuleType, blocks: Array, type_: GGMLQuantizationType) -> Array:
+    """The unsigned integers that blocks (n, block_bytes) u8 of a type with 4 to 6 bits store: (n, block_size) u8."""
+    fmt = SUPPORTED[type_]
+    return _CODES[type_](xp, Fields(xp, blocks, fmt.dtype)).reshape(-1, fmt.block_size)
 
 
 def require_supported(type_: GGMLQuantizationType | int, what: str) -> QuantFormat:
