@@ -22,6 +22,11 @@ def test_prompts_are_texts_ids_or_objects(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('"one\u2028two"\r\n"three\x85"\r\n', encoding="utf-8")
+    assert [p.value for p in read_prompts(tmp_path / "p.jsonl")] == ["one\u2028two", "three\x85"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -56,7 +56,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     Raises RequestError that names the line.
     """
     prompts: list[Prompt] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    # Lines end at line feeds only: JSON's strings may hold other separators as they are.
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
