@@ -24,8 +24,8 @@ __device__ __forceinline__ void embed(const Planes& w, const int* ids, float* ou
       f16x2 codes = row < 8 ? a[half].x[2 * pair] : a[half].x[2 * pair + 1];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        // Rounded twice, as ggml does: the product, then the difference.
-        float value = __fmul_rn(f16_to_f32(codes >> 16 * i & 0xffffu), scale);
+        // Rounded twice, as ggml does: the product, then the difference. It has no code for -0: adding 0 makes it 0.
+        float code = __fadd_rn(f16_to_f32(codes >> 16 * i & 0xffffu), 0.0f), value = __fmul_rn(code, scale);
         if (Q::HAS_MINIMUM) value = __fadd_rn(value, -minimum);
         to[half * 16 + c * 4 + pair * 2 + i] = value;
       }

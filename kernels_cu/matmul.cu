@@ -1,166 +1,273 @@
 // Products with quantised weights: y[t, o] = Σ_k W[o, k] x[t, k] + bias[o], for one row or thousands, one order of sums.
 //
-// Twin: refengine.ops.linear.linear. Activations come from `activations_f16` (activations.cu): halves in the order of
-// layout.activation_order, each row multiplied by a power of two 1 / x_scale[t]; x_sums[t, b] is the sum of block b's
-// 32 halves. Weights are planes as in layout.py. y (n_rows, n_out) float32; bias (n_out,) float32 or null.
+// Twins: refengine.ops.linear.linear and linear_experts. Activations come from `activations_f16` (activations.cu): halves
+// in the order of layout.activation_order, each row multiplied by a power of two 1 / x_scale[t]; x_sums[t, b] is 1/32 of
+// the sum of block b's 32 halves, as two halves that add up to it. Weights are planes as in layout.py. y (n_rows, n_out)
+// float32; bias (n_out,) float32 or null.
 //
-// Order of additions, the same for every n_rows and both kernels:
-//   block of 32 columns   p = two mma.sync.m16n8k16, columns 0-15 then 16-31, from zero (Q6_K: two sums of one mma)
-//   segment of 256        s = fma(scale, p, s), then s = fma(-minimum, x_sum, s), blocks ascending, from zero
+// Order of additions, the same for every n_rows, every grouping of rows, and both kernels:
+//   block of 32 columns   two mma.sync.m16n8k16, columns 0-15 then 16-31
+//   segment of 256        SCALED types (codes · small scales are exact halves): the mma of all blocks one after another into
+//                         one sum from zero. Others: p = mma, mma from zero (Q6_K: two of one mma), s = fma(factor, p, s),
+//                         blocks ascending. WHOLE: then s · d. With minimums: s = fma(32 dmin, one mma of the eight
+//                         minimums with both halves of the eight block sums, s)
 //   row                   y = (((s0 + s1) + s2) + …) · x_scale, then + bias
 // The integers of a block are exact in half precision, so that only the activations are rounded.
 //
 // rows8_*:  up to 8 rows a block of threads: grid x tiles of 16 outputs, y groups of 8 rows; each warp takes every
-//           n_warps-th segment, and warp 0 adds them in order. For few rows: all of the time is reading the weights.
-//           Dynamic shared memory: 512 bytes a segment.
+//           n_warps-th segment, asking for the next weights before it multiplies; warp 0 adds the segments in order. For
+//           few rows: all of the time is reading the weights. Dynamic shared memory: 512 bytes a segment.
 // rows64_*: 64 rows a warp: grid x groups of n_warps tiles, y groups of 64 rows; a warp walks all segments of its tile.
 // Weights are read once for 8 (64) rows.
+//
+// Experts: with `groups` (from group_experts, moe.cu), group blockIdx.y is (expert, first slot, number of slots), slot s
+// takes row x_rows[s] of the activations and goes to row y_rows[s] of y; bias is (n_expert, n_out). Without, slots are
+// rows in their order.
 #include "quants.cuh"
 
 struct Activations {
   const f16* x;
-  const float *sums, *scale;
-  int n_rows;
+  const f16x2* sums;
+  const float* scale;
 };
 
-// The products of one block of 32 columns with 8 · N rows of activations, added to the sums of its segment.
-template <class Q, int N>
-__device__ __forceinline__ void add_block(const typename Q::Words& words, const typename Q::Scales (&scales)[2], int j,
-                                          const Activations& x, int block, int n_blocks, int first, MmaD (&sums)[N]) {
-  int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-  MmaA a[2];
-  Q::operands(words, a);
-#pragma unroll
-  for (int n = 0; n < N; n++) {
-    int token = first + 8 * n + r;
-    uint4 four = make_uint4(0, 0, 0, 0);
-    if (token < x.n_rows)
-      four = load_constant<uint4>(x.x + (static_cast<long long>(token) * n_blocks + block) * 32 + c * 8);
-    MmaB b[2] = {{{four.x, four.y}}, {{four.z, four.w}}};
+// The rows of activations that a block of threads has: numbers 0 … count - 1.
+struct Rows {
+  int expert, first, count;
+  const int *x_rows, *y_rows;
+  __device__ __forceinline__ int of_x(int i) const { return x_rows ? x_rows[first + i] : first + i; }
+  __device__ __forceinline__ int of_y(int i) const { return y_rows ? y_rows[first + i] : first + i; }
+};
+
+__device__ __forceinline__ Rows rows_of(const int* groups, const int* x_rows, const int* y_rows, int n_rows, int size) {
+  if (groups) {
+    const int* group = groups + 3 * blockIdx.y;
+    return {group[0], group[1], group[2], x_rows, y_rows};
+  }
+  int first = blockIdx.y * size;
+  return {0, first, min(size, n_rows - first), nullptr, nullptr};
+}
+
+// Where a lane's columns of a row's segment begin. Lanes of rows beyond the last take the last: no column of an mma knows
+// another, and what is not stored may be anything.
+__device__ __forceinline__ const f16* columns_of(const Activations& x, int row, int start, int n_blocks) {
+  return x.x + (static_cast<long long>(row) * n_blocks + start) * 32 + threadIdx.x % 4 * 8;
+}
+
+// The products of one block of 32 columns with 8 rows of activations, added to the sums of its segment.
+template <class Q>
+__device__ __forceinline__ void add_block(const MmaA (&a)[2], const typename Q::Scales (&scales)[2], int j,
+                                          const f16* columns, MmaD& sums) {
+  uint4 four = load_constant<uint4>(columns + j * 32);
+  MmaB b[2] = {{{four.x, four.y}}, {{four.z, four.w}}};
+  if constexpr (Q::SCALED) {
+    mma_m16n8k16(sums, a[0], b[0]);
+    mma_m16n8k16(sums, a[1], b[1]);
+  } else {
     MmaD p{};
     mma_m16n8k16(p, a[0], b[0]);
     if (Q::SPLIT) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) sums[n].x[i] = __fmaf_rn(Q::scale(scales[i / 2], j, 0), p.x[i], sums[n].x[i]);
+      for (int i = 0; i < 4; i++) sums.x[i] = __fmaf_rn(Q::factor(scales[i / 2], j, 0), p.x[i], sums.x[i]);
       p = MmaD{};
     }
     mma_m16n8k16(p, a[1], b[1]);
 #pragma unroll
-    for (int i = 0; i < 4; i++) sums[n].x[i] = __fmaf_rn(Q::scale(scales[i / 2], j, 1), p.x[i], sums[n].x[i]);
-    if (Q::HAS_MINIMUM) {
+    for (int i = 0; i < 4; i++) sums.x[i] = __fmaf_rn(Q::factor(scales[i / 2], j, 1), p.x[i], sums.x[i]);
+  }
+}
+
+template <class Q>
+__device__ __forceinline__ void block_operands(const typename Q::Words& words, const typename Q::Scales (&scales)[2],
+                                               int j, MmaA (&a)[2]) {
+  if constexpr (Q::SCALED)
+    Q::scaled_operands(words, scales, j, a);
+  else
+    Q::operands(words, a);
+}
+
+// What a segment's sums still lack: the scale of all of it, and the minimums.
+template <class Q, int N>
+__device__ __forceinline__ void finish_segment(const typename Q::Scales (&scales)[2], const Activations& x,
+                                               const int (&row)[N], int start, int n_blocks, MmaD (&sums)[N]) {
+  int c = threadIdx.x % 4;
+  if constexpr (Q::WHOLE) {
+    float d[2] = {Q::whole(scales[0]), Q::whole(scales[1])};
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        int column = first + 8 * n + 2 * c + i;
-        float x_sum = column < x.n_rows ? x.sums[static_cast<long long>(column) * n_blocks + block] : 0.0f;
-        sums[n].x[i] = __fmaf_rn(-Q::minimum(scales[0], j), x_sum, sums[n].x[i]);
-        sums[n].x[2 + i] = __fmaf_rn(-Q::minimum(scales[1], j), x_sum, sums[n].x[2 + i]);
-      }
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[n].x[i] = __fmul_rn(sums[n].x[i], d[i / 2]);
+  }
+  if constexpr (Q::HAS_MINIMUM) {
+    f16x2 of_row[2][2];
+    Q::minimum_operand(scales[0], c, of_row[0]);
+    Q::minimum_operand(scales[1], c, of_row[1]);
+    MmaA a = {{of_row[0][0], of_row[1][0], of_row[0][1], of_row[1][1]}};
+    float whole[2] = {32.0f * Q::minimum_whole(scales[0]), 32.0f * Q::minimum_whole(scales[1])};
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      MmaB b{};
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (start + c + 4 * i < n_blocks)
+          b.x[i] = load_constant<f16x2>(x.sums + static_cast<long long>(row[n]) * n_blocks + start + c + 4 * i);
+      MmaD m{};
+      mma_m16n8k16(m, a, b);
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[n].x[i] = __fmaf_rn(whole[i / 2], m.x[i], sums[n].x[i]);
     }
   }
 }
 
-// The sums of one segment. For few rows, several blocks' weights are asked for before the first is used: the time is in
-// their way from memory. For many, registers are better spent on sums.
-template <class Q, int N>
-__device__ __forceinline__ void add_segment(const Planes& w, const Activations& x, long long tile, int segment,
-                                            int first, MmaD (&sums)[N]) {
-  int lane = threadIdx.x % 32, r = lane / 4, start = segment * SEGMENT, n = min(SEGMENT, w.n_blocks - start);
-  typename Q::Scales scales[2] = {Q::scales(w, tile * w.n_segments + segment, r),
-                                  Q::scales(w, tile * w.n_segments + segment, r + 8)};
-  long long place = tile * w.n_blocks + start;
-  if (N > 1 || n < SEGMENT) {
-#pragma unroll 1
-    for (int j = 0; j < n; j++)
-      add_block<Q, N>(Q::load(w, place + j, lane), scales, j, x, start + j, w.n_blocks, first, sums);
-    return;
-  }
-#pragma unroll
-  for (int group = 0; group < SEGMENT; group += Q::AHEAD) {
-    typename Q::Words words[Q::AHEAD];
-#pragma unroll
-    for (int j = 0; j < Q::AHEAD; j++) words[j] = Q::load(w, place + group + j, lane);
-#pragma unroll
-    for (int j = 0; j < Q::AHEAD; j++)
-      add_block<Q, N>(words[j], scales, group + j, x, start + group + j, w.n_blocks, first, sums);
-  }
-}
-
 template <int N>
-__device__ __forceinline__ void store(const Activations& x, long long tile, int first, const MmaD (&total)[N],
+__device__ __forceinline__ void store(const Activations& x, const Rows& rows, long long out_tile, const MmaD (&total)[N],
                                       const float* bias, float* y, int n_out) {
   int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
 #pragma unroll
   for (int n = 0; n < N; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      int token = first + 8 * n + 2 * c + i % 2;
-      long long out = tile * 16 + r + 8 * (i / 2);
-      if (token >= x.n_rows || out >= n_out) continue;
-      float value = __fmul_rn(total[n].x[i], x.scale[token]);
-      y[token * static_cast<long long>(n_out) + out] = bias ? __fadd_rn(value, bias[out]) : value;
+      int number = 8 * n + 2 * c + i % 2;
+      long long out = out_tile * 16 + r + 8 * (i / 2);
+      if (number >= rows.count || out >= n_out) continue;
+      float value = __fmul_rn(total[n].x[i], x.scale[rows.of_x(number)]);
+      if (bias) value = __fadd_rn(value, bias[static_cast<long long>(rows.expert) * n_out + out]);
+      y[rows.of_y(number) * static_cast<long long>(n_out) + out] = value;
     }
 }
 
+// What a lane has asked for: AHEAD blocks of one segment.
 template <class Q>
-__device__ __forceinline__ void rows8(const Planes& w, const Activations& x, const float* bias, float* y, int n_out) {
+struct Ahead {
+  typename Q::Words words[Q::AHEAD] = {};
+  // Blocks from `place` on, of which there are `left`.
+  __device__ __forceinline__ void load(const Planes& w, long long place, int left) {
+    if (left >= Q::AHEAD) {
+#pragma unroll
+      for (int j = 0; j < Q::AHEAD; j++) words[j] = Q::load(w, place + j, threadIdx.x % 32);
+    } else {
+      for (int j = 0; j < Q::AHEAD; j++)
+        if (j < left) words[j] = Q::load(w, place + j, threadIdx.x % 32);
+    }
+  }
+};
+
+// The sums of a segment for up to 8 rows. `now` holds its first blocks; after the call, those of segment `following`.
+template <class Q, bool FULL>
+__device__ __forceinline__ void segment8(const Planes& w, const Activations& x, long long tile, int segment,
+                                         int following, int row, Ahead<Q>& now, MmaD (&sums)[1]) {
+  int r = threadIdx.x % 32 / 4, start = segment * SEGMENT, left = w.n_blocks - start;
+  long long place = tile * w.n_blocks + start;
+  const f16* columns = columns_of(x, row, start, w.n_blocks);
+  typename Q::Scales scales[2] = {Q::scales(w, tile * w.n_segments + segment, r),
+                                  Q::scales(w, tile * w.n_segments + segment, r + 8)};
+#pragma unroll
+  for (int group = 0; group < SEGMENT; group += Q::AHEAD) {
+    Ahead<Q> next = now;
+    if (group + Q::AHEAD < SEGMENT)
+      next.load(w, place + group + Q::AHEAD, FULL ? SEGMENT : left - group - Q::AHEAD);
+    else
+      next.load(w, tile * w.n_blocks + following * SEGMENT, w.n_blocks - following * SEGMENT);
+#pragma unroll
+    for (int j = 0; j < Q::AHEAD; j++) {
+      if (!FULL && group + j >= left) break;
+      MmaA a[2];
+      block_operands<Q>(now.words[j], scales, group + j, a);
+      add_block<Q>(a, scales, group + j, columns, sums[0]);
+    }
+    now = next;
+  }
+  finish_segment<Q, 1>(scales, x, {row}, start, w.n_blocks, sums);
+}
+
+template <class Q>
+__device__ __forceinline__ void rows8(const Planes& w, const Activations& x, const Rows& rows, const float* bias,
+                                      float* y, int n_out) {
   DYNAMIC_SHARED(float, partial);  // (n_segments, 4, 32)
+  if (!rows.count) return;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  long long tile = static_cast<long long>(rows.expert) * gridDim.x + blockIdx.x;
+  int row = rows.of_x(min(lane / 4, rows.count - 1));
+  Ahead<Q> now;
+  now.load(w, tile * w.n_blocks + warp * SEGMENT, w.n_blocks - warp * SEGMENT);
   for (int segment = warp; segment < w.n_segments; segment += n_warps) {
     MmaD sums[1] = {};
-    add_segment<Q, 1>(w, x, blockIdx.x, segment, blockIdx.y * 8, sums);
+    if (segment * SEGMENT + SEGMENT <= w.n_blocks)
+      segment8<Q, true>(w, x, tile, segment, segment + n_warps, row, now, sums);
+    else
+      segment8<Q, false>(w, x, tile, segment, segment + n_warps, row, now, sums);
 #pragma unroll
     for (int i = 0; i < 4; i++) partial[(segment * 4 + i) * 32 + lane] = sums[0].x[i];
   }
   __syncthreads();
   if (warp) return;
   MmaD total[1] = {};
+#pragma unroll 4
   for (int segment = 0; segment < w.n_segments; segment++)
 #pragma unroll
     for (int i = 0; i < 4; i++) total[0].x[i] = __fadd_rn(total[0].x[i], partial[(segment * 4 + i) * 32 + lane]);
-  store<1>(x, blockIdx.x, blockIdx.y * 8, total, bias, y, n_out);
+  store<1>(x, rows, blockIdx.x, total, bias, y, n_out);
 }
 
 template <class Q>
-__device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const float* bias, float* y, int n_out) {
-  int tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, first = blockIdx.y * 64;
-  if (tile >= (n_out + 15) / 16) return;
+__device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const Rows& rows, const float* bias,
+                                       float* y, int n_out) {
+  int lane = threadIdx.x % 32, r = lane / 4, n_tiles = (n_out + 15) / 16;
+  int out_tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (out_tile >= n_tiles || !rows.count) return;
+  long long tile = static_cast<long long>(rows.expert) * n_tiles + out_tile;
+  int row[8];
+#pragma unroll
+  for (int n = 0; n < 8; n++) row[n] = rows.of_x(min(8 * n + r, rows.count - 1));
   MmaD total[8] = {};
   for (int segment = 0; segment < w.n_segments; segment++) {
+    int start = segment * SEGMENT, end = min(SEGMENT, w.n_blocks - start);
+    typename Q::Scales scales[2] = {Q::scales(w, tile * w.n_segments + segment, r),
+                                    Q::scales(w, tile * w.n_segments + segment, r + 8)};
     MmaD sums[8] = {};
-    add_segment<Q, 8>(w, x, tile, segment, first, sums);
+#pragma unroll 1
+    for (int j = 0; j < end; j++) {
+      MmaA a[2];
+      block_operands<Q>(Q::load(w, tile * w.n_blocks + start + j, lane), scales, j, a);
+#pragma unroll
+      for (int n = 0; n < 8; n++)
+        add_block<Q>(a, scales, j, columns_of(x, row[n], start, w.n_blocks), sums[n]);
+    }
+    finish_segment<Q, 8>(scales, x, row, start, w.n_blocks, sums);
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) total[n].x[i] = __fadd_rn(total[n].x[i], sums[n].x[i]);
   }
-  store<8>(x, tile, first, total, bias, y, n_out);
+  store<8>(x, rows, out_tile, total, bias, y, n_out);
 }
 
-// The most threads that a block may have bounds the registers of each: 64 or 128 (rows8, at most 16 warps), 255 (rows64).
-#define MATMUL(name, kernel, THREADS, Q)                                                                              \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
-      name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, const unsigned char* d,  \
-           const f16* x, const float* x_sums, const float* x_scale, const float* bias, float* y, int n_out, int n_in, \
-           int n_rows) {                                                                                              \
-    kernel<Q>(planes_of(low, high, scales, d, n_in), Activations{x, x_sums, x_scale, n_rows}, bias, y, n_out);        \
+// The most threads that a block may have bounds the registers of each.
+#define MATMUL(name, kernel, THREADS, SIZE, Q)                                                                         \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, const unsigned char* d,   \
+           const f16* x, const unsigned* x_sums, const float* x_scale, const int* groups, const int* x_rows,           \
+           const int* y_rows, const float* bias, float* y, int n_out, int n_in, int n_rows) {                          \
+    kernel<Q>(planes_of(low, high, scales, d, n_in), Activations{x, x_sums, x_scale},                                  \
+              rows_of(groups, x_rows, y_rows, n_rows, SIZE), bias, y, n_out);                                          \
   }
-MATMUL(rows8_q4_0, rows8, 1024, Q4_0)
-MATMUL(rows8_q4_1, rows8, 1024, Q4_1)
-MATMUL(rows8_q5_0, rows8, 1024, Q5_0)
-MATMUL(rows8_q5_1, rows8, 512, Q5_1)
-MATMUL(rows8_q8_0, rows8, 1024, Q8_0)
-MATMUL(rows8_q4_k, rows8, 1024, Q4_K)
-MATMUL(rows8_q5_k, rows8, 1024, Q5_K)
-MATMUL(rows8_q6_k, rows8, 1024, Q6_K)
-MATMUL(rows8_mxfp4, rows8, 1024, MXFP4)
-MATMUL(rows8_f16, rows8, 512, F16)
-MATMUL(rows64_q4_0, rows64, 256, Q4_0)
-MATMUL(rows64_q4_1, rows64, 256, Q4_1)
-MATMUL(rows64_q5_0, rows64, 256, Q5_0)
-MATMUL(rows64_q5_1, rows64, 256, Q5_1)
-MATMUL(rows64_q8_0, rows64, 256, Q8_0)
-MATMUL(rows64_q4_k, rows64, 256, Q4_K)
-MATMUL(rows64_q5_k, rows64, 256, Q5_K)
-MATMUL(rows64_q6_k, rows64, 256, Q6_K)
-MATMUL(rows64_mxfp4, rows64, 256, MXFP4)
-MATMUL(rows64_f16, rows64, 256, F16)
+MATMUL(rows8_q4_0, rows8, 512, 8, Q4_0)
+MATMUL(rows8_q4_1, rows8, 512, 8, Q4_1)
+MATMUL(rows8_q5_0, rows8, 512, 8, Q5_0)
+MATMUL(rows8_q5_1, rows8, 512, 8, Q5_1)
+MATMUL(rows8_q8_0, rows8, 512, 8, Q8_0)
+MATMUL(rows8_q4_k, rows8, 512, 8, Q4_K)
+MATMUL(rows8_q5_k, rows8, 512, 8, Q5_K)
+MATMUL(rows8_q6_k, rows8, 512, 8, Q6_K)
+MATMUL(rows8_mxfp4, rows8, 512, 8, MXFP4)
+MATMUL(rows8_f16, rows8, 512, 8, F16)
+MATMUL(rows64_q4_0, rows64, 128, 64, Q4_0)
+MATMUL(rows64_q4_1, rows64, 128, 64, Q4_1)
+MATMUL(rows64_q5_0, rows64, 128, 64, Q5_0)
+MATMUL(rows64_q5_1, rows64, 128, 64, Q5_1)
+MATMUL(rows64_q8_0, rows64, 128, 64, Q8_0)
+MATMUL(rows64_q4_k, rows64, 128, 64, Q4_K)
+MATMUL(rows64_q5_k, rows64, 128, 64, Q5_K)
+MATMUL(rows64_q6_k, rows64, 128, 64, Q6_K)
+MATMUL(rows64_mxfp4, rows64, 128, 64, MXFP4)
+MATMUL(rows64_f16, rows64, 128, 64, F16)

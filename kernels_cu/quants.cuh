@@ -4,9 +4,17 @@
 //
 //   Words load(planes, place, lane)          what a lane has of a tile of 16 x 32: two rows of 8 codes
 //   operands(words, a)                       the same as halves, the operands of two mma
-//   Scales scales(planes, segment, row)      of 256 columns of a row; of those
-//     scale(scales, j, half)                 what the products of block j's 32 columns are multiplied by; SPLIT: of 16
-//     minimum(scales, j)                     what is subtracted for each 1 of the activations, where HAS_MINIMUM
+//   Scales scales(planes, segment, row)      of 256 columns of a row; a weight of block j is, as ggml rounds it,
+//     scale(scales, j, half) · code - minimum(scales, j)           half: columns 0-15 or 16-31, where SPLIT
+//
+// and for products, where as much as can be is done once a segment, exactly:
+//
+//   SCALED                                   scaled_operands(words, scales of rows r and r + 8, j, a): codes times a small
+//                                            integer of block j, so that sums need no scale before the segment's end
+//   factor(scales, j, half)                  otherwise: what the products of a block (SPLIT: half a block) are multiplied by
+//   whole(scales)                            WHOLE: what the segment's sum is multiplied by
+//   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums' small numbers of blocks c and c + 4, twice each;
+//   minimum_whole(scales)                    what their products with the block sums are multiplied by
 //
 //   AHEAD                                    blocks that a lane asks for before it uses the first: registers allow it
 //
@@ -26,25 +34,29 @@ __device__ __forceinline__ Planes planes_of(const uint8_t* low, const uint8_t* h
 
 // Codes as halves, without conversions: put into the fraction of 1024, where a half counts in ones, or four bits higher,
 // where it counts in sixteenths of that; less 1024 (or 64) and the type's offset. All of it is exact.
-template <int OFFSET>
 struct Integers {
-  static constexpr f16x2 ONE = 0x3c003c00u, SIXTEENTH = 0x2c002c00u, MAGIC = 0x64006400u;
-  // -(1024 + OFFSET) and -(64 + OFFSET), for OFFSET 0, 8, 16 or 32
-  static constexpr f16x2 LESS = (0xe400u + OFFSET) * 0x10001u, LESS_64 = (0xd400u + OFFSET * 16) * 0x10001u;
+  static constexpr f16x2 MAGIC = 0x64006400u;
+  f16x2 one, less, sixteenth, less_64;  // of both halves: s, -(1024 + offset) s, s / 16, -(64 + offset) s
   // Bits 0-3 (with `more`, up to 0-5) of both halves of a word.
-  static __device__ __forceinline__ f16x2 low(uint32_t word, uint32_t more = 0) {
-    return fma_f16x2(select_or(word, 0x000f000fu, MAGIC) | more, ONE, LESS);
+  __device__ __forceinline__ f16x2 low(uint32_t word, uint32_t more = 0) const {
+    return fma_f16x2(select_or(word, 0x000f000fu, MAGIC) | more, one, less);
   }
   // Bits 4-7 (with `more`, up to 4-9).
-  static __device__ __forceinline__ f16x2 high(uint32_t word, uint32_t more = 0) {
-    return fma_f16x2(select_or(word, 0x00f000f0u, MAGIC) | more, SIXTEENTH, LESS_64);
+  __device__ __forceinline__ f16x2 high(uint32_t word, uint32_t more = 0) const {
+    return fma_f16x2(select_or(word, 0x00f000f0u, MAGIC) | more, sixteenth, less_64);
   }
 };
-
-// A small integer as a float, exactly: below 2^23 it is the fraction of 2^23 + n. The conversion instruction is slow.
-__device__ __forceinline__ float small_integer(uint32_t n, float bias) {
-  return __fadd_rn(__uint_as_float(0x4b000000u | n), -8388608.0f - bias);
+// Codes less an offset of 0, 8, 16 or 32.
+template <int OFFSET>
+__device__ __forceinline__ Integers integers() {
+  return {0x3c003c00u, (0xe400u + OFFSET) * 0x10001u, 0x2c002c00u, (0xd400u + OFFSET * 16) * 0x10001u};
 }
+// Codes below 32 times an integer up to 63, given twice: below 2048, and every term on the way is exact in half precision.
+__device__ __forceinline__ Integers integers_times(f16x2 s) {
+  return {s, fma_f16x2(s, 0xe400e400u, 0u), fma_f16x2(s, 0x2c002c00u, 0u), fma_f16x2(s, 0xd400d400u, 0u)};
+}
+// One half of a pair, twice.
+__device__ __forceinline__ f16x2 twice(f16x2 pair, int half) { return __byte_perm(pair, 0, half ? 0x3232 : 0x1010); }
 
 // Half i (0 … 7) of four words, as a float.
 __device__ __forceinline__ float half_of(const uint4& words, int i) {
@@ -72,9 +84,12 @@ struct FourBits {
     return nibble_words(w, place, lane);
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-    using I = Integers<OFFSET>;
-    a[0] = {{I::low(words.x), I::low(words.y), I::high(words.x), I::high(words.y)}};
-    a[1] = {{I::low(words.x >> 8), I::low(words.y >> 8), I::high(words.x >> 8), I::high(words.y >> 8)}};
+    codes(words, integers<OFFSET>(), integers<OFFSET>(), a);
+  }
+  static __device__ __forceinline__ void codes(const Words& words, const Integers& first, const Integers& second,
+                                               MmaA (&a)[2]) {
+    a[0] = {{first.low(words.x), second.low(words.y), first.high(words.x), second.high(words.y)}};
+    a[1] = {{first.low(words.x >> 8), second.low(words.y >> 8), first.high(words.x >> 8), second.high(words.y >> 8)}};
   }
 };
 
@@ -93,29 +108,33 @@ struct FiveBits {
     return {nibble_words(w, place, lane), load_constant<uint16_t>(w.high + place * 64 + lane * 2)};
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-    using I = Integers<OFFSET>;
+    codes(words, integers<OFFSET>(), integers<OFFSET>(), a);
+  }
+  static __device__ __forceinline__ void codes(const Words& words, const Integers& first, const Integers& second,
+                                               MmaA (&a)[2]) {
     uint32_t x = words.low.x, y = words.low.y, h = __byte_perm(words.high, 0, 0x4140) << 4;
-    a[0] = {{I::low(x, h & 0x00100010u), I::low(y, h >> 2 & 0x00100010u), I::high(x, h & 0x01000100u),
-             I::high(y, h >> 2 & 0x01000100u)}};
-    a[1] = {{I::low(x >> 8, h >> 1 & 0x00100010u), I::low(y >> 8, h >> 3 & 0x00100010u),
-             I::high(x >> 8, h >> 1 & 0x01000100u), I::high(y >> 8, h >> 3 & 0x01000100u)}};
+    a[0] = {{first.low(x, h & 0x00100010u), second.low(y, h >> 2 & 0x00100010u), first.high(x, h & 0x01000100u),
+             second.high(y, h >> 2 & 0x01000100u)}};
+    a[1] = {{first.low(x >> 8, h >> 1 & 0x00100010u), second.low(y >> 8, h >> 3 & 0x00100010u),
+             first.high(x >> 8, h >> 1 & 0x01000100u), second.high(y >> 8, h >> 3 & 0x01000100u)}};
   }
 };
 
 // Eight d of blocks of 32.
 struct EightD {
-  static constexpr bool HAS_MINIMUM = false;
+  static constexpr bool HAS_MINIMUM = false, SCALED = false, WHOLE = false;
   using Scales = uint4;
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
     return load_constant<uint4>(w.scales + (segment * 16 + row) * 16);
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return half_of(s, j); }
+  static __device__ __forceinline__ float factor(const Scales& s, int j, int) { return half_of(s, j); }
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
 };
 
 // Eight d, then eight m, which are added: the minimum is -m.
 struct EightDM {
-  static constexpr bool HAS_MINIMUM = true;
+  static constexpr bool HAS_MINIMUM = true, SCALED = false, WHOLE = false;
   struct Scales {
     uint4 d, m;
   };
@@ -124,27 +143,51 @@ struct EightDM {
     return {load_constant<uint4>(words), load_constant<uint4>(words + 16)};
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return half_of(s.d, j); }
+  static __device__ __forceinline__ float factor(const Scales& s, int j, int) { return half_of(s.d, j); }
   static __device__ __forceinline__ float minimum(const Scales& s, int j) { return -half_of(s.m, j); }
+  static __device__ __forceinline__ void minimum_operand(const Scales& s, int c, f16x2 (&m)[2]) {
+    m[0] = twice(c / 2 ? s.m.y : s.m.x, c % 2);
+    m[1] = twice(c / 2 ? s.m.w : s.m.z, c % 2);
+  }
+  static __device__ __forceinline__ float minimum_whole(const Scales&) { return 1.0f; }
 };
 
 // d and dmin; eight scales and eight minimums of six bits. Two neighbours' are decoded together, as halves.
-struct SixBits {
-  static constexpr bool HAS_MINIMUM = true;
+template <class Codes>
+struct SixBits : Codes {
+  static constexpr bool HAS_MINIMUM = true, SCALED = true, WHOLE = true;
   using Scales = uint4;
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
     return scale_words(w, segment, row);
   }
-  // Nibbles i and 4 + i of `low`, and above them the bits 4, 5 and 20, 21 of `upper`.
-  static __device__ __forceinline__ float code(uint32_t low, uint32_t upper, int j) {
-    f16x2 both = Integers<0>::low(low >> 4 * (j / 2), upper & 0x00300030u);
-    return f16_to_f32(static_cast<f16>(j % 2 ? both >> 16 : both));
+  // The pair of blocks 2i and 2i + 1: nibbles i and 4 + i of `low`, and above them the bits 4, 5 and 20, 21 of `upper`.
+  static __device__ __forceinline__ f16x2 pair(uint32_t low, uint32_t upper, int i) {
+    return integers<0>().low(low >> 4 * i, upper & 0x00300030u);
+  }
+  static __device__ __forceinline__ f16x2 scale_pair(const Scales& s, int i) {
+    return pair(s.y, i < 2 ? s.w << (4 - 2 * i) : s.w >> (2 * i - 4), i);
+  }
+  static __device__ __forceinline__ f16x2 minimum_pair(const Scales& s, int i) {
+    return pair(s.z, s.w >> (4 + 2 * i), i);
+  }
+  static __device__ __forceinline__ float whole(const Scales& s) { return f16_to_f32(static_cast<f16>(s.x)); }
+  static __device__ __forceinline__ float minimum_whole(const Scales& s) {
+    return -f16_to_f32(static_cast<f16>(s.x >> 16));
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) {
-    uint32_t upper = j < 4 ? s.w << (4 - j / 2 * 2) : s.w >> (j / 2 * 2 - 4);
-    return __fmul_rn(f16_to_f32(static_cast<f16>(s.x)), code(s.y, upper, j));
+    return __fmul_rn(whole(s), f16_to_f32(static_cast<f16>(twice(scale_pair(s, j / 2), j % 2))));
   }
   static __device__ __forceinline__ float minimum(const Scales& s, int j) {
-    return __fmul_rn(f16_to_f32(static_cast<f16>(s.x >> 16)), code(s.z, s.w >> (4 + j / 2 * 2), j));
+    return __fmul_rn(-minimum_whole(s), f16_to_f32(static_cast<f16>(twice(minimum_pair(s, j / 2), j % 2))));
+  }
+  static __device__ __forceinline__ void minimum_operand(const Scales& s, int c, f16x2 (&m)[2]) {
+    m[0] = twice(minimum_pair(s, c / 2), c % 2);
+    m[1] = twice(minimum_pair(s, c / 2 + 2), c % 2);
+  }
+  static __device__ __forceinline__ void scaled_operands(const typename Codes::Words& words, const Scales (&s)[2], int j,
+                                                         MmaA (&a)[2]) {
+    Codes::codes(words, integers_times(twice(scale_pair(s[0], j / 2), j % 2)),
+                 integers_times(twice(scale_pair(s[1], j / 2), j % 2)), a);
   }
 };
 
@@ -152,10 +195,8 @@ struct Q4_0 : FourBits<8>, EightD {};
 struct Q4_1 : FourBits<0>, EightDM {};
 struct Q5_0 : FiveBits<16>, EightD {};
 struct Q5_1 : FiveBits<0>, EightDM {};
-struct Q4_K : FourBits<0>, SixBits {};
-struct Q5_K : FiveBits<0>, SixBits {
-  static constexpr int AHEAD = 2;  // its scales take the registers
-};
+struct Q4_K : SixBits<FourBits<0>> {};
+struct Q5_K : SixBits<FiveBits<0>> {};
 
 struct Q8_0 : EightD {
   static constexpr bool SPLIT = false;
@@ -174,7 +215,7 @@ struct Q8_0 : EightD {
 };
 
 struct Q6_K {
-  static constexpr bool SPLIT = true, HAS_MINIMUM = false;
+  static constexpr bool SPLIT = true, HAS_MINIMUM = false, SCALED = false, WHOLE = true;
   static constexpr int AHEAD = 4;
   struct Words {
     uint2 low;
@@ -186,62 +227,67 @@ struct Q6_K {
   // As FiveBits, with two bits each: bits 4-5, 8-9, 20-21, 24-25, those two higher, and both again eight bits higher
   // (around the end of the word) for row r + 8.
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-    using I = Integers<32>;
+    const Integers n = integers<32>();
     uint32_t x = words.low.x, y = words.low.y, h = words.high, g = h >> 8 | h << 24;
-    a[0] = {{I::low(x, h & 0x00300030u), I::low(y, g & 0x00300030u), I::high(x, h & 0x03000300u),
-             I::high(y, g & 0x03000300u)}};
-    a[1] = {{I::low(x >> 8, h >> 2 & 0x00300030u), I::low(y >> 8, g >> 2 & 0x00300030u),
-             I::high(x >> 8, h >> 2 & 0x03000300u), I::high(y >> 8, g >> 2 & 0x03000300u)}};
+    a[0] = {{n.low(x, h & 0x00300030u), n.low(y, g & 0x00300030u), n.high(x, h & 0x03000300u),
+             n.high(y, g & 0x03000300u)}};
+    a[1] = {{n.low(x >> 8, h >> 2 & 0x00300030u), n.low(y >> 8, g >> 2 & 0x00300030u),
+             n.high(x >> 8, h >> 2 & 0x03000300u), n.high(y >> 8, g >> 2 & 0x03000300u)}};
   }
   struct Scales {
-    uint4 factors;
-    float d;
+    uint4 factors;  // sixteen bytes, with 128 added
+    f16 d;
   };
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return {scale_words(w, segment, row),
-            f16_to_f32(load_constant<f16>(w.d + (segment * 16 + row) * 2))};
+    uint4 words = scale_words(w, segment, row);
+    constexpr uint32_t ADDED = 0x80808080u;
+    return {make_uint4(words.x ^ ADDED, words.y ^ ADDED, words.z ^ ADDED, words.w ^ ADDED),
+            load_constant<f16>(w.d + (segment * 16 + row) * 2)};
   }
-  static __device__ __forceinline__ float scale(const Scales& s, int j, int half) {
+  // A byte as the fraction of 2^23 counts in ones: exact, and without the conversion instruction, which is slow.
+  static __device__ __forceinline__ float factor(const Scales& s, int j, int half) {
     uint32_t word = j < 2 ? s.factors.x : j < 4 ? s.factors.y : j < 6 ? s.factors.z : s.factors.w;
-    uint32_t factor = (word >> 8 * (j % 2 * 2 + half) & 0xffu) ^ 0x80u;
-    return __fmul_rn(s.d, small_integer(factor, 128.0f));
+    return __fadd_rn(__uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u + j % 2 * 2 + half)), -8388736.0f);
+  }
+  static __device__ __forceinline__ float whole(const Scales& s) { return f16_to_f32(s.d); }
+  static __device__ __forceinline__ float scale(const Scales& s, int j, int half) {
+    return __fmul_rn(whole(s), factor(s, j, half));
   }
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
 };
 
-// E2M1 codes: sign, two bits of exponent, one of mantissa. Put at those places of a half, they are 2^-14 times the
-// value; times 2^15 they are ggml's doubled integers, whose scale is halved.
+// E2M1 codes: sign, two bits of exponent, one of mantissa. At those places of a half they are 2^-14 times the value, or
+// 2^-15 times ggml's doubled integers, whose scale is halved: the same product. Scales are below 2^(241 - 127) (layout.py).
 struct MXFP4 {
-  static constexpr bool SPLIT = false, HAS_MINIMUM = false;
+  static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = false, WHOLE = false;
   static constexpr int AHEAD = 8;
   using Words = uint2;
   static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
     return nibble_words(w, place, lane);
   }
-  static __device__ __forceinline__ f16x2 values(uint32_t codes) {
-    // The code for -0 is +0 in ggml: adding +0 makes it so.
-    return fma_f16x2((codes & 0x00080008u) << 12 | (codes & 0x00070007u) << 9, 0x78007800u, 0u);
+  static __device__ __forceinline__ f16x2 value(uint32_t sign, uint32_t magnitude) {
+    return select_or(sign, 0x80008000u, magnitude & 0x0e000e00u);
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      a[i / 2].x[2 * (i % 2)] = values(words.x >> 4 * i);
-      a[i / 2].x[2 * (i % 2) + 1] = values(words.y >> 4 * i);
-    }
+    uint32_t x = words.x, y = words.y;
+    a[0] = {{value(x << 12, x << 9), value(y << 12, y << 9), value(x << 8, x << 5), value(y << 8, y << 5)}};
+    a[1] = {{value(x << 4, x << 1), value(y << 4, y << 1), value(x, x >> 3), value(y, y >> 3)}};
   }
   using Scales = uint2;
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return load_constant<uint2>(w.scales + (segment * 16 + row) * 8);
+    uint2 e = load_constant<uint2>(w.scales + (segment * 16 + row) * 8);
+    return make_uint2(e.x + 0x0e0e0e0eu, e.y + 0x0e0e0e0eu);  // 2^14: none of the bytes reaches 255
   }
-  static __device__ __forceinline__ float scale(const Scales& s, int j, int) {
-    uint32_t e = (j < 4 ? s.x : s.y) >> 8 * (j % 4) & 255;
-    return __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);  // half of 2^(e - 127)
+  static __device__ __forceinline__ float factor(const Scales& s, int j, int) {
+    uint32_t word = j < 4 ? s.x : s.y;
+    return __uint_as_float((j % 4 == 3 ? word >> 1 : word << (23 - 8 * (j % 4))) & 0x7f800000u);
   }
+  static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return factor(s, j, 0); }
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
 };
 
 struct F16 {
-  static constexpr bool SPLIT = false, HAS_MINIMUM = false;
+  static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = true, WHOLE = false;
   static constexpr int AHEAD = 2;
   struct Words {
     uint4 row[2];
@@ -259,6 +305,9 @@ struct F16 {
   }
   struct Scales {};
   static __device__ __forceinline__ Scales scales(const Planes&, long long, int) { return {}; }
+  static __device__ __forceinline__ void scaled_operands(const Words& words, const Scales (&)[2], int, MmaA (&a)[2]) {
+    operands(words, a);
+  }
   static __device__ __forceinline__ float scale(const Scales&, int, int) { return 1.0f; }
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
 };

@@ -39,6 +39,7 @@ TILE_ROWS, TILE_COLUMNS = 16, 32
 SEGMENT = 8  # blocks of 32 columns whose scales lie together
 _NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble n of a word holds this column
 _UNTILED = (Type.F32, Type.BF16)
+_LARGEST_E = 240  # of MXFP4's scales 2^(e - 127): what kernels can add 14 to
 _LOW_BITS = {Type.F16: 16, Type.Q8_0: 8}  # every other one: 4
 
 
@@ -81,6 +82,8 @@ def pack(xp: Any, w: Any) -> PackedMatrix:
     fields = {}
     for name, (sub, offset, *_) in fmt.dtype.fields.items():
         fields[name] = tiles[..., offset : offset + sub.itemsize]
+    if "e" in fields and int(fields["e"].max()) > _LARGEST_E:
+        raise ModelError(f"{w.name}: a scale of 2^{int(fields['e'].max()) - 127}; those from 2^114 on are no weights")
     return PackedMatrix(w.name, w.type, tuple(w.shape), _codes(xp, w.type, tiles, fields) | _scales(xp, w.type, fields))
 
 
