@@ -13,26 +13,14 @@ extern "C" __global__ void activations_f16(const float* x, f16* out, float* scal
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
   const float* row = x + static_cast<long long>(blockIdx.x) * n_in;
   float top = 0.0f;
-  for (int k = threadIdx.x; k < n_in; k += blockDim.x) {
-    // Written so that a NaN, which no comparison holds for, is kept.
-    float magnitude = fabsf(row[k]);
-    top = top != top || magnitude <= top ? top : magnitude;
-  }
-  for (int offset = 16; offset; offset /= 2) {
-    float other = __shfl_xor_sync(ALL_LANES, top, offset);
-    top = top != top || other <= top ? top : other;
-  }
+  for (int k = threadIdx.x; k < n_in; k += blockDim.x) top = larger_or_nan(top, fabsf(row[k]));
+  top = warp_top(top);
   if (lane == 0) largest[warp] = top;
   __syncthreads();
-  for (int i = 0; i < n_warps; i++) top = top != top || largest[i] <= top ? top : largest[i];
-  // The exponent's field of a float; 0 for zero and denormals, 255 for NaN and infinity.
-  int field = static_cast<int>(__float_as_uint(top) >> 23 & 255);
-  int e = field == 255 || top == 0.0f ? 0 : max(field - 127 - 14, -126);
-  int first = -e / 2, second = -e - first;  // 2^-e in two factors: 2^126 is the largest that a row needs
-  float up = __uint_as_float(static_cast<uint32_t>(127 + first) << 23);
-  float more = __uint_as_float(static_cast<uint32_t>(127 + second) << 23);
+  for (int i = 0; i < n_warps; i++) top = larger_or_nan(top, largest[i]);
+  int e = row_exponent(top);
   for (int block = warp; block < n_in / 32; block += n_warps) {
-    f16 half = f32_to_f16(__fmul_rn(__fmul_rn(row[block * 32 + lane], up), more));
+    f16 half = f32_to_f16(times_power(row[block * 32 + lane], e));
     // Column 4c + j of half h stands at place 8c + 4h + j.
     int place = lane % 16 / 4 * 8 + lane / 16 * 4 + lane % 4;
     out[(static_cast<long long>(blockIdx.x) * (n_in / 32) + block) * 32 + place] = half;
@@ -41,5 +29,5 @@ extern "C" __global__ void activations_f16(const float* x, f16* out, float* scal
     f16 rest = f32_to_f16(__fadd_rn(sum, -f16_to_f32(most)));
     if (lane == 0) sums[static_cast<long long>(blockIdx.x) * (n_in / 32) + block] = pack_f16x2(most, rest);
   }
-  if (threadIdx.x == 0) scale[blockIdx.x] = __uint_as_float(static_cast<uint32_t>(127 + e) << 23);
+  if (threadIdx.x == 0) scale[blockIdx.x] = power_of_two(e);
 }

@@ -163,3 +163,22 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
   __syncthreads();
   return total;
 }
+
+// --- Rows as halves, times a power of two ---
+__device__ __forceinline__ float power_of_two(int e) { return __uint_as_float(static_cast<uint32_t>(127 + e) << 23); }
+// The exponent that brings a row whose largest magnitude is `top` into [2^14, 2^15); 0 for zeros, NaN and infinity.
+__device__ __forceinline__ int row_exponent(float top) {
+  int field = static_cast<int>(__float_as_uint(top) >> 23 & 255);
+  return field == 255 || top == 0.0f ? 0 : max(field - 127 - 14, -126);
+}
+// x · 2^-e, in two factors that are floats: 2^126 is the most that a row needs.
+__device__ __forceinline__ float times_power(float x, int e) {
+  int first = -e / 2;
+  return __fmul_rn(__fmul_rn(x, power_of_two(first)), power_of_two(-e - first));
+}
+// The larger of two magnitudes; a NaN, for which no comparison holds, is kept.
+__device__ __forceinline__ float larger_or_nan(float a, float b) { return a != a || b <= a ? a : b; }
+__device__ __forceinline__ float warp_top(float x) {
+  for (int offset = 16; offset; offset /= 2) x = larger_or_nan(x, __shfl_xor_sync(ALL_LANES, x, offset));
+  return x;
+}

@@ -12,7 +12,7 @@ __device__ __forceinline__ void embed(const Planes& w, const int* ids, float* ou
   long long tile = id / 16;
   if (block >= w.n_blocks) return;
   MmaA a[2];
-  Q::operands(Q::load(w, tile * w.n_blocks + block, row % 8 * 4 + c), a);
+  Q::operands(Q::load(lane_of<Q>(w, tile * w.n_blocks + block, row % 8 * 4 + c), 0), a);
   auto scales = Q::scales(w, tile * w.n_segments + block / SEGMENT, row);
   float* to = out + static_cast<long long>(blockIdx.x) * n_in + block * 32;
   float minimum = Q::minimum(scales, block % SEGMENT);
@@ -48,3 +48,15 @@ EMBEDDING(embedding_q5_k, Q5_K)
 EMBEDDING(embedding_q6_k, Q6_K)
 EMBEDDING(embedding_mxfp4, MXFP4)
 EMBEDDING(embedding_f16, F16)
+
+// Rows that lie as in the file. Grid: x tokens; block: any.
+extern "C" __global__ void embedding_f32(const float* w, const int* ids, float* out, int n_in) {
+  const float* row = w + static_cast<long long>(ids[blockIdx.x]) * n_in;
+  for (int i = threadIdx.x; i < n_in; i += blockDim.x) out[static_cast<long long>(blockIdx.x) * n_in + i] = row[i];
+}
+
+extern "C" __global__ void embedding_bf16(const unsigned short* w, const int* ids, float* out, int n_in) {
+  const unsigned short* row = w + static_cast<long long>(ids[blockIdx.x]) * n_in;
+  for (int i = threadIdx.x; i < n_in; i += blockDim.x)
+    out[static_cast<long long>(blockIdx.x) * n_in + i] = __uint_as_float(static_cast<uint32_t>(row[i]) << 16);
+}

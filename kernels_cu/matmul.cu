@@ -140,15 +140,11 @@ __device__ __forceinline__ void store(const Activations& x, const Rows& rows, lo
 template <class Q>
 struct Ahead {
   typename Q::Words words[Q::AHEAD] = {};
-  // Blocks from `place` on, of which there are `left`.
-  __device__ __forceinline__ void load(const Planes& w, long long place, int left) {
-    if (left >= Q::AHEAD) {
+  // Blocks from number j of a lane's on, of which there are `left`.
+  __device__ __forceinline__ void load(const Lanes& at, int j, int left) {
 #pragma unroll
-      for (int j = 0; j < Q::AHEAD; j++) words[j] = Q::load(w, place + j, threadIdx.x % 32);
-    } else {
-      for (int j = 0; j < Q::AHEAD; j++)
-        if (j < left) words[j] = Q::load(w, place + j, threadIdx.x % 32);
-    }
+    for (int i = 0; i < Q::AHEAD; i++)
+      if (i < left) words[i] = Q::load(at, j + i);
   }
 };
 
@@ -157,7 +153,7 @@ template <class Q, bool FULL>
 __device__ __forceinline__ void segment8(const Planes& w, const Activations& x, long long tile, int segment,
                                          int following, int row, Ahead<Q>& now, MmaD (&sums)[1]) {
   int r = threadIdx.x % 32 / 4, start = segment * SEGMENT, left = w.n_blocks - start;
-  long long place = tile * w.n_blocks + start;
+  Lanes at = lane_of<Q>(w, tile * w.n_blocks + start, threadIdx.x % 32);
   const f16* columns = columns_of(x, row, start, w.n_blocks);
   typename Q::Scales scales[2] = {Q::scales(w, tile * w.n_segments + segment, r),
                                   Q::scales(w, tile * w.n_segments + segment, r + 8)};
@@ -165,9 +161,10 @@ __device__ __forceinline__ void segment8(const Planes& w, const Activations& x, 
   for (int group = 0; group < SEGMENT; group += Q::AHEAD) {
     Ahead<Q> next = now;
     if (group + Q::AHEAD < SEGMENT)
-      next.load(w, place + group + Q::AHEAD, FULL ? SEGMENT : left - group - Q::AHEAD);
+      next.load(at, group + Q::AHEAD, FULL ? SEGMENT : left - group - Q::AHEAD);
     else
-      next.load(w, tile * w.n_blocks + following * SEGMENT, w.n_blocks - following * SEGMENT);
+      next.load(lane_of<Q>(w, tile * w.n_blocks + following * SEGMENT, threadIdx.x % 32), 0,
+                w.n_blocks - following * SEGMENT);
 #pragma unroll
     for (int j = 0; j < Q::AHEAD; j++) {
       if (!FULL && group + j >= left) break;
@@ -189,7 +186,7 @@ __device__ __forceinline__ void rows8(const Planes& w, const Activations& x, con
   long long tile = static_cast<long long>(rows.expert) * gridDim.x + blockIdx.x;
   int row = rows.of_x(min(lane / 4, rows.count - 1));
   Ahead<Q> now;
-  now.load(w, tile * w.n_blocks + warp * SEGMENT, w.n_blocks - warp * SEGMENT);
+  now.load(lane_of<Q>(w, tile * w.n_blocks + warp * SEGMENT, lane), 0, w.n_blocks - warp * SEGMENT);
   for (int segment = warp; segment < w.n_segments; segment += n_warps) {
     MmaD sums[1] = {};
     if (segment * SEGMENT + SEGMENT <= w.n_blocks)
@@ -224,11 +221,12 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
     int start = segment * SEGMENT, end = min(SEGMENT, w.n_blocks - start);
     typename Q::Scales scales[2] = {Q::scales(w, tile * w.n_segments + segment, r),
                                     Q::scales(w, tile * w.n_segments + segment, r + 8)};
+    Lanes at = lane_of<Q>(w, tile * w.n_blocks + start, lane);
     MmaD sums[8] = {};
 #pragma unroll 1
     for (int j = 0; j < end; j++) {
       MmaA a[2];
-      block_operands<Q>(Q::load(w, tile * w.n_blocks + start + j, lane), scales, j, a);
+      block_operands<Q>(Q::load(at, j), scales, j, a);
 #pragma unroll
       for (int n = 0; n < 8; n++)
         add_block<Q>(a, scales, j, columns_of(x, row[n], start, w.n_blocks), sums[n]);

@@ -2,7 +2,8 @@
 //
 // Planes and lanes are those of refengine/cuda/layout.py. For every type there is a struct of one shape:
 //
-//   Words load(planes, place, lane)          what a lane has of a tile of 16 x 32: two rows of 8 codes
+//   Words load(lane's, j)                    what a lane has of the tile of 16 x 32 that is j further on: two rows of 8
+//                                            codes; LOW and HIGH bytes of the planes of those names
 //   operands(words, a)                       the same as halves, the operands of two mma
 //   Scales scales(planes, segment, row)      of 256 columns of a row; a weight of block j is, as ggml rounds it,
 //     scale(scales, j, half) · code - minimum(scales, j)           half: columns 0-15 or 16-31, where SPLIT
@@ -18,7 +19,7 @@
 //
 //   AHEAD                                    blocks that a lane asks for before it uses the first: registers allow it
 //
-// place = tile * n_blocks + block of 32 columns; segment = tile * n_segments + segment of 256; row is 0 to 15.
+// segment = tile * n_segments + segment of 256; row is 0 to 15.
 
 constexpr int SEGMENT = 8;  // blocks of 32 columns
 
@@ -64,10 +65,17 @@ __device__ __forceinline__ float half_of(const uint4& words, int i) {
   return f16_to_f32(static_cast<f16>(i % 2 ? word >> 16 : word));
 }
 
-// What a lane has of a tile in nibbles: a word of row r, one of row r + 8.
-__device__ __forceinline__ uint2 nibble_words(const Planes& w, long long place, int lane) {
-  return load_constant<uint2>(w.low + place * 256 + lane * 8);
+// Where a lane's part of a tile is. place = tile * n_blocks + block of 32 columns.
+struct Lanes {
+  const uint8_t *low, *high;
+};
+template <class Q>
+__device__ __forceinline__ Lanes lane_of(const Planes& w, long long place, int lane) {
+  return {w.low + (place * 32 + lane) * Q::LOW, w.high + (place * 32 + lane) * Q::HIGH};
 }
+
+// What a lane has of a tile in nibbles: a word of row r, one of row r + 8.
+__device__ __forceinline__ uint2 nibble_words(const Lanes& at, int j) { return load_constant<uint2>(at.low + j * 256); }
 
 // Four words of scales a row and segment.
 __device__ __forceinline__ uint4 scale_words(const Planes& w, long long segment, int row) {
@@ -78,10 +86,10 @@ __device__ __forceinline__ uint4 scale_words(const Planes& w, long long segment,
 template <int OFFSET>
 struct FourBits {
   static constexpr bool SPLIT = false;
-  static constexpr int AHEAD = 8;
+  static constexpr int AHEAD = 8, LOW = 8, HIGH = 0;
   using Words = uint2;
-  static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
-    return nibble_words(w, place, lane);
+  static __device__ __forceinline__ Words load(const Lanes& at, int j) {
+    return nibble_words(at, j);
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
     codes(words, integers<OFFSET>(), integers<OFFSET>(), a);
@@ -99,13 +107,13 @@ struct FourBits {
 template <int OFFSET>
 struct FiveBits {
   static constexpr bool SPLIT = false;
-  static constexpr int AHEAD = 4;
+  static constexpr int AHEAD = 4, LOW = 8, HIGH = 2;
   struct Words {
     uint2 low;
     uint32_t high;
   };
-  static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
-    return {nibble_words(w, place, lane), load_constant<uint16_t>(w.high + place * 64 + lane * 2)};
+  static __device__ __forceinline__ Words load(const Lanes& at, int j) {
+    return {nibble_words(at, j), load_constant<uint16_t>(at.high + j * 64)};
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
     codes(words, integers<OFFSET>(), integers<OFFSET>(), a);
@@ -200,10 +208,10 @@ struct Q5_K : SixBits<FiveBits<0>> {};
 
 struct Q8_0 : EightD {
   static constexpr bool SPLIT = false;
-  static constexpr int AHEAD = 4;
+  static constexpr int AHEAD = 4, LOW = 16, HIGH = 0;
   using Words = uint4;  // row r: columns of the first and of the second mma; row r + 8 likewise
-  static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
-    return load_constant<uint4>(w.low + place * 512 + lane * 16);
+  static __device__ __forceinline__ Words load(const Lanes& at, int j) {
+    return load_constant<uint4>(at.low + j * 512);
   }
   static __device__ __forceinline__ f16x2 two(uint32_t word, uint32_t selector) {
     return fma_f16x2(__byte_perm(word ^ 0x80808080u, 0x64646464u, selector), 0x3c003c00u, 0xe480e480u);  // - 1152
@@ -216,13 +224,13 @@ struct Q8_0 : EightD {
 
 struct Q6_K {
   static constexpr bool SPLIT = true, HAS_MINIMUM = false, SCALED = false, WHOLE = true;
-  static constexpr int AHEAD = 4;
+  static constexpr int AHEAD = 4, LOW = 8, HIGH = 4;
   struct Words {
     uint2 low;
     uint32_t high;
   };
-  static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
-    return {nibble_words(w, place, lane), load_constant<uint32_t>(w.high + place * 128 + lane * 4)};
+  static __device__ __forceinline__ Words load(const Lanes& at, int j) {
+    return {nibble_words(at, j), load_constant<uint32_t>(at.high + j * 128)};
   }
   // As FiveBits, with two bits each: bits 4-5, 8-9, 20-21, 24-25, those two higher, and both again eight bits higher
   // (around the end of the word) for row r + 8.
@@ -260,10 +268,10 @@ struct Q6_K {
 // 2^-15 times ggml's doubled integers, whose scale is halved: the same product. Scales are below 2^(241 - 127) (layout.py).
 struct MXFP4 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = false, WHOLE = false;
-  static constexpr int AHEAD = 8;
+  static constexpr int AHEAD = 8, LOW = 8, HIGH = 0;
   using Words = uint2;
-  static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
-    return nibble_words(w, place, lane);
+  static __device__ __forceinline__ Words load(const Lanes& at, int j) {
+    return nibble_words(at, j);
   }
   static __device__ __forceinline__ f16x2 value(uint32_t sign, uint32_t magnitude) {
     return select_or(sign, 0x80008000u, magnitude & 0x0e000e00u);
@@ -288,12 +296,12 @@ struct MXFP4 {
 
 struct F16 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = true, WHOLE = false;
-  static constexpr int AHEAD = 2;
+  static constexpr int AHEAD = 2, LOW = 32, HIGH = 0;
   struct Words {
     uint4 row[2];
   };
-  static __device__ __forceinline__ Words load(const Planes& w, long long place, int lane) {
-    const uint8_t* words = w.low + place * 1024 + lane * 32;
+  static __device__ __forceinline__ Words load(const Lanes& at, int j) {
+    const uint8_t* words = at.low + j * 1024;
     return {{load_constant<uint4>(words), load_constant<uint4>(words + 16)}};
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {

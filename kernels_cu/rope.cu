@@ -29,12 +29,3 @@ extern "C" __global__ void rope_norm_f32(const float* x, const float* cos, const
                                          int head_dim) {
   rotate<false>(x, cos, sin, y, half, head_dim);
 }
-
-// Rows of K or V into the paged cache, rounded to half precision: cache[slots[t]] = half(x[t]).
-// Twin: refengine.ops.attention.kv_append. x (n_tokens, n) float32; cache (n_slots, n) halves; slots (n_tokens,) int64.
-// Grid: x tokens; block: any. Precondition: slots are different and inside the cache.
-extern "C" __global__ void kv_append_f16(const float* x, const long long* slots, f16* cache, int n) {
-  const float* row = x + static_cast<long long>(blockIdx.x) * n;
-  f16* to = cache + slots[blockIdx.x] * n;
-  for (int i = threadIdx.x; i < n; i += blockDim.x) to[i] = f32_to_f16(row[i]);
-}

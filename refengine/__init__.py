@@ -1,10 +1,10 @@
 """refengine: a readable reference inference engine for GGUF language models.
 
-    import refengine
-    model = refengine.load("model.gguf", device="cpu", numerics="exact")
-    logits = model.forward(model.tokenizer.encode("Once upon a time"))    # (n_tokens, n_vocab) float32
-    for token in model.generate("Once upon a time"):
-        print(token.text, end="", flush=True)
+import refengine
+model = refengine.load("model.gguf", device="cpu", numerics="exact")
+logits = model.forward(model.tokenizer.encode("Once upon a time"))    # (n_tokens, n_vocab) float32
+for token in model.generate("Once upon a time"):
+    print(token.text, end="", flush=True)
 """
 
 from refengine.engine.sampling import SamplingParams

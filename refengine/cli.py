@@ -157,7 +157,7 @@ def _command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParse
 
 
 def _model_arguments(
-    parser: argparse.ArgumentParser, numerics: str = "exact", cache_mb: int | None = None, several: bool = False
+    parser: argparse.ArgumentParser, numerics: str | None = None, cache_mb: int | None = None, several: bool = False
 ) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -169,17 +169,21 @@ def _model_arguments(
     group.add_argument(
         "--device",
         default="cpu",
-        help="cpu, cuda, cuda:N, or auto (a GPU if one serves; says which and why); "
-        "an explicit device never falls back to another",
+        help="cpu, cuda, cuda:N, auto (a GPU if one serves; says which and why), or host (the CUDA kernels on the CPU, "
+        "to test and step through); an explicit device never falls back to another",
     )
     group.add_argument(
         "--numerics",
         default=numerics,
-        choices=("exact", "exact64", "llamacpp"),
-        help="exact: float32 on the dequantised weights; exact64: float64; llamacpp: rounded as llama.cpp's CPU rounds",
+        choices=("exact", "exact64", "llamacpp", "fast"),
+        help="exact: float32 on the dequantised weights; exact64: float64; llamacpp: rounded as llama.cpp's CPU rounds; "
+        "fast: rounded as the GPU kernels round, which it is on cuda and host "
+        f"(default: {numerics or 'fast on cuda and host, else exact'})",
     )
     group.add_argument(
-        "--kv-type", choices=("f16", "f32", "f64"), help="type of the KV cache (default: f16 for llamacpp, else full)"
+        "--kv-type",
+        choices=("f16", "f32", "f64"),
+        help="type of the KV cache (default: f16 for llamacpp and fast, else full)",
     )
     group.add_argument("--ctx", type=int, metavar="N", help="context in tokens (default: the model's)")
     group.add_argument(

@@ -107,8 +107,10 @@ def trace(arguments: argparse.Namespace) -> None:
         raise RequestError(f"no tensor matches --filter {arguments.filter!r}; `--list` shows all names")
     if output is None:
         for name, value in tensors.items():
-            print(f"{name:28} {'x'.join(map(str, value.shape)):>18} {value.dtype}  "
-                  f"min {value.min():.6g} max {value.max():.6g}")
+            print(
+                f"{name:28} {'x'.join(map(str, value.shape)):>18} {value.dtype}  "
+                f"min {value.min():.6g} max {value.max():.6g}"
+            )
         return
     from safetensors.numpy import save_file
 

@@ -71,7 +71,7 @@ def load_model(arguments: argparse.Namespace) -> Model:
             cpu_cache_mb=arguments.cpu_cache_mb,
             progress=progress,
         )
-    reason = f" ({model.device.reason})" if arguments.device == "auto" else ""
+    reason = f" ({model.device.reason})" if arguments.device in ("auto", "host") else ""
     say(
         f"{model.config.name[:100]}: {model.config.arch} {quant_kind(model.gguf)}, device {model.device.name}{reason}, "
         f"numerics {numerics_of(model)}, loaded in {time.perf_counter() - start:.2f} s"

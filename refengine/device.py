@@ -1,4 +1,5 @@
-"""Choosing a device: `cpu` is NumPy; `cuda` and `cuda:N` are CuPy on one GPU; `auto` takes a GPU where one serves.
+"""Choosing a device: `cpu` is NumPy; `cuda` and `cuda:N` are one GPU; `auto` takes a GPU where one serves; `host` is
+the CUDA kernels' build for the CPU.
 
 An explicit choice never falls back to another device.
 """
@@ -18,7 +19,7 @@ INSTALL_HINT = "install refengine[cuda13] (or refengine[cuda12] for an older dri
 
 @dataclass(frozen=True)
 class Device:
-    """xp: the array module; name: `cpu` or `cuda:N`; reason: why it was taken, for people."""
+    """xp: the array module; name: `cpu`, `host` or `cuda:N`; reason: why it was taken, for people."""
 
     xp: Any
     name: str
@@ -26,9 +27,11 @@ class Device:
 
 
 def open_device(spec: str) -> Device:
-    """Open `cpu`, `cuda`, `cuda:N` or `auto`. Raises `RequestError` for other names, `DeviceError` if none serves."""
+    """Open `cpu`, `host`, `cuda`, `cuda:N` or `auto`. Raises `RequestError` for other names, `DeviceError` if none serves."""
     if spec == "cpu":
         return Device(np, "cpu", "asked for")
+    if spec == "host":
+        return Device(np, "host", "kernels built for the CPU: for tests and debuggers")
     match = re.fullmatch(r"cuda(?::(\d{1,4}))?", spec)
     if match:
         return _open_cuda(int(match[1] or 0), "asked for")
@@ -37,7 +40,7 @@ def open_device(spec: str) -> Device:
             return _open_cuda(0, "a CUDA device is present")
         except DeviceError as e:
             return Device(np, "cpu", f"no GPU serves: {e}")
-    raise RequestError(f"unknown device {spec!r}; choose cpu, cuda, cuda:N or auto")
+    raise RequestError(f"unknown device {spec!r}; choose cpu, cuda, cuda:N, auto or host")
 
 
 def _open_cuda(index: int, reason: str) -> Device:

@@ -41,7 +41,6 @@ class KernelError(RefengineError):
     """A kernel does not compile, is called wrongly, or does what it must not."""
 
 
-
 def one_line(text: str) -> str:
     """`text`, parts of which may come from a file, on one line and without what a terminal would obey."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

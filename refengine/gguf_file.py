@@ -5,6 +5,7 @@ Does not know: arrays on a device, architectures, quantisation arithmetic.
 """
 
 from dataclasses import replace
+from mmap import MADV_DONTNEED, PAGESIZE
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
@@ -138,6 +139,14 @@ class GGUFFile:
             raise GGUFError(f"{self.path}: there is no tensor {quoted(name)} among the {len(self.tensors)} of the file")
         info = self.tensors[name]
         return np.frombuffer(self._shards[info.shard].map, np.uint8, info.n_bytes, info.offset)
+
+    def forget(self, name: str) -> None:
+        """Let go of the memory that reading a tensor took; what is read again comes from the file again."""
+        if self._shards is None:
+            raise ValueError(f"{self.path}: the file is closed")
+        info = self.tensors[name]
+        start = info.offset // PAGESIZE * PAGESIZE
+        self._shards[info.shard].map.madvise(MADV_DONTNEED, start, info.offset + info.n_bytes - start)
 
     def close(self) -> None:
         """Give the mapping up; may be called twice.

@@ -10,6 +10,7 @@ Knows nothing of attention arithmetic: it hands out arrays and indices.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,25 +99,24 @@ class Batch:
 
 
 class KVCache:
-    """K and V of all layers: per layer an array (n_blocks, block_size, n_head_kv, head_dim) each."""
+    """K and V of all layers: for each an array (n_blocks, block_size, n_head_kv, head_dim), as the ops keep it."""
 
     def __init__(
         self,
-        xp: Any,
+        arrays: Callable[[int, tuple[int, ...]], list[Array]],
         n_layer: int,
         n_head_kv: int,
         head_dim: int,
         *,
         n_ctx: int,
         n_blocks: int,
-        dtype: Any,
         block_size: int = BLOCK_SIZE,
     ) -> None:
+        """arrays: `Ops.kv_arrays`: how many, and the shape of each."""
         self.n_ctx = n_ctx  # longest sequence it is meant for, in tokens
         self.block_size = block_size
-        shape = (n_blocks, block_size, n_head_kv, head_dim)
-        self.k = [xp.zeros(shape, dtype=dtype) for _ in range(n_layer)]
-        self.v = [xp.zeros(shape, dtype=dtype) for _ in range(n_layer)]
+        made = arrays(2 * n_layer, (n_blocks, block_size, n_head_kv, head_dim))
+        self.k, self.v = made[:n_layer], made[n_layer:]
         self.pool = BlockPool(n_blocks)  # after the arrays: what does not fit fails before it costs anything
 
     @staticmethod

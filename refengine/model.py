@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from refengine.config import ModelConfig
+from refengine.cuda import open_kernels
 from refengine.device import Device, open_device
 from refengine.engine.generation import Generation, Token
 from refengine.engine.sampling import SamplingParams
@@ -21,7 +22,7 @@ from refengine.models import BY_ARCHITECTURE
 from refengine.ops import Ops, profile
 from refengine.tokenizer import Tokenizer, load_tokenizer
 from refengine.trace import Tracer, no_trace, to_numpy
-from refengine.weights import load_weights
+from refengine.weights import ArrayPlacement, check_tensors, load_weights
 
 PACKAGED_MODEL = Path(__file__).parent / "data" / "haiku-q4_k_m.gguf"  # our own: trained by tools/haiku
 PREFILL_CHUNK = 512  # tokens a forward call, llama.cpp's default micro-batch
@@ -30,7 +31,7 @@ PREFILL_CHUNK = 512  # tokens a forward call, llama.cpp's default micro-batch
 def load(
     path: str | os.PathLike[str] | None = None,
     device: str = "cpu",
-    numerics: str = "exact",
+    numerics: str | None = None,
     *,
     kv_type: str | None = None,
     n_ctx: int | None = None,
@@ -40,29 +41,42 @@ def load(
     """Open a GGUF file (the first part of a split one) and put its tensors on a device.
 
     path:         None opens the packaged model, which writes haiku.
-    device:       `cpu`, `cuda`, `cuda:N`, `auto`.
-    numerics:     `exact` (float32), `exact64`, `llamacpp`.
+    device:       `cpu`, `cuda`, `cuda:N`, `auto`; `host` runs the kernels on the CPU, to test and step through.
+    numerics:     `exact` (float32), `exact64`, `llamacpp`, `fast` (default: fast on cuda and host, else exact). On a GPU
+                  fast means raw kernels and weights as stored; every other profile, array code.
     kv_type:      `f16`, `f32` or `f64` instead of the profile's.
     n_ctx:        longest sequence in tokens (default: the model's context length).
     cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory).
     progress:     called with the bytes done and the bytes in all.
     Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError` or `RequestError`.
     """
-    rounding = profile(numerics, kv_type)
     if n_ctx is not None and not 1 <= n_ctx < 2**31:
         raise RequestError(f"n_ctx {n_ctx} is outside 1..{2**31 - 1} tokens")
     if cpu_cache_mb is not None and cpu_cache_mb < 0:
         raise RequestError(f"cpu_cache_mb {cpu_cache_mb} must not be negative")
     opened = open_device(device)
+    rounding = profile(numerics or ("exact" if opened.name == "cpu" else "fast"), kv_type)
+    if opened.name == "host" and not rounding.half_rows:
+        raise RequestError(f"device host runs the kernels, whose numerics are fast; {rounding.name} runs on cpu")
     gguf = GGUFFile(PACKAGED_MODEL if path is None else Path(path))
     config = ModelConfig.from_gguf(gguf)
     if n_ctx is not None and n_ctx > config.n_ctx_train and config.rope is None:
         raise RequestError(f"n_ctx {n_ctx}: {config.arch} has learned positions, only {config.n_ctx_train} of them")
     tokenizer = load_tokenizer(gguf)
     architecture = BY_ARCHITECTURE[config.arch]
-    weights = load_weights(gguf, architecture.tensors(config), config.n_layer, opened.xp, progress)
-    cache_bytes = default_cache_bytes(opened) if cpu_cache_mb is None else cpu_cache_mb << 20
-    return Model(gguf, config, tokenizer, weights, Ops(opened.xp, rounding, cache_bytes), opened, n_ctx)
+    specs = architecture.tensors(config)
+    if rounding.half_rows and opened.name != "cpu":
+        check_tensors(gguf, specs)
+        kernels = open_kernels(opened, gguf.tensors.values())
+        ops: Any = kernels.ops
+        with kernels.memory.workspace():
+            weights = load_weights(gguf, specs, config.n_layer, kernels.uploader, progress)
+        kernels.memory.trim()
+    else:
+        cache_bytes = default_cache_bytes(opened) if cpu_cache_mb is None else cpu_cache_mb << 20
+        ops = Ops(opened.xp, rounding, cache_bytes)
+        weights = load_weights(gguf, specs, config.n_layer, ArrayPlacement(opened.xp), progress)
+    return Model(gguf, config, tokenizer, weights, ops, opened, n_ctx)
 
 
 def default_cache_bytes(device: Device) -> int:
@@ -81,7 +95,7 @@ class Model:
         config: ModelConfig,
         tokenizer: Tokenizer | None,
         weights: Any,
-        ops: Ops,
+        ops: Any,
         device: Device,
         n_ctx: int | None = None,
     ) -> None:
@@ -94,13 +108,12 @@ class Model:
         """A KV cache with room for `n_sequences` sequences of `n_tokens` tokens each."""
         cfg = self.config
         return KVCache(
-            self.ops.xp,
+            self.ops.kv_arrays,
             cfg.n_layer,
             cfg.n_head_kv,
             cfg.head_dim,
             n_ctx=self.n_ctx,
             n_blocks=KVCache.blocks_for(n_tokens) * n_sequences,
-            dtype=self.ops.numerics.kv_dtype,
         )
 
     def step(
@@ -113,7 +126,7 @@ class Model:
         """One forward pass over new tokens of one or more sequences; logits (n_out, n_vocab) on the device."""
         batch = cache.batch(parts, rows)
         # Values out of range (a NaN on its way through float16, say) are the watch's business, not NumPy's warnings.
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), self.ops.workspace():
             logits = self._forward(self.config, self.weights, batch, cache, self.ops, trace)
         cache.commit(parts)
         return logits

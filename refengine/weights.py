@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -71,27 +71,64 @@ class Weights:
         raise AttributeError(f"this model has no tensor {name}")
 
 
+class Placement(Protocol):
+    """Where tensors go. in_place: whether matrices stay views of the file.
+
+    matrix: a stored matrix on the host → as the device keeps it; done(n) after each part of n bytes.
+    """
+
+    in_place: bool
+
+    def matrix(self, w: Matrix, done: Callable[[int], None]) -> Any: ...
+    def vector(self, values: np.ndarray) -> Array: ...
+
+
+class ArrayPlacement:
+    """As the file stores them, on NumPy (a view of the mapping) or CuPy."""
+
+    def __init__(self, xp: Any) -> None:
+        self._xp, self.in_place = xp, xp is np
+
+    def matrix(self, w: Matrix, done: Callable[[int], None]) -> Matrix:
+        placed = replace(w, data=self._xp.asarray(w.data))
+        done(w.data.nbytes)
+        return placed
+
+    def vector(self, values: np.ndarray) -> Array:
+        return self._xp.asarray(values)
+
+
 def load_weights(
     gguf: GGUFFile,
     specs: Mapping[str, TensorSpec],
     n_layer: int,
-    xp: Any,
+    place: Placement,
     progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
-    """Check the file's tensors against `specs`, then put them on the device of `xp`.
+    """Check the file's tensors against `specs`, then put them where `place` says.
 
-    On NumPy a matrix is a view of the memory-mapped file. progress(bytes_done, bytes_total) comes after each tensor.
+    progress(bytes_done, bytes_total) comes after each tensor, and after parts of a large one.
     Raises `ModelError` for a missing, unexpected or wrongly shaped tensor or an unsupported type, all found first.
     """
     check_tensors(gguf, specs)
     total = sum(info.n_bytes for info in gguf.tensors.values())
     loaded: dict[str, Matrix | Array] = {}
-    done = 0
-    for name, info in gguf.tensors.items():
-        loaded[name] = _load(gguf, info, xp)
-        done += info.n_bytes
+    n_done = 0
+
+    def done(n_bytes: int) -> None:
+        nonlocal n_done
+        n_done += n_bytes
         if progress is not None:
-            progress(done, total)
+            progress(n_done, total)
+        if not place.in_place:
+            gguf.forget(name)
+
+    for name, info in gguf.tensors.items():
+        if is_vector(info):
+            loaded[name] = place.vector(quants.dequantize(np, gguf.data(name), info.type, info.shape))
+            done(info.n_bytes)
+        else:
+            loaded[name] = place.matrix(Matrix(name, info.type, info.shape, gguf.data(name)), done)
     for name, spec in specs.items():
         if name not in loaded:
             loaded[name] = loaded[spec.same_as] if spec.same_as else None
@@ -122,12 +159,9 @@ def check_tensors(gguf: GGUFFile, specs: Mapping[str, TensorSpec]) -> None:
 _VECTOR_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 
-def _load(gguf: GGUFFile, info: TensorInfo, xp: Any) -> Matrix | Array:
-    raw = xp.asarray(gguf.data(info.name))
-    # Vectors, and the small per-expert bias tables, are wanted as floats at every use.
-    if len(info.shape) == 1 or info.name.endswith(".bias"):
-        return quants.dequantize(xp, raw, info.type, info.shape)
-    return Matrix(info.name, info.type, info.shape, raw)
+def is_vector(info: TensorInfo) -> bool:
+    """Vectors, and the small per-expert bias tables, are wanted as float32 at every use."""
+    return len(info.shape) == 1 or info.name.endswith(".bias")
 
 
 def _listed(what: str, names: list[str]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Model files for tests: a valid one read and written again with other keys or tensors, or cut into a split one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +82,8 @@ def _pair(gguf: GGUFFile, key: str) -> Pair:
 def _tensor(gguf: GGUFFile, name: str) -> TensorData:
     info = gguf.tensors[name]
     return info.shape, int(info.type), gguf.data(name).tobytes()
+
+
+def zeros_of(dtype: Any) -> Callable[[int, tuple[int, ...]], list[np.ndarray]]:
+    """The arrays of a KVCache, of any type."""
+    return lambda n, shape: [np.zeros(shape, dtype) for _ in range(n)]

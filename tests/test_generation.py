@@ -18,6 +18,7 @@ from refengine.kv_cache import KVCache
 from refengine.model import Model, load
 from refengine.tokenizer import Tokenizer
 from refengine.trace import Tracer, no_trace
+from tests.model_files import zeros_of
 from tools.make_model import write_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
@@ -49,7 +50,7 @@ class ScriptedModel:
 
     def new_cache(self, n_tokens: int, n_sequences: int = 1) -> KVCache:
         cache = KVCache(
-            np, 1, 1, 2, n_ctx=self.n_ctx, n_blocks=KVCache.blocks_for(n_tokens, 4), dtype=np.float32, block_size=4
+            zeros_of(np.float32), 1, 1, 2, n_ctx=self.n_ctx, n_blocks=KVCache.blocks_for(n_tokens, 4), block_size=4
         )
         self.caches.append(cache)
         return cache

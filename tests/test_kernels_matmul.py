@@ -73,9 +73,7 @@ def test_activation_rows_are_their_twins_bit_for_bit(warps: int, activations: Ke
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_and_infinity_come_through_and_stay_in_their_row(
-    bad: float, activations: Kernels, matmul: Kernels
-) -> None:
+def test_nan_and_infinity_come_through_and_stay_in_their_row(bad: float, activations: Kernels, matmul: Kernels) -> None:
     x = np.random.default_rng(5).standard_normal((3, 256)).astype(np.float32)
     x[1, 77] = bad
     y = product(matmul, "rows8", random_matrix("Q4_K", (32, 256), 1), prepared(activations, x), None)
@@ -100,7 +98,7 @@ def test_products_are_within_float32_of_the_rounded_activations(
     rounded[:, activation_order(n_in)] = given[0].astype(np.float64) * given[2][:, None]
     exact = rounded @ values.T + bias
     # Of all that is added up (for types with a minimum, its part and the codes' part are larger than their difference):
-    # 24 fused multiply-adds, 3 segments, the tensor core's 32 sums, the scale, the bias; the block sums to 2^-22 = 4 EPS.
+    # 24 fused multiply-adds, 3 segments, the tensor core's 32 sums, the scale, the bias; block sums to 4 EPS.
     magnitude = np.abs(rounded) @ code_magnitudes(w, values).T + np.abs(bias)
     assert (np.abs(y - exact) <= 90 * EPS * magnitude).all()
     # Against the unrounded activations the halves' rounding is on top, 2^-11 of every term at most.

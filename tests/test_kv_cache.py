@@ -10,6 +10,7 @@ import pytest
 from refengine.config import SUPPORTED_ARCHITECTURES
 from refengine.kv_cache import BlockPool, KVCache, OutOfBlocks, Sequence
 from refengine.model import Model, load
+from tests.model_files import zeros_of
 from tools.make_model import write_model
 
 # float32 sums in another order: BLAS picks its blocking by the number of rows. 100 × 2^-24, rounded up.
@@ -32,7 +33,7 @@ class ShuffledPool(BlockPool):
 
 
 def small_cache(n_blocks: int, block_size: int = 4) -> KVCache:
-    return KVCache(np, 2, 3, 5, n_ctx=64, n_blocks=n_blocks, dtype=np.float16, block_size=block_size)
+    return KVCache(zeros_of(np.float16), 2, 3, 5, n_ctx=64, n_blocks=n_blocks, block_size=block_size)
 
 
 def test_lowest_free_block_comes_first() -> None:
@@ -223,7 +224,7 @@ def cache_for(model: Model, n_blocks: int, shuffle_seed: int | None = None) -> K
     """Blocks of 5 positions, so that even short prompts take several."""
     cfg = model.config
     cache = KVCache(
-        np, cfg.n_layer, cfg.n_head_kv, cfg.head_dim, n_ctx=64, n_blocks=n_blocks, dtype=np.float32, block_size=5
+        zeros_of(np.float32), cfg.n_layer, cfg.n_head_kv, cfg.head_dim, n_ctx=64, n_blocks=n_blocks, block_size=5
     )
     if shuffle_seed is not None:
         cache.pool = ShuffledPool(n_blocks, shuffle_seed)

@@ -10,6 +10,7 @@ import pytest
 from refengine.kv_cache import Batch, KVCache, Sequence
 from refengine.ops import Ops, profile
 from refengine.ops.attention import attention, causal_mask, kv_append, kv_read, soft_max
+from tests.model_files import zeros_of
 
 Array = np.ndarray
 N_HEAD, N_HEAD_KV, HEAD_DIM = 6, 2, 7
@@ -50,7 +51,7 @@ class Case:
 
     def __init__(self, dtype: Any, kv_dtype: Any) -> None:
         rng = np.random.default_rng(12)
-        self.cache = KVCache(np, 1, N_HEAD_KV, HEAD_DIM, n_ctx=64, n_blocks=12, dtype=kv_dtype, block_size=4)
+        self.cache = KVCache(zeros_of(kv_dtype), 1, N_HEAD_KV, HEAD_DIM, n_ctx=64, n_blocks=12, block_size=4)
         for array in (self.cache.k[0], self.cache.v[0]):
             array[:] = np.nan  # what nobody wrote must not be read
         self.past, self.new = (9, 2), (5, 3)

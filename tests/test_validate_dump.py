@@ -185,9 +185,7 @@ def test_name_map_renames_and_leaves_out(tmp_path: Path) -> None:
         "result_norm",
         "l_out-0",
     ]
-    dump = read_dump(
-        write(tmp_path, entry(name="layers.4.q", layer=None), entry(name="scratch", layer=None)), names
-    )
+    dump = read_dump(write(tmp_path, entry(name="layers.4.q", layer=None), entry(name="scratch", layer=None)), names)
     assert list(dump.tensors) == ["Qcur-4"]
 
 

@@ -10,7 +10,7 @@ from refengine.config import SUPPORTED_ARCHITECTURES, ModelConfig
 from refengine.errors import ModelError
 from refengine.gguf_file import GGUFFile
 from refengine.models import BY_ARCHITECTURE
-from refengine.weights import Matrix, TensorSpec, Weights, check_tensors, load_weights, quant_kind
+from refengine.weights import ArrayPlacement, Matrix, TensorSpec, Weights, check_tensors, load_weights, quant_kind
 from tests.gguf_builder import STRING, TENSOR_F16, TENSOR_F32, TENSOR_MXFP4, TENSOR_Q8_0, U32, GGUFBuilder
 from tests.model_files import float_bytes, read_floats, rewrite
 from tools.make_model import write_model
@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def load_file(path: Path) -> Weights:
     with GGUFFile(path) as gguf:
         config = ModelConfig.from_gguf(gguf)
-        return load_weights(gguf, BY_ARCHITECTURE[config.arch].tensors(config), config.n_layer, np)
+        return load_weights(gguf, BY_ARCHITECTURE[config.arch].tensors(config), config.n_layer, ArrayPlacement(np))
 
 
 def refused(path: Path) -> str:
@@ -148,7 +148,7 @@ def test_values_and_places(tmp_path: Path) -> None:
     specs["blk.0.attn_k.bias"] = TensorSpec((2,), optional=True)
     done: list[tuple[int, int]] = []
     with GGUFFile(builder.write(tmp_path / "w.gguf")) as gguf:
-        weights = load_weights(gguf, specs, 2, np, lambda *step: done.append(step))
+        weights = load_weights(gguf, specs, 2, ArrayPlacement(np), lambda *step: done.append(step))
         stored = {name: gguf.data(name).copy() for name in shapes}
 
     # Vectors and bias tables are floats, exactly the file's values; matrices stay as they are stored.
@@ -177,7 +177,7 @@ def test_values_and_places(tmp_path: Path) -> None:
 def test_matrices_are_views_of_the_file(models: dict[str, Path]) -> None:
     with GGUFFile(models["llama"]) as gguf:
         config = ModelConfig.from_gguf(gguf)
-        weights = load_weights(gguf, BY_ARCHITECTURE["llama"].tensors(config), 1, np)
+        weights = load_weights(gguf, BY_ARCHITECTURE["llama"].tensors(config), 1, ArrayPlacement(np))
         assert np.shares_memory(weights.layers[0].ffn_up.data, gguf.data("blk.0.ffn_up.weight"))
         assert not weights.layers[0].ffn_up.data.flags.writeable
 

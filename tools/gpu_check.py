@@ -91,9 +91,10 @@ def main() -> int:
     parser.add_argument("--commit", default="", help="commit under test, where git cannot tell")
     parser.add_argument("--model", action="append", help="full-size model to time (default qwen2.5-0.5b)")
     args = parser.parse_args()
-    commit = args.commit or subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    commit = (
+        args.commit
+        or subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    )
     facts: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,

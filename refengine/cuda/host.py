@@ -118,7 +118,7 @@ def _build(source: Source, mode: str) -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         code = Path(folder) / f"{source.name}.cpp"
         # The text names its own files by #line; those must be found by the debugger.
-        code.write_text(f"{source.text}#line 1 \"exports\"\n{exports}", encoding="utf-8")
+        code.write_text(f'{source.text}#line 1 "exports"\n{exports}', encoding="utf-8")
         objects = [f"{folder}/kernel.o", f"{folder}/runtime.o"]
         _run([*flags, *_MODES[mode], "-include", str(header), "-c", str(code), "-o", objects[0]], source.name)
         _run([*flags, "-O2", "-c", str(runtime), "-o", objects[1]], "hostcuda")

@@ -41,6 +41,12 @@ _NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble n of a word holds this column
 _UNTILED = (Type.F32, Type.BF16)
 _LARGEST_E = 240  # of MXFP4's scales 2^(e - 127): what kernels can add 14 to
 _LOW_BITS = {Type.F16: 16, Type.Q8_0: 8}  # every other one: 4
+_HIGH_BITS = {Type.Q5_0: 1, Type.Q5_1: 1, Type.Q5_K: 1, Type.Q6_K: 2}
+_SCALE_BYTES = {  # of a row and segment
+    **dict.fromkeys((Type.Q4_0, Type.Q5_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K), 16),
+    **dict.fromkeys((Type.Q4_1, Type.Q5_1), 32),
+    Type.MXFP4: 8,
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,24 @@ class PackedMatrix:
     @property
     def n_bytes(self) -> int:
         return sum(int(plane.nbytes) for plane in self.planes.values())
+
+
+def plane_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> dict[str, int]:
+    """Sizes of the planes of a matrix (n_out, n_in) or (n_expert, n_out, n_in), by name."""
+    n_expert, (n_out, n_in) = int(np.prod(shape[:-2], dtype=np.int64)), shape[-2:]
+    if kind in _UNTILED:
+        fmt = quants.SUPPORTED[kind]
+        return {"low": n_expert * n_out * n_in // fmt.block_size * fmt.block_bytes}
+    tiles = n_expert * -(-n_out // TILE_ROWS)
+    blocks, segments = n_in // TILE_COLUMNS, -(-n_in // (TILE_COLUMNS * SEGMENT))
+    sizes = {"low": tiles * blocks * TILE_ROWS * TILE_COLUMNS * _LOW_BITS.get(kind, 4) // 8}
+    if kind in _HIGH_BITS:
+        sizes["high"] = tiles * blocks * TILE_ROWS * TILE_COLUMNS * _HIGH_BITS[kind] // 8
+    if kind in _SCALE_BYTES:
+        sizes["scales"] = tiles * segments * TILE_ROWS * _SCALE_BYTES[kind]
+    if kind == Type.Q6_K:
+        sizes["d"] = tiles * segments * TILE_ROWS * 2
+    return sizes
 
 
 def pack(xp: Any, w: Any) -> PackedMatrix:

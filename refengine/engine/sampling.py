@@ -156,9 +156,7 @@ def draw(
     return position if top_k_ids is None else int(top_k_ids[position])
 
 
-def logprobs(
-    logits: NDArray[np.floating[Any]], token_id: int, n_top: int
-) -> tuple[float, list[tuple[int, float]]]:
+def logprobs(logits: NDArray[np.floating[Any]], token_id: int, n_top: int) -> tuple[float, list[tuple[int, float]]]:
     """(log-probability of `token_id`, [(id, log-probability)] of the `n_top` likeliest, ties by id).
 
     logprob = logit - log(sum(exp(logits))), natural logarithm in float64, of `logits` (n_vocab,) as the

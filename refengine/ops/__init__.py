@@ -7,11 +7,12 @@ It knows nothing of configurations, files, traces or sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from refengine.ops import activation, attention, linear, moe, norm, rope
+from refengine.ops import activation, attention, halves, linear, moe, norm, rope
 from refengine.ops.linear import DequantCache
 from refengine.ops.numerics import PROFILES, Numerics, profile
 
@@ -63,8 +64,18 @@ class Ops:
     def rope_norm(self, x: Array, angles: Angles) -> Array:
         return rope.rope_norm(self.xp, x, *angles)
 
+    def workspace(self) -> AbstractContextManager[Any]:
+        """Where arrays of a forward pass are allocated meanwhile."""
+        return nullcontext()
+
+    def kv_arrays(self, n: int, shape: tuple[int, ...]) -> list[Array]:
+        """`n` empty parts of a KV cache, (n_blocks, block_size, n_head_kv, head_dim) each, for `kv_append`."""
+        dtype = np.float32 if self.numerics.half_rows else self.numerics.kv_dtype  # rounded, kept as they compute
+        return [self.xp.zeros(shape, dtype=dtype) for _ in range(n)]
+
     def kv_append(self, cache: Array, new: Array, slots: np.ndarray) -> None:
-        attention.kv_append(self.xp, cache, new, self.xp.asarray(slots))
+        rows = halves.rounded_rows(self.xp, new) if self.numerics.half_rows else new
+        attention.kv_append(self.xp, cache, rows, self.xp.asarray(slots))
 
     def attention(
         self,
@@ -79,6 +90,20 @@ class Ops:
         sinks: Array | None = None,
     ) -> Array:
         """See `ops.attention.attention`; `batch` has `.spans` and `.positions`."""
+        if self.numerics.half_rows:
+            return attention.attention_in_tiles(
+                self.xp,
+                Qcur,
+                k_cache,
+                v_cache,
+                batch.spans,
+                batch.positions,
+                scale=scale,
+                window=window,
+                sinks=sinks,
+                sum_dtype=self.numerics.sum_dtype,
+                probe=probe,
+            )
         as_cached = self.numerics.as_llamacpp and k_cache.dtype == np.float16
         return attention.attention(
             self.xp,

@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from refengine.ops.halves import rounded_rows, row_exponents
+
 Array = Any
 Probe = Callable[..., Array]  # probe(name, x=array) -> array
+
+TILE = 64  # positions that `attention_in_tiles`, as the kernels, weighs together
 
 
 def kv_append(xp: Any, cache: Array, new: Array, slots: Array) -> None:
@@ -61,6 +65,61 @@ def attention(
         kq_soft_max = probe("kq_soft_max", x=soft_max(xp, kq, masked, scale, sinks))
         kqv = probe("kqv", x=grouped_product(xp, rounded(kq_soft_max, round_to), V.transpose(1, 0, 2)))
         outputs.append(kqv.transpose(1, 0, 2).reshape(q.shape[0], -1))
+    return outputs[0] if len(outputs) == 1 else xp.concatenate(outputs)
+
+
+def attention_in_tiles(
+    xp: Any,
+    Qcur: Array,
+    k_cache: Array,
+    v_cache: Array,
+    spans: Sequence[Any],
+    positions: Array,
+    *,
+    scale: float,
+    window: int,
+    sinks: Array | None,
+    sum_dtype: Any,
+    probe: Probe,
+) -> Array:
+    """`attention` as the kernels compute it (FlashAttention-2, Dao 2023): tile by tile of TILE positions.
+
+    Q and, in each tile, the attention weights times the values' powers of two are rounded to float16 rows; K and V come
+    rounded from the cache. Tiles are folded in ascending order. probe: shown `kqv` only, for nothing else is formed.
+    """
+    outputs = []
+    for span in spans:
+        q = rounded_rows(xp, Qcur[span.start : span.stop]).transpose(1, 0, 2)  # (n_head, n_tokens, head_dim)
+        K = kv_read(xp, k_cache, span.block_table, span.n_kv, sum_dtype)  # (n_kv, n_head_kv, head_dim)
+        V = kv_read(xp, v_cache, span.block_table, span.n_kv, sum_dtype)  # (n_kv, n_head_kv, head_dim)
+        powers = xp.ldexp(sum_dtype(1), row_exponents(xp, V))  # (n_kv, n_head_kv, 1)
+        masked = causal_mask(xp, positions[span.start : span.stop], span.n_kv, window)  # (n_tokens, n_kv)
+        group = q.shape[0] // K.shape[1]
+        top = xp.full((*q.shape[:2], 1), -xp.inf, dtype=q.dtype)
+        total, kqv = xp.zeros_like(top), xp.zeros_like(q)
+        for start in range(0, span.n_kv, TILE):
+            part = slice(start, min(start + TILE, span.n_kv))
+            kq = grouped_product(xp, q, K[part].transpose(1, 2, 0))  # (n_head, n_tokens, tile)
+            scores = xp.where(masked[:, part], q.dtype.type(-xp.inf), kq * q.dtype.type(scale))
+            tile_top = scores.max(axis=-1, keepdims=True)
+            base = xp.where(xp.isneginf(tile_top), q.dtype.type(0), tile_top)
+            e = xp.exp(scores - base)
+            power = xp.repeat(powers[part].transpose(1, 2, 0), group, axis=0)  # (n_head, 1, tile)
+            weights = rounded_rows(xp, e.astype(sum_dtype) * power)
+            weighted = grouped_product(xp, weights, (V[part] / powers[part]).transpose(1, 0, 2))
+            new_top = xp.maximum(top, base)
+            keep, add = xp.exp(top - new_top), xp.exp(base - new_top)
+            seen = ~xp.isneginf(tile_top)
+            kqv = xp.where(seen, kqv * keep + weighted.astype(q.dtype) * add, kqv)
+            total = xp.where(seen, total * keep + e.sum(axis=-1, keepdims=True) * add, total)
+            top = xp.where(seen, new_top, top)
+        if sinks is not None:
+            sink = sinks.astype(q.dtype, copy=False)[:, None, None]
+            new_top = xp.maximum(top, sink)
+            keep = xp.exp(top - new_top)
+            kqv, total = kqv * keep, total * keep + xp.exp(sink - new_top)
+        kqv = probe("kqv", x=kqv / total)
+        outputs.append(kqv.transpose(1, 0, 2).reshape(kqv.shape[1], -1))
     return outputs[0] if len(outputs) == 1 else xp.concatenate(outputs)
 
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
 from refengine import quants
+from refengine.ops.halves import rounded_rows
 from refengine.ops.numerics import Numerics
 
 Array = Any
 StoredMatrix = Any  # .name, .type, .shape (..., n_out, n_in), .rows(start, stop) -> raw bytes
 
+FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)  # whose products the `fast` profile forms in float32
 SLICE_ELEMENTS = 4 << 20  # of a matrix that is not cached, dequantised at a time: 16 MiB as float32
 
 
@@ -50,9 +53,7 @@ def float_rows(xp: Any, w: StoredMatrix, start: int, stop: int, dtype: Any) -> A
     return values.astype(dtype, copy=False)
 
 
-def linear(
-    xp: Any, x: Array, w: StoredMatrix, numerics: Numerics, cache: DequantCache, expert: int = 0
-) -> Array:
+def linear(xp: Any, x: Array, w: StoredMatrix, numerics: Numerics, cache: DequantCache, expert: int = 0) -> Array:
     """y = x Wᵀ (of expert `expert`). x: (n_tokens, n_in); W: (n_out, n_in) as stored; returns (n_tokens, n_out).
 
     Under llama.cpp's rounding the row is first quantised to the weight type's partner. Its integer products, scaled
@@ -61,7 +62,11 @@ def linear(
     """
     n_out = w.shape[-2]
     first = expert * n_out
-    activation = quants.round_activation(xp, x, w.type) if numerics.as_llamacpp else x
+    activation = x
+    if numerics.as_llamacpp:
+        activation = quants.round_activation(xp, x, w.type)
+    elif numerics.half_rows and w.type not in FLOATS:
+        activation = rounded_rows(xp, x)
     rounded = activation.astype(numerics.sum_dtype, copy=False)
     whole = cache.get(xp, w, first, first + n_out, numerics.sum_dtype)
     order = slice(None, None, -1) if numerics.reversed_sums else slice(None)
@@ -81,9 +86,7 @@ def linear(
     return y.astype(numerics.dtype, copy=False)
 
 
-def linear_experts(
-    xp: Any, x: Array, w: StoredMatrix, chosen: Array, numerics: Numerics, cache: DequantCache
-) -> Array:
+def linear_experts(xp: Any, x: Array, w: StoredMatrix, chosen: Array, numerics: Numerics, cache: DequantCache) -> Array:
     """y[t, r] = x[t, r] W[chosen[t, r]]ᵀ, expert by expert.
 
     x: (n_tokens, n_used, n_in), or (n_tokens, 1, n_in) shared by all ranks; chosen: (n_tokens, n_used) expert indices;

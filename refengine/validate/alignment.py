@@ -77,9 +77,7 @@ def put_into(name: str, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.concatenate([kept, theirs.astype(ours.dtype)], axis=axis)
 
 
-def substitution(
-    name: str, theirs: np.ndarray, look: Callable[[np.ndarray], None]
-) -> Callable[[Any], np.ndarray]:
+def substitution(name: str, theirs: np.ndarray, look: Callable[[np.ndarray], None]) -> Callable[[Any], np.ndarray]:
     """For `Trace`'s replace: shows `look` the rows of ours that an aligned tensor has, and goes on with that tensor."""
 
     def replacement(ours: Any) -> np.ndarray:

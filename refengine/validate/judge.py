@@ -219,9 +219,9 @@ def _expression(text: str) -> re.Pattern[str]:
 
 
 def _in_other_width(model: Model) -> Model:
-    """What is float32 in float64, and the reverse; RoPE's angles too, but for `llamacpp`, which follows one engine."""
+    """What is float32 in float64, and the reverse; RoPE's angles too, but for profiles that follow one engine."""
     numerics = model.ops.numerics
-    if numerics.as_llamacpp:
+    if numerics.as_llamacpp or numerics.half_rows:
         return _variant(model, sum_dtype=np.float32)
     other = np.float32 if numerics.dtype is np.float64 else np.float64
     return _variant(model, dtype=other, sum_dtype=other)

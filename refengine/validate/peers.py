@@ -80,10 +80,10 @@ def _capture_self(peer: str, model: Model, ids: list[int]) -> Capture:
             numerics = setting
         elif setting in KV_TYPES:
             kv_type = setting
-        elif setting.partition(":")[0] in ("cpu", "cuda", "auto"):
+        elif setting.partition(":")[0] in ("cpu", "cuda", "auto", "host"):
             device = setting
         else:
-            known = ", ".join([*PROFILES, *KV_TYPES, "cpu", "cuda:N"])
+            known = ", ".join([*PROFILES, *KV_TYPES, "cpu", "host", "cuda:N"])
             raise RequestError(f"--peer {peer}: unknown setting {setting!r}; choose among {known}")
     other = refengine.load(model.gguf.path, device, numerics, kv_type=kv_type, cpu_cache_mb=0)
     trace = Trace("")

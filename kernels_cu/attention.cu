@@ -1,0 +1,346 @@
+// Causal attention over the paged KV cache, the score matrix never written (FlashAttention-2, Dao 2023).
+//
+// Twin: refengine.ops.attention.attention; of kv_append_f16, cuda.reference.kv_rows. q (n_tokens, n_head, head_dim) and
+// y (n_tokens, n_head * head_dim) float32. Cache: k, v (n_slots, n_head_kv, head_dim) halves, each row times a power of two,
+// whose exponent + 127 is in k_exponents, v_exponents (n_slots, n_head_kv): rows of 1e6 and of 1e-6 keep eleven bits.
+// sinks (n_head,) float32 or null. spans (n_spans, 4): first token, tokens, positions filled after them, where its block
+// table begins in `tables`. tiles (n_tiles, 2): span, first row in it; row i of a
+// span and KV head h is token i / group and query head h * group + i % group; a block of threads has 16 rows.
+//
+// Order of additions, of positions alone, however many tokens, rows and sequences come together:
+//   tile of 64 positions, from a multiple of 64:  s = (mma over head_dim, columns as below) · q scale · scale · log2(e) · k
+//       scale; m = max s; p = 2^(s - m); l = Σ p: 16 in a lane ascending, then by shuffles; P = half(p · v scale · 2^e), the
+//       largest of a row in [2^14, 2^15); o = (four mma over the positions, ascending) · 2^-e
+//   split of 512: its 8 tiles folded in order;  row: its splits folded in order, then the sink; y = o / l
+//   fold of (m', l', o') into (m, l, o): M = max; l = l · 2^(m - M) + l' · 2^(m' - M), o likewise
+// What a row may not see is left out of a fold: a tile, a split without a visible position changes no bit.
+// Scores are never large: products of halves are exact, scales are powers of two but for `scale`.
+//
+// attention_rows_*:   grid x tiles, y KV heads; 8 warps, a tile of positions each; splits one after another.
+// attention_splits_*: grid x tiles, y KV heads, z splits from first_split on; results to partial (rows, n_splits,
+//                     head_dim + 2): o, m, l. attention_merge folds them: grid x tokens, y heads; head_dim threads.
+// Dynamic shared memory: see Shared. Moves the visible part of K and V once for every 16 rows.
+
+constexpr int ROWS = 16, TILE = 64, WARPS = 8;
+constexpr float LOG2_E = 1.4426950408889634f, NOTHING = -1.0f;
+
+struct Cache {
+  const f16 *k, *v;
+  const unsigned char *k_exponents, *v_exponents;
+  const int* table;
+  int block_size, n_head_kv, head_dim, n_kv;
+};
+
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
+// 2^(m - M) for m ≤ M; both may be minus infinity.
+__device__ __forceinline__ float weight(float m, float M) { return m == M ? 1.0f : exp2f(m - M); }
+__device__ __forceinline__ float largest_of_four(float x) {
+  x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+  return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+__device__ __forceinline__ float sum_of_four(float x) {
+  x += __shfl_xor_sync(ALL_LANES, x, 1);
+  return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+// The largest magnitude of a row of n numbers that a warp has, or NaN.
+__device__ __forceinline__ float row_top(const float* row, int n) {
+  float top = 0.0f;
+  for (int i = threadIdx.x % 32; i < n; i += 32) top = larger_or_nan(top, fabsf(row[i]));
+  return warp_top(top);
+}
+
+// G groups of 32 columns of a head.
+template <int G>
+struct Shared {
+  static constexpr int STRIDE = (G | 1) * 32;  // halves of a row of q: 16-byte loads of eight lanes meet no bank twice
+  f16 q[ROWS * STRIDE];
+  float q_scale[ROWS];
+  float m[WARPS][ROWS], l[WARPS][ROWS], keep[WARPS][ROWS], add[WARPS][ROWS];
+  float total_m[ROWS], total_l[ROWS], total_keep[ROWS], total_add[ROWS];
+  float o[WARPS][G * 16][32];  // as lanes hold it: [number of 4 columns and which of 4 sums][lane]
+};
+
+// Row and column of what lane `lane` has in o[f].
+__device__ __forceinline__ int row_in(int f, int lane) { return lane / 4 + f % 4 / 2 * 8; }
+__device__ __forceinline__ int column_in(int f, int lane) {
+  return f / 16 * 32 + 4 * (2 * (lane % 4) + f % 2) + f / 4 % 4;
+}
+
+// 16 rows of q as halves. A warp takes rows w and w + 8; rows beyond the end are zeros.
+template <int G>
+__device__ __forceinline__ void load_q(Shared<G>& shared, const float* q, const int* span, int first_row, int group,
+                                       int n_head, int head, int head_dim) {
+  int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < ROWS; i += WARPS) {
+    int row = first_row + i, token = row / group;
+    const float* from = q + (static_cast<long long>(span[0] + token) * n_head + head * group + row % group) * head_dim;
+    bool exists = token < span[1];
+    int e = row_exponent(row_top(from, exists ? head_dim : 0));
+    for (int d = lane; d < G * 32; d += 32)
+      shared.q[i * Shared<G>::STRIDE + d] = exists && d < head_dim ? f32_to_f16(times_power(from[d], e)) : 0;
+    if (lane == 0) shared.q_scale[i] = power_of_two(e);
+  }
+}
+
+// One tile of positions for 16 rows: its m, l and o go to the warp's place in shared memory.
+template <int G>
+__device__ __forceinline__ void attend_tile(Shared<G>& shared, const Cache& cache, int head, int start, const int (&position)[2],
+                                            int window, float scale) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
+  long long slot = static_cast<long long>(cache.table[start / cache.block_size]) * cache.block_size +
+                   start % cache.block_size;
+  long long stride = static_cast<long long>(cache.n_head_kv) * cache.head_dim;
+  const f16 *k = cache.k + slot * stride + head * cache.head_dim, *v = cache.v + slot * stride + head * cache.head_dim;
+  // Exponents of positions 2 · lane and the next: K, V, K, V in a word. 2^-127 · 2^0 where nothing is.
+  uint32_t exponents = 0;
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    if (start + 2 * lane + i < cache.n_kv) {
+      long long at = (slot + 2 * lane + i) * cache.n_head_kv + head;
+      exponents |= (cache.k_exponents[at] | static_cast<uint32_t>(cache.v_exponents[at]) << 8) << 16 * i;
+    }
+
+  float s[8][4] = {};
+#pragma unroll 1
+  for (int g = 0; g < G; g++) {
+    MmaA a[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      uint4 four = *reinterpret_cast<const uint4*>(&shared.q[(r + 8 * i) * Shared<G>::STRIDE + g * 32 + c * 8]);
+      a[0].x[i] = four.x, a[0].x[2 + i] = four.y, a[1].x[i] = four.z, a[1].x[2 + i] = four.w;
+    }
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+      uint4 four = make_uint4(0, 0, 0, 0);
+      if (start + n * 8 + r < cache.n_kv && g * 32 + c * 8 < cache.head_dim)
+        four = load_constant<uint4>(k + (n * 8 + r) * stride + g * 32 + c * 8);
+      MmaD d = {{s[n][0], s[n][1], s[n][2], s[n][3]}};
+      mma_m16n8k16(d, a[0], {{four.x, four.y}});
+      mma_m16n8k16(d, a[1], {{four.z, four.w}});
+#pragma unroll
+      for (int i = 0; i < 4; i++) s[n][i] = d.x[i];
+    }
+  }
+
+  float factor[2] = {__fmul_rn(shared.q_scale[r], scale), __fmul_rn(shared.q_scale[r + 8], scale)};
+  float m[2] = {minus_infinity(), minus_infinity()}, l[2] = {}, top[2] = {};
+  uint32_t of_columns[8];
+#pragma unroll
+  for (int n = 0; n < 8; n++) {
+    of_columns[n] = __shfl_sync(ALL_LANES, exponents, n * 4 + c);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int back = position[i / 2] - (start + n * 8 + 2 * c + i % 2);
+      float k_scale = __uint_as_float((of_columns[n] >> 16 * (i % 2) & 255) << 23);
+      s[n][i] = back < 0 || (window && back >= window) ? minus_infinity()
+                                                       : __fmul_rn(__fmul_rn(s[n][i], factor[i / 2]), k_scale);
+      m[i / 2] = fmaxf(m[i / 2], s[n][i]);
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) m[h] = largest_of_four(m[h]);
+#pragma unroll
+  for (int n = 0; n < 8; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float p = m[i / 2] == minus_infinity() && s[n][i] == m[i / 2] ? 0.0f : exp2f(s[n][i] - m[i / 2]);
+      l[i / 2] += p;
+      s[n][i] = __fmul_rn(p, __uint_as_float((of_columns[n] >> (16 * (i % 2) + 8) & 255) << 23));
+      top[i / 2] = fmaxf(top[i / 2], s[n][i]);
+    }
+  float up[2], down[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    l[h] = sum_of_four(l[h]);
+    uint32_t field = __float_as_uint(largest_of_four(top[h])) >> 23;
+    field = min(max(field, 15u), 254u);
+    up[h] = __uint_as_float((268u - field) << 23), down[h] = __uint_as_float((field - 14u) << 23);
+  }
+  MmaA p[4];
+#pragma unroll
+  for (int kk = 0; kk < 4; kk++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float* pair = &s[2 * kk + i / 2][2 * (i % 2)];
+      p[kk].x[i] = f32_to_f16x2(__fmul_rn(pair[0], up[i % 2]), __fmul_rn(pair[1], up[i % 2]));
+    }
+
+#pragma unroll 1
+  for (int g = 0; g < G; g++) {
+    MmaD o[4] = {};
+#pragma unroll
+    for (int kk = 0; kk < 4; kk++) {
+      uint2 rows[4];  // of positions 2c, 2c + 1, 2c + 8, 2c + 9: columns 4r … 4r + 3
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int at = kk * 16 + 2 * c + i % 2 + 8 * (i / 2);
+        rows[i] = make_uint2(0, 0);
+        if (start + at < cache.n_kv && g * 32 + r * 4 < cache.head_dim)
+          rows[i] = load_constant<uint2>(v + at * stride + g * 32 + r * 4);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        unsigned selector = j % 2 ? 0x7632 : 0x5410;
+        MmaB b = {{__byte_perm(j / 2 ? rows[0].y : rows[0].x, j / 2 ? rows[1].y : rows[1].x, selector),
+                   __byte_perm(j / 2 ? rows[2].y : rows[2].x, j / 2 ? rows[3].y : rows[3].x, selector)}};
+        mma_m16n8k16(o[j], p[kk], b);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) shared.o[warp][g * 16 + j * 4 + i][lane] = __fmul_rn(o[j].x[i], down[i / 2]);
+  }
+  if (c == 0) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) shared.m[warp][r + 8 * h] = m[h], shared.l[warp][r + 8 * h] = l[h];
+  }
+}
+
+// (m, l) with (other_m, other_l) folded in; what o and the other o are multiplied by. NOTHING: leave the other out.
+__device__ __forceinline__ void fold(float& m, float& l, float other_m, float other_l, float& keep, float& add) {
+  keep = 1.0f, add = NOTHING;
+  if (other_m == minus_infinity() && other_l == 0.0f) return;
+  float M = fmaxf(m, other_m);
+  keep = weight(m, M), add = weight(other_m, M);
+  l = __fadd_rn(__fmul_rn(l, keep), __fmul_rn(other_l, add));
+  m = M;
+}
+__device__ __forceinline__ float folded(float o, float other, float keep, float add) {
+  return __fadd_rn(__fmul_rn(o, keep), __fmul_rn(other, add));
+}
+
+// What the sink adds to (m, l), and what y is: o · the result.
+__device__ __forceinline__ float finish(float m, float l, const float* sinks, int head) {
+  if (!sinks) return 1.0f / l;
+  float sink = __fmul_rn(sinks[head], LOG2_E), M = fmaxf(m, sink), keep = weight(m, M);
+  return keep / __fadd_rn(__fmul_rn(l, keep), weight(sink, M));
+}
+
+// All of a block: splits from `split` to before `end`, for 16 rows; their fold in shared.total_* and o.
+template <int G>
+__device__ __forceinline__ void attend(Shared<G>& shared, const Cache& cache, int head, int split, int end, int first_position,
+                                       int last_position, const int (&position)[2], int window, float scale,
+                                       float (&o)[G * 2]) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (threadIdx.x < ROWS) shared.total_m[threadIdx.x] = minus_infinity(), shared.total_l[threadIdx.x] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < G * 2; i++) o[i] = 0.0f;
+  for (; split < end; split++) {
+    int start = (split * WARPS + warp) * TILE;
+    bool seen = start <= last_position && (!window || start + TILE > first_position - window + 1);
+    __syncthreads();
+    if (seen)
+      attend_tile<G>(shared, cache, head, start, position, window, scale);
+    else if (lane < ROWS)
+      shared.m[warp][lane] = minus_infinity(), shared.l[warp][lane] = 0.0f;
+    __syncthreads();
+    if (threadIdx.x < ROWS) {
+      float m = minus_infinity(), l = 0.0f;
+      for (int w = 0; w < WARPS; w++)
+        fold(m, l, shared.m[w][threadIdx.x], shared.l[w][threadIdx.x], shared.keep[w][threadIdx.x],
+             shared.add[w][threadIdx.x]);
+      fold(shared.total_m[threadIdx.x], shared.total_l[threadIdx.x], m, l, shared.total_keep[threadIdx.x],
+           shared.total_add[threadIdx.x]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < G * 2; i++) {
+      int f = i * WARPS + warp, row = row_in(f, lane);
+      if (shared.total_add[row] == NOTHING) continue;
+      float sum = 0.0f;
+      for (int w = 0; w < WARPS; w++)
+        if (shared.add[w][row] != NOTHING) sum = folded(sum, shared.o[w][f][lane], shared.keep[w][row], shared.add[w][row]);
+      o[i] = folded(o[i], sum, shared.total_keep[row], shared.total_add[row]);
+    }
+  }
+  __syncthreads();
+}
+
+template <int G, bool SPLITS>
+__device__ __forceinline__ void attention(const float* q, const Cache& all, const int* tables, const float* sinks, const int* spans,
+                                          const int* tiles, float* y, int n_head, int window, float scale,
+                                          int first_split, int n_splits) {
+  DYNAMIC_SHARED(unsigned char, memory);
+  auto& shared = *reinterpret_cast<Shared<G>*>(memory);
+  const int *tile = tiles + 2 * blockIdx.x, *span = spans + 4 * tile[0];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y, group = n_head / all.n_head_kv;
+  int first_row = tile[1], past = span[2] - span[1];  // positions before the span's first token
+  Cache cache = all;
+  cache.n_kv = span[2], cache.table = tables + span[3];
+  int last_row = min(first_row + ROWS, span[1] * group) - 1;
+  int first_position = past + first_row / group, last_position = past + last_row / group;
+  int position[2] = {past + (first_row + lane / 4) / group, past + (first_row + lane / 4 + 8) / group};
+  load_q<G>(shared, q, span, first_row, group, n_head, head, cache.head_dim);
+
+  int split = first_split, end = last_position / (TILE * WARPS) + 1;
+  if (SPLITS) {
+    split += blockIdx.z;
+    end = min(end, split + 1);
+  } else if (window) {
+    split = max(split, max(first_position - window + 1, 0) / (TILE * WARPS));
+  }
+  float o[G * 2];
+  attend<G>(shared, cache, head, split, end, first_position, last_position, position, window,
+            __fmul_rn(scale, LOG2_E), o);
+#pragma unroll
+  for (int i = 0; i < G * 2; i++) {
+    int f = i * WARPS + warp, in_block = row_in(f, lane), row = first_row + in_block, d = column_in(f, lane);
+    if (row > last_row) continue;
+    int token = row / group, query_head = head * group + row % group;
+    float m = shared.total_m[in_block], l = shared.total_l[in_block];
+    if (SPLITS) {
+      float* to = y + ((static_cast<long long>(span[0] + token) * n_head + query_head) * n_splits + blockIdx.z) *
+                          (cache.head_dim + 2);
+      if (d < cache.head_dim) to[d] = o[i];
+      if (d == 0) to[cache.head_dim] = m, to[cache.head_dim + 1] = l;
+    } else if (d < cache.head_dim) {
+      y[(static_cast<long long>(span[0] + token) * n_head + query_head) * cache.head_dim + d] =
+          __fmul_rn(o[i], finish(m, l, sinks, query_head));
+    }
+  }
+}
+
+#define ATTENTION(name, G, SPLITS)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256, 1)                                                               \
+      name(const float* q, const f16* k, const f16* v, const unsigned char* k_exponents,                             \
+           const unsigned char* v_exponents, const int* tables, const float* sinks, const int* spans,                \
+           const int* tiles, float* y, int n_head, int n_head_kv, int head_dim, int block_size, int window,          \
+           float scale, int first_split, int n_splits) {                                                             \
+    attention<G, SPLITS>(q, Cache{k, v, k_exponents, v_exponents, tables, block_size, n_head_kv, head_dim, 0},       \
+                         tables, sinks, spans, tiles, y, n_head, window, scale, first_split, n_splits);              \
+  }
+ATTENTION(attention_rows_32, 1, false)
+ATTENTION(attention_rows_64, 2, false)
+ATTENTION(attention_rows_96, 3, false)
+ATTENTION(attention_rows_128, 4, false)
+ATTENTION(attention_splits_32, 1, true)
+ATTENTION(attention_splits_64, 2, true)
+ATTENTION(attention_splits_96, 3, true)
+ATTENTION(attention_splits_128, 4, true)
+
+extern "C" __global__ void attention_merge(const float* partial, const float* sinks, float* y, int n_head, int head_dim,
+                                           int n_splits) {
+  long long row = static_cast<long long>(blockIdx.x) * n_head + blockIdx.y;
+  int d = threadIdx.x;
+  float m = minus_infinity(), l = 0.0f, o = 0.0f;
+  for (int split = 0; split < n_splits; split++) {
+    const float* from = partial + (row * n_splits + split) * (head_dim + 2);
+    float keep, add;
+    fold(m, l, from[head_dim], from[head_dim + 1], keep, add);
+    if (add != NOTHING) o = folded(o, from[d], keep, add);
+  }
+  y[row * head_dim + d] = __fmul_rn(o, finish(m, l, sinks, blockIdx.y));
+}
+
+// Rows of K or V into the cache: values[slots[t], h] = half(x[t, h] · 2^-e), exponents[slots[t], h] = e + 127.
+// x (n_tokens, n_head_kv, head_dim) float32. Grid: x tokens, y KV heads; 32 threads.
+// Precondition: slots are different and inside the cache.
+extern "C" __global__ void kv_append_f16(const float* x, const long long* slots, f16* values, unsigned char* exponents,
+                                         int head_dim) {
+  const float* row = x + (static_cast<long long>(blockIdx.x) * gridDim.y + blockIdx.y) * head_dim;
+  long long at = slots[blockIdx.x] * gridDim.y + blockIdx.y;
+  int e = row_exponent(row_top(row, head_dim));
+  for (int i = threadIdx.x; i < head_dim; i += 32) values[at * head_dim + i] = f32_to_f16(times_power(row[i], e));
+  if (threadIdx.x == 0) exponents[at] = static_cast<unsigned char>(e + 127);
+}

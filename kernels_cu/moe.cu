@@ -1,0 +1,96 @@
+// Mixture of experts: choosing experts, weighing them, grouping their rows, adding up what they say.
+//
+//   top_experts_f32    chosen[t, k] = index of the k-th highest of scores[t], ties to the lower. Twin: ops.moe.top_experts
+//   row_soft_max_f32   y[t] = e^(x - max) / Σ e^(x - max) over n ≤ 32 numbers.              Twin: ops.moe.row_soft_max
+//   sum_experts_f32    y[t] = ((x[t, 0] + x[t, 1]) + x[t, 2]) + …, the router's rank order. Twin: ops.moe.sum_experts
+//   group_experts      from chosen (n_pairs,), pairs of token and rank: groups of up to `size` pairs of one expert, in
+//                      ascending order of pairs, as (expert, first slot, number of slots) for the products of matmul.cu;
+//                      of slot s, y_rows[s] is its pair and x_rows[s] its pair / share. Groups not needed have no slots.
+//
+// scores (n_rows, n_expert) float32; chosen (n_rows, n_used) int32. Grids: x rows (top_experts, row_soft_max: a warp
+// each), x groups of 256 elements (sum_experts), one block of 256 threads (group_experts; 4 · n_expert bytes of dynamic
+// shared memory, twice).
+// Sums run over ranks in ascending order, in one thread. A NaN ranks above every number: it is not lost.
+
+// Whether (a, i) ranks before (b, j).
+__device__ __forceinline__ bool before(float a, int i, float b, int j) {
+  bool a_nan = a != a, b_nan = b != b;
+  if (a_nan != b_nan) return a_nan;
+  return a > b || (!(a < b) && i < j);
+}
+
+extern "C" __global__ void top_experts_f32(const float* scores, int* chosen, int n_expert, int n_used) {
+  const float* row = scores + static_cast<long long>(blockIdx.x) * n_expert;
+  int lane = threadIdx.x % 32;
+  // Each round takes the best of what ranks after the last one taken.
+  float last = 0.0f;
+  int last_index = -1;
+  for (int k = 0; k < n_used; k++) {
+    float best = 0.0f;
+    int index = n_expert;
+    for (int i = lane; i < n_expert; i += 32) {
+      bool remains = last_index < 0 || before(last, last_index, row[i], i);
+      if (remains && (index == n_expert || before(row[i], i, best, index))) best = row[i], index = i;
+    }
+    for (int offset = 16; offset; offset /= 2) {
+      float other = __shfl_xor_sync(ALL_LANES, best, offset);
+      int other_index = __shfl_xor_sync(ALL_LANES, index, offset);
+      if (other_index < n_expert && (index == n_expert || before(other, other_index, best, index)))
+        best = other, index = other_index;
+    }
+    if (lane == 0) chosen[static_cast<long long>(blockIdx.x) * n_used + k] = index;
+    last = best, last_index = index;
+  }
+}
+
+extern "C" __global__ void row_soft_max_f32(const float* x, float* y, int n) {
+  const float* row = x + static_cast<long long>(blockIdx.x) * n;
+  float top = row[0], total = 0.0f;
+  for (int i = 1; i < n; i++) top = row[i] > top ? row[i] : top;
+  for (int i = 0; i < n; i++) total += expf(row[i] - top);
+  if (threadIdx.x < n) y[static_cast<long long>(blockIdx.x) * n + threadIdx.x] = expf(row[threadIdx.x] - top) / total;
+}
+
+extern "C" __global__ void sum_experts_f32(const float* x, float* y, int n_used, int n, long long n_elements) {
+  long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n_elements) return;
+  const float* from = x + i / n * n_used * n + i % n;
+  float total = from[0];
+  for (int rank = 1; rank < n_used; rank++) total += from[static_cast<long long>(rank) * n];
+  y[i] = total;
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    group_experts(const int* chosen, int* groups, int* x_rows, int* y_rows, int n_pairs, int n_expert, int n_groups,
+                  int size, int share) {
+  DYNAMIC_SHARED(int, count);  // (n_expert,), and after it
+  int* first = count + n_expert;  // (n_expert,) of an expert's slots
+  for (int expert = threadIdx.x; expert < n_expert; expert += blockDim.x) {
+    int n = 0;
+    for (int pair = 0; pair < n_pairs; pair++) n += chosen[pair] == expert;
+    count[expert] = n;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int slot = 0, group = 0;
+    for (int expert = 0; expert < n_expert; expert++) {
+      first[expert] = slot;
+      for (int done = 0; done < count[expert]; done += size, group++) {
+        groups[3 * group] = expert;
+        groups[3 * group + 1] = slot + done;
+        groups[3 * group + 2] = min(size, count[expert] - done);
+      }
+      slot += count[expert];
+    }
+    for (; group < n_groups; group++) groups[3 * group] = groups[3 * group + 1] = groups[3 * group + 2] = 0;
+  }
+  __syncthreads();
+  for (int expert = threadIdx.x; expert < n_expert; expert += blockDim.x) {
+    int slot = first[expert];
+    for (int pair = 0; pair < n_pairs; pair++)
+      if (chosen[pair] == expert) {
+        y_rows[slot] = pair;
+        x_rows[slot++] = pair / share;
+      }
+  }
+}

@@ -1,0 +1,114 @@
+"""Device memory by purpose, to the byte: one arena each for weights and KV cache, a pool for what a forward pass needs.
+
+Arenas are plain `cudaMalloc` (no managed memory, no host pages): `check_residency` asks the driver. On the CPU the same
+classes take NumPy memory, so that a host build is laid out as a GPU is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from refengine.errors import DeviceError
+
+Array = Any
+
+ALIGNMENT = 256  # bytes; W-1220
+PURPOSES = ("weights", "kv", "workspace")
+
+
+def aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+class Arena:
+    """`n_bytes` of device memory, handed out once, from the start, at multiples of 256."""
+
+    def __init__(self, xp: Any, purpose: str, n_bytes: int) -> None:
+        self._xp, self.purpose, self.n_bytes, self.used = xp, purpose, n_bytes, 0
+        self._base: Any
+        if xp is np:
+            room = np.zeros(n_bytes + ALIGNMENT, np.uint8)
+            self._base = room[-room.ctypes.data % ALIGNMENT :][:n_bytes]
+        else:
+            memory = xp.cuda.Memory(max(n_bytes, ALIGNMENT))
+            self._base = xp.cuda.MemoryPointer(memory, 0)
+            memory_pointer = self._base
+            memory_pointer.memset(0, n_bytes)
+
+    @property
+    def pointer(self) -> int:
+        return int(self._base.ctypes.data if self._xp is np else self._base.ptr)
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """The next part, zeros if it was not used before. Raises DeviceError where it does not fit."""
+        n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if self.used + n_bytes > self.n_bytes:
+            raise DeviceError(
+                f"{self.purpose} arena of {self.n_bytes} bytes has no room for {n_bytes} more at {self.used}"
+            )
+        start, self.used = self.used, self.used + aligned(n_bytes)
+        if self._xp is np:
+            return self._base[start : start + n_bytes].view(dtype).reshape(shape)
+        return self._xp.ndarray(shape, dtype, memptr=self._base + start)
+
+
+class DeviceMemory:
+    """What one model has of a device."""
+
+    def __init__(self, xp: Any) -> None:
+        self._xp = xp
+        self._arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+        # Chunks that the pool lacks come from cudaMalloc; what a pass gives back is kept for the next.
+        self._pool = None if xp is np else xp.cuda.MemoryPool(lambda n: xp.cuda.MemoryPointer(xp.cuda.Memory(n), 0))
+
+    def arena(self, purpose: str, n_bytes: int) -> Arena:
+        """Raises DeviceError, naming both, where the device has less free than is asked for (W-1020)."""
+        free = self.free_bytes()
+        if free is not None and n_bytes > free:
+            raise DeviceError(
+                f"device {self._xp.cuda.Device().id} has {free} bytes free, {purpose} needs {n_bytes}: "
+                "take a smaller model, a shorter context (n_ctx) or another device"
+            )
+        arena = Arena(self._xp, purpose, n_bytes)
+        self._arenas.add(arena)
+        return arena
+
+    def free_bytes(self) -> int | None:
+        """Of the whole device; None on the CPU."""
+        return None if self._xp is np else int(self._xp.cuda.runtime.memGetInfo()[0])
+
+    def workspace(self) -> AbstractContextManager[Any]:
+        """Inside, arrays come from the pool."""
+        return nullcontext() if self._pool is None else self._xp.cuda.using_allocator(self._pool.malloc)
+
+    def trim(self) -> None:
+        """Give the pool's unused chunks back to the device."""
+        if self._pool is not None:
+            self._pool.free_all_blocks()
+
+    def accounted(self) -> dict[str, int]:
+        """Bytes by purpose (W-1011)."""
+        found = dict.fromkeys(PURPOSES, 0)
+        for arena in self._arenas:
+            found[arena.purpose] += arena.n_bytes
+        found["workspace"] += 0 if self._pool is None else int(self._pool.total_bytes())
+        return found
+
+    def check_residency(self) -> None:
+        """That every arena is device memory and nothing else (W-1012). Raises DeviceError."""
+        if self._xp is np:
+            return
+        for arena in self._arenas:
+            attributes = self._xp.cuda.runtime.pointerGetAttributes(arena.pointer)
+            if attributes.type != 2 or attributes.hostPointer:  # cudaMemoryTypeDevice
+                raise DeviceError(
+                    f"{arena.purpose} arena at {arena.pointer:#x} is no plain device memory: {attributes}"
+                )
+
+    def __iter__(self) -> Iterator[Arena]:
+        return iter(self._arenas)
