@@ -176,7 +176,7 @@ def _model_arguments(
         "--numerics",
         default=numerics,
         choices=("exact", "exact64", "llamacpp", "fast"),
-        help="exact: float32 on the dequantised weights; exact64: float64; llamacpp: rounded as llama.cpp's CPU rounds; "
+        help="exact: float32 on the dequantised weights; exact64: float64; llamacpp: rounded as llama.cpp's CPU; "
         "fast: rounded as the GPU kernels round, which it is on cuda and host "
         f"(default: {numerics or 'fast on cuda and host, else exact'})",
     )

@@ -27,7 +27,7 @@ class Device:
 
 
 def open_device(spec: str) -> Device:
-    """Open `cpu`, `host`, `cuda`, `cuda:N` or `auto`. Raises `RequestError` for other names, `DeviceError` if none serves."""
+    """Open `cpu`, `host`, `cuda`, `cuda:N` or `auto`. Raises `RequestError` for other names, `DeviceError` for absent ones."""
     if spec == "cpu":
         return Device(np, "cpu", "asked for")
     if spec == "host":

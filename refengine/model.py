@@ -42,8 +42,8 @@ def load(
 
     path:         None opens the packaged model, which writes haiku.
     device:       `cpu`, `cuda`, `cuda:N`, `auto`; `host` runs the kernels on the CPU, to test and step through.
-    numerics:     `exact` (float32), `exact64`, `llamacpp`, `fast` (default: fast on cuda and host, else exact). On a GPU
-                  fast means raw kernels and weights as stored; every other profile, array code.
+    numerics:     `exact` (float32), `exact64`, `llamacpp`, `fast`; default: fast on cuda and host, else exact. On a
+                  GPU fast means raw kernels and weights as stored; every other profile, array code.
     kv_type:      `f16`, `f32` or `f64` instead of the profile's.
     n_ctx:        longest sequence in tokens (default: the model's context length).
     cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory).

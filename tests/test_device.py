@@ -52,7 +52,7 @@ def test_cpu_is_numpy() -> None:
     "spec", ["", "gpu", "CPU", "cuda:", "cuda:x", "cuda:-1", "cuda:0x1", "cuda:99999", "cuda:0 ", "cpu:0", "cuda,cpu"]
 )
 def test_bad_name_is_refused_and_the_good_ones_listed(spec: str) -> None:
-    with pytest.raises(RequestError, match="choose cpu, cuda, cuda:N or auto"):
+    with pytest.raises(RequestError, match="choose cpu, cuda, cuda:N, auto or host"):
         open_device(spec)
 
 
