@@ -242,7 +242,7 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
 
 // The most threads that a block may have bounds the registers of each.
 #define MATMUL(name, kernel, THREADS, SIZE, Q)                                                                         \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                              \
       name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, const unsigned char* d,   \
            const f16* x, const unsigned* x_sums, const float* x_scale, const int* groups, const int* x_rows,           \
            const int* y_rows, const float* bias, float* y, int n_out, int n_in, int n_rows) {                          \

@@ -27,7 +27,7 @@ class Device:
 
 
 def open_device(spec: str) -> Device:
-    """Open `cpu`, `host`, `cuda`, `cuda:N` or `auto`. Raises `RequestError` for other names, `DeviceError` for absent ones."""
+    """Open `cpu`, `host`, `cuda`, `cuda:N` or `auto`. Raises `RequestError` for other names, else `DeviceError`."""
     if spec == "cpu":
         return Device(np, "cpu", "asked for")
     if spec == "host":

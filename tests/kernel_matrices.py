@@ -22,4 +22,6 @@ def random_matrix(kind: str, shape: tuple[int, ...], seed: int) -> Matrix:
             blocks[name] = rng.integers(119, 123, blocks[name].shape)
         elif fmt.dtype[name].base == np.dtype("<f4"):
             blocks[name] = rng.standard_normal(blocks[name].shape).astype(np.float32)
+    if kind == "BF16":  # of random bits, some would be NaN
+        blocks = (rng.standard_normal(n_blocks).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return Matrix(f"random {kind}", fmt.type, shape, blocks.view(np.uint8).reshape(-1))

@@ -258,8 +258,10 @@ def test_cache_does_not_change_the_product(numerics: str) -> None:
 def test_unknown_profile_and_cache_type_are_named() -> None:
     from refengine.errors import RequestError
 
-    with pytest.raises(RequestError, match="unknown numerics profile 'fast'; choose one of exact, exact64, llamacpp"):
-        profile("fast")
+    with pytest.raises(RequestError, match="unknown numerics profile 'faster'; choose one of exact, exact64, llamacpp"):
+        profile("faster")
+    with pytest.raises(RequestError, match="fast has a float16 KV cache, 'f32' was asked for"):
+        profile("fast", "f32")
     with pytest.raises(RequestError, match="unknown KV cache type 'q8_0'; choose one of f16, f32, f64"):
         profile("exact", "q8_0")
     assert profile("exact", "f16").kv_dtype is np.float16

@@ -37,7 +37,9 @@ def test_another_profile_diverges_at_its_first_rounding(tiny_model: Any) -> None
 
 def test_an_unknown_setting_is_named(tiny_model: Any) -> None:
     model = refengine.load(tiny_model("llama-f32"))
-    with pytest.raises(RequestError, match=r"unknown setting 'exact32'; choose among exact, exact64, llamacpp, f16"):
+    with pytest.raises(
+        RequestError, match=r"unknown setting 'exact32'; choose among exact, exact64, llamacpp, fast, f16"
+    ):
         capture_peer("refengine:cpu,exact32", model, [1])
     with pytest.raises(RequestError, match="token id 99999"):
         capture_peer("refengine", model, [99999])

@@ -15,8 +15,9 @@ HOST_MODE = "REFENGINE_HOST_MODE"  # environment: `checked` and `debug` run whol
 class Kernels:
     """`launch("norm", "rms_norm_f32", …)`: a kernel of kernels_cu/norm.cu."""
 
-    def __init__(self, place: str) -> None:
-        self.place = place
+    def __init__(self, place: str, host_mode: str | None = None) -> None:
+        """host_mode: of `HostModule`, else what the environment says, else `plain`."""
+        self.place, self._host_mode = place, host_mode or os.environ.get(HOST_MODE, "plain")
         self._modules: dict[str, Any] = {}
 
     def module(self, file: str) -> Any:
@@ -26,7 +27,7 @@ class Kernels:
             if self.place == "host":
                 from refengine.cuda.host import HostModule
 
-                self._modules[file] = HostModule(source, os.environ.get(HOST_MODE, "plain"))
+                self._modules[file] = HostModule(source, self._host_mode)
             else:
                 from refengine.cuda.loader import DeviceModule
 

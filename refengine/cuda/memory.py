@@ -7,7 +7,6 @@ classes take NumPy memory, so that a host build is laid out as a GPU is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -37,8 +36,7 @@ class Arena:
         else:
             memory = xp.cuda.Memory(max(n_bytes, ALIGNMENT))
             self._base = xp.cuda.MemoryPointer(memory, 0)
-            memory_pointer = self._base
-            memory_pointer.memset(0, n_bytes)
+            self._base.memset(0, n_bytes)
 
     @property
     def pointer(self) -> int:
@@ -63,6 +61,7 @@ class DeviceMemory:
     def __init__(self, xp: Any) -> None:
         self._xp = xp
         self._arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+        self._weights: list[Arena] = []  # as long as the model; a cache's arena lives as long as the cache
         # Chunks that the pool lacks come from cudaMalloc; what a pass gives back is kept for the next.
         self._pool = None if xp is np else xp.cuda.MemoryPool(lambda n: xp.cuda.MemoryPointer(xp.cuda.Memory(n), 0))
 
@@ -76,6 +75,8 @@ class DeviceMemory:
             )
         arena = Arena(self._xp, purpose, n_bytes)
         self._arenas.add(arena)
+        if purpose == "weights":
+            self._weights.append(arena)
         return arena
 
     def free_bytes(self) -> int | None:
@@ -109,6 +110,3 @@ class DeviceMemory:
                 raise DeviceError(
                     f"{arena.purpose} arena at {arena.pointer:#x} is no plain device memory: {attributes}"
                 )
-
-    def __iter__(self) -> Iterator[Arena]:
-        return iter(self._arenas)

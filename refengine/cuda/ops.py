@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType
 
 from refengine.cuda.kernels import Kernels
 from refengine.cuda.layout import PackedMatrix
-from refengine.cuda.memory import DeviceMemory, aligned
+from refengine.cuda.memory import Arena, DeviceMemory, aligned
 from refengine.errors import KernelError
 from refengine.ops import rope
 from refengine.ops.numerics import PROFILES
@@ -36,10 +36,11 @@ BUSY = 264  # blocks of threads that keep a large GPU busy: with fewer, attentio
 @dataclass(frozen=True)
 class PagedRows:
     """K or V of a layer. values: (n_blocks, block_size, n_head_kv, head_dim) float16, each row times 2^-e; exponents:
-    (n_blocks, block_size, n_head_kv) uint8, e + 127."""
+    (n_blocks, block_size, n_head_kv) uint8, e + 127; arena: where they are."""
 
     values: Array
     exponents: Array
+    arena: Arena
 
     @property
     def nbytes(self) -> int:
@@ -222,7 +223,7 @@ class KernelOps:
         """Parts of a KV cache, all in one arena. Raises DeviceError where they do not fit."""
         values, exponents = 2 * int(np.prod(shape)), int(np.prod(shape[:-1]))
         arena = self.memory.arena("kv", n * (aligned(values) + aligned(exponents)))
-        return [PagedRows(arena.take(shape, np.float16), arena.take(shape[:-1], np.uint8)) for _ in range(n)]
+        return [PagedRows(arena.take(shape, np.float16), arena.take(shape[:-1], np.uint8), arena) for _ in range(n)]
 
     def kv_append(self, cache: PagedRows, new: Array, slots: np.ndarray) -> None:
         n_blocks, block_size, n_head_kv, head_dim = cache.values.shape
