@@ -43,7 +43,5 @@ class OpsThere:
         return Uploader(self.xp, arena).matrix(w)
 
     def cache(self, n_head_kv: int, head_dim: int, n_blocks: int, block_size: int = 64) -> KVCache:
-        n_ctx = n_blocks * block_size
-        return KVCache(
-            self.ops.kv_arrays, 1, n_head_kv, head_dim, n_ctx=n_ctx, n_blocks=n_blocks, block_size=block_size
-        )
+        sizes = {"n_ctx": n_blocks * block_size, "n_blocks": n_blocks, "block_size": block_size}
+        return KVCache(self.ops.kv_arrays, 1, n_head_kv, head_dim, **sizes)

@@ -89,7 +89,7 @@ class Text:
         return (p @ v).transpose(1, 0, 2).reshape(n, -1), (p @ np.abs(v)).transpose(1, 0, 2).reshape(n, -1)
 
     def score_error(self, j: int) -> float:
-        """How far a score may be off where Q and K are rounded to half precision: 2 · 2^-11 · Σ |q| |k|, the largest."""
+        """How far a score may be off where Q and K are rounded to half precision: at most 2 · 2^-11 · Σ |q| |k|."""
         q, k = np.abs(self.q[j]).astype(np.float64), np.abs(self.k[j]).astype(np.float64)
         return float(2 * HALF * 0.125 * np.einsum("thd,td->th", q, k.max(axis=(0, 1))[None].repeat(len(q), 0)).max())
 

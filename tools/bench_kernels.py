@@ -21,6 +21,7 @@ from gguf import GGMLQuantizationType
 from refengine import quants
 from refengine.cuda.layout import PackedMatrix, pack
 from refengine.cuda.loader import DeviceModule
+from refengine.cuda.ops import rows8_warps
 from refengine.cuda.source import read_source
 from refengine.device import open_device
 from refengine.weights import Matrix
@@ -84,21 +85,20 @@ def bench(xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_row
     copies = [one.arguments()]
     for _ in range(n_copies - 1):
         copies.append([None if a is None else a.copy() for a in copies[0]])
-    x = xp.zeros((n_rows, n_in), xp.uint16)
-    sums, scale = xp.zeros((n_rows, n_in // 32), xp.float32), xp.ones(n_rows, xp.float32)
+    x = (xp.random.standard_normal((n_rows, n_in)) * 1000).astype(xp.float16)
+    sums, scale = xp.zeros((n_rows, n_in // 32), xp.uint32), xp.ones(n_rows, xp.float32)
     y = xp.empty((n_rows, n_out), xp.float32)
     few = n_rows <= 8
     tiles = -(-n_out // 16)
-    if not warps:  # as many as keep the whole device busy, and have a segment each
-        warps = min(16, max(1, -(-n_in // 256)), 1 << max(0, (4096 // tiles).bit_length() - 1)) if few else 4
-        warps = max(warps, 2)
+    if not warps:
+        warps = rows8_warps(tiles, -(-n_in // 256)) if few else 4
     grid = (tiles, -(-n_rows // 8)) if few else (-(-tiles // warps), -(-n_rows // 64))
     shared = 512 * -(-n_in // 256) if few else 0
     sizes = [np.int32(n_out), np.int32(n_in), np.int32(n_rows)]
     kernel = f"{'rows8' if few else 'rows64'}_{kind.lower()}"
 
     def run(i: int) -> None:
-        given = [*copies[i % n_copies], x, sums, scale, None, y, *sizes]
+        given = [*copies[i % n_copies], x, sums, scale, None, None, None, None, y, *sizes]
         module.launch(kernel, grid, (32 * warps,), given, shared)
 
     stream = xp.cuda.Stream(non_blocking=True)
