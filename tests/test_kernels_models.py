@@ -100,7 +100,7 @@ def test_chunks_give_the_same_bits(size: Any, model: Model, expected: np.ndarray
 
 @pytest.mark.parametrize("n", [2, 3, 8, 17])
 def test_a_row_does_not_know_its_neighbours(n: int, model: Model, expected: np.ndarray) -> None:
-    """Beside other sequences of other lengths, in shuffled blocks; the last two tokens one at a time, in a batch of n."""
+    """Beside other sequences of other lengths, in shuffled blocks; the last two tokens one by one, in a batch of n."""
     rng = np.random.default_rng(n)
     ids = ids_for(model, N_TOKENS)
     fed = Fed(model, N_TOKENS, n, shuffle=n)
