@@ -97,9 +97,23 @@ T load_constant(const void* address) {
   return *static_cast<const T*>(address);
 }
 #else
+// Written out, so that the compiler leaves them where they stand: what is asked for early is there when it is wanted.
 template <class T>
 __device__ __forceinline__ T load_constant(const void* address) {
-  return __ldg(static_cast<const T*>(address));
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "a word or several");
+  T value;
+  if constexpr (sizeof(T) == 2) {
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(value) : "l"(address));
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(address));
+  } else if constexpr (sizeof(T) == 8) {
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address));
+  } else {
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address));
+  }
+  return value;
 }
 #endif
 

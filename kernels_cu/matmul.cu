@@ -54,11 +54,11 @@ __device__ __forceinline__ const f16* columns_of(const Activations& x, int row, 
   return x.x + (static_cast<long long>(row) * n_blocks + start) * 32 + threadIdx.x % 4 * 8;
 }
 
-// The products of one block of 32 columns with 8 rows of activations, added to the sums of its segment.
+// The products of one block of 32 columns with 8 rows of activations, added to the sums of its segment. four: a lane's
+// columns.
 template <class Q>
 __device__ __forceinline__ void add_block(const MmaA (&a)[2], const typename Q::Scales (&scales)[2], int j,
-                                          const f16* columns, MmaD& sums) {
-  uint4 four = load_constant<uint4>(columns + j * 32);
+                                          const uint4& four, MmaD& sums) {
   MmaB b[2] = {{{four.x, four.y}}, {{four.z, four.w}}};
   if constexpr (Q::SCALED) {
     mma_m16n8k16(sums, a[0], b[0]);
@@ -136,45 +136,54 @@ __device__ __forceinline__ void store(const Activations& x, const Rows& rows, lo
     }
 }
 
-// What a lane has asked for: AHEAD blocks of one segment.
+// What a lane has asked for of one segment: AHEAD blocks, and the scales of all eight.
 template <class Q>
 struct Ahead {
   typename Q::Words words[Q::AHEAD] = {};
+  typename Q::Scales scales[2] = {};
   // Blocks from number j of a lane's on, of which there are `left`.
   __device__ __forceinline__ void load(const Lanes& at, int j, int left) {
 #pragma unroll
     for (int i = 0; i < Q::AHEAD; i++)
       if (i < left) words[i] = Q::load(at, j + i);
   }
+  __device__ __forceinline__ void load_segment(const Planes& w, long long tile, int segment) {
+    if (segment >= w.n_segments) return;
+    int r = threadIdx.x % 32 / 4;
+    load(lane_of<Q>(w, tile * w.n_blocks + segment * SEGMENT, threadIdx.x % 32), 0, w.n_blocks - segment * SEGMENT);
+#pragma unroll
+    for (int i = 0; i < 2; i++) scales[i] = Q::scales(w, tile * w.n_segments + segment, r + 8 * i);
+  }
 };
 
-// The sums of a segment for up to 8 rows. `now` holds its first blocks; after the call, those of segment `following`.
+// The sums of a segment for up to 8 rows. `now` holds what was asked for of it; after the call, of segment `following`.
 template <class Q, bool FULL>
 __device__ __forceinline__ void segment8(const Planes& w, const Activations& x, long long tile, int segment,
                                          int following, int row, Ahead<Q>& now, MmaD (&sums)[1]) {
-  int r = threadIdx.x % 32 / 4, start = segment * SEGMENT, left = w.n_blocks - start;
+  int start = segment * SEGMENT, left = w.n_blocks - start;
   Lanes at = lane_of<Q>(w, tile * w.n_blocks + start, threadIdx.x % 32);
   const f16* columns = columns_of(x, row, start, w.n_blocks);
-  typename Q::Scales scales[2] = {Q::scales(w, tile * w.n_segments + segment, r),
-                                  Q::scales(w, tile * w.n_segments + segment, r + 8)};
 #pragma unroll
   for (int group = 0; group < SEGMENT; group += Q::AHEAD) {
+    uint4 four[Q::AHEAD];
+#pragma unroll
+    for (int j = 0; j < Q::AHEAD; j++)
+      if (FULL || group + j < left) four[j] = load_constant<uint4>(columns + (group + j) * 32);
     Ahead<Q> next = now;
     if (group + Q::AHEAD < SEGMENT)
       next.load(at, group + Q::AHEAD, FULL ? SEGMENT : left - group - Q::AHEAD);
     else
-      next.load(lane_of<Q>(w, tile * w.n_blocks + following * SEGMENT, threadIdx.x % 32), 0,
-                w.n_blocks - following * SEGMENT);
+      next.load_segment(w, tile, following);
 #pragma unroll
     for (int j = 0; j < Q::AHEAD; j++) {
       if (!FULL && group + j >= left) break;
       MmaA a[2];
-      block_operands<Q>(now.words[j], scales, group + j, a);
-      add_block<Q>(a, scales, group + j, columns, sums[0]);
+      block_operands<Q>(now.words[j], now.scales, group + j, a);
+      add_block<Q>(a, now.scales, group + j, four[j], sums[0]);
     }
+    if (group + Q::AHEAD == SEGMENT) finish_segment<Q, 1>(now.scales, x, {row}, start, w.n_blocks, sums);
     now = next;
   }
-  finish_segment<Q, 1>(scales, x, {row}, start, w.n_blocks, sums);
 }
 
 template <class Q>
@@ -186,7 +195,7 @@ __device__ __forceinline__ void rows8(const Planes& w, const Activations& x, con
   long long tile = static_cast<long long>(rows.expert) * gridDim.x + blockIdx.x;
   int row = rows.of_x(min(lane / 4, rows.count - 1));
   Ahead<Q> now;
-  now.load(lane_of<Q>(w, tile * w.n_blocks + warp * SEGMENT, lane), 0, w.n_blocks - warp * SEGMENT);
+  now.load_segment(w, tile, warp);
   for (int segment = warp; segment < w.n_segments; segment += n_warps) {
     MmaD sums[1] = {};
     if (segment * SEGMENT + SEGMENT <= w.n_blocks)
@@ -229,7 +238,7 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
       block_operands<Q>(Q::load(at, j), scales, j, a);
 #pragma unroll
       for (int n = 0; n < 8; n++)
-        add_block<Q>(a, scales, j, columns_of(x, row[n], start, w.n_blocks), sums[n]);
+        add_block<Q>(a, scales, j, load_constant<uint4>(columns_of(x, row[n], start + j, w.n_blocks)), sums[n]);
     }
     finish_segment<Q, 8>(scales, x, row, start, w.n_blocks, sums);
 #pragma unroll
@@ -249,16 +258,16 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
     kernel<Q>(planes_of(low, high, scales, d, n_in), Activations{x, x_sums, x_scale},                                  \
               rows_of(groups, x_rows, y_rows, n_rows, SIZE), bias, y, n_out);                                          \
   }
-MATMUL(rows8_q4_0, rows8, 512, 8, Q4_0)
-MATMUL(rows8_q4_1, rows8, 512, 8, Q4_1)
-MATMUL(rows8_q5_0, rows8, 512, 8, Q5_0)
-MATMUL(rows8_q5_1, rows8, 512, 8, Q5_1)
-MATMUL(rows8_q8_0, rows8, 512, 8, Q8_0)
-MATMUL(rows8_q4_k, rows8, 512, 8, Q4_K)
-MATMUL(rows8_q5_k, rows8, 512, 8, Q5_K)
-MATMUL(rows8_q6_k, rows8, 512, 8, Q6_K)
-MATMUL(rows8_mxfp4, rows8, 512, 8, MXFP4)
-MATMUL(rows8_f16, rows8, 512, 8, F16)
+MATMUL(rows8_q4_0, rows8, 256, 8, Q4_0)
+MATMUL(rows8_q4_1, rows8, 256, 8, Q4_1)
+MATMUL(rows8_q5_0, rows8, 256, 8, Q5_0)
+MATMUL(rows8_q5_1, rows8, 256, 8, Q5_1)
+MATMUL(rows8_q8_0, rows8, 256, 8, Q8_0)
+MATMUL(rows8_q4_k, rows8, 256, 8, Q4_K)
+MATMUL(rows8_q5_k, rows8, 256, 8, Q5_K)
+MATMUL(rows8_q6_k, rows8, 256, 8, Q6_K)
+MATMUL(rows8_mxfp4, rows8, 256, 8, MXFP4)
+MATMUL(rows8_f16, rows8, 256, 8, F16)
 MATMUL(rows64_q4_0, rows64, 128, 64, Q4_0)
 MATMUL(rows64_q4_1, rows64, 128, 64, Q4_1)
 MATMUL(rows64_q5_0, rows64, 128, 64, Q5_0)

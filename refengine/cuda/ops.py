@@ -371,7 +371,7 @@ class KernelOps:
 
 def rows8_warps(n_tiles: int, n_segments: int) -> int:
     """Warps a block of rows8_*: enough to keep a device busy, with a segment each; sums do not depend on it."""
-    return max(1, min(16, n_segments, 1 << max(0, (4096 // max(n_tiles, 1)).bit_length() - 1)))
+    return max(1, min(8, n_segments, 1 << max(0, (4096 // max(n_tiles, 1)).bit_length() - 1)))
 
 
 def _attention_shared(width: int) -> int:
