@@ -89,8 +89,28 @@ __device__ __forceinline__ f16x2 fma_f16x2(f16x2 a, f16x2 b, f16x2 c) {
 }
 #endif
 
-// --- Loads of several words: aligned to their size, from memory that no kernel writes meanwhile ---
+// --- Overlap with the kernels before and after, where a launch asks for it (programmatic dependent launch, sm_90) ---
+// The next kernel in the stream may begin; it waits below before it reads what this one writes.
+__device__ __forceinline__ void let_next_begin() {
+#if !defined(HOSTCUDA) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Until the kernels before have ended and what they wrote is there. Weights may be read earlier, nothing else.
+__device__ __forceinline__ void wait_for_previous() {
+#if !defined(HOSTCUDA) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// --- Loads of several words, aligned to their size ---
+// load_constant: from memory that no kernel writes meanwhile (weights); load_words: from any.
 #ifdef HOSTCUDA
+template <class T>
+T load_words(const void* address) {
+  hostcuda::require_alignment(address, sizeof(T));
+  return *static_cast<const T*>(address);
+}
 template <class T>
 T load_constant(const void* address) {
   hostcuda::require_alignment(address, sizeof(T));
@@ -98,6 +118,19 @@ T load_constant(const void* address) {
 }
 #else
 // Written out, so that the compiler leaves them where they stand: what is asked for early is there when it is wanted.
+template <class T>
+__device__ __forceinline__ T load_words(const void* address) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 16, "a word or four");
+  T value;
+  if constexpr (sizeof(T) == 4)
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  else
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address)
+                 : "memory");
+  return value;
+}
 template <class T>
 __device__ __forceinline__ T load_constant(const void* address) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "a word or several");

@@ -16,7 +16,8 @@
 //
 // rows8_*:  up to 8 rows a block of threads: grid x tiles of 16 outputs, y groups of 8 rows; each warp takes every
 //           n_warps-th segment, asking for the next weights before it multiplies; warp 0 adds the segments in order. For
-//           few rows: all of the time is reading the weights. Dynamic shared memory: 512 bytes a segment.
+//           few rows: all of the time is reading the weights. Dynamic shared memory: 512 bytes a segment. May be launched
+//           to overlap with the kernel before it.
 // rows64_*: 64 rows a warp: grid x groups of n_warps tiles, y groups of 64 rows; a warp walks all segments of its tile.
 // Weights are read once for 8 (64) rows.
 //
@@ -110,7 +111,7 @@ __device__ __forceinline__ void finish_segment(const typename Q::Scales (&scales
 #pragma unroll
       for (int i = 0; i < 2; i++)
         if (start + c + 4 * i < n_blocks)
-          b.x[i] = load_constant<f16x2>(x.sums + static_cast<long long>(row[n]) * n_blocks + start + c + 4 * i);
+          b.x[i] = load_words<f16x2>(x.sums + static_cast<long long>(row[n]) * n_blocks + start + c + 4 * i);
       MmaD m{};
       mma_m16n8k16(m, a, b);
 #pragma unroll
@@ -136,74 +137,89 @@ __device__ __forceinline__ void store(const Activations& x, const Rows& rows, lo
     }
 }
 
-// What a lane has asked for of one segment: AHEAD blocks, and the scales of all eight.
+// What a lane has of a segment, and where it goes on.
 template <class Q>
-struct Ahead {
-  typename Q::Words words[Q::AHEAD] = {};
-  typename Q::Scales scales[2] = {};
-  // Blocks from number j of a lane's on, of which there are `left`.
-  __device__ __forceinline__ void load(const Lanes& at, int j, int left) {
-#pragma unroll
-    for (int i = 0; i < Q::AHEAD; i++)
-      if (i < left) words[i] = Q::load(at, j + i);
+struct Segment {
+  Lanes at;
+  const f16* columns;
+  int left;  // blocks from its start to the end of the row; none where there is no such segment
+  typename Q::Scales scales[2];
+
+  __device__ __forceinline__ void place(const Planes& w, long long tile, int segment) {
+    at = lane_of<Q>(w, tile * w.n_blocks + segment * SEGMENT, threadIdx.x % 32);
+    left = w.n_blocks - segment * SEGMENT;
   }
-  __device__ __forceinline__ void load_segment(const Planes& w, long long tile, int segment) {
-    if (segment >= w.n_segments) return;
-    int r = threadIdx.x % 32 / 4;
-    load(lane_of<Q>(w, tile * w.n_blocks + segment * SEGMENT, threadIdx.x % 32), 0, w.n_blocks - segment * SEGMENT);
+  __device__ __forceinline__ void load_scales(const Planes& w, long long tile, int segment) {
+    if (left <= 0) return;
 #pragma unroll
-    for (int i = 0; i < 2; i++) scales[i] = Q::scales(w, tile * w.n_segments + segment, r + 8 * i);
+    for (int i = 0; i < 2; i++) scales[i] = Q::scales(w, tile * w.n_segments + segment, threadIdx.x % 32 / 4 + 8 * i);
   }
 };
 
-// The sums of a segment for up to 8 rows. `now` holds what was asked for of it; after the call, of segment `following`.
+constexpr int COLUMNS_AHEAD = 4;  // blocks whose activations are asked for before the first is used
+
+// The sums of a segment for up to 8 rows. Words and columns are asked for a few blocks ahead, those of the following
+// segment at last, and take the place of what has just been used.
 template <class Q, bool FULL>
-__device__ __forceinline__ void segment8(const Planes& w, const Activations& x, long long tile, int segment,
-                                         int following, int row, Ahead<Q>& now, MmaD (&sums)[1]) {
-  int start = segment * SEGMENT, left = w.n_blocks - start;
-  Lanes at = lane_of<Q>(w, tile * w.n_blocks + start, threadIdx.x % 32);
-  const f16* columns = columns_of(x, row, start, w.n_blocks);
+__device__ __forceinline__ void segment8(const Segment<Q>& now, const Segment<Q>& following,
+                                         typename Q::Words (&words)[Q::AHEAD], uint4 (&columns)[COLUMNS_AHEAD],
+                                         MmaD& sums) {
 #pragma unroll
-  for (int group = 0; group < SEGMENT; group += Q::AHEAD) {
-    uint4 four[Q::AHEAD];
-#pragma unroll
-    for (int j = 0; j < Q::AHEAD; j++)
-      if (FULL || group + j < left) four[j] = load_constant<uint4>(columns + (group + j) * 32);
-    Ahead<Q> next = now;
-    if (group + Q::AHEAD < SEGMENT)
-      next.load(at, group + Q::AHEAD, FULL ? SEGMENT : left - group - Q::AHEAD);
-    else
-      next.load_segment(w, tile, following);
-#pragma unroll
-    for (int j = 0; j < Q::AHEAD; j++) {
-      if (!FULL && group + j >= left) break;
-      MmaA a[2];
-      block_operands<Q>(now.words[j], now.scales, group + j, a);
-      add_block<Q>(a, now.scales, group + j, four[j], sums[0]);
-    }
-    if (group + Q::AHEAD == SEGMENT) finish_segment<Q, 1>(now.scales, x, {row}, start, w.n_blocks, sums);
-    now = next;
+  for (int j = 0; j < SEGMENT; j++) {
+    if (!FULL && j >= now.left) break;
+    MmaA a[2];
+    block_operands<Q>(words[j % Q::AHEAD], now.scales, j, a);
+    int k = j + Q::AHEAD;
+    if (k < SEGMENT ? FULL || k < now.left : k - SEGMENT < following.left)
+      words[j % Q::AHEAD] = k < SEGMENT ? Q::load(now.at, k) : Q::load(following.at, k - SEGMENT);
+    add_block<Q>(a, now.scales, j, columns[j % COLUMNS_AHEAD], sums);
+    k = j + COLUMNS_AHEAD;
+    if (k < SEGMENT ? FULL || k < now.left : k - SEGMENT < following.left)
+      columns[j % COLUMNS_AHEAD] = load_words<uint4>(k < SEGMENT ? now.columns + k * 32
+                                                                 : following.columns + (k - SEGMENT) * 32);
   }
 }
 
 template <class Q>
-__device__ __forceinline__ void rows8(const Planes& w, const Activations& x, const Rows& rows, const float* bias,
-                                      float* y, int n_out) {
+__device__ __forceinline__ void rows8(const Planes& w, const Activations& x, const int* groups, const int* x_rows,
+                                      const int* y_rows, int n_rows, const float* bias, float* y, int n_out) {
   DYNAMIC_SHARED(float, partial);  // (n_segments, 4, 32)
-  if (!rows.count) return;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  Segment<Q> now, following;
+  typename Q::Words words[Q::AHEAD] = {};
+  auto begin = [&](long long tile) {
+    now.place(w, tile, warp);
+#pragma unroll
+    for (int j = 0; j < Q::AHEAD; j++)
+      if (j < now.left) words[j] = Q::load(now.at, j);
+    now.load_scales(w, tile, warp);
+  };
+  let_next_begin();
+  if (!groups) begin(blockIdx.x);
+  wait_for_previous();
+  Rows rows = rows_of(groups, x_rows, y_rows, n_rows, 8);
+  if (!rows.count) return;
   long long tile = static_cast<long long>(rows.expert) * gridDim.x + blockIdx.x;
+  if (groups) begin(tile);
   int row = rows.of_x(min(lane / 4, rows.count - 1));
-  Ahead<Q> now;
-  now.load_segment(w, tile, warp);
+  now.columns = columns_of(x, row, warp * SEGMENT, w.n_blocks);
+  uint4 columns[COLUMNS_AHEAD] = {};
+#pragma unroll
+  for (int j = 0; j < COLUMNS_AHEAD; j++)
+    if (j < now.left) columns[j] = load_words<uint4>(now.columns + j * 32);
   for (int segment = warp; segment < w.n_segments; segment += n_warps) {
+    following.place(w, tile, segment + n_warps);
+    following.columns = now.columns + n_warps * SEGMENT * 32;
+    following.load_scales(w, tile, segment + n_warps);
     MmaD sums[1] = {};
-    if (segment * SEGMENT + SEGMENT <= w.n_blocks)
-      segment8<Q, true>(w, x, tile, segment, segment + n_warps, row, now, sums);
+    if (now.left >= SEGMENT)
+      segment8<Q, true>(now, following, words, columns, sums[0]);
     else
-      segment8<Q, false>(w, x, tile, segment, segment + n_warps, row, now, sums);
+      segment8<Q, false>(now, following, words, columns, sums[0]);
+    finish_segment<Q, 1>(now.scales, x, {row}, segment * SEGMENT, w.n_blocks, sums);
 #pragma unroll
     for (int i = 0; i < 4; i++) partial[(segment * 4 + i) * 32 + lane] = sums[0].x[i];
+    now = following;
   }
   __syncthreads();
   if (warp) return;
@@ -216,8 +232,9 @@ __device__ __forceinline__ void rows8(const Planes& w, const Activations& x, con
 }
 
 template <class Q>
-__device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const Rows& rows, const float* bias,
-                                       float* y, int n_out) {
+__device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const int* groups, const int* x_rows,
+                                       const int* y_rows, int n_rows, const float* bias, float* y, int n_out) {
+  Rows rows = rows_of(groups, x_rows, y_rows, n_rows, 64);
   int lane = threadIdx.x % 32, r = lane / 4, n_tiles = (n_out + 15) / 16;
   int out_tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (out_tile >= n_tiles || !rows.count) return;
@@ -238,7 +255,7 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
       block_operands<Q>(Q::load(at, j), scales, j, a);
 #pragma unroll
       for (int n = 0; n < 8; n++)
-        add_block<Q>(a, scales, j, load_constant<uint4>(columns_of(x, row[n], start + j, w.n_blocks)), sums[n]);
+        add_block<Q>(a, scales, j, load_words<uint4>(columns_of(x, row[n], start + j, w.n_blocks)), sums[n]);
     }
     finish_segment<Q, 8>(scales, x, row, start, w.n_blocks, sums);
 #pragma unroll
@@ -250,31 +267,31 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
 }
 
 // The most threads that a block may have bounds the registers of each.
-#define MATMUL(name, kernel, THREADS, SIZE, Q)                                                                         \
+#define MATMUL(name, kernel, THREADS, Q)                                                                               \
   extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                              \
       name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, const unsigned char* d,   \
            const f16* x, const unsigned* x_sums, const float* x_scale, const int* groups, const int* x_rows,           \
            const int* y_rows, const float* bias, float* y, int n_out, int n_in, int n_rows) {                          \
-    kernel<Q>(planes_of(low, high, scales, d, n_in), Activations{x, x_sums, x_scale},                                  \
-              rows_of(groups, x_rows, y_rows, n_rows, SIZE), bias, y, n_out);                                          \
+    kernel<Q>(planes_of(low, high, scales, d, n_in), Activations{x, x_sums, x_scale}, groups, x_rows, y_rows, n_rows,  \
+              bias, y, n_out);                                                                                         \
   }
-MATMUL(rows8_q4_0, rows8, 256, 8, Q4_0)
-MATMUL(rows8_q4_1, rows8, 256, 8, Q4_1)
-MATMUL(rows8_q5_0, rows8, 256, 8, Q5_0)
-MATMUL(rows8_q5_1, rows8, 256, 8, Q5_1)
-MATMUL(rows8_q8_0, rows8, 256, 8, Q8_0)
-MATMUL(rows8_q4_k, rows8, 256, 8, Q4_K)
-MATMUL(rows8_q5_k, rows8, 256, 8, Q5_K)
-MATMUL(rows8_q6_k, rows8, 256, 8, Q6_K)
-MATMUL(rows8_mxfp4, rows8, 256, 8, MXFP4)
-MATMUL(rows8_f16, rows8, 256, 8, F16)
-MATMUL(rows64_q4_0, rows64, 128, 64, Q4_0)
-MATMUL(rows64_q4_1, rows64, 128, 64, Q4_1)
-MATMUL(rows64_q5_0, rows64, 128, 64, Q5_0)
-MATMUL(rows64_q5_1, rows64, 128, 64, Q5_1)
-MATMUL(rows64_q8_0, rows64, 128, 64, Q8_0)
-MATMUL(rows64_q4_k, rows64, 128, 64, Q4_K)
-MATMUL(rows64_q5_k, rows64, 128, 64, Q5_K)
-MATMUL(rows64_q6_k, rows64, 128, 64, Q6_K)
-MATMUL(rows64_mxfp4, rows64, 128, 64, MXFP4)
-MATMUL(rows64_f16, rows64, 128, 64, F16)
+MATMUL(rows8_q4_0, rows8, 256, Q4_0)
+MATMUL(rows8_q4_1, rows8, 256, Q4_1)
+MATMUL(rows8_q5_0, rows8, 256, Q5_0)
+MATMUL(rows8_q5_1, rows8, 256, Q5_1)
+MATMUL(rows8_q8_0, rows8, 256, Q8_0)
+MATMUL(rows8_q4_k, rows8, 256, Q4_K)
+MATMUL(rows8_q5_k, rows8, 256, Q5_K)
+MATMUL(rows8_q6_k, rows8, 256, Q6_K)
+MATMUL(rows8_mxfp4, rows8, 256, MXFP4)
+MATMUL(rows8_f16, rows8, 256, F16)
+MATMUL(rows64_q4_0, rows64, 128, Q4_0)
+MATMUL(rows64_q4_1, rows64, 128, Q4_1)
+MATMUL(rows64_q5_0, rows64, 128, Q5_0)
+MATMUL(rows64_q5_1, rows64, 128, Q5_1)
+MATMUL(rows64_q8_0, rows64, 128, Q8_0)
+MATMUL(rows64_q4_k, rows64, 128, Q4_K)
+MATMUL(rows64_q5_k, rows64, 128, Q5_K)
+MATMUL(rows64_q6_k, rows64, 128, Q6_K)
+MATMUL(rows64_mxfp4, rows64, 128, MXFP4)
+MATMUL(rows64_f16, rows64, 128, F16)

@@ -160,42 +160,42 @@ struct EightDM {
   static __device__ __forceinline__ float minimum_whole(const Scales&) { return 1.0f; }
 };
 
-// d and dmin; eight scales and eight minimums of six bits. Two neighbours' are decoded together, as halves.
+// Eight scales and eight minimums of six bits, a byte each; d and dmin.
 template <class Codes>
 struct SixBits : Codes {
   static constexpr bool HAS_MINIMUM = true, SCALED = true, WHOLE = true;
-  using Scales = uint4;
+  struct Scales {
+    uint4 bytes;
+    uint32_t d;
+  };
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return scale_words(w, segment, row);
+    return {scale_words(w, segment, row), load_constant<uint32_t>(w.d + (segment * 16 + row) * 4)};
   }
-  // The pair of blocks 2i and 2i + 1: nibbles i and 4 + i of `low`, and above them the bits 4, 5 and 20, 21 of `upper`.
-  static __device__ __forceinline__ f16x2 pair(uint32_t low, uint32_t upper, int i) {
-    return integers<0>().low(low >> 4 * i, upper & 0x00300030u);
+  // A byte below 64 as a half, twice: put into the fraction of 1024.
+  static __device__ __forceinline__ f16x2 of_byte(uint32_t word, int i) {
+    return fma_f16x2(__byte_perm(word, 0x64646464u, 0x4040u + i * 0x101u), 0x3c003c00u, 0xe400e400u);
   }
-  static __device__ __forceinline__ f16x2 scale_pair(const Scales& s, int i) {
-    return pair(s.y, i < 2 ? s.w << (4 - 2 * i) : s.w >> (2 * i - 4), i);
+  static __device__ __forceinline__ f16x2 scale_twice(const Scales& s, int j) {
+    return of_byte(j < 4 ? s.bytes.x : s.bytes.y, j % 4);
   }
-  static __device__ __forceinline__ f16x2 minimum_pair(const Scales& s, int i) {
-    return pair(s.z, s.w >> (4 + 2 * i), i);
-  }
-  static __device__ __forceinline__ float whole(const Scales& s) { return f16_to_f32(static_cast<f16>(s.x)); }
+  static __device__ __forceinline__ float whole(const Scales& s) { return f16_to_f32(static_cast<f16>(s.d)); }
   static __device__ __forceinline__ float minimum_whole(const Scales& s) {
-    return -f16_to_f32(static_cast<f16>(s.x >> 16));
+    return -f16_to_f32(static_cast<f16>(s.d >> 16));
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) {
-    return __fmul_rn(whole(s), f16_to_f32(static_cast<f16>(twice(scale_pair(s, j / 2), j % 2))));
+    return __fmul_rn(whole(s), f16_to_f32(static_cast<f16>(scale_twice(s, j))));
   }
   static __device__ __forceinline__ float minimum(const Scales& s, int j) {
-    return __fmul_rn(-minimum_whole(s), f16_to_f32(static_cast<f16>(twice(minimum_pair(s, j / 2), j % 2))));
+    f16x2 m = of_byte(j < 4 ? s.bytes.z : s.bytes.w, j % 4);
+    return __fmul_rn(-minimum_whole(s), f16_to_f32(static_cast<f16>(m)));
   }
   static __device__ __forceinline__ void minimum_operand(const Scales& s, int c, f16x2 (&m)[2]) {
-    m[0] = twice(minimum_pair(s, c / 2), c % 2);
-    m[1] = twice(minimum_pair(s, c / 2 + 2), c % 2);
+    m[0] = of_byte(s.bytes.z, c);
+    m[1] = of_byte(s.bytes.w, c);
   }
   static __device__ __forceinline__ void scaled_operands(const typename Codes::Words& words, const Scales (&s)[2], int j,
                                                          MmaA (&a)[2]) {
-    Codes::codes(words, integers_times(twice(scale_pair(s[0], j / 2), j % 2)),
-                 integers_times(twice(scale_pair(s[1], j / 2), j % 2)), a);
+    Codes::codes(words, integers_times(scale_twice(s[0], j)), integers_times(scale_twice(s[1], j)), a);
   }
 };
 

@@ -79,7 +79,9 @@ def copy_bandwidth(xp: Any) -> float:
     return 2 * source.nbytes / float(np.median(seconds(xp, lambda i: xp.copyto(target, source), 10)))
 
 
-def bench(xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_rows: int, warps: int) -> dict[str, Any]:
+def bench(
+    xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_rows: int, warps: int, overlap: bool
+) -> dict[str, Any]:
     one = repeated_matrix(xp, kind, n_out, n_in)
     n_copies = max(1, -(-COLD_BYTES // one.n_bytes)) if n_rows <= 64 else 2
     copies = [one.arguments()]
@@ -99,7 +101,7 @@ def bench(xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_row
 
     def run(i: int) -> None:
         given = [*copies[i % n_copies], x, sums, scale, None, None, None, None, y, *sizes]
-        module.launch(kernel, grid, (32 * warps,), given, shared)
+        module.launch(kernel, grid, (32 * warps,), given, shared, overlap=few and overlap)
 
     stream = xp.cuda.Stream(non_blocking=True)
     n = max(n_copies, 20)
@@ -135,6 +137,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="also write JSON there")
     parser.add_argument("--warps", type=int, default=0, help="warps a block (default: by the matrix)")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of activations")
+    parser.add_argument("--no-overlap", action="store_true", help="each product after the end of the one before")
     parser.add_argument("--commit", default="", help="of the sources, for the record")
     given = parser.parse_args()
     xp = open_device("cuda").xp
@@ -144,7 +147,7 @@ def main() -> int:
     results = []
     for what, kind, n_out, n_in in SHAPES:
         for n_rows in given.rows:
-            found = bench(xp, module, kind, n_out, n_in, n_rows, given.warps)
+            found = bench(xp, module, kind, n_out, n_in, n_rows, given.warps, not given.no_overlap)
             found |= {"what": what, "type": kind, "n_out": n_out, "n_in": n_in, "rows": n_rows}
             found["share_of_copy"] = round(found["gb_per_s"] * 1e9 / copied, 3)
             results.append(found)

@@ -57,11 +57,13 @@ class HostModule:
         block: Sequence[int],
         arguments: Sequence[Any],
         shared_bytes: int = 0,
+        overlap: bool = False,
         *,
         order: int = 0,
     ) -> None:
         """Run a kernel. arguments: NumPy arrays (as device buffers) and scalars, as its signature wants them.
 
+        overlap: as `DeviceModule.launch`; here one kernel runs after another.
         order: 0 runs the threads of a block forwards, 1 backwards, more shuffles them: results must not change.
         Raises KernelError for what does not fit, and for what a GPU would call undefined: accesses out of bounds,
         misaligned or to a read-only buffer, divergent barriers, reads of uninitialised shared memory.

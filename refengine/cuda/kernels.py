@@ -42,11 +42,12 @@ class Kernels:
         block: int,
         arguments: Sequence[Any],
         shared_bytes: int = 0,
+        overlap: bool = False,
         *,
         what: str = "",
     ) -> None:
         """Start a kernel. what: the tensor it is for, named in the KernelError that a bad launch raises."""
         try:
-            self.module(file).launch(kernel, grid, (block,), arguments, shared_bytes)
+            self.module(file).launch(kernel, grid, (block,), arguments, shared_bytes, overlap)
         except KernelError as e:
             raise KernelError(f"{what}: {e}" if what else str(e)) from None

@@ -11,10 +11,10 @@ contiguous:
     high  the fifth bits (Q5_*: two bytes a lane) or fifth and sixth (Q6_K: four), in the order of `_high`
     scales  what belongs to 256 columns of a row, 16 rows together:
             Q4_0, Q5_0, Q8_0: eight d.  Q4_1, Q5_1: eight d, then eight m.  MXFP4: eight e
-            Q4_K, Q5_K: four words: d and dmin; low nibbles of the eight scales, in the order of a word's columns; of
-            the eight minimums; the two upper bits of scales and minimums 0, 2, 4, 6, then of 1, 3, 5, 7
+            Q4_K, Q5_K: its eight scales and eight minimums of six bits, a byte each (1.4 % more than in the file, for
+            a quarter fewer instructions)
             Q6_K: its sixteen scales of a byte
-    d       Q6_K: one for 256 columns, 16 rows together
+    d       Q4_K, Q5_K: d and dmin, Q6_K: d, of 256 columns, 16 rows together
 
 Rows are filled up to whole tiles, and their scales to whole 256 columns, with zeros. F32 and BF16 stay as they are:
 their products need no tensor core.
@@ -42,7 +42,8 @@ _UNTILED = (Type.F32, Type.BF16)
 _LARGEST_E = 240  # of MXFP4's scales 2^(e - 127): what kernels can add 14 to
 _LOW_BITS = {Type.F16: 16, Type.Q8_0: 8}  # every other one: 4
 _HIGH_BITS = {Type.Q5_0: 1, Type.Q5_1: 1, Type.Q5_K: 1, Type.Q6_K: 2}
-_SCALE_BYTES = {  # of a row and segment
+_D_BYTES = {Type.Q4_K: 4, Type.Q5_K: 4, Type.Q6_K: 2}  # of a row and segment, as are
+_SCALE_BYTES = {
     **dict.fromkeys((Type.Q4_0, Type.Q5_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K), 16),
     **dict.fromkeys((Type.Q4_1, Type.Q5_1), 32),
     Type.MXFP4: 8,
@@ -80,8 +81,8 @@ def plane_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> dict[str,
         sizes["high"] = tiles * blocks * TILE_ROWS * TILE_COLUMNS * _HIGH_BITS[kind] // 8
     if kind in _SCALE_BYTES:
         sizes["scales"] = tiles * segments * TILE_ROWS * _SCALE_BYTES[kind]
-    if kind == Type.Q6_K:
-        sizes["d"] = tiles * segments * TILE_ROWS * 2
+    if kind in _D_BYTES:
+        sizes["d"] = tiles * segments * TILE_ROWS * _D_BYTES[kind]
     return sizes
 
 
@@ -118,8 +119,10 @@ def _scales(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> di
     if kind == Type.Q6_K:
         return {name: _rows_together(xp, fields[name]) for name in ("scales", "d")}
     if kind in (Type.Q4_K, Type.Q5_K):
-        parts = [fields["d"], fields["dmin"], _k_scales(xp, fields["scales"])]
-        return {"scales": _rows_together(xp, xp.concatenate(parts, axis=-1))}
+        both = xp.concatenate([fields["d"], fields["dmin"]], axis=-1)
+        scales = xp.concatenate(quants.six_bit_scales(xp, fields["scales"].reshape(-1, 12)), axis=-1)
+        scales = scales.reshape(*both.shape[:-1], 16)
+        return {"scales": _rows_together(xp, scales), "d": _rows_together(xp, both)}
     together = [_segments(xp, fields[name]) for name in ("d", "m", "e") if name in fields]
     return {"scales": _rows_together(xp, xp.concatenate(together, axis=-1))}
 
@@ -136,20 +139,6 @@ def _segments(xp: Any, field: Array) -> Array:
 def _rows_together(xp: Any, field: Array) -> Array:
     """(n_tiles, 16, n, bytes) → for every tile and n the 16 rows' bytes one after another."""
     return xp.ascontiguousarray(field.transpose(0, 2, 1, 3)).reshape(-1)
-
-
-def _k_scales(xp: Any, packed: Array) -> Array:
-    """Twelve bytes of 6-bit scales and minimums → three words (see the module)."""
-    scales, minimums = quants.six_bit_scales(xp, packed.reshape(-1, 12))  # (n, 8) u8
-    scales, minimums = scales[..., list(_NIBBLE_ORDER)], minimums[..., list(_NIBBLE_ORDER)]
-    upper = [scales[..., :4], minimums[..., :4], scales[..., 4:], minimums[..., 4:]]
-    words = [_bits(xp, scales & 15, 4), _bits(xp, minimums & 15, 4), _bits(xp, xp.concatenate(upper, axis=-1) >> 4, 2)]
-    return xp.stack(words, axis=-1).view(xp.uint8).reshape(*packed.shape[:-1], 12)
-
-
-def _bits(xp: Any, values: Array, width: int) -> Array:
-    """The last axis, integers of `width` bits, packed into a word each: (…) u32."""
-    return (values.astype(xp.uint32) << xp.arange(0, 32, width, dtype=xp.uint32)).sum(axis=-1, dtype=xp.uint32)
 
 
 def _codes(xp: Any, kind: GGMLQuantizationType, tiles: Array, fields: dict[str, Array]) -> dict[str, Array]:

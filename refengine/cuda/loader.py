@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from refengine.cuda.cache import cache_folder, digest, write_whole
+from refengine.cuda.overlap import launch_overlapping
 from refengine.cuda.source import Source, check_arguments, three
 from refengine.errors import DeviceError, KernelError
 
@@ -113,6 +114,8 @@ class DeviceModule:
         self._module = cupy.cuda.function.Module()
         self._module.load(self.compiled.cubin)
         self._functions: dict[str, Any] = {}
+        self._overlaps = int(cupy.cuda.Device().compute_capability) >= 90
+        self._stream = cupy.cuda.get_current_stream
 
     def launch(
         self,
@@ -121,8 +124,12 @@ class DeviceModule:
         block: Sequence[int],
         arguments: Sequence[Any],
         shared_bytes: int = 0,
+        overlap: bool = False,
     ) -> None:
-        """Start a kernel on the current stream. Raises KernelError for what does not fit, or a refused launch."""
+        """Start a kernel on the current stream. Raises KernelError for what does not fit, or a refused launch.
+
+        overlap: let it begin before the one in front of it has ended; only for kernels with `wait_for_previous`.
+        """
         check_arguments(self.source, kernel, arguments)
         function = self._functions.get(kernel)
         if function is None:
@@ -132,7 +139,10 @@ class DeviceModule:
             if shared_bytes > STATIC_LIMIT:
                 attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 self._driver.funcSetAttribute(function.ptr, attribute, shared_bytes)
-            function(three(grid), three(block), given, shared_bytes)
+            if overlap and self._overlaps:
+                launch_overlapping(function.ptr, three(grid), three(block), given, shared_bytes, self._stream().ptr)
+            else:
+                function(three(grid), three(block), given, shared_bytes)
         except RuntimeError as e:  # CUDADriverError
             raise KernelError(f"{kernel}: launch of grid {tuple(grid)}, block {tuple(block)} refused: {e}") from None
 

@@ -158,7 +158,8 @@ class KernelOps:
         arguments = [*w.arguments(), given.halves, given.sums, given.scale, *groups, bias, y, *sizes]
         if size == FEW_ROWS:
             warps = rows8_warps(tiles * n_groups, segments)
-            self._launch("matmul", f"rows8_{kind}", (tiles, n_groups), 32 * warps, arguments, 512 * segments, w.name)
+            grid, threads, shared = (tiles, n_groups), 32 * warps, 512 * segments
+            self._launch("matmul", f"rows8_{kind}", grid, threads, arguments, shared, what=w.name, overlap=True)
         else:
             self._launch("matmul", f"rows64_{kind}", (-(-tiles // 4), n_groups), 128, arguments, what=w.name)
 
@@ -358,9 +359,10 @@ class KernelOps:
         arguments: Sequence[Any],
         shared_bytes: int = 0,
         what: str = "",
+        overlap: bool = False,
     ) -> None:
         if all(grid):  # no rows: nothing to do
-            self.kernels.launch(file, kernel, grid, threads, arguments, shared_bytes, what=what)
+            self.kernels.launch(file, kernel, grid, threads, arguments, shared_bytes, overlap, what=what)
 
     def _empty(self, *shape: int) -> Array:
         return self.xp.empty(shape, self.xp.float32)
