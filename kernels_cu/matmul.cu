@@ -14,10 +14,10 @@
 //   row                   y = (((s0 + s1) + s2) + …) · x_scale, then + bias
 // The integers of a block are exact in half precision, so that only the activations are rounded.
 //
-// rows8_*:  up to 8 rows a block of threads: grid x tiles of 16 outputs, y groups of 8 rows; each warp takes every
-//           n_warps-th segment, asking for the next weights before it multiplies; warp 0 adds the segments in order. For
-//           few rows: all of the time is reading the weights. Dynamic shared memory: 512 bytes a segment. May be launched
-//           to overlap with the kernel before it.
+// rows8_*:  up to 8 rows a block of threads: grid x any number, block b takes tiles b, b + grid, … of 16 outputs; y groups
+//           of 8 rows; each warp takes every n_warps-th segment, asking for the next weights before it multiplies; one warp
+//           adds the segments of a tile in order. For few rows: all of the time is reading the weights. Dynamic shared
+//           memory: 1024 bytes a segment. May be launched to overlap with the kernel before it.
 // rows64_*: 64 rows a warp: grid x groups of n_warps tiles, y groups of 64 rows; a warp walks all segments of its tile.
 // Weights are read once for 8 (64) rows.
 //
@@ -166,13 +166,13 @@ __device__ __forceinline__ void segment8(const Segment<Q>& now, const Segment<Q>
                                          MmaD& sums) {
 #pragma unroll
   for (int j = 0; j < SEGMENT; j++) {
-    if (!FULL && j >= now.left) break;
     MmaA a[2];
-    block_operands<Q>(words[j % Q::AHEAD], now.scales, j, a);
+    bool exists = FULL || j < now.left;
+    if (exists) block_operands<Q>(words[j % Q::AHEAD], now.scales, j, a);
     int k = j + Q::AHEAD;
     if (k < SEGMENT ? FULL || k < now.left : k - SEGMENT < following.left)
       words[j % Q::AHEAD] = k < SEGMENT ? Q::load(now.at, k) : Q::load(following.at, k - SEGMENT);
-    add_block<Q>(a, now.scales, j, columns[j % COLUMNS_AHEAD], sums);
+    if (exists) add_block<Q>(a, now.scales, j, columns[j % COLUMNS_AHEAD], sums);
     k = j + COLUMNS_AHEAD;
     if (k < SEGMENT ? FULL || k < now.left : k - SEGMENT < following.left)
       columns[j % COLUMNS_AHEAD] = load_words<uint4>(k < SEGMENT ? now.columns + k * 32
@@ -183,52 +183,62 @@ __device__ __forceinline__ void segment8(const Segment<Q>& now, const Segment<Q>
 template <class Q>
 __device__ __forceinline__ void rows8(const Planes& w, const Activations& x, const int* groups, const int* x_rows,
                                       const int* y_rows, int n_rows, const float* bias, float* y, int n_out) {
-  DYNAMIC_SHARED(float, partial);  // (n_segments, 4, 32)
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  DYNAMIC_SHARED(float, partial);  // (2, n_segments, 4, 32): of one tile, and of the one before it
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_tiles = (n_out + 15) / 16;
+  long long first_tile = 0;  // of the expert
   Segment<Q> now, following;
   typename Q::Words words[Q::AHEAD] = {};
-  auto begin = [&](long long tile) {
-    now.place(w, tile, warp);
+  auto begin = [&] {
+    now.place(w, first_tile + blockIdx.x, warp);
 #pragma unroll
     for (int j = 0; j < Q::AHEAD; j++)
       if (j < now.left) words[j] = Q::load(now.at, j);
-    now.load_scales(w, tile, warp);
+    now.load_scales(w, first_tile + blockIdx.x, warp);
   };
   let_next_begin();
-  if (!groups) begin(blockIdx.x);
+  if (!groups) begin();
   wait_for_previous();
   Rows rows = rows_of(groups, x_rows, y_rows, n_rows, 8);
   if (!rows.count) return;
-  long long tile = static_cast<long long>(rows.expert) * gridDim.x + blockIdx.x;
-  if (groups) begin(tile);
-  int row = rows.of_x(min(lane / 4, rows.count - 1));
-  now.columns = columns_of(x, row, warp * SEGMENT, w.n_blocks);
+  first_tile = static_cast<long long>(rows.expert) * n_tiles;
+  if (groups) begin();
+  const f16* row = columns_of(x, rows.of_x(min(lane / 4, rows.count - 1)), 0, w.n_blocks);
+  now.columns = row + warp * SEGMENT * 32;
   uint4 columns[COLUMNS_AHEAD] = {};
 #pragma unroll
   for (int j = 0; j < COLUMNS_AHEAD; j++)
     if (j < now.left) columns[j] = load_words<uint4>(now.columns + j * 32);
-  for (int segment = warp; segment < w.n_segments; segment += n_warps) {
-    following.place(w, tile, segment + n_warps);
-    following.columns = now.columns + n_warps * SEGMENT * 32;
-    following.load_scales(w, tile, segment + n_warps);
-    MmaD sums[1] = {};
-    if (now.left >= SEGMENT)
-      segment8<Q, true>(now, following, words, columns, sums[0]);
-    else
-      segment8<Q, false>(now, following, words, columns, sums[0]);
-    finish_segment<Q, 1>(now.scales, x, {row}, segment * SEGMENT, w.n_blocks, sums);
+  int n_done = 0;
+  for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x, n_done++) {
+    float* sums_of_tile = partial + n_done % 2 * w.n_segments * 128;
+    for (int segment = warp; segment < w.n_segments; segment += n_warps) {
+      // After the last segment of a tile comes the first of the next.
+      bool last = segment + n_warps >= w.n_segments;
+      int next_tile = last ? tile + gridDim.x : tile, next_segment = last ? warp : segment + n_warps;
+      following.place(w, first_tile + next_tile, next_segment);
+      if (next_tile >= n_tiles) following.left = 0;
+      following.columns = row + next_segment * SEGMENT * 32;
+      following.load_scales(w, first_tile + next_tile, next_segment);
+      MmaD sums[1] = {};
+      if (now.left >= SEGMENT)
+        segment8<Q, true>(now, following, words, columns, sums[0]);
+      else
+        segment8<Q, false>(now, following, words, columns, sums[0]);
+      finish_segment<Q, 1>(now.scales, x, {rows.of_x(min(lane / 4, rows.count - 1))}, segment * SEGMENT, w.n_blocks, sums);
 #pragma unroll
-    for (int i = 0; i < 4; i++) partial[(segment * 4 + i) * 32 + lane] = sums[0].x[i];
-    now = following;
-  }
-  __syncthreads();
-  if (warp) return;
-  MmaD total[1] = {};
+      for (int i = 0; i < 4; i++) sums_of_tile[(segment * 4 + i) * 32 + lane] = sums[0].x[i];
+      now = following;
+    }
+    __syncthreads();
+    if (warp != n_done % n_warps) continue;
+    MmaD total[1] = {};
 #pragma unroll 4
-  for (int segment = 0; segment < w.n_segments; segment++)
+    for (int segment = 0; segment < w.n_segments; segment++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) total[0].x[i] = __fadd_rn(total[0].x[i], partial[(segment * 4 + i) * 32 + lane]);
-  store<1>(x, rows, blockIdx.x, total, bias, y, n_out);
+      for (int i = 0; i < 4; i++)
+        total[0].x[i] = __fadd_rn(total[0].x[i], sums_of_tile[(segment * 4 + i) * 32 + lane]);
+    store<1>(x, rows, tile, total, bias, y, n_out);
+  }
 }
 
 template <class Q>
@@ -266,32 +276,32 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
   store<8>(x, rows, out_tile, total, bias, y, n_out);
 }
 
-// The most threads that a block may have bounds the registers of each.
-#define MATMUL(name, kernel, THREADS, Q)                                                                               \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                              \
+// Threads of a block, and blocks on a multiprocessor, bound the registers of each (cuda/ops.py launches as many).
+#define MATMUL(name, kernel, THREADS, BLOCKS, Q)                                                                       \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                         \
       name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, const unsigned char* d,   \
            const f16* x, const unsigned* x_sums, const float* x_scale, const int* groups, const int* x_rows,           \
            const int* y_rows, const float* bias, float* y, int n_out, int n_in, int n_rows) {                          \
     kernel<Q>(planes_of(low, high, scales, d, n_in), Activations{x, x_sums, x_scale}, groups, x_rows, y_rows, n_rows,  \
               bias, y, n_out);                                                                                         \
   }
-MATMUL(rows8_q4_0, rows8, 256, Q4_0)
-MATMUL(rows8_q4_1, rows8, 256, Q4_1)
-MATMUL(rows8_q5_0, rows8, 256, Q5_0)
-MATMUL(rows8_q5_1, rows8, 256, Q5_1)
-MATMUL(rows8_q8_0, rows8, 256, Q8_0)
-MATMUL(rows8_q4_k, rows8, 256, Q4_K)
-MATMUL(rows8_q5_k, rows8, 256, Q5_K)
-MATMUL(rows8_q6_k, rows8, 256, Q6_K)
-MATMUL(rows8_mxfp4, rows8, 256, MXFP4)
-MATMUL(rows8_f16, rows8, 256, F16)
-MATMUL(rows64_q4_0, rows64, 128, Q4_0)
-MATMUL(rows64_q4_1, rows64, 128, Q4_1)
-MATMUL(rows64_q5_0, rows64, 128, Q5_0)
-MATMUL(rows64_q5_1, rows64, 128, Q5_1)
-MATMUL(rows64_q8_0, rows64, 128, Q8_0)
-MATMUL(rows64_q4_k, rows64, 128, Q4_K)
-MATMUL(rows64_q5_k, rows64, 128, Q5_K)
-MATMUL(rows64_q6_k, rows64, 128, Q6_K)
-MATMUL(rows64_mxfp4, rows64, 128, MXFP4)
-MATMUL(rows64_f16, rows64, 128, F16)
+MATMUL(rows8_q4_0, rows8, 256, 2, Q4_0)
+MATMUL(rows8_q4_1, rows8, 256, 2, Q4_1)
+MATMUL(rows8_q5_0, rows8, 256, 2, Q5_0)
+MATMUL(rows8_q5_1, rows8, 256, 2, Q5_1)
+MATMUL(rows8_q8_0, rows8, 320, 2, Q8_0)
+MATMUL(rows8_q4_k, rows8, 320, 2, Q4_K)
+MATMUL(rows8_q5_k, rows8, 256, 2, Q5_K)
+MATMUL(rows8_q6_k, rows8, 256, 2, Q6_K)
+MATMUL(rows8_mxfp4, rows8, 320, 2, MXFP4)
+MATMUL(rows8_f16, rows8, 256, 2, F16)
+MATMUL(rows64_q4_0, rows64, 128, 1, Q4_0)
+MATMUL(rows64_q4_1, rows64, 128, 1, Q4_1)
+MATMUL(rows64_q5_0, rows64, 128, 1, Q5_0)
+MATMUL(rows64_q5_1, rows64, 128, 1, Q5_1)
+MATMUL(rows64_q8_0, rows64, 128, 1, Q8_0)
+MATMUL(rows64_q4_k, rows64, 128, 1, Q4_K)
+MATMUL(rows64_q5_k, rows64, 128, 1, Q5_K)
+MATMUL(rows64_q6_k, rows64, 128, 1, Q6_K)
+MATMUL(rows64_mxfp4, rows64, 128, 1, MXFP4)
+MATMUL(rows64_f16, rows64, 128, 1, F16)

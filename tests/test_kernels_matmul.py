@@ -42,10 +42,11 @@ def product(
     y = np.full((n_rows, n_out), np.nan, np.float32)
     tiles, segments = -(-n_out // 16), -(-n_in // 256)
     few = kernel.startswith("rows8")
-    grid = (tiles, -(-n_rows // 8)) if few else (-(-tiles // warps), -(-n_rows // 64))
+    blocks = max(1, tiles - warps + 1)  # some have several tiles
+    grid = (blocks, -(-n_rows // 8)) if few else (-(-tiles // warps), -(-n_rows // 64))
     sizes = [np.int32(n_out), np.int32(n_in), np.int32(n_rows)]
     arguments = [*pack(np, w).arguments(), *given, None, None, None, bias, y, *sizes]
-    module.launch(f"{kernel}_{w.type.name.lower()}", grid, (32 * warps,), arguments, 512 * segments if few else 0)
+    module.launch(f"{kernel}_{w.type.name.lower()}", grid, (32 * warps,), arguments, 1024 * segments if few else 0)
     return y
 
 

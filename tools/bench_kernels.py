@@ -1,6 +1,6 @@
 """Products with quantised weights on a GPU: how much of the memory's speed they reach.
 
-    python -m tools.bench_kernels [--output FILE.json] [--warps 4]
+    python -m tools.bench_kernels [--output FILE.json]
 
 For matrices of the target models, at 1, 8, 64 and 512 rows: time of one product (median of several rounds, each over
 so many copies of the weights that none is in the cache), GB/s of weights read, and that as a share of a measured copy.
@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType
 from refengine import quants
 from refengine.cuda.layout import PackedMatrix, pack
 from refengine.cuda.loader import DeviceModule
-from refengine.cuda.ops import rows8_warps
+from refengine.cuda.ops import rows8_launch
 from refengine.cuda.source import read_source
 from refengine.device import open_device
 from refengine.weights import Matrix
@@ -72,6 +72,10 @@ def seconds(xp: Any, run: Any, n: int) -> list[float]:
     return times[1:]
 
 
+def multiprocessors(xp: Any) -> int:
+    return int(xp.cuda.Device().attributes["MultiProcessorCount"])
+
+
 def copy_bandwidth(xp: Any) -> float:
     """Bytes a second that a copy within device memory reads and writes."""
     source = xp.zeros(1 << 30, xp.uint8)
@@ -80,7 +84,7 @@ def copy_bandwidth(xp: Any) -> float:
 
 
 def bench(
-    xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_rows: int, warps: int, overlap: bool
+    xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_rows: int, overlap: bool
 ) -> dict[str, Any]:
     one = repeated_matrix(xp, kind, n_out, n_in)
     n_copies = max(1, -(-COLD_BYTES // one.n_bytes)) if n_rows <= 64 else 2
@@ -92,10 +96,13 @@ def bench(
     y = xp.empty((n_rows, n_out), xp.float32)
     few = n_rows <= 8
     tiles = -(-n_out // 16)
-    if not warps:
-        warps = rows8_warps(tiles, -(-n_in // 256)) if few else 4
-    grid = (tiles, -(-n_rows // 8)) if few else (-(-tiles // warps), -(-n_rows // 64))
-    shared = 512 * -(-n_in // 256) if few else 0
+    segments = -(-n_in // 256)
+    if few:
+        blocks, warps = rows8_launch(kind.lower(), tiles, segments, -(-n_rows // 8), multiprocessors(xp))
+        grid, shared = (blocks, -(-n_rows // 8)), 1024 * segments
+    else:
+        warps, shared = 4, 0
+        grid = (-(-tiles // warps), -(-n_rows // 64))
     sizes = [np.int32(n_out), np.int32(n_in), np.int32(n_rows)]
     kernel = f"{'rows8' if few else 'rows64'}_{kind.lower()}"
 
@@ -135,7 +142,6 @@ def bench(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="also write JSON there")
-    parser.add_argument("--warps", type=int, default=0, help="warps a block (default: by the matrix)")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of activations")
     parser.add_argument("--no-overlap", action="store_true", help="each product after the end of the one before")
     parser.add_argument("--commit", default="", help="of the sources, for the record")
@@ -147,7 +153,7 @@ def main() -> int:
     results = []
     for what, kind, n_out, n_in in SHAPES:
         for n_rows in given.rows:
-            found = bench(xp, module, kind, n_out, n_in, n_rows, given.warps, not given.no_overlap)
+            found = bench(xp, module, kind, n_out, n_in, n_rows, not given.no_overlap)
             found |= {"what": what, "type": kind, "n_out": n_out, "n_in": n_in, "rows": n_rows}
             found["share_of_copy"] = round(found["gb_per_s"] * 1e9 / copied, 3)
             results.append(found)

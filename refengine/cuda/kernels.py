@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from refengine.cuda.source import read_source
 from refengine.errors import KernelError
 
+HOST_MULTIPROCESSORS = 4  # a small device: blocks have several tiles
 HOST_MODE = "REFENGINE_HOST_MODE"  # environment: `checked` and `debug` run whole models so, for gdb and for hunting
 
 
@@ -19,6 +21,15 @@ class Kernels:
         """host_mode: of `HostModule`, else what the environment says, else `plain`."""
         self.place, self._host_mode = place, host_mode or os.environ.get(HOST_MODE, "plain")
         self._modules: dict[str, Any] = {}
+
+    @cached_property
+    def n_multiprocessors(self) -> int:
+        """What a launch is cut for."""
+        if self.place == "host":
+            return HOST_MULTIPROCESSORS
+        import cupy
+
+        return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
     def module(self, file: str) -> Any:
         """`DeviceModule` or `HostModule` of a file. Raises KernelError, DeviceError."""

@@ -157,9 +157,17 @@ class KernelOps:
         n_groups = n_groups or -(-n_slots // size)
         arguments = [*w.arguments(), given.halves, given.sums, given.scale, *groups, bias, y, *sizes]
         if size == FEW_ROWS:
-            warps = rows8_warps(tiles * n_groups, segments)
-            grid, threads, shared = (tiles, n_groups), 32 * warps, 512 * segments
-            self._launch("matmul", f"rows8_{kind}", grid, threads, arguments, shared, what=w.name, overlap=True)
+            blocks, warps = rows8_launch(kind, tiles, segments, n_groups, self.kernels.n_multiprocessors)
+            self._launch(
+                "matmul",
+                f"rows8_{kind}",
+                (blocks, n_groups),
+                32 * warps,
+                arguments,
+                1024 * segments,
+                what=w.name,
+                overlap=True,
+            )
         else:
             self._launch("matmul", f"rows64_{kind}", (-(-tiles // 4), n_groups), 128, arguments, what=w.name)
 
@@ -371,9 +379,20 @@ class KernelOps:
         return self.xp.ascontiguousarray(x, dtype=self.xp.float32)
 
 
-def rows8_warps(n_tiles: int, n_segments: int) -> int:
-    """Warps a block of rows8_*: enough to keep a device busy, with a segment each; sums do not depend on it."""
-    return max(1, min(8, n_segments, 1 << max(0, (4096 // max(n_tiles, 1)).bit_length() - 1)))
+WIDE = ("q8_0", "q4_k", "mxfp4")  # types of which 20 warps fit a multiprocessor; of the others, 16 do
+
+
+def rows8_launch(kind: str, n_tiles: int, n_segments: int, n_groups: int, n_multiprocessors: int) -> tuple[int, int]:
+    """Blocks and warps of each for rows8_*: sums do not depend on them.
+
+    A block has a warp for each segment, or for every second, third … where those are too many; there are as many blocks
+    as are resident at once, and each takes several tiles.
+    """
+    most, resident = (10, 20) if kind in WIDE else (8, 16)
+    warps = -(-n_segments // -(-n_segments // most))
+    at_once = max(1, n_multiprocessors * (resident // warps) // n_groups)
+    rounds = -(-n_tiles // at_once)
+    return -(-n_tiles // rounds), warps
 
 
 def _attention_shared(width: int) -> int:
