@@ -46,7 +46,7 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 # Tensors that are shown from inside attention: (n_head, n_tokens, …).
-_HEADS_FIRST = ("kq-", "kq_soft_max-", "kqv-")
+_HEADS_FIRST = ("kq-", "kq_soft_max-", "kq_exp-", "kqv-")
 
 
 class Trace:

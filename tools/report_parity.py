@@ -1,15 +1,17 @@
 """How far refengine is from llama.cpp, and llama.cpp from the exact meaning of its files; a table for the README.
 
-    python -m tools.report_parity
+    python -m tools.report_parity [--kernels host|cuda]
 
 For the tiny models and the trained haiku models: NMSE end to end and of the worst single operation on llama.cpp's own
 inputs, under `llamacpp`; then NMSE and KL divergence of llama.cpp's logits from `exact`, which is llama.cpp's own
-rounding. Medians of five prompts.
+rounding. Medians of five prompts. With --kernels: how far the kernels' logits are from `exact`, beside llama.cpp's on
+the same prompts (its CPU; left out where llama-cpp-python is not installed).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -79,10 +81,38 @@ def row(name: str, folder: Path, n_prompts: int) -> str:
     return f"| {name} | {own:.0e} | {end_to_end:.0e} | {rounding:.0e} | {kl:.0e} |"
 
 
+def kernel_errors(name: str, place: str, folder: Path, n_prompts: int) -> dict[str, list[float]]:
+    """Medians of NMSE and KL divergence from `exact`: of the kernels in a place, and of llama.cpp where it is."""
+    path = model_file(name, folder)
+    exact = refengine.load(path, numerics="exact")
+    kernels = refengine.load(path, place, "fast")
+    figures: dict[str, list[tuple[float, float]]] = {"kernels": []}
+    for seed in range(n_prompts):
+        ids = prompt_ids(exact, name, seed)
+        oracle = exact.forward(ids)
+        ours = kernels.forward(ids)
+        figures["kernels"].append((nmse(ours, oracle), max(kl_divergence(ours, oracle), 0.0)))
+        if importlib.util.find_spec("llama_cpp") is not None:
+            with LlamaCpp(path, kv_type="f16") as peer:
+                theirs = peer.logits(ids)
+            figures.setdefault("llamacpp", []).append((nmse(theirs, oracle), max(kl_divergence(theirs, oracle), 0.0)))
+    return {who: np.median(np.array(found), axis=0).tolist() for who, found in figures.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=5, help=f"prompts of {N_TOKENS} tokens (default 5)")
+    parser.add_argument("--kernels", choices=("host", "cuda"), help="compare the kernels instead")
     args = parser.parse_args()
+    if args.kernels:
+        print("| model | kernels from `exact` | KL (nats) | llama.cpp from `exact` | KL (nats) |")
+        print("|---|---|---|---|---|")
+        with tempfile.TemporaryDirectory() as folder:
+            for name in (*MODELS, *FILES):
+                found = kernel_errors(name, args.kernels, Path(folder), args.prompts)
+                figures = [*found["kernels"], *found.get("llamacpp", [])]
+                print(f"| {name} | {' | '.join(f'{x:.0e}' for x in figures)} |", flush=True)
+        return
     print("| model | worst op, own inputs | end to end | llama.cpp from `exact` | KL of that (nats) |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

@@ -85,7 +85,8 @@ def attention_in_tiles(
     """`attention` as the kernels compute it (FlashAttention-2, Dao 2023): tile by tile of TILE positions.
 
     Q and, in each tile, the attention weights times the values' powers of two are rounded to float16 rows; K and V come
-    rounded from the cache. Tiles are folded in ascending order. probe: shown `kqv` only, for nothing else is formed.
+    rounded from the cache. Tiles are folded in ascending order. probe: shown `kqv`, and of each tile `kq_exp`, which is
+    e^(score - the row's largest in the tile) before it is rounded; the kernels show `kqv` only.
     """
     outputs = []
     for span in spans:
@@ -103,7 +104,7 @@ def attention_in_tiles(
             scores = xp.where(masked[:, part], q.dtype.type(-xp.inf), kq * q.dtype.type(scale))
             tile_top = scores.max(axis=-1, keepdims=True)
             base = xp.where(xp.isneginf(tile_top), q.dtype.type(0), tile_top)
-            e = xp.exp(scores - base)
+            e = probe("kq_exp", x=xp.exp(scores - base))  # (n_head, n_tokens, tile)
             power = xp.repeat(powers[part].transpose(1, 2, 0), group, axis=0)  # (n_head, 1, tile)
             weights = rounded_rows(xp, e.astype(sum_dtype) * power)
             weighted = grouped_product(xp, weights, (V[part] / powers[part]).transpose(1, 0, 2))

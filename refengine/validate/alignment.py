@@ -20,7 +20,7 @@ from refengine.trace import to_numpy
 from refengine.validate.metrics import nmse
 
 SCORES = ("kq-", "kq_soft_max-")  # the peer pads these to its cache; columns past the prompt are not part of the model
-HEADS_FIRST = (*SCORES, "kqv-")  # (n_head, n_tokens, …)
+HEADS_FIRST = (*SCORES, "kq_exp-", "kqv-")  # (n_head, n_tokens, …)
 FAR, NEAR = 0.5, 0.05  # NMSE: unrelated values are 2 apart, those of a float16 engine less than 0.001
 
 

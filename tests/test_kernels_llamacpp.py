@@ -1,0 +1,53 @@
+"""The kernels beside llama.cpp: nearer to what the file means, and without an error of their own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import refengine
+from refengine.validate.judge import judge
+from refengine.validate.peers import capture_peer
+from tools.make_model import TINY
+from tools.report_parity import kernel_errors
+
+QUANTISED = [name for name, spec in TINY.items() if spec.type not in ("F32", "F16", "BF16")]
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("name", QUANTISED)
+def test_kernels_are_nearer_to_exact_than_llamacpp_is(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra `validate`)")
+    found = kernel_errors(name, "host", tmp_path, 1)
+    for ours, theirs in zip(found["kernels"], found["llamacpp"], strict=True):
+        assert ours < theirs, found
+
+
+# Every architecture, every type of weights, and a prompt of more than one tile of positions.
+JUDGED = ["llama3-q4_k_m", "qwen2-q4_k_m", "qwen3-q4_k_m", "phi3-mostly_q4_0", "gpt-oss-mxfp4_moe", "gpt2-q5_1"]
+JUDGED += ["llama-f32", "llama-f16", "llama-bf16", "llama-q4_1", "llama-q5_k", "llama-mxfp4", "gpt-oss-q8_0"]
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_the_judge_finds_no_error_of_the_kernels(name: str, tiny_model: Any) -> None:
+    model = refengine.load(tiny_model(name), numerics="fast")
+    verdict = judge(model, capture_peer("refengine:host", model))
+    assert verdict, verdict.first_own_error
+    assert "kqv_out-0" in {t.name for t in verdict.tensors}
+    assert not verdict.unknown
+
+
+def test_the_judge_finds_a_fault_in_a_kernel(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part in ten thousand on the attention's scale: far below what the profile itself rounds away."""
+    from refengine.cuda.ops import KernelOps
+
+    right = KernelOps.attention
+
+    def wrong(self: Any, *given: Any, scale: float, **named: Any) -> Any:
+        return right(self, *given, scale=scale * 1.0001, **named)
+
+    monkeypatch.setattr(KernelOps, "attention", wrong)
+    model = refengine.load(tiny_model("qwen3-q4_k_m"), numerics="fast")
+    verdict = judge(model, capture_peer("refengine:host", model))
+    assert verdict.first_own_error is not None
+    assert verdict.first_own_error.name.startswith("kqv-")
