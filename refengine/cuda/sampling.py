@@ -1,0 +1,63 @@
+"""Drawing tokens on the device: the twin of `engine.sampling.draw`, for several rows at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from refengine.cuda.kernels import Kernels
+from refengine.errors import KernelError, RefengineError
+
+Array = Any
+
+_PROBLEMS = ("", "is NaN: the forward pass went wrong", "is +Inf: the forward pass overflowed", "")
+
+
+def sample_rows(
+    xp: Any,
+    kernels: Kernels,
+    logits: Array,
+    params: Sequence[Any],
+    histories: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    indices: Sequence[int],
+) -> Array:
+    """The token drawn from each row of logits (n_rows, n_vocab): (n_rows, 3) int32 on the device, see `checked_tokens`.
+
+    params: `SamplingParams` of each row; histories: ids that the repetition penalty looks at; seeds, indices: uint64.
+    Raises KernelError for numbers of rows that differ, and ids outside the vocabulary.
+    """
+    n_rows, n_vocab = logits.shape
+    given = (len(params), len(histories), len(seeds), len(indices))
+    if given != (n_rows,) * 4:
+        raise KernelError(f"sampling: {n_rows} rows, and {given} params, histories, seeds and indices")
+    needed = [h if p.repetition_penalty != 1.0 else () for p, h in zip(params, histories, strict=True)]
+    longest = max(1, *map(len, needed))
+    history = np.zeros((n_rows, longest), np.int32)
+    for row, ids in enumerate(needed):
+        history[row, : len(ids)] = ids
+    if history.min() < 0 or history.max() >= n_vocab:
+        raise KernelError(f"sampling: ids {history.min()} to {history.max()} in a history, of {n_vocab} that there are")
+    reals = np.array([(p.temperature, p.top_p, p.min_p, p.repetition_penalty) for p in params])
+    whole = np.array(
+        [(p.top_k, s, i, len(h)) for p, s, i, h in zip(params, seeds, indices, needed, strict=True)], np.uint64
+    ).view(np.int64)
+    values, weights = xp.empty((n_rows, n_vocab), xp.float64), xp.empty((n_rows, n_vocab), xp.uint64)
+    out = xp.empty((n_rows, 3), xp.int32)
+    there = [xp.asarray(a) for a in (reals, whole, history)]
+    arguments = [logits, *there, values, weights, out, np.int32(n_vocab), np.int32(longest)]
+    threads = 1024 if kernels.place == "cuda" else 64
+    kernels.launch("sampling", "sample_f32", (n_rows,), threads, arguments)
+    return out
+
+
+def checked_tokens(out: np.ndarray) -> list[int]:
+    """Tokens of `sample_rows`, on the host. Raises RefengineError for unusable logits, as `engine.sampling.draw`."""
+    for row, (_, problem, where) in enumerate(out.tolist()):
+        if problem == 3:
+            raise RefengineError(f"row {row}: all logits are -Inf: no token can be drawn")
+        if problem:
+            raise RefengineError(f"row {row}: logits[{where}] {_PROBLEMS[problem]}; trace the model to find where")
+    return [int(token) for token in out[:, 0]]
