@@ -3,7 +3,7 @@
     python -m tools.bench_kernels [--output FILE.json]
 
 For matrices of the target models, at 1, 8, 64 and 512 rows: time of one product (median of several rounds, each over
-so many copies of the weights that none is in the cache), GB/s of weights read, and that as a share of a measured copy.
+so many copies of the weights that none is in the cache), GB/s of weights read, and that as a share of a measured copy; beside it, cuBLAS with float16 weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,44 @@ def repeated_matrix(xp: Any, kind: str, n_out: int, n_in: int) -> PackedMatrix:
     return PackedMatrix("bench", fmt.type, (n_out, n_in), planes)
 
 
-def seconds(xp: Any, run: Any, n: int) -> list[float]:
-    """Seconds of one of `run(i)`, i from 0 to n - 1, for every round; the first round warms up."""
+def seconds(xp: Any, run: Any, n: int, stream: Any = None, each: int = 1) -> list[float]:
+    """Seconds of one of `run(i)`, i from 0 to n - 1, by `each`, for every round; the first round warms up."""
     times = []
     for _ in range(ROUNDS + 1):
         start, stop = xp.cuda.Event(), xp.cuda.Event()
-        start.record()
+        start.record(stream)
         for i in range(n):
             run(i)
-        stop.record()
+        stop.record(stream)
         stop.synchronize()
-        times.append(xp.cuda.get_elapsed_time(start, stop) / 1e3 / n)
+        times.append(xp.cuda.get_elapsed_time(start, stop) / 1e3 / n / each)
     return times[1:]
+
+
+def graph_seconds(xp: Any, run: Any, n: int) -> list[float]:
+    """As `seconds`, of a CUDA graph: what is measured is the kernels, not Python."""
+    stream = xp.cuda.Stream(non_blocking=True)
+    with stream:
+        run(0)
+        stream.synchronize()
+        stream.begin_capture()
+        for i in range(n):
+            run(i)
+        graph = stream.end_capture()
+        return seconds(xp, lambda i: graph.launch(stream), 1, stream, n)
+
+
+def cublas_seconds(xp: Any, n_out: int, n_in: int, n_rows: int) -> float:
+    """A float16 product of the same shape through cuBLAS, weights cold where one copy is small."""
+    n_copies = max(1, min(16, COLD_BYTES // (2 * n_out * n_in)))
+    weights = [(xp.random.standard_normal((n_in, n_out), dtype=xp.float32)).astype(xp.float16) for _ in range(n_copies)]
+    x = (xp.random.standard_normal((n_rows, n_in))).astype(xp.float16)
+    y = xp.empty((n_rows, n_out), xp.float16)
+
+    def run(i: int) -> None:
+        xp.matmul(x, weights[i % n_copies], out=y)
+
+    return float(np.median(seconds(xp, run, max(20, n_copies))))
 
 
 def multiprocessors(xp: Any) -> int:
@@ -110,25 +137,7 @@ def bench(
         given = [*copies[i % n_copies], x, sums, scale, None, None, None, None, y, *sizes]
         module.launch(kernel, grid, (32 * warps,), given, shared, overlap=few and overlap)
 
-    stream = xp.cuda.Stream(non_blocking=True)
-    n = max(n_copies, 20)
-    with stream:
-        run(0)
-        stream.synchronize()
-        stream.begin_capture()  # a graph: what is measured is the kernels, not Python
-        for i in range(n):
-            run(i)
-        graph = stream.end_capture()
-        graph.launch(stream)
-        stream.synchronize()
-        times = []
-        for _ in range(ROUNDS):
-            start, stop = xp.cuda.Event(), xp.cuda.Event()
-            start.record(stream)
-            graph.launch(stream)
-            stop.record(stream)
-            stop.synchronize()
-            times.append(xp.cuda.get_elapsed_time(start, stop) / 1e3 / n)
+    times = graph_seconds(xp, run, max(n_copies, 20))
     median = float(np.median(times))
     return {
         "warps": warps,
@@ -139,6 +148,29 @@ def bench(
     }
 
 
+def run_all(xp: Any, rows: Sequence[int], overlap: bool = True) -> dict[str, Any]:
+    """The figures of all shapes, printed as they come."""
+    module = DeviceModule(read_source("matmul"))
+    copied = copy_bandwidth(xp)
+    print(f"copy {copied / 1e9:.0f} GB/s (read and written)")
+    results = []
+    for what, kind, n_out, n_in in SHAPES:
+        for n_rows in rows:
+            found = bench(xp, module, kind, n_out, n_in, n_rows, overlap)
+            found |= {"what": what, "type": kind, "n_out": n_out, "n_in": n_in, "rows": n_rows}
+            found["share_of_copy"] = round(found["gb_per_s"] * 1e9 / copied, 3)
+            found["cublas_f16_microseconds"] = round(cublas_seconds(xp, n_out, n_in, n_rows) * 1e6, 2)
+            results.append(found)
+            print(
+                f"{what:16} {kind:6} {n_out:6} x {n_in:5} {n_rows:4} rows {found['warps']:2} warps "
+                f"{found['microseconds'][0]:9.1f} us "
+                f"{found['gb_per_s']:7.0f} GB/s {found['share_of_copy']:6.1%} {found['tflop_per_s']:7.1f} TFLOP/s, "
+                f"cuBLAS f16 {found['cublas_f16_microseconds']:8.1f} us",
+                flush=True,
+            )
+    return {"copy_gb_per_s": round(copied / 1e9, 1), "overlap": overlap, "results": results}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="also write JSON there")
@@ -147,22 +179,7 @@ def main() -> int:
     parser.add_argument("--commit", default="", help="of the sources, for the record")
     given = parser.parse_args()
     xp = open_device("cuda").xp
-    module = DeviceModule(read_source("matmul"))
-    copied = copy_bandwidth(xp)
-    print(f"copy {copied / 1e9:.0f} GB/s (read and written)")
-    results = []
-    for what, kind, n_out, n_in in SHAPES:
-        for n_rows in given.rows:
-            found = bench(xp, module, kind, n_out, n_in, n_rows, not given.no_overlap)
-            found |= {"what": what, "type": kind, "n_out": n_out, "n_in": n_in, "rows": n_rows}
-            found["share_of_copy"] = round(found["gb_per_s"] * 1e9 / copied, 3)
-            results.append(found)
-            print(
-                f"{what:16} {kind:6} {n_out:6} x {n_in:5} {n_rows:4} rows {found['warps']:2} warps "
-                f"{found['microseconds'][0]:9.1f} us "
-                f"{found['gb_per_s']:7.0f} GB/s {found['share_of_copy']:6.1%} {found['tflop_per_s']:7.1f} TFLOP/s",
-                flush=True,
-            )
+    found = run_all(xp, given.rows, not given.no_overlap)
     if given.output:
         record = {
             "date": datetime.date.today().isoformat(),
@@ -170,8 +187,7 @@ def main() -> int:
             "commit": given.commit,
             "command": " ".join(["python -m tools.bench_kernels", *sys.argv[1:]]),
             "cupy": xp.__version__,
-            "copy_gb_per_s": round(copied / 1e9, 1),
-            "results": results,
+            **found,
         }
         given.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

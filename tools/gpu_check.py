@@ -1,15 +1,19 @@
-"""Everything that only a GPU can show, in one command; writes one JSON file.
+"""Everything that only a GPU can show, in one command of less than ten minutes; writes one JSON file.
 
-    python -m tools.gpu_check --output gpu.json
+    python -m tools.gpu_check --output gpu.json [--commit ID] [--sanitizer]
 
-Runs `pytest -m gpu`, collects its figures, and times the array code on a full-size model with random weights.
+Runs `pytest -m gpu` (every kernel against its twin, whole models, the determinism matrix, array code); how far the
+kernels' logits are from `exact`; the kernel benchmark against a copy and cuBLAS; and a full-size model with random
+weights: that all of its device memory is accounted for, and tokens a second. The file is written after every part.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +24,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
+SANITIZED = ("test_kernels_moe.py", "test_kernels_attention.py", "test_kernels_sampling.py")
 
 
 def card() -> dict[str, str]:
@@ -29,60 +34,97 @@ def card() -> dict[str, str]:
     return dict(zip(query.split(","), [v.strip() for v in done.stdout.splitlines()[0].split(",")], strict=True))
 
 
-def run_tests() -> dict[str, Any]:
-    """Outcome of `pytest -m gpu`, and the NMSE that each test recorded."""
+def run_tests(*what: str, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Outcome of `pytest -m gpu`, by file, and the NMSE that tests recorded."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", *options]
-        done = subprocess.run([*command, "tests/test_gpu.py"], cwd=ROOT, capture_output=True, text=True)
-        print(done.stdout[-6000:], done.stderr[-2000:], file=sys.stderr)
+        options = ["-p", "no:cacheprovider", "-q", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+        command = [*prefix, sys.executable, "-m", "pytest", "-m", "gpu", *options, *(what or ["tests"])]
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        print(done.stdout[-3000:], done.stderr[-1500:], file=sys.stderr)
         suite = ElementTree.parse(report).getroot()[0]
-        errors = {
-            match[1]: float(prop.attrib["value"])
-            for case in suite.iter("testcase")
-            for prop in case.iter("property")
-            if (match := re.search(r"\[(.+)\]", case.attrib["name"]))
+        errors: dict[str, float] = {}
+        by_file: dict[str, list[int]] = {}
+        for case in suite.iter("testcase"):
+            skipped = case.find("skipped") is not None
+            failed = case.find("failure") is not None or case.find("error") is not None
+            counts = by_file.setdefault(case.attrib["classname"].rpartition(".")[2], [0, 0, 0])
+            counts[2 if skipped else 1 if failed else 0] += 1
+            for recorded in case.iter("property"):
+                if match := re.search(r"\[(.+)\]", case.attrib["name"]):
+                    errors[match[1]] = float(recorded.attrib["value"])
+        return {
+            "exit_code": done.returncode,
+            "seconds": round(time.perf_counter() - start, 1),
+            "passed_failed_skipped": by_file,
+            "nmse_cupy_against_numpy": errors,
+            **({"sanitizer": done.stdout[-400:]} if prefix else {}),
         }
-        counts = {k: int(suite.attrib[k]) for k in ("tests", "failures", "errors", "skipped")}
-        return {"exit_code": done.returncode, **counts, "nmse_cupy_against_numpy": errors}
 
 
-def time_model(name: str, rounds: int = 5, n_prompt: int = 256, n_decode: int = 16) -> dict[str, Any]:
-    """Load, prefill and decode of a full-size model on the array code, seconds."""
+def parity(n_prompts: int = 2) -> dict[str, Any]:
+    """NMSE and KL divergence (nats) of the kernels' logits from `exact`."""
+    from tools.haiku.export import FILES
+    from tools.report_parity import MODELS, kernel_errors
+
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: kernel_errors(name, "cuda", Path(folder), n_prompts)["kernels"] for name in (*MODELS, *FILES)}
+
+
+def time_model(path: Path, numerics: str, rounds: int = 5, n_prompt: int = 256, n_decode: int = 16) -> dict[str, Any]:
+    """Load, prefill and decode of a model, launched kernel by kernel from Python; device memory, accounted and used."""
     import cupy
 
     import refengine
     from refengine.kv_cache import Sequence
+
+    def used() -> int:
+        free, total = cupy.cuda.runtime.memGetInfo()
+        return int(total - free)
+
+    cupy.get_default_memory_pool().free_all_blocks()
+    before = used()
+    start = time.perf_counter()
+    model = refengine.load(path, "cuda", numerics)
+    cupy.cuda.Device().synchronize()
+    load_s = time.perf_counter() - start
+    loaded = used() - before
+    prefill, decode = [], []
+    for _ in range(rounds + 1):
+        cache, sequence = model.new_cache(n_prompt + n_decode), Sequence()
+        start = time.perf_counter()
+        model.step([(sequence, list(range(3, 3 + n_prompt)))], cache, [n_prompt - 1])
+        cupy.cuda.Device().synchronize()
+        prefill.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for token in range(n_decode):
+            model.step([(sequence, [token])], cache, [0])
+        cupy.cuda.Device().synchronize()
+        decode.append(time.perf_counter() - start)
+    rates = {"prefill": [n_prompt / s for s in prefill[1:]], "decode": [n_decode / s for s in decode[1:]]}
+    found: dict[str, Any] = {
+        "numerics": numerics,
+        "load_s": load_s,
+        "first_prefill_s": prefill[0],
+        **{f"{k}_tokens_per_s": [min(v), statistics.median(v), max(v)] for k, v in rates.items()},
+        "file_tensor_bytes": model.weights.n_bytes,
+        "device_bytes_after_load": loaded,
+        "device_bytes_with_cache": used() - before,
+    }
+    if numerics == "fast":
+        model.ops.memory.check_residency()
+        found["accounted"] = model.ops.memory.accounted()
+    return found
+
+
+def full_size(name: str) -> dict[str, Any]:
     from tools.make_model import FULL, write_spec
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_spec(path, FULL[name])
-        start = time.perf_counter()
-        model = refengine.load(path, "cuda", "exact")
-        cupy.cuda.Device().synchronize()
-        load_s = time.perf_counter() - start
-        prefill, decode = [], []
-        for _ in range(rounds + 1):
-            cache, sequence = model.new_cache(n_prompt + n_decode), Sequence()
-            start = time.perf_counter()
-            model.step([(sequence, list(range(3, 3 + n_prompt)))], cache, [n_prompt - 1])
-            cupy.cuda.Device().synchronize()
-            prefill.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            for token in range(n_decode):
-                model.step([(sequence, [token])], cache, [0])
-            cupy.cuda.Device().synchronize()
-            decode.append(time.perf_counter() - start)
-        rates = {"prefill": [n_prompt / s for s in prefill[1:]], "decode": [n_decode / s for s in decode[1:]]}
-        return {
-            "model": name,
-            "load_s": load_s,
-            "first_prefill_s": prefill[0],
-            **{f"{k}_tokens_per_s": [min(v), statistics.median(v), max(v)] for k, v in rates.items()},
-            "device_memory_used_mib": (lambda free, total: (total - free) >> 20)(*cupy.cuda.runtime.memGetInfo()),
-        }
+        return {"model": name, **{numerics: time_model(path, numerics) for numerics in ("fast", "exact")}}
 
 
 def main() -> int:
@@ -90,29 +132,44 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--commit", default="", help="commit under test, where git cannot tell")
     parser.add_argument("--model", action="append", help="full-size model to time (default qwen2.5-0.5b)")
+    parser.add_argument("--sanitizer", action="store_true", help="also some kernel tests under compute-sanitizer")
     args = parser.parse_args()
     commit = (
         args.commit
         or subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     )
+    import cupy
+    import numpy
+
+    from tools.bench_kernels import ROWS, run_all
+
     facts: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
         "command": " ".join(["python -m tools.gpu_check", *(["--model " + m for m in args.model or []])]),
         "card": card(),
         "python": sys.version.split()[0],
+        "versions": {"cupy": cupy.__version__, "numpy": numpy.__version__},
     }
-    import cupy
-    import numpy
-
-    facts["versions"] = {"cupy": cupy.__version__, "numpy": numpy.__version__}
-    facts["tests"] = run_tests()
-    args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")  # kept if the timing is cut off
-    facts["array_code"] = [time_model(name) for name in args.model or ["qwen2.5-0.5b"]]
-    args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({k: v for k, v in facts.items() if k != "tests"}, indent=1))
-    print({k: v for k, v in facts["tests"].items() if not isinstance(v, dict)})
-    return int(facts["tests"]["exit_code"])
+    parts: dict[str, Any] = {
+        "tests": run_tests,
+        "parity": parity,
+        "kernels": lambda: run_all(cupy, ROWS),
+        "full_size": lambda: [full_size(name) for name in args.model or ["qwen2.5-0.5b"]],
+    }
+    if args.sanitizer:
+        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        os.environ["CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"] = "0"
+        files = [f"tests/{file}" for file in SANITIZED]
+        parts["sanitizer"] = lambda: run_tests(
+            *files, prefix=(tool, "--target-processes", "all", "--error-exitcode", "9")
+        )
+    for name, part in parts.items():
+        print(f"{name} …", file=sys.stderr, flush=True)
+        facts[name] = part()
+        args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({k: v for k, v in facts.items() if k in ("tests", "sanitizer", "full_size")}, indent=1))
+    return int(facts["tests"]["exit_code"] or facts.get("sanitizer", {}).get("exit_code", 0))
 
 
 if __name__ == "__main__":
