@@ -3,7 +3,8 @@
     python -m tools.bench_kernels [--output FILE.json]
 
 For matrices of the target models, at 1, 8, 64 and 512 rows: time of one product (median of several rounds, each over
-so many copies of the weights that none is in the cache), GB/s of weights read, and that as a share of a measured copy; beside it, cuBLAS with float16 weights.
+so many copies of the weights that none is in the cache), GB/s of weights read, that as a share of a measured copy, and
+the time of cuBLAS with float16 weights.
 """
 
 from __future__ import annotations

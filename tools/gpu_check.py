@@ -65,11 +65,10 @@ def run_tests(*what: str, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def parity(n_prompts: int = 2) -> dict[str, Any]:
     """NMSE and KL divergence (nats) of the kernels' logits from `exact`."""
-    from tools.haiku.export import FILES
     from tools.report_parity import MODELS, kernel_errors
 
     with tempfile.TemporaryDirectory() as folder:
-        return {name: kernel_errors(name, "cuda", Path(folder), n_prompts)["kernels"] for name in (*MODELS, *FILES)}
+        return {name: kernel_errors(name, "cuda", Path(folder), n_prompts)["kernels"] for name in MODELS}
 
 
 def time_model(path: Path, numerics: str, rounds: int = 5, n_prompt: int = 256, n_decode: int = 16) -> dict[str, Any]:
@@ -133,6 +132,9 @@ def main() -> int:
     parser.add_argument("--commit", default="", help="commit under test, where git cannot tell")
     parser.add_argument("--model", action="append", help="full-size model to time (default qwen2.5-0.5b)")
     parser.add_argument("--sanitizer", action="store_true", help="also some kernel tests under compute-sanitizer")
+    parser.add_argument(
+        "--only", action="append", help="tests, parity, kernels, full_size or sanitizer; may be repeated"
+    )
     args = parser.parse_args()
     commit = (
         args.commit
@@ -161,15 +163,16 @@ def main() -> int:
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         os.environ["CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"] = "0"
         files = [f"tests/{file}" for file in SANITIZED]
-        parts["sanitizer"] = lambda: run_tests(
-            *files, prefix=(tool, "--target-processes", "all", "--error-exitcode", "9")
-        )
+        prefix = (tool, "--target-processes", "all", "--error-exitcode", "9")
+        parts["sanitizer"] = lambda: run_tests(*files, prefix=prefix)
+    for name in set(parts) - set(args.only or parts):
+        del parts[name]
     for name, part in parts.items():
         print(f"{name} …", file=sys.stderr, flush=True)
         facts[name] = part()
         args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in facts.items() if k in ("tests", "sanitizer", "full_size")}, indent=1))
-    return int(facts["tests"]["exit_code"] or facts.get("sanitizer", {}).get("exit_code", 0))
+    return max(int(facts.get(part, {}).get("exit_code", 0)) for part in ("tests", "sanitizer"))
 
 
 if __name__ == "__main__":
