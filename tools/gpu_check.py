@@ -133,7 +133,7 @@ def main() -> int:
     parser.add_argument("--model", action="append", help="full-size model to time (default qwen2.5-0.5b)")
     parser.add_argument("--sanitizer", action="store_true", help="also some kernel tests under compute-sanitizer")
     parser.add_argument(
-        "--only", action="append", help="tests, parity, kernels, full_size or sanitizer; may be repeated"
+        "--only", action="append", help="tests, parity, kernels, full_size or sanitizer; repeatable"
     )
     args = parser.parse_args()
     commit = (
