@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -71,6 +72,11 @@ def parity(n_prompts: int = 2) -> dict[str, Any]:
         return {name: kernel_errors(name, "cuda", Path(folder), n_prompts)["kernels"] for name in MODELS}
 
 
+def resident_bytes() -> int:
+    """Of this process, at its highest."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
 def time_model(path: Path, numerics: str, rounds: int = 5, n_prompt: int = 256, n_decode: int = 16) -> dict[str, Any]:
     """Load, prefill and decode of a model, launched kernel by kernel from Python; device memory, accounted and used."""
     import cupy
@@ -83,12 +89,13 @@ def time_model(path: Path, numerics: str, rounds: int = 5, n_prompt: int = 256, 
         return int(total - free)
 
     cupy.get_default_memory_pool().free_all_blocks()
-    before = used()
+    cupy.zeros(1)
+    before, resident = used(), resident_bytes()
     start = time.perf_counter()
     model = refengine.load(path, "cuda", numerics)
     cupy.cuda.Device().synchronize()
     load_s = time.perf_counter() - start
-    loaded = used() - before
+    loaded, grown = used() - before, resident_bytes() - resident
     prefill, decode = [], []
     for _ in range(rounds + 1):
         cache, sequence = model.new_cache(n_prompt + n_decode), Sequence()
@@ -108,6 +115,7 @@ def time_model(path: Path, numerics: str, rounds: int = 5, n_prompt: int = 256, 
         "first_prefill_s": prefill[0],
         **{f"{k}_tokens_per_s": [min(v), statistics.median(v), max(v)] for k, v in rates.items()},
         "file_tensor_bytes": model.weights.n_bytes,
+        "host_bytes_grown_by_loading": grown,
         "device_bytes_after_load": loaded,
         "device_bytes_with_cache": used() - before,
     }
@@ -132,9 +140,7 @@ def main() -> int:
     parser.add_argument("--commit", default="", help="commit under test, where git cannot tell")
     parser.add_argument("--model", action="append", help="full-size model to time (default qwen2.5-0.5b)")
     parser.add_argument("--sanitizer", action="store_true", help="also some kernel tests under compute-sanitizer")
-    parser.add_argument(
-        "--only", action="append", help="tests, parity, kernels, full_size or sanitizer; repeatable"
-    )
+    parser.add_argument("--only", action="append", help="tests, parity, kernels, full_size or sanitizer; repeatable")
     args = parser.parse_args()
     commit = (
         args.commit
