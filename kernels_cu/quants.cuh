@@ -33,28 +33,27 @@ __device__ __forceinline__ Planes planes_of(const uint8_t* low, const uint8_t* h
   return Planes{low, high, scales, d, n_in / 32, (n_in / 32 + SEGMENT - 1) / SEGMENT};
 }
 
-// Codes as halves, without conversions: put into the fraction of 1024, where a half counts in ones, or four bits higher,
-// where it counts in sixteenths of that; less 1024 (or 64) and the type's offset. All of it is exact.
+// Codes as halves, without conversions: put into the fraction of 1024, whose last bit counts one, or, four bits higher, into
+// that of 64, whose fifth last does; less 1024 (or 64) and the type's offset. All of it is exact.
 struct Integers {
-  static constexpr f16x2 MAGIC = 0x64006400u;
-  f16x2 one, less, sixteenth, less_64;  // of both halves: s, -(1024 + offset) s, s / 16, -(64 + offset) s
+  f16x2 one, less, less_64;  // of both halves: s, -(1024 + offset) s, -(64 + offset) s
   // Bits 0-3 (with `more`, up to 0-5) of both halves of a word.
   __device__ __forceinline__ f16x2 low(uint32_t word, uint32_t more = 0) const {
-    return fma_f16x2(select_or(word, 0x000f000fu, MAGIC) | more, one, less);
+    return fma_f16x2(select_or(word, 0x000f000fu, 0x64006400u) | more, one, less);
   }
   // Bits 4-7 (with `more`, up to 4-9).
   __device__ __forceinline__ f16x2 high(uint32_t word, uint32_t more = 0) const {
-    return fma_f16x2(select_or(word, 0x00f000f0u, MAGIC) | more, sixteenth, less_64);
+    return fma_f16x2(select_or(word, 0x00f000f0u, 0x54005400u) | more, one, less_64);
   }
 };
 // Codes less an offset of 0, 8, 16 or 32.
 template <int OFFSET>
 __device__ __forceinline__ Integers integers() {
-  return {0x3c003c00u, (0xe400u + OFFSET) * 0x10001u, 0x2c002c00u, (0xd400u + OFFSET * 16) * 0x10001u};
+  return {0x3c003c00u, (0xe400u + OFFSET) * 0x10001u, (0xd400u + OFFSET * 16) * 0x10001u};
 }
 // Codes below 32 times an integer up to 63, given twice: below 2048, and every term on the way is exact in half precision.
 __device__ __forceinline__ Integers integers_times(f16x2 s) {
-  return {s, fma_f16x2(s, 0xe400e400u, 0u), fma_f16x2(s, 0x2c002c00u, 0u), fma_f16x2(s, 0xd400d400u, 0u)};
+  return {s, fma_f16x2(s, 0xe400e400u, 0u), fma_f16x2(s, 0xd400d400u, 0u)};
 }
 // One half of a pair, twice.
 __device__ __forceinline__ f16x2 twice(f16x2 pair, int half) { return __byte_perm(pair, 0, half ? 0x3232 : 0x1010); }
@@ -264,8 +263,8 @@ struct Q6_K {
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
 };
 
-// E2M1 codes: sign, two bits of exponent, one of mantissa. At those places of a half they are 2^-14 times the value, or
-// 2^-15 times ggml's doubled integers, whose scale is halved: the same product. Scales are below 2^(241 - 127) (layout.py).
+// E2M1 codes: sign, two bits of exponent, one of mantissa. In a half's upper byte (bits 7 and 3-1) they are 2^-14 times the
+// value, or 2^-15 times ggml's doubled integers, whose scale is halved: the same product. Scales are below 2^(241 - 127) (layout.py).
 struct MXFP4 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = false, WHOLE = false;
   static constexpr int AHEAD = 8, LOW = 8, HIGH = 0;
@@ -273,13 +272,15 @@ struct MXFP4 {
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
     return nibble_words(at, j);
   }
-  static __device__ __forceinline__ f16x2 value(uint32_t sign, uint32_t magnitude) {
-    return select_or(sign, 0x80008000u, magnitude & 0x0e000e00u);
-  }
+  // Columns 0-3 of a row are whole in a byte each (sign in bit 7, the rest in bits 1-3), columns 4-7 in what is between.
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-    uint32_t x = words.x, y = words.y;
-    a[0] = {{value(x << 12, x << 9), value(y << 12, y << 9), value(x << 8, x << 5), value(y << 8, y << 5)}};
-    a[1] = {{value(x << 4, x << 1), value(y << 4, y << 1), value(x, x >> 3), value(y, y >> 3)}};
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      uint32_t x = row ? words.y : words.x;
+      uint32_t first = x & 0x8e8e8e8eu, second = select_or(x << 7, 0x80808080u, x >> 3 & 0x0e0e0e0eu);
+      a[0].x[row] = __byte_perm(first, 0, 0x1404), a[0].x[2 + row] = __byte_perm(first, 0, 0x3424);
+      a[1].x[row] = __byte_perm(second, 0, 0x1404), a[1].x[2 + row] = __byte_perm(second, 0, 0x3424);
+    }
   }
   using Scales = uint2;
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {

@@ -7,6 +7,7 @@ Activations are laid out likewise (`activation_order`), so that a lane's are 16 
 contiguous:
 
     low   4-bit types: a word of 8 nibbles a row; the even columns in nibbles 0…3, the odd ones in 4…7
+          MXFP4: columns 0…3 in bits 7 and 3-1 of a byte each, columns 4…7 in their bits 0 and 6-4
           Q8_0: 8 bytes a row.  F16: 8 halves a row
     high  the fifth bits (Q5_*: two bytes a lane) or fifth and sixth (Q6_K: four), in the order of `_high`
     scales  what belongs to 256 columns of a row, 16 rows together:
@@ -149,6 +150,10 @@ def _codes(xp: Any, kind: GGMLQuantizationType, tiles: Array, fields: dict[str, 
         return {"low": _in_lanes(xp, fields["qs"], 1).reshape(-1)}
     natural = quants.codes(xp, tiles.reshape(-1, tiles.shape[-1]), kind).reshape(*tiles.shape[:2], -1)
     codes = _in_lanes(xp, natural, 1).reshape(len(tiles), -1, 32, 2, 8)  # (n_tiles, n_in / 32, lanes, rows, columns)
+    if kind == Type.MXFP4:
+        first, second = codes[..., :4], codes[..., 4:]  # sign, two bits of exponent, one of mantissa
+        both = (first & 8) << 4 | (first & 7) << 1 | second >> 3 | (second & 7) << 4
+        return {"low": xp.ascontiguousarray(both.astype(xp.uint8)).reshape(-1)}
     ordered = codes[..., list(_NIBBLE_ORDER)]
     low = ordered & 15
     planes = {"low": (low[..., 0::2] | (low[..., 1::2] << 4)).reshape(-1)}
