@@ -5,7 +5,8 @@
 //   Words load(lane's, j)                    what a lane has of the tile of 16 x 32 that is j further on: two rows of 8
 //                                            codes; LOW and HIGH bytes of the planes of those names
 //   operands(words, a)                       the same as halves, the operands of two mma
-//   Scales scales(planes, segment, row)      of 256 columns of a row; a weight of block j is, as ggml rounds it,
+//   Scales scales(planes, segment, row)      of 256 columns of a row, as loaded: to work on them at once would be to wait
+//                                            for them; a weight of block j is, as ggml rounds it,
 //     scale(scales, j, half) · code - minimum(scales, j)           half: columns 0-15 or 16-31, where SPLIT
 //
 // and for products, where as much as can be is done once a segment, exactly:
@@ -242,18 +243,16 @@ struct Q6_K {
              n.high(x >> 8, h >> 2 & 0x03000300u), n.high(y >> 8, g >> 2 & 0x03000300u)}};
   }
   struct Scales {
-    uint4 factors;  // sixteen bytes, with 128 added
+    uint4 factors;  // sixteen signed bytes
     f16 d;
   };
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    uint4 words = scale_words(w, segment, row);
-    constexpr uint32_t ADDED = 0x80808080u;
-    return {make_uint4(words.x ^ ADDED, words.y ^ ADDED, words.z ^ ADDED, words.w ^ ADDED),
-            load_constant<f16>(w.d + (segment * 16 + row) * 2)};
+    return {scale_words(w, segment, row), load_constant<f16>(w.d + (segment * 16 + row) * 2)};
   }
   // A byte as the fraction of 2^23 counts in ones: exact, and without the conversion instruction, which is slow.
   static __device__ __forceinline__ float factor(const Scales& s, int j, int half) {
     uint32_t word = j < 2 ? s.factors.x : j < 4 ? s.factors.y : j < 6 ? s.factors.z : s.factors.w;
+    word ^= 0x80808080u;  // 128 added
     return __fadd_rn(__uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u + j % 2 * 2 + half)), -8388736.0f);
   }
   static __device__ __forceinline__ float whole(const Scales& s) { return f16_to_f32(s.d); }
@@ -284,11 +283,10 @@ struct MXFP4 {
   }
   using Scales = uint2;
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    uint2 e = load_constant<uint2>(w.scales + (segment * 16 + row) * 8);
-    return make_uint2(e.x + 0x0e0e0e0eu, e.y + 0x0e0e0e0eu);  // 2^14: none of the bytes reaches 255
+    return load_constant<uint2>(w.scales + (segment * 16 + row) * 8);
   }
   static __device__ __forceinline__ float factor(const Scales& s, int j, int) {
-    uint32_t word = j < 4 ? s.x : s.y;
+    uint32_t word = (j < 4 ? s.x : s.y) + 0x0e0e0e0eu;  // times 2^14: none of the bytes reaches 255
     return __uint_as_float((j % 4 == 3 ? word >> 1 : word << (23 - 8 * (j % 4))) & 0x7f800000u);
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return factor(s, j, 0); }
