@@ -8,8 +8,8 @@ same order (see the header of each file in kernels_cu/).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,13 @@ class KernelOps:
         self._spans: tuple[Any, Any] | None = None
         self._grouped: dict[int, tuple[Any, Any]] = {}
 
-    def workspace(self) -> AbstractContextManager[Any]:
-        return self.memory.workspace()
+    @contextmanager
+    def workspace(self) -> Iterator[None]:
+        """Where arrays of a forward pass are allocated meanwhile. Nothing of it is kept for the next pass."""
+        with self.memory.workspace():
+            yield
+        self._prepared = self._spans = None
+        self._grouped.clear()
 
     # --- Embedding and products ---
 
