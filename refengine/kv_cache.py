@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,13 +28,30 @@ class OutOfBlocks(RequestError):
     """The cache has too few free blocks for what was asked."""
 
 
+class Reclaimer(Protocol):
+    """Who holds blocks only for as long as nobody needs them: a prefix cache."""
+
+    @property
+    def n_reclaimable(self) -> int: ...
+    def reclaim(self, n: int) -> None: ...
+
+
 class BlockPool:
-    """Free list and reference counts of `n_blocks` blocks. Lowest free block first, so that runs are reproducible."""
+    """Free list and reference counts of `n_blocks` blocks. Lowest free block first, so that runs are reproducible.
+
+    reclaimer: asked for blocks when the free list is too short.
+    """
 
     def __init__(self, n_blocks: int) -> None:
         self.n_blocks = n_blocks
+        self.reclaimer: Reclaimer | None = None
         self._free = list(range(n_blocks))  # a heap
         self._references = [0] * n_blocks
+
+    def can_allocate(self, n: int) -> bool:
+        """Whether `allocate(n)` would succeed."""
+        missing = n - len(self._free)
+        return missing <= 0 or (self.reclaimer is not None and self.reclaimer.n_reclaimable >= missing)
 
     @property
     def n_free(self) -> int:
@@ -45,6 +62,8 @@ class BlockPool:
 
     def allocate(self, n: int) -> list[int]:
         """Take `n` blocks with one reference each, or raise `OutOfBlocks` and take none."""
+        if n > len(self._free) and self.reclaimer is not None and self.can_allocate(n):
+            self.reclaimer.reclaim(n - len(self._free))
         if n > len(self._free):
             raise OutOfBlocks(f"KV cache is full: {n} blocks wanted, {len(self._free)} of {self.n_blocks} free")
         blocks = [heapq.heappop(self._free) for _ in range(n)]
@@ -111,8 +130,10 @@ class KVCache:
         n_ctx: int,
         n_blocks: int,
         block_size: int = BLOCK_SIZE,
+        copy_block: Callable[[Array, int, int], None] | None = None,
     ) -> None:
-        """arrays: `Ops.kv_arrays`: how many, and the shape of each."""
+        """arrays: `Ops.kv_arrays`: how many, and the shape of each. copy_block: `Ops.kv_copy`, for forked sequences."""
+        self._copy_block = copy_block
         self.n_ctx = n_ctx  # longest sequence it is meant for, in tokens
         self.block_size = block_size
         made = arrays(2 * n_layer, (n_blocks, block_size, n_head_kv, head_dim))
@@ -127,6 +148,46 @@ class KVCache:
     def n_bytes(self) -> int:
         return sum(a.nbytes for a in (*self.k, *self.v))
 
+    def blocks_needed(self, sequence: Sequence, n_positions: int) -> int:
+        """Blocks that a sequence lacks to hold `n_positions`: new ones, and one for a shared block it would write."""
+        missing = self.blocks_for(n_positions, self.block_size) - len(sequence.block_table)
+        return max(missing, 0) + (self._shared(sequence) and n_positions > sequence.length)
+
+    def reserve(self, wanted: SequenceOf[tuple[Sequence, int]]) -> None:
+        """Blocks for sequences to hold so many positions each; what a fork shares and will write is copied.
+
+        Raises `OutOfBlocks`, with nothing changed, when they do not fit.
+        """
+        blocks = self.pool.allocate(sum(self.blocks_needed(sequence, n) for sequence, n in wanted))
+        for sequence, n_positions in wanted:
+            if self._shared(sequence) and n_positions > sequence.length:
+                self._own_block(sequence, sequence.length // self.block_size, blocks.pop(0))
+            n = self.blocks_needed(sequence, n_positions)
+            sequence.block_table += [blocks.pop(0) for _ in range(n)]
+        for block in blocks:  # of two forks in one batch, the second keeps what the first no longer shares
+            self.pool.release(block)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """Another sequence with the same positions, in the same blocks until one of the two writes there."""
+        table = sequence.block_table[: self.blocks_for(sequence.length, self.block_size)]
+        for block in table:
+            self.pool.retain(block)
+        return Sequence(table, sequence.length)
+
+    def _shared(self, sequence: Sequence) -> bool:
+        """Whether the block that the next position falls into is partly filled and others refer to it."""
+        if sequence.length % self.block_size == 0:
+            return False
+        return self.pool.references(sequence.block_table[sequence.length // self.block_size]) > 1
+
+    def _own_block(self, sequence: Sequence, i: int, block: int) -> None:
+        """Copy on write: put a copy of block i of a sequence in its place."""
+        assert self._copy_block is not None, "this cache was made without copy_block"
+        for array in (*self.k, *self.v):
+            self._copy_block(array, sequence.block_table[i], block)
+        self.pool.release(sequence.block_table[i])
+        sequence.block_table[i] = block
+
     def batch(self, parts: SequenceOf[tuple[Sequence, SequenceOf[int]]], rows: SequenceOf[int] | None = None) -> Batch:
         """Reserve blocks for new tokens of sequences and describe them as one batch.
 
@@ -134,12 +195,9 @@ class KVCache:
         `commit` makes the new positions part of the sequences once the forward pass has filled them.
         Raises `OutOfBlocks`, with nothing reserved, when they do not fit.
         """
-        needed = [self.blocks_for(s.length + len(ids), self.block_size) - len(s.block_table) for s, ids in parts]
-        blocks = self.pool.allocate(sum(max(n, 0) for n in needed))
+        self.reserve([(s, s.length + len(ids)) for s, ids in parts])
         positions, slots, spans, start = [], [], [], 0
-        for (sequence, ids), n in zip(parts, needed, strict=True):
-            for _ in range(max(n, 0)):
-                sequence.block_table.append(blocks.pop(0))
+        for sequence, ids in parts:
             table = np.asarray(sequence.block_table, dtype=np.int64)
             n_kv = sequence.length + len(ids)
             position = np.arange(sequence.length, n_kv)

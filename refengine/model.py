@@ -12,7 +12,8 @@ import numpy as np
 from refengine.config import ModelConfig
 from refengine.cuda import open_kernels
 from refengine.device import Device, open_device
-from refengine.engine.generation import Generation, Token
+from refengine.engine.engine import alone
+from refengine.engine.generation import Token
 from refengine.engine.sampling import SamplingParams
 from refengine.errors import RequestError
 from refengine.gguf_file import GGUFFile
@@ -114,6 +115,7 @@ class Model:
             cfg.head_dim,
             n_ctx=self.n_ctx,
             n_blocks=KVCache.blocks_for(n_tokens) * n_sequences,
+            copy_block=self.ops.kv_copy,
         )
 
     def step(
@@ -151,7 +153,7 @@ class Model:
         `Token.text` is what may be printed: whole code points, nothing of a stop string. Ends at an end-of-generation
         token, a stop string, `params.max_tokens` or the end of the context; `Token.stop_reason` of the last says which.
         """
-        generation = Generation(self, self.prompt_ids(prompt), params or SamplingParams())
+        generation = alone(self, self.prompt_ids(prompt), params)
         try:
             yield from generation
         finally:

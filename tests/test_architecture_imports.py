@@ -46,6 +46,7 @@ BELOW_ENGINE = {
     # no arrays
     "tokenizer": Room({"errors", "gguf_file"}, {"gguf", "tokenizers", "sentencepiece", "jinja2"}),
     "kv_cache": Room({"errors", "config"}, {"numpy"}),  # no attention arithmetic
+    "prefix_cache": Room({"errors", "kv_cache"}, {"numpy"}),
     "trace": Room({"errors"}, {"numpy", "safetensors"}),
     "ops": Room({"errors", "quants"}, ARRAYS),  # no config, cache, trace, CUDA
     # no HTTP, no files

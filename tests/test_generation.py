@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from refengine.config import SUPPORTED_ARCHITECTURES
-from refengine.engine.generation import Generation, Token
+from refengine.engine.engine import alone
+from refengine.engine.generation import Token
 from refengine.engine.sampling import SamplingParams, sample
 from refengine.errors import RequestError
 from refengine.kv_cache import KVCache
@@ -92,7 +93,7 @@ def spell(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def run(model: Any, params: SamplingParams = GREEDY, **arguments: Any) -> list[Token]:
-    return list(Generation(model, PROMPT, params, **arguments))
+    return list(alone(model, PROMPT, params, **arguments))
 
 
 def text_of(tokens: list[Token]) -> str:
@@ -165,7 +166,7 @@ def test_stop_string_completed_by_what_was_held_back(tokenizer: Tokenizer) -> No
 
 
 def test_nothing_comes_after_the_end(tokenizer: Tokenizer) -> None:
-    generation = Generation(ScriptedModel(tokenizer, [EOS]), PROMPT, GREEDY)
+    generation = alone(ScriptedModel(tokenizer, [EOS]), PROMPT, GREEDY)
     assert next(generation).stop_reason == "eos"
     for _ in range(2):
         with pytest.raises(StopIteration):
@@ -222,7 +223,9 @@ def test_prompt_goes_in_chunks_then_token_by_token(tokenizer: Tokenizer, chunk: 
     model = ScriptedModel(tokenizer, [*script, EOS])
     run(model, chunk=chunk)
     assert model.fed == [*expected, *([i] for i in script)]
-    assert model.rows == [[len(ids) - 1] for ids in model.fed], "only the last row's logits are asked for"
+    inside = len(expected) - 1  # chunks of the prompt that another follows
+    asked = [[]] * inside + [[len(ids) - 1] for ids in model.fed[inside:]]
+    assert model.rows == asked, "only the last row's logits are asked for"
 
 
 def test_trace_reaches_the_model(tokenizer: Tokenizer) -> None:
@@ -251,11 +254,11 @@ def test_repetition_penalty_sees_prompt_and_generated_tokens(tokenizer: Tokenize
 def test_unusable_requests_are_refused_before_the_model_runs(tokenizer: Tokenizer) -> None:
     model = ScriptedModel(tokenizer, [])
     with pytest.raises(RequestError, match="empty"):
-        Generation(model, [], GREEDY)
+        alone(model, [], GREEDY)
     with pytest.raises(RequestError, match="top_k"):
-        Generation(model, PROMPT, SamplingParams(top_k=321))
+        alone(model, PROMPT, SamplingParams(top_k=321))
     with pytest.raises(RequestError, match="stop"):
-        Generation(model, PROMPT, SamplingParams(stop=("é" * 40,)))
+        alone(model, PROMPT, SamplingParams(stop=("é" * 40,)))
     assert model.fed == model.caches == []
 
 
@@ -264,11 +267,11 @@ def test_unusable_requests_are_refused_before_the_model_runs(tokenizer: Tokenize
 
 def test_cache_is_just_large_enough_and_its_blocks_return(tokenizer: Tokenizer) -> None:
     model = ScriptedModel(tokenizer, spell(tokenizer, "abcdefgh"))
-    generation = Generation(model, PROMPT, SamplingParams(temperature=0, max_tokens=6))
+    generation = alone(model, PROMPT, SamplingParams(temperature=0, max_tokens=6))
     (cache,) = model.caches
     assert cache.pool.n_blocks == 3  # 3 + 6 positions in blocks of 4
     assert len(list(generation)) == 6
-    assert cache.pool.n_free == 1  # 8 positions were filled
+    assert cache.pool.n_free == cache.pool.n_blocks  # the end gave them back
     generation.free()
     generation.free()
     assert cache.pool.n_free == cache.pool.n_blocks
@@ -338,7 +341,7 @@ def test_seed_decides_the_text(models: dict[str, Model]) -> None:
 
     def ids(seed: int, chunk: int = 512) -> list[int]:
         params = SamplingParams(temperature=1.5, seed=seed, max_tokens=24)
-        return [token.id for token in Generation(model, prompt(5), params, chunk=chunk)]
+        return [token.id for token in alone(model, prompt(5), params, chunk=chunk)]
 
     assert ids(1) == ids(1) == ids(1, chunk=2)
     assert ids(1) != ids(2)
@@ -346,11 +349,11 @@ def test_seed_decides_the_text(models: dict[str, Model]) -> None:
 
 def test_drawn_seed_is_reported_and_repeats_the_text(models: dict[str, Model]) -> None:
     model = models["qwen2"]
-    first = Generation(model, prompt(5), SamplingParams(temperature=1.5, max_tokens=12))
+    first = alone(model, prompt(5), SamplingParams(temperature=1.5, max_tokens=12))
     ids = [token.id for token in first]
-    again = Generation(model, prompt(5), SamplingParams(temperature=1.5, max_tokens=12, seed=first.seed))
+    again = alone(model, prompt(5), SamplingParams(temperature=1.5, max_tokens=12, seed=first.seed))
     assert [token.id for token in again] == ids
-    assert Generation(model, prompt(5), SamplingParams()).seed != first.seed
+    assert alone(model, prompt(5), SamplingParams()).seed != first.seed
 
 
 def test_forward_refuses_unusable_ids(models: dict[str, Model]) -> None:

@@ -1,35 +1,24 @@
-"""One sequence from prompt to end: prefill, then token after token.
+"""One request: the ids so far, what may be printed, and why it ended. The engine moves it forward.
 
-`start → next_token → free` on one model; batching several sequences is the scheduler's business, not this file's.
+Knows of text, stop strings and limits; nothing of batches, caches and devices.
 """
 
 from __future__ import annotations
 
+import copy
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from refengine.engine.sampling import SamplingParams, choose_seed, sample
+from refengine.engine.sampling import SamplingParams, choose_seed
 from refengine.engine.stop import StopMatcher
-from refengine.errors import RequestError
-from refengine.kv_cache import KVCache
+from refengine.errors import RefengineError
 from refengine.kv_cache import Sequence as CacheSequence
-from refengine.trace import Tracer, no_trace, to_numpy
 
-
-class RunnableModel(Protocol):
-    """What a generation needs of a model."""
-
-    config: Any
-    tokenizer: Any
-    n_ctx: int
-
-    def check_ids(self, ids: Sequence[int]) -> None: ...
-    def new_cache(self, n_tokens: int, n_sequences: int = 1) -> KVCache: ...
-    def step(self, parts: Any, cache: KVCache, rows: Any = None, trace: Tracer = no_trace) -> Any: ...
+if TYPE_CHECKING:
+    from refengine.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -37,107 +26,98 @@ class Token:
     """One generated token. `text` is what may be printed now; it may be empty, and lag behind the ids.
 
     stop_reason is None until the last token: then `eos`, `stop` or `length`.
+    logprob, top: natural logarithms, of this token and of the likeliest (id, logprob); where params.logprobs asks.
     """
 
     id: int
     text: str
     stop_reason: str | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Progress:
+    """What the engine keeps of a request: its place in the cache, keys of its blocks, and counts."""
+
+    cached: CacheSequence = field(default_factory=CacheSequence)
+    prefix_keys: list[bytes] = field(default_factory=list)
+    prefix_tokens: int = 0  # of the prompt that the prefix cache had when it first ran
+    preemptions: int = 0
 
 
 class Generation(Iterator[Token]):
-    """Tokens that follow `prompt_ids`. Iterate, or call `next_token` until its `stop_reason` is set; then `free`.
+    """Tokens that follow a prompt, made by `Engine.start`. Iterate, or call `Engine.next_token`; then `free`.
 
-    seed: the one in use (drawn when `params.seed` is None). prefill_s, decode_s: seconds spent so far.
-    Raises `RequestError` for a prompt that is empty, out of the vocabulary or fills the context.
+    ids: prompt and generated. seed: the one in use. end: None while it runs, then `eos`, `stop`, `length`, `cancelled`
+    or `error` (which `error` holds). prefill_s, decode_s: seconds of the steps before and after the first token.
     """
 
-    def __init__(
-        self,
-        model: RunnableModel,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        chunk: int = 512,
-        trace: Tracer = no_trace,
-    ) -> None:
-        model.check_ids(prompt_ids)
-        if len(prompt_ids) >= model.n_ctx:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens and fills the context of {model.n_ctx}: no room for an answer"
-            )
-        tokenizer = model.tokenizer
-        params.check_for_model(
-            model.config.n_vocab, lambda text: len(tokenizer.encode(text, add_special=False)) if tokenizer else 0
-        )
-        if params.stop and tokenizer is None:
-            raise RequestError("stop strings need a vocabulary, and this model has none")
-        self.model, self.params, self.trace = model, params, trace
+    def __init__(self, engine: Engine, ids: Sequence[int], params: SamplingParams, n_limit: int) -> None:
+        self.engine, self.params, self.n_limit = engine, params, n_limit
         self.seed = choose_seed() if params.seed is None else params.seed
-        self.ids = list(prompt_ids)
-        self.n_prompt = len(prompt_ids)
-        self.n_limit = min(params.max_tokens, model.n_ctx - self.n_prompt)
-        self.prefill_s = 0.0
-        self.decode_s = 0.0
-        self._chunk = chunk
-        self._cache = model.new_cache(self.n_prompt + self.n_limit)
-        self._sequence = CacheSequence()
-        self._detokenizer = None if tokenizer is None else tokenizer.stream(skip_special=True, prompt_ids=prompt_ids)
+        self.ids = list(ids)
+        self.n_prompt = len(self.ids)
+        self.end: str | None = None
+        self.error: RefengineError | None = None
+        self.progress = Progress()
+        self.pending: deque[Token] = deque()  # drawn, and not yet asked for
+        self.prefill_s = self.decode_s = 0.0
+        self.started = self.last_token = time.perf_counter()
+        self.first_token_s: float | None = None
+        tokenizer = engine.model.tokenizer
+        self._eog = frozenset() if tokenizer is None else tokenizer.eog_ids
+        self._detokenizer = None if tokenizer is None else tokenizer.stream(skip_special=True, prompt_ids=self.ids)
         self._stops = StopMatcher(params.stop)
-        self._done = False
 
     @property
     def n_generated(self) -> int:
         return len(self.ids) - self.n_prompt
 
     def __next__(self) -> Token:
-        if self._done:
+        if self.end is not None and not self.pending and self.error is None:
             raise StopIteration
-        return self.next_token()
-
-    def next_token(self) -> Token:
-        """Run the model over what it has not seen, draw one token, and say what can be printed."""
-        start = time.perf_counter()
-        logits = self._advance()
-        index = self.n_generated
-        token_id = sample(logits, self.params, self.ids, self.seed, index)
-        self.ids.append(token_id)
-        elapsed = time.perf_counter() - start
-        if index == 0:
-            self.prefill_s += elapsed
-        else:
-            self.decode_s += elapsed
-        return self._emit(token_id)
+        return self.engine.next_token(self)
 
     def free(self) -> None:
-        """Give the cache blocks back. Harmless when repeated."""
-        self._done = True
-        self._cache.free(self._sequence)
+        """Stop, and give the cache blocks back. Harmless when repeated."""
+        self.engine.free(self)
 
-    def _advance(self) -> np.ndarray:
-        """Feed the ids that are not in the cache yet, in chunks; the logits after the last: (n_vocab,)."""
-        logits: Any = None
-        while self._sequence.length < len(self.ids):
-            chunk = self.ids[self._sequence.length : self._sequence.length + self._chunk]
-            logits = self.model.step([(self._sequence, chunk)], self._cache, [len(chunk) - 1], self.trace)
-        return to_numpy(logits)[0]
+    def accept(self, token_id: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> Token:
+        """The drawn token joins the ids; what may be printed, and whether it is the last."""
+        self.ids.append(token_id)
+        text, reason = self._text_of(token_id)
+        self.end = reason
+        token = Token(token_id, text, reason, logprob, top)
+        self.pending.append(token)
+        return token
 
-    def _emit(self, token_id: int) -> Token:
-        tokenizer = self.model.tokenizer
-        if tokenizer is not None and token_id in tokenizer.eog_ids:
-            return self._end(token_id, "", "eos")
+    def forked(self, params: SamplingParams) -> Generation:
+        """Another one with the same ids and text so far, its own parameters, seed and future."""
+        other = copy.copy(self)
+        other.params, other.seed = params, choose_seed() if params.seed is None else params.seed
+        other.ids, other.pending, other.progress = list(self.ids), deque(), Progress()
+        other._detokenizer = None if self._detokenizer is None else self._detokenizer.copy()
+        other._stops = copy.copy(self._stops)
+        return other
+
+    def _text_of(self, token_id: int) -> tuple[str, str | None]:
+        if token_id in self._eog:
+            return self._rest(""), self._reason("eos")
         piece = "" if self._detokenizer is None else self._detokenizer.push(token_id)
         text, stopped = self._stops.push(piece)
         if stopped:
-            self._done = True
-            return Token(token_id, text, "stop")
+            return text, "stop"
         if self.n_generated >= self.n_limit:
-            return self._end(token_id, text, "length")
-        return Token(token_id, text)
+            return self._rest(text), self._reason("length")
+        return text, None
 
-    def _end(self, token_id: int, text: str, reason: str) -> Token:
-        """The last token, with whatever was held back."""
-        self._done = True
-        rest = "" if self._detokenizer is None else self._detokenizer.finish()
-        more, stopped = self._stops.push(rest)
-        tail = "" if stopped else self._stops.finish()
-        return Token(token_id, text + more + tail, "stop" if stopped else reason)
+    def _rest(self, text: str) -> str:
+        """With whatever was held back."""
+        more, stopped = self._stops.push("" if self._detokenizer is None else self._detokenizer.finish())
+        return text + more + ("" if stopped else self._stops.finish())
+
+    def _reason(self, reason: str) -> str:
+        return "stop" if self._stops.stopped else reason
+
+

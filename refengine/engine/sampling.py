@@ -39,6 +39,7 @@ from refengine.errors import RefengineError, RequestError
 MAX_TEMPERATURE = 2.0
 MAX_REPETITION_PENALTY = 2.0
 MAX_STOPS = 4
+MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 32
 DEFAULT_MAX_TOKENS = 2048
 
@@ -70,6 +71,8 @@ class SamplingParams:
     """Generated tokens, at least 1."""
     stop: tuple[str, ...] = ()
     """Up to 4 non-empty strings; see `refengine.engine.stop`."""
+    logprobs: int | None = None
+    """Report each token's log-probability, and of the 0 to 20 likeliest; None reports none."""
 
     def __post_init__(self) -> None:
         checked = {
@@ -83,6 +86,7 @@ class SamplingParams:
             "seed": None if self.seed is None else _integer("seed", self.seed, 0, MAX_UINT64),
             "max_tokens": _integer("max_tokens", self.max_tokens, 1, None),
             "stop": _stops(self.stop),
+            "logprobs": None if self.logprobs is None else _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

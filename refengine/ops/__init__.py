@@ -77,6 +77,10 @@ class Ops:
         rows = halves.rounded_rows(self.xp, new) if self.numerics.half_rows else new
         attention.kv_append(self.xp, cache, rows, self.xp.asarray(slots))
 
+    def kv_copy(self, cache: Array, source: int, target: int) -> None:
+        """Block `target` of a cache becomes a copy of block `source`."""
+        cache[target] = cache[source]
+
     def attention(
         self,
         Qcur: Array,

@@ -7,6 +7,7 @@ until the sequence is complete or is known never to be. Knows the bytes of a tok
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,13 @@ class StreamDecoder:
         self._space_expected = tokenizer.space_prefix != "none" and (
             len(prompt_ids) == 0 or tokenizer.begins_fragment(prompt_ids[-1])
         )
+
+    def copy(self) -> StreamDecoder:
+        """Another decoder that goes on from here."""
+        other = copy.copy(self)
+        other._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        other._utf8.setstate(self._utf8.getstate())
+        return other
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, maybe none.

@@ -1,0 +1,267 @@
+"""The engine: sequences that join, advance by one token a step, and leave; on any device.
+
+    engine = Engine(model, EngineOptions(max_batch=8))
+    seq = engine.start(ids, params)
+    for token in seq:  # or engine.next_token(seq), until its stop_reason is set
+        print(token.text)
+    engine.free(seq)
+
+`step` advances all running sequences at once; `next_token` calls it until its sequence has a token. Everything is done
+in the thread that calls. Scheduling is in scheduler.py, the forward pass and the draws in runner.py. A sequence's
+tokens do not depend on what runs beside it: on kernels bit for bit, on arrays up to rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from refengine.engine.generation import Generation, Token
+from refengine.engine.hooks import MetricsHook, StepFacts
+from refengine.engine.runner import ArrayRunner, Drawn, Runner
+from refengine.engine.sampling import SamplingParams
+from refengine.engine.scheduler import Part, Scheduler
+from refengine.errors import RefengineError, RequestError
+from refengine.kv_cache import KVCache
+from refengine.prefix_cache import PrefixCache
+from refengine.trace import Tracer, no_trace
+
+DEFAULT_CACHE_TOKENS = 8192  # of the KV cache, where nothing is said
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Each feature by itself. Raises RequestError for numbers out of range.
+
+    max_batch:       sequences that run together; the others wait. batching=False: one after the other.
+    max_step_tokens: ids in one step, over all sequences.
+    cache_tokens:    positions of the KV cache (default: what max_batch sequences of the whole context need, at most
+                     DEFAULT_CACHE_TOKENS, at least one sequence's).
+    prefix_cache:    keep full blocks for prompts that begin alike.
+    on_shortage:     `preempt` computes the youngest sequence again later; `fail` ends the one that finds no block.
+    """
+
+    max_batch: int = 8
+    max_step_tokens: int = 512
+    cache_tokens: int | None = None
+    prefix_cache: bool = True
+    batching: bool = True
+    on_shortage: str = "preempt"
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("max_batch", 1, 1024), ("max_step_tokens", 1, 1 << 20)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise RequestError(f"{name}: given {value}, allowed {low} to {high}")
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise RequestError(f"cache_tokens: given {self.cache_tokens}, allowed 1 and more")
+        if self.on_shortage not in ("preempt", "fail"):
+            raise RequestError(f"on_shortage: given {self.on_shortage!r}, allowed preempt or fail")
+
+
+class Engine:
+    """One model's requests. hook: told what happens. trace: sees every tensor of every step."""
+
+    def __init__(
+        self,
+        model: Any,
+        options: EngineOptions | None = None,
+        hook: MetricsHook | None = None,
+        trace: Tracer = no_trace,
+    ) -> None:
+        self.model, self.options, self.hook = model, options or EngineOptions(), hook or MetricsHook()
+        max_batch = self.options.max_batch if self.options.batching else 1
+        n_tokens = self.options.cache_tokens
+        if n_tokens is None:
+            n_tokens = max(min(max_batch * model.n_ctx, DEFAULT_CACHE_TOKENS), min(model.n_ctx, DEFAULT_CACHE_TOKENS))
+        self.cache: KVCache = model.new_cache(n_tokens)
+        self.prefix = None
+        if self.options.prefix_cache:
+            self.prefix = PrefixCache(self.cache.pool, self.cache.block_size, f"{id(model)}")
+        self.scheduler = Scheduler(
+            self.cache, self.prefix, max_batch, self.options.max_step_tokens, self.options.on_shortage == "preempt"
+        )
+        self.runner: Runner = ArrayRunner(model, self.cache, trace)
+
+    def warm_up(self) -> None:
+        """Compile and allocate what the first request would wait for."""
+        self.runner.warm_up()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return not self.scheduler.running and not self.scheduler.waiting
+
+    def start(self, ids: Sequence[int], params: SamplingParams | None = None) -> Generation:
+        """Take in a prompt; it runs from the next step on, or waits for its turn.
+
+        Raises RequestError for a prompt that is empty, out of the vocabulary, fills the context, or could never have
+        room in the cache; and for parameters that do not fit the model.
+        """
+        params = params or SamplingParams()
+        n_limit = checked_limit(self.model, ids, params)
+        needed = KVCache.blocks_for(len(ids) + n_limit, self.cache.block_size)
+        if needed > self.cache.pool.n_blocks:
+            raise RequestError(
+                f"{len(ids)} prompt tokens and {n_limit} more need {needed} blocks of {self.cache.block_size}, the KV "
+                f"cache has {self.cache.pool.n_blocks}: ask for fewer (max_tokens) or give it more (cache_tokens)"
+            )
+        generation = Generation(self, ids, params, n_limit)
+        self.scheduler.add(generation)
+        self.hook.on_start(generation)
+        return generation
+
+    def fork(self, generation: Generation, params: SamplingParams | None = None) -> Generation:
+        """Another sequence that goes on from where this one is, in the same blocks until one of them writes.
+
+        Raises RequestError for one that has ended.
+        """
+        if generation.end is not None:
+            raise RequestError(f"a sequence that has ended ({generation.end}) cannot be forked")
+        other = generation.forked(params or generation.params)
+        scheduler = self.scheduler
+        if generation in scheduler.running and len(scheduler.running) < scheduler.max_batch:
+            other.progress.cached = self.cache.fork(generation.progress.cached)
+            other.progress.prefix_keys = list(generation.progress.prefix_keys)
+            scheduler.running.append(other)
+        else:
+            scheduler.add(other)
+        self.hook.on_start(other)
+        return other
+
+    def next_token(self, generation: Generation) -> Token:
+        """The sequence's next token; the others advance too, and keep theirs.
+
+        Raises what ended the sequence with `error`; RequestError where it has ended otherwise, or was freed.
+        """
+        while not generation.pending:
+            if generation.error is not None:
+                raise generation.error
+            if generation.end is not None:
+                raise RequestError(f"this sequence has ended ({generation.end}): it has no next token")
+            self.step()
+        return generation.pending.popleft()
+
+    def step(self) -> list[Generation]:
+        """Advance every running sequence by one token, prompts by up to a budget; those that got a token, or ended."""
+        start = time.perf_counter()
+        parts, failed = self.scheduler.plan()
+        for generation, error in failed:
+            self._fail(generation, error)
+        if not parts:
+            return [generation for generation, _ in failed]
+        drawn = self.runner.run(parts)
+        seconds = time.perf_counter() - start
+        self._register(parts)
+        for part in parts:
+            generation = part.generation
+            if generation.n_generated:
+                generation.decode_s += seconds
+            else:
+                generation.prefill_s += seconds
+        drawing = [part.generation for part in parts if part.draws]
+        for generation, result in zip(drawing, drawn, strict=True):
+            self._accept(generation, result)
+        self.hook.on_step(self._facts(parts, seconds))
+        return [generation for generation, _ in failed] + drawing
+
+    def cancel(self, generation: Generation) -> None:
+        """End a sequence now, in the queue, in prefill or while it decodes; its blocks are free at once."""
+        self.scheduler.remove(generation)
+        self._ended(generation, "cancelled")
+
+    def free(self, generation: Generation) -> None:
+        """Done with a sequence: as `cancel`, and tokens that were not asked for are dropped."""
+        self.cancel(generation)
+        generation.pending.clear()
+
+    def abort(self, error: RefengineError) -> list[Generation]:
+        """End everything with an error (the device failed in the middle of a step); what was ended."""
+        ended = [*self.scheduler.running, *self.scheduler.waiting]
+        for generation in ended:
+            self._fail(generation, error)
+        if self.prefix is not None:
+            self.prefix.clear()  # what was half written is not to be trusted
+        return ended
+
+    def _accept(self, generation: Generation, result: Drawn) -> None:
+        if result.error is not None:
+            self._fail(generation, result.error)
+            return
+        now = time.perf_counter()
+        token = generation.accept(result.id, result.logprob, result.top)
+        if generation.first_token_s is None:
+            generation.first_token_s = now - generation.started
+            self.hook.on_first_token(generation, generation.first_token_s)
+        self.hook.on_token(generation, token, now - generation.last_token)
+        generation.last_token = now
+        if token.stop_reason is not None:
+            self.scheduler.remove(generation)
+            self.hook.on_end(generation, token.stop_reason)
+
+    def _fail(self, generation: Generation, error: RefengineError) -> None:
+        self.scheduler.remove(generation)
+        generation.error = error
+        self._ended(generation, "error")
+
+    def _ended(self, generation: Generation, reason: str) -> None:
+        if generation.end is None:
+            generation.end = reason
+            self.hook.on_end(generation, reason)
+
+    def _register(self, parts: Sequence[Part]) -> None:
+        if self.prefix is None:
+            return
+        for part in parts:
+            generation, progress = part.generation, part.generation.progress
+            known = generation.ids[: progress.cached.length]
+            self.prefix.register(known, progress.cached.block_table, progress.prefix_keys)
+
+    def _facts(self, parts: Sequence[Part], seconds: float) -> StepFacts:
+        pool, prefix = self.cache.pool, self.prefix
+        cached = 0 if prefix is None else prefix.n_reclaimable
+        return StepFacts(
+            batch_size=len(self.scheduler.running),
+            prefill_tokens=sum(len(part.ids) for part in parts if not part.decodes),
+            queue_depth=len(self.scheduler.waiting),
+            blocks_used=pool.n_blocks - pool.n_free - cached,
+            blocks_cached=cached,
+            blocks_free=pool.n_free,
+            prefix_hits=0 if prefix is None else prefix.stats.hits,
+            prefix_misses=0 if prefix is None else prefix.stats.misses,
+            preemptions=self.scheduler.preemptions,
+            seconds=seconds,
+        )
+
+
+def checked_limit(model: Any, ids: Sequence[int], params: SamplingParams) -> int:
+    """How many tokens may follow the prompt. Raises RequestError for what does not fit the model."""
+    model.check_ids(ids)
+    if len(ids) >= model.n_ctx:
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens and fills the context of {model.n_ctx}: no room for an answer"
+        )
+    tokenizer = model.tokenizer
+    params.check_for_model(
+        model.config.n_vocab, lambda text: len(tokenizer.encode(text, add_special=False)) if tokenizer else 0
+    )
+    if params.stop and tokenizer is None:
+        raise RequestError("stop strings need a vocabulary, and this model has none")
+    return int(min(params.max_tokens, model.n_ctx - len(ids)))
+
+
+def alone(
+    model: Any,
+    ids: Sequence[int],
+    params: SamplingParams | None = None,
+    *,
+    chunk: int = 512,
+    trace: Tracer = no_trace,
+) -> Generation:
+    """One sequence on an engine of its own, whose cache is just large enough. Raises as `Engine.start`."""
+    params = params or SamplingParams()
+    n_tokens = len(ids) + checked_limit(model, ids, params)
+    options = EngineOptions(max_batch=1, max_step_tokens=chunk, cache_tokens=n_tokens, prefix_cache=False)
+    return Engine(model, options, trace=trace).start(ids, params)

@@ -1,0 +1,125 @@
+"""Who computes what in the next step: first come, first served, within a batch and a budget of tokens.
+
+Running sequences come first, one token each; what is left of the budget goes to prompts, the oldest first, in chunks,
+so that a long prompt never holds up running streams for more than one budget. A waiting request is admitted when the
+blocks for all of its ids are there, never past one that came before it: none starves. Where a running sequence finds no
+block for its next token, the youngest is preempted: its blocks are freed, it is computed again later, and the same
+tokens come out.
+Knows the cache's arithmetic; nothing of arrays, text and devices.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from refengine.engine.generation import Generation
+from refengine.kv_cache import KVCache, OutOfBlocks
+from refengine.prefix_cache import PrefixCache
+
+
+@dataclass(frozen=True)
+class Part:
+    """Ids of one request to feed in a step; draws: whether a token is drawn after them."""
+
+    generation: Generation
+    ids: list[int]
+    draws: bool
+
+    @property
+    def decodes(self) -> bool:
+        """One id, whose token is wanted, behind positions that are all in the cache: a decode step's row."""
+        return self.draws and len(self.ids) == 1 and self.generation.progress.cached.length > 0
+
+
+class Scheduler:
+    """max_batch: sequences that run together. max_step_tokens: ids in one step. preempt: else who finds none fails."""
+
+    def __init__(
+        self, cache: KVCache, prefix: PrefixCache | None, max_batch: int, max_step_tokens: int, preempt: bool
+    ) -> None:
+        self.cache, self.prefix = cache, prefix
+        self.max_batch, self.max_step_tokens, self._preempt = max_batch, max_step_tokens, preempt
+        self.waiting: deque[Generation] = deque()
+        self.running: list[Generation] = []  # the oldest first
+        self.preemptions = 0
+
+    def add(self, generation: Generation) -> None:
+        self.waiting.append(generation)
+
+    def remove(self, generation: Generation) -> None:
+        """Forget a request and free its blocks, whatever its state. Harmless when repeated."""
+        if generation in self.waiting:
+            self.waiting.remove(generation)
+        if generation in self.running:
+            self.running.remove(generation)
+        self.cache.free(generation.progress.cached)
+
+    def plan(self) -> tuple[list[Part], list[tuple[Generation, OutOfBlocks]]]:
+        """The parts of the next step, their blocks reserved; and requests that no block was left for."""
+        failed = self._make_room()
+        self._admit()
+        parts, budget = [], self.max_step_tokens
+        for generation in self.running:
+            if self._n_left(generation) == 1:
+                parts.append(Part(generation, generation.ids[-1:], True))
+                budget -= 1
+        budget = max(budget, 1)  # however many decode, prompts go on
+        for generation in self.running:
+            left = self._n_left(generation)
+            n = min(left, budget)
+            if left > 1 and n > 0:
+                start = generation.progress.cached.length
+                parts.append(Part(generation, generation.ids[start : start + n], n == left))
+                budget -= n
+        return parts, failed
+
+    def _make_room(self) -> list[tuple[Generation, OutOfBlocks]]:
+        """A block for the next token of every running sequence, the oldest first; the youngest make way."""
+        failed = []
+        for generation in list(self.running):
+            while generation in self.running:
+                try:
+                    self.cache.reserve([(generation.progress.cached, len(generation.ids))])
+                    break
+                except OutOfBlocks as e:
+                    youngest = self.running[-1]
+                    if self._preempt and len(self.running) > 1:
+                        self._put_back(youngest)
+                    else:
+                        self.remove(generation)
+                        failed.append((generation, e))
+        return failed
+
+    def _put_back(self, generation: Generation) -> None:
+        """Free the blocks of a running request, to be computed again before any that waits."""
+        self.running.remove(generation)
+        self.cache.free(generation.progress.cached)
+        generation.progress.prefix_keys.clear()
+        generation.progress.preemptions += 1
+        self.preemptions += 1
+        self.waiting.appendleft(generation)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_batch:
+            generation = self.waiting[0]
+            sequence = generation.progress.cached
+            found = [] if self.prefix is None else self.prefix.match(generation.ids)
+            sequence.block_table[:] = found
+            sequence.length = len(found) * self.cache.block_size
+            try:
+                self.cache.reserve([(sequence, len(generation.ids))])
+            except OutOfBlocks:
+                sequence.block_table.clear()
+                sequence.length = 0
+                if self.prefix is not None:
+                    self.prefix.unmatch(found, len(generation.ids))
+                return
+            if generation.progress.preemptions == 0:
+                generation.progress.prefix_tokens = sequence.length
+            self.waiting.popleft()
+            self.running.append(generation)
+
+    @staticmethod
+    def _n_left(generation: Generation) -> int:
+        return len(generation.ids) - generation.progress.cached.length
