@@ -19,6 +19,11 @@
 // attention_rows_*:   grid x tiles, y KV heads; 8 warps, a tile of positions each; splits one after another.
 // attention_splits_*: grid x tiles, y KV heads, z splits from first_split on; results to partial (rows, n_splits,
 //                     head_dim + 2): o, m, l. attention_merge folds them: grid x tokens, y heads; head_dim threads.
+// attention_step_*:   one token a sequence, all of it on the device: positions (n_rows,) int32, below zero where there is no
+//                     such row; tables (n_rows, table_stride). Grid x rows · ⌈group / 16⌉, y KV heads, z any number Z: block z
+//                     takes splits z, z + Z, … from the first one that the row sees; results to partial (n_rows, n_head,
+//                     most_splits, head_dim + 2), counted from that one. attention_step_merge folds them. One launch serves
+//                     every length. May be launched to overlap with the kernel before it.
 // Dynamic shared memory: see Shared. Moves the visible part of K and V once for every 16 rows.
 
 constexpr int ROWS = 16, TILE = 64, WARPS = 8;
@@ -319,6 +324,57 @@ ATTENTION(attention_splits_64, 2, true)
 ATTENTION(attention_splits_96, 3, true)
 ATTENTION(attention_splits_128, 4, true)
 
+__device__ __forceinline__ int first_split_seen(int position, int window) {
+  return window ? max(position - window + 1, 0) / (TILE * WARPS) : 0;
+}
+
+template <int G>
+__device__ __forceinline__ void attention_step(const float* q, Cache cache, const int* tables, const int* positions,
+                                               float* partial, int n_head, int window, float scale, int table_stride,
+                                               int most_splits) {
+  DYNAMIC_SHARED(unsigned char, memory);
+  auto& shared = *reinterpret_cast<Shared<G>*>(memory);
+  let_next_begin();
+  wait_for_previous();
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y, group = n_head / cache.n_head_kv;
+  int n_tiles = (group + ROWS - 1) / ROWS, token = blockIdx.x / n_tiles, first_row = blockIdx.x % n_tiles * ROWS;
+  int at = positions[token];
+  if (at < 0) return;
+  int first = first_split_seen(at, window), end = at / (TILE * WARPS) + 1;
+  if (first + static_cast<int>(blockIdx.z) >= end) return;
+  cache.n_kv = at + 1, cache.table = tables + static_cast<long long>(token) * table_stride;
+  const int span[2] = {token, 1}, position[2] = {at, at};
+  load_q<G>(shared, q, span, first_row, group, n_head, head, cache.head_dim);
+  for (int split = first + blockIdx.z; split < end; split += gridDim.z) {
+    float o[G * 2];
+    attend<G>(shared, cache, head, split, split + 1, at, at, position, window, __fmul_rn(scale, LOG2_E), o);
+#pragma unroll
+    for (int i = 0; i < G * 2; i++) {
+      int f = i * WARPS + warp, in_block = row_in(f, lane), row = first_row + in_block, d = column_in(f, lane);
+      if (row >= group) continue;
+      float* to = partial + ((static_cast<long long>(token) * n_head + head * group + row) * most_splits + split - first) *
+                                (cache.head_dim + 2);
+      if (d < cache.head_dim) to[d] = o[i];
+      if (d == 0) to[cache.head_dim] = shared.total_m[in_block], to[cache.head_dim + 1] = shared.total_l[in_block];
+    }
+    __syncthreads();
+  }
+}
+
+#define ATTENTION_STEP(name, G)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(256, 1)                                                               \
+      name(const float* q, const f16* k, const f16* v, const unsigned char* k_exponents,                             \
+           const unsigned char* v_exponents, const int* tables, const int* positions, float* partial, int n_head,    \
+           int n_head_kv, int head_dim, int block_size, int window, float scale, int table_stride,                   \
+           int most_splits) {                                                                                        \
+    attention_step<G>(q, Cache{k, v, k_exponents, v_exponents, tables, block_size, n_head_kv, head_dim, 0}, tables,  \
+                      positions, partial, n_head, window, scale, table_stride, most_splits);                         \
+  }
+ATTENTION_STEP(attention_step_32, 1)
+ATTENTION_STEP(attention_step_64, 2)
+ATTENTION_STEP(attention_step_96, 3)
+ATTENTION_STEP(attention_step_128, 4)
+
 extern "C" __global__ void attention_merge(const float* partial, const float* sinks, float* y, int n_head, int head_dim,
                                            int n_splits) {
   long long row = static_cast<long long>(blockIdx.x) * n_head + blockIdx.y;
@@ -326,6 +382,24 @@ extern "C" __global__ void attention_merge(const float* partial, const float* si
   float m = minus_infinity(), l = 0.0f, o = 0.0f;
   for (int split = 0; split < n_splits; split++) {
     const float* from = partial + (row * n_splits + split) * (head_dim + 2);
+    float keep, add;
+    fold(m, l, from[head_dim], from[head_dim + 1], keep, add);
+    if (add != NOTHING) o = folded(o, from[d], keep, add);
+  }
+  y[row * head_dim + d] = __fmul_rn(o, finish(m, l, sinks, blockIdx.y));
+}
+
+extern "C" __global__ void attention_step_merge(const float* partial, const float* sinks, const int* positions, float* y,
+                                                int n_head, int head_dim, int window, int most_splits) {
+  let_next_begin();
+  wait_for_previous();
+  int position = positions[blockIdx.x], d = threadIdx.x;
+  if (position < 0) return;
+  long long row = static_cast<long long>(blockIdx.x) * n_head + blockIdx.y;
+  int n_splits = position / (TILE * WARPS) + 1 - first_split_seen(position, window);
+  float m = minus_infinity(), l = 0.0f, o = 0.0f;
+  for (int split = 0; split < n_splits; split++) {
+    const float* from = partial + (row * most_splits + split) * (head_dim + 2);
     float keep, add;
     fold(m, l, from[head_dim], from[head_dim + 1], keep, add);
     if (add != NOTHING) o = folded(o, from[d], keep, add);

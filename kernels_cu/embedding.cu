@@ -3,12 +3,12 @@
 // Twin: refengine.ops.linear.embedding. ids (n_tokens,) int32; out (n_tokens, n_in) float32.
 // Grid: x tokens, y 32-column blocks in groups of 8; block: 32 threads, thread 4·b + c has lane c's columns of block b.
 // Moves the row once, 4 bytes out for each column. No sums.
-// Precondition: every id is below n_out. F32 and BF16 matrices are rows as in the file.
+// Precondition: every id is below n_out; below zero, of a row that is not there, is 0. F32 and BF16 matrices are rows as in the file.
 #include "quants.cuh"
 
 template <class Q>
 __device__ __forceinline__ void embed(const Planes& w, const int* ids, float* out, int n_in) {
-  int id = ids[blockIdx.x], row = id % 16, block = blockIdx.y * 8 + threadIdx.x / 4, c = threadIdx.x % 4;
+  int id = max(ids[blockIdx.x], 0), row = id % 16, block = blockIdx.y * 8 + threadIdx.x / 4, c = threadIdx.x % 4;
   long long tile = id / 16;
   if (block >= w.n_blocks) return;
   MmaA a[2];
@@ -51,12 +51,12 @@ EMBEDDING(embedding_f16, F16)
 
 // Rows that lie as in the file. Grid: x tokens; block: any.
 extern "C" __global__ void embedding_f32(const float* w, const int* ids, float* out, int n_in) {
-  const float* row = w + static_cast<long long>(ids[blockIdx.x]) * n_in;
+  const float* row = w + static_cast<long long>(max(ids[blockIdx.x], 0)) * n_in;
   for (int i = threadIdx.x; i < n_in; i += blockDim.x) out[static_cast<long long>(blockIdx.x) * n_in + i] = row[i];
 }
 
 extern "C" __global__ void embedding_bf16(const unsigned short* w, const int* ids, float* out, int n_in) {
-  const unsigned short* row = w + static_cast<long long>(ids[blockIdx.x]) * n_in;
+  const unsigned short* row = w + static_cast<long long>(max(ids[blockIdx.x], 0)) * n_in;
   for (int i = threadIdx.x; i < n_in; i += blockDim.x)
     out[static_cast<long long>(blockIdx.x) * n_in + i] = __uint_as_float(static_cast<uint32_t>(row[i]) << 16);
 }

@@ -1,9 +1,10 @@
-// Products with quantised weights: y[t, o] = Σ_k W[o, k] x[t, k] + bias[o], for one row or thousands, one order of sums.
+// Products with quantised weights: y[t, o] = Σ_k W[o, k] x[t, k] + bias[o] + residual[t, o], for one row or thousands, one
+// order of sums.
 //
 // Twins: refengine.ops.linear.linear and linear_experts. Activations come from `activations_f16` (activations.cu): halves
 // in the order of layout.activation_order, each row multiplied by a power of two 1 / x_scale[t]; x_sums[t, b] is 1/32 of
 // the sum of block b's 32 halves, as two halves that add up to it. Weights are planes as in layout.py. y (n_rows, n_out)
-// float32; bias (n_out,) float32 or null.
+// float32; bias (n_out,) and residual (n_rows, n_out) float32 or null.
 //
 // Order of additions, the same for every n_rows, every grouping of rows, and both kernels:
 //   block of 32 columns   two mma.sync.m16n8k16, columns 0-15 then 16-31
@@ -11,7 +12,7 @@
 //                         one sum from zero. Others: p = mma, mma from zero (Q6_K: two of one mma), s = fma(factor, p, s),
 //                         blocks ascending. WHOLE: then s · d. With minimums: s = fma(32 dmin, one mma of the eight
 //                         minimums with both halves of the eight block sums, s)
-//   row                   y = (((s0 + s1) + s2) + …) · x_scale, then + bias
+//   row                   y = (((s0 + s1) + s2) + …) · x_scale, then + bias, then + residual
 // The integers of a block are exact in half precision, so that only the activations are rounded.
 //
 // rows8_*:  up to 8 rows a block of threads: grid x any number, block b takes tiles b, b + grid, … of 16 outputs; y groups
@@ -29,10 +30,11 @@
 
 template <class Q>
 __device__ __forceinline__ void one_of_rows8(const Planes& w, const Activations& x, const int* groups, const int* x_rows,
-                                             const int* y_rows, int n_rows, const float* bias, float* y, int n_out) {
+                                             const int* y_rows, int n_rows, const float* bias,
+                                             const float* residual, float* y, int n_out) {
   const Planes one[1] = {w};
   rows8<Q, 1>(one, x, groups, x_rows, y_rows, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[1]) {
-    store<1>(x, rows, tile, total, bias, y, n_out);
+    store<1>(x, rows, tile, total, bias, residual, y, n_out);
   });
 }
 
@@ -41,9 +43,9 @@ __device__ __forceinline__ void one_of_rows8(const Planes& w, const Activations&
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                         \
       name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, const unsigned char* d,   \
            const f16* x, const unsigned* x_sums, const float* x_scale, const int* groups, const int* x_rows,           \
-           const int* y_rows, const float* bias, float* y, int n_out, int n_in, int n_rows) {                          \
+           const int* y_rows, const float* bias, const float* residual, float* y, int n_out, int n_in, int n_rows) {   \
     kernel<Q>(planes_of(low, high, scales, d, n_in), Activations{x, x_sums, x_scale}, groups, x_rows, y_rows, n_rows,  \
-              bias, y, n_out);                                                                                         \
+              bias, residual, y, n_out);                                                                               \
   }
 MATMUL(rows8_q4_0, one_of_rows8, 256, 2, Q4_0)
 MATMUL(rows8_q4_1, one_of_rows8, 256, 2, Q4_1)

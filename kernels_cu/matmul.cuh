@@ -112,12 +112,13 @@ __device__ __forceinline__ float scaled_sum(float sum, const Activations& x, con
 }
 template <int N>
 __device__ __forceinline__ void store(const Activations& x, const Rows& rows, int tile, const MmaD (&total)[N],
-                                      const float* bias, float* y, int n_out) {
+                                      const float* bias, const float* residual, float* y, int n_out) {
 #pragma unroll
   for (int n = 0; n < N; n++)
     for_sums(rows, tile, n, n_out, [&](int i, int number, int out) {
-      y[rows.of_y(number) * static_cast<long long>(n_out) + out] =
-          scaled_sum(total[n].x[i], x, rows, number, bias, out, n_out);
+      long long at = rows.of_y(number) * static_cast<long long>(n_out) + out;
+      float value = scaled_sum(total[n].x[i], x, rows, number, bias, out, n_out);
+      y[at] = residual ? __fadd_rn(value, residual[at]) : value;
     });
 }
 
@@ -248,7 +249,8 @@ __device__ __forceinline__ void rows8(const Planes (&w)[M], const Activations& x
 
 template <class Q>
 __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const int* groups, const int* x_rows,
-                                       const int* y_rows, int n_rows, const float* bias, float* y, int n_out) {
+                                       const int* y_rows, int n_rows, const float* bias,
+                                       const float* residual, float* y, int n_out) {
   Rows rows = rows_of(groups, x_rows, y_rows, n_rows, 64);
   int lane = threadIdx.x % 32, r = lane / 4, n_tiles = (n_out + 15) / 16;
   int out_tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
@@ -278,5 +280,5 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
 #pragma unroll
       for (int i = 0; i < 4; i++) total[n].x[i] = __fadd_rn(total[n].x[i], sums[n].x[i]);
   }
-  store<8>(x, rows, out_tile, total, bias, y, n_out);
+  store<8>(x, rows, out_tile, total, bias, residual, y, n_out);
 }

@@ -6,11 +6,15 @@
 //   group_experts      from chosen (n_pairs,), pairs of token and rank: groups of up to `size` pairs of one expert, in
 //                      ascending order of pairs, as (expert, first slot, number of slots) for the products of matmul.cu;
 //                      of slot s, y_rows[s] is its pair and x_rows[s] its pair / share. Groups not needed have no slots.
+//   route_f32          top_experts_f32, and row_soft_max_f32 of what it chose, for rows whose position (n_rows,) int32 is
+//                      not below zero; of others chosen is -1, which is no expert to group_experts
+//   combine_f32        y[t] = sum_experts_f32 of x[t, k] · shares[t, k], then + residual[t]
 //
-// scores (n_rows, n_expert) float32; chosen (n_rows, n_used) int32. Grids: x rows (top_experts, row_soft_max: a warp
-// each), x groups of 256 elements (sum_experts), one block of 256 threads (group_experts; 4 · n_expert bytes of dynamic
-// shared memory, twice).
+// scores (n_rows, n_expert) float32; chosen (n_rows, n_used) int32. Grids: x rows (top_experts, row_soft_max, route: a
+// warp each), x groups of 256 elements (sum_experts; combine: y rows), one block of 256 threads (group_experts;
+// 8 · n_expert bytes of dynamic shared memory).
 // Sums run over ranks in ascending order, in one thread. A NaN ranks above every number: it is not lost.
+// route, combine and group_experts may be launched to overlap with the kernel before them.
 
 // Whether (a, i) ranks before (b, j).
 __device__ __forceinline__ bool before(float a, int i, float b, int j) {
@@ -19,8 +23,9 @@ __device__ __forceinline__ bool before(float a, int i, float b, int j) {
   return a > b || (!(a < b) && i < j);
 }
 
-extern "C" __global__ void top_experts_f32(const float* scores, int* chosen, int n_expert, int n_used) {
-  const float* row = scores + static_cast<long long>(blockIdx.x) * n_expert;
+// The n_used best of a row by one warp: take(k, index, score) in every lane, k ascending.
+template <class Take>
+__device__ __forceinline__ void best_experts(const float* row, int n_expert, int n_used, const Take& take) {
   int lane = threadIdx.x % 32;
   // Each round takes the best of what ranks after the last one taken.
   float last = 0.0f;
@@ -38,17 +43,56 @@ extern "C" __global__ void top_experts_f32(const float* scores, int* chosen, int
       if (other_index < n_expert && (index == n_expert || before(other, other_index, best, index)))
         best = other, index = other_index;
     }
-    if (lane == 0) chosen[static_cast<long long>(blockIdx.x) * n_used + k] = index;
+    take(k, index, best);
     last = best, last_index = index;
   }
 }
 
+extern "C" __global__ void top_experts_f32(const float* scores, int* chosen, int n_expert, int n_used) {
+  best_experts(scores + static_cast<long long>(blockIdx.x) * n_expert, n_expert, n_used, [&](int k, int index, float) {
+    if (threadIdx.x == 0) chosen[static_cast<long long>(blockIdx.x) * n_used + k] = index;
+  });
+}
+
+// e^(x_i - max) / total of number i of n, sums in ascending order.
+__device__ __forceinline__ float soft_max(const float* x, int n, int i) {
+  float top = x[0], total = 0.0f;
+  for (int j = 1; j < n; j++) top = x[j] > top ? x[j] : top;
+  for (int j = 0; j < n; j++) total += expf(x[j] - top);
+  return expf(x[i] - top) / total;
+}
+
 extern "C" __global__ void row_soft_max_f32(const float* x, float* y, int n) {
-  const float* row = x + static_cast<long long>(blockIdx.x) * n;
-  float top = row[0], total = 0.0f;
-  for (int i = 1; i < n; i++) top = row[i] > top ? row[i] : top;
-  for (int i = 0; i < n; i++) total += expf(row[i] - top);
-  if (threadIdx.x < n) y[static_cast<long long>(blockIdx.x) * n + threadIdx.x] = expf(row[threadIdx.x] - top) / total;
+  if (threadIdx.x < n) y[static_cast<long long>(blockIdx.x) * n + threadIdx.x] =
+      soft_max(x + static_cast<long long>(blockIdx.x) * n, n, threadIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(32)
+    route_f32(const float* scores, const int* positions, int* chosen, float* shares, int n_expert, int n_used) {
+  __shared__ float taken[32];
+  let_next_begin();
+  wait_for_previous();
+  long long row = blockIdx.x;
+  bool exists = positions[row] >= 0;
+  best_experts(scores + row * n_expert, n_expert, n_used, [&](int k, int index, float score) {
+    if (threadIdx.x == 0) chosen[row * n_used + k] = exists ? index : -1, taken[k] = score;
+  });
+  __syncwarp(ALL_LANES);
+  if (threadIdx.x < n_used) shares[row * n_used + threadIdx.x] = soft_max(taken, n_used, threadIdx.x);
+}
+
+extern "C" __global__ void combine_f32(const float* x, const float* shares, const float* residual, float* y, int n_used,
+                                       int n) {
+  let_next_begin();
+  wait_for_previous();
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const float *from = x + static_cast<long long>(blockIdx.y) * n_used * n + i, *share = shares + blockIdx.y * n_used;
+  float total = __fmul_rn(from[0], share[0]);
+  for (int rank = 1; rank < n_used; rank++)
+    total = __fadd_rn(total, __fmul_rn(from[static_cast<long long>(rank) * n], share[rank]));
+  long long at = static_cast<long long>(blockIdx.y) * n + i;
+  y[at] = __fadd_rn(total, residual[at]);
 }
 
 extern "C" __global__ void sum_experts_f32(const float* x, float* y, int n_used, int n, long long n_elements) {
@@ -64,6 +108,8 @@ extern "C" __global__ void __launch_bounds__(256)
     group_experts(const int* chosen, int* groups, int* x_rows, int* y_rows, int n_pairs, int n_expert, int n_groups,
                   int size, int share) {
   DYNAMIC_SHARED(int, count);  // (n_expert,), and after it
+  let_next_begin();
+  wait_for_previous();
   int* first = count + n_expert;  // (n_expert,) of an expert's slots
   for (int expert = threadIdx.x; expert < n_expert; expert += blockDim.x) {
     int n = 0;

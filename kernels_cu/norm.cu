@@ -7,17 +7,14 @@
 // Order of additions, of n alone: thread t adds elements t, t + 256, … in float32, then the block by block_sum. The row
 // is read twice (layer_norm: three times), the later times from cache; 4 bytes an element out.
 // A NaN or infinity in a row stays in that row.
-constexpr int THREADS = 256;
+#include "norm.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
     rms_norm_f32(const float* x, const float* weight, float* y, int n, float eps) {
   __shared__ float scratch[THREADS / 32];
   const float* row = x + static_cast<long long>(blockIdx.x) * n;
   float* out = y + static_cast<long long>(blockIdx.x) * n;
-  float squares = 0.0f;
-  for (int i = threadIdx.x; i < n; i += THREADS) squares = __fmaf_rn(row[i], row[i], squares);
-  float mean = block_sum(squares, scratch) / static_cast<float>(n);
-  float scale = 1.0f / sqrtf(mean + eps);
+  float scale = rms_scale(row, n, eps, scratch);
   for (int i = threadIdx.x; i < n; i += THREADS) out[i] = row[i] * scale * weight[i];
 }
 
@@ -26,15 +23,6 @@ extern "C" __global__ void __launch_bounds__(256)
   __shared__ float scratch[THREADS / 32];
   const float* row = x + static_cast<long long>(blockIdx.x) * n;
   float* out = y + static_cast<long long>(blockIdx.x) * n;
-  float sum = 0.0f;
-  for (int i = threadIdx.x; i < n; i += THREADS) sum += row[i];
-  float mean = block_sum(sum, scratch) / static_cast<float>(n);
-  float squares = 0.0f;
-  for (int i = threadIdx.x; i < n; i += THREADS) {
-    float centred = row[i] - mean;
-    squares = __fmaf_rn(centred, centred, squares);
-  }
-  float variance = block_sum(squares, scratch) / static_cast<float>(n);
-  float scale = 1.0f / sqrtf(variance + eps);
-  for (int i = threadIdx.x; i < n; i += THREADS) out[i] = (row[i] - mean) * scale * weight[i] + bias[i];
+  Moments of = layer_moments(row, n, eps, scratch);
+  for (int i = threadIdx.x; i < n; i += THREADS) out[i] = (row[i] - of.mean) * of.scale * weight[i] + bias[i];
 }

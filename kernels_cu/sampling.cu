@@ -167,3 +167,21 @@ extern "C" __global__ void __launch_bounds__(1024)
   Found token = first_reaching<false>(space, values, weights, n_vocab, drawn);
   if (threadIdx.x == 0) out[row * 3] = static_cast<int>(token.id), out[row * 3 + 1] = 0, out[row * 3 + 2] = 0;
 }
+
+// After a step of decoding: what was drawn is what is fed next. ids, positions (n_rows,) int32, whole, history as above;
+// rows with a position below zero are not there. Grid: one block; a thread a row.
+extern "C" __global__ void advance(const int* out, const double* reals, int* ids, int* positions, long long* whole,
+                                   int* history, int n_rows, int longest) {
+  let_next_begin();
+  wait_for_previous();
+  for (int row = threadIdx.x; row < n_rows; row += blockDim.x) {
+    if (positions[row] < 0) continue;
+    int token = max(out[row * 3], 0);  // -1: nothing could be drawn
+    ids[row] = token;
+    positions[row]++;
+    whole[row * 4 + 2]++;
+    if (reals[row * 4 + 3] == 1.0) continue;  // no penalty: no history
+    long long at = whole[row * 4 + 3];
+    if (at < longest) history[static_cast<long long>(row) * longest + at] = token, whole[row * 4 + 3] = at + 1;
+  }
+}

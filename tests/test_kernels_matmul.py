@@ -35,7 +35,13 @@ def prepared(module: Kernels, x: np.ndarray, warps: int = 4, order: int = 0) -> 
 
 
 def product(
-    module: Kernels, kernel: str, w: Any, given: list[np.ndarray], bias: np.ndarray | None, warps: int = 4
+    module: Kernels,
+    kernel: str,
+    w: Any,
+    given: list[np.ndarray],
+    bias: np.ndarray | None,
+    warps: int = 4,
+    residual: np.ndarray | None = None,
 ) -> np.ndarray:
     n_out, n_in = w.shape
     n_rows = len(given[0])
@@ -45,7 +51,7 @@ def product(
     blocks = max(1, tiles - warps + 1)  # some have several tiles
     grid = (blocks, -(-n_rows // 8)) if few else (-(-tiles // warps), -(-n_rows // 64))
     sizes = [np.int32(n_out), np.int32(n_in), np.int32(n_rows)]
-    arguments = [*pack(np, w).arguments(), *given, None, None, None, bias, y, *sizes]
+    arguments = [*pack(np, w).arguments(), *given, None, None, None, bias, residual, y, *sizes]
     module.launch(f"{kernel}_{w.type.name.lower()}", grid, (32 * warps,), arguments, 1024 * segments if few else 0)
     return y
 
@@ -128,6 +134,10 @@ def test_every_grouping_of_rows_gives_the_same_bits(kind: str, activations: Kern
     whole = product(matmul, "rows64", w, prepared(activations, x), None)
     few = product(matmul, "rows8", w, prepared(activations, x), None, warps=1)
     np.testing.assert_array_equal(whole, few)
+    residual = rng.standard_normal((70, 48)).astype(np.float32)
+    for kernel in ("rows8", "rows64"):
+        added = product(matmul, kernel, w, prepared(activations, x), None, residual=residual)
+        np.testing.assert_array_equal(added, whole + residual)
     for rows in ([3], [69], [5, 1], list(range(17, 40)), rng.permutation(70).tolist()[:9]):
         for kernel, warps in (("rows8", 2), ("rows8", 5), ("rows64", 3)):
             alone = product(matmul, kernel, w, prepared(activations, np.ascontiguousarray(x[rows])), None, warps)

@@ -135,7 +135,7 @@ def bench(
     kernel = f"{'rows8' if few else 'rows64'}_{kind.lower()}"
 
     def run(i: int) -> None:
-        given = [*copies[i % n_copies], x, sums, scale, None, None, None, None, y, *sizes]
+        given = [*copies[i % n_copies], x, sums, scale, None, None, None, None, None, y, *sizes]
         module.launch(kernel, grid, (32 * warps,), given, shared, overlap=few and overlap)
 
     times = graph_seconds(xp, run, max(n_copies, 20))

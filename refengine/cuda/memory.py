@@ -55,6 +55,23 @@ class Arena:
         return self._xp.ndarray(shape, dtype, memptr=self._base + start)
 
 
+class Layout:
+    """Names, shapes and types of the arrays of an arena: first all are named, then they are there."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
+
+    def want(self, name: str, *shape: int, dtype: Any = np.float32) -> None:
+        self._wanted[name] = (shape, dtype)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(aligned(int(np.prod(s, dtype=np.int64)) * np.dtype(t).itemsize) for s, t in self._wanted.values())
+
+    def taken(self, arena: Arena) -> dict[str, Array]:
+        return {name: arena.take(shape, dtype) for name, (shape, dtype) in self._wanted.items()}
+
+
 class DeviceMemory:
     """What one model has of a device."""
 

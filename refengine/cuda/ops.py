@@ -87,8 +87,8 @@ class KernelOps:
         out = self._empty(len(ids), n_in)
         there = self.xp.asarray(ids.astype(np.int32))
         kernel = f"embedding_{w.type.name.lower()}"
-        if _is_float(w):
-            arguments = [_float_plane(w), there, out, np.int32(n_in)]
+        if is_float(w):
+            arguments = [float_plane(w), there, out, np.int32(n_in)]
             self._launch("embedding", kernel, (len(ids),), 128, arguments, what=w.name)
         else:
             grid = (len(ids), -(-n_in // 256))
@@ -102,6 +102,8 @@ class KernelOps:
         if len(w.shape) != 2 or x.shape[1:] != (w.shape[1],):
             raise KernelError(f"{w.name}: a matrix {w.shape} cannot multiply rows {x.shape}")
         y = self._empty(x.shape[0], w.shape[0])
+        if x.shape[0] == 0:  # logits that nobody asked for
+            return y
         self._product(x, w, (None, None, None), bias, y, x.shape[0], x.shape[0])
         return y
 
@@ -112,7 +114,7 @@ class KernelOps:
             raise KernelError(f"{w.name}: experts {w.shape} cannot multiply rows {x.shape} for {chosen.shape} choices")
         share = n_used if x.shape[1] == 1 else 1
         n_pairs = n_tokens * n_used
-        size = FEW_ROWS if _is_float(w) or n_pairs <= FEW_ROWS * n_expert else MANY_ROWS
+        size = FEW_ROWS if is_float(w) or n_pairs <= FEW_ROWS * n_expert else MANY_ROWS
         y = self._empty(n_tokens, n_used, n_out)
         groups = self._groups(chosen, n_expert, size, share)
         rows = x.reshape(-1, n_in)
@@ -151,16 +153,16 @@ class KernelOps:
         n_out, n_in = w.shape[-2:]
         kind = w.type.name.lower()
         sizes = [np.int32(n_out), np.int32(n_in), np.int32(n_rows)]
-        if _is_float(w):
+        if is_float(w):
             grid = (-(-n_out // 8), n_groups or -(-n_slots // FEW_ROWS))
-            arguments = [_float_plane(w), self._rows(x), *groups, bias, y, *sizes]
+            arguments = [float_plane(w), self._rows(x), *groups, bias, None, y, *sizes]
             self._launch("matmul_f32", f"rows8_{kind}", grid, 256, arguments, what=w.name)
             return
         given = self._activations(x)
         tiles, segments = -(-n_out // 16), -(-n_in // 256)
         size = size or (FEW_ROWS if n_slots <= FEW_ROWS else MANY_ROWS)
         n_groups = n_groups or -(-n_slots // size)
-        arguments = [*w.arguments(), given.halves, given.sums, given.scale, *groups, bias, y, *sizes]
+        arguments = [*w.arguments(), given.halves, given.sums, given.scale, *groups, bias, None, y, *sizes]
         if size == FEW_ROWS:
             blocks, warps = rows8_launch(kind, tiles, segments, n_groups, self.kernels.n_multiprocessors)
             self._launch(
@@ -250,6 +252,10 @@ class KernelOps:
         arguments = [self._rows(new), there, cache.values, cache.exponents, np.int32(head_dim)]
         self._launch("attention", "kv_append_f16", (n_tokens, n_head_kv), 32, arguments)
 
+    def kv_copy(self, cache: PagedRows, source: int, target: int) -> None:
+        cache.values[target] = cache.values[source]
+        cache.exponents[target] = cache.exponents[source]
+
     def attention(
         self,
         Qcur: Array,
@@ -289,7 +295,7 @@ class KernelOps:
         arguments = [self._rows(Qcur), *caches, tables, sinks, spans, tiles, out, *sizes]
         arguments += [np.float32(scale), np.int32(first), np.int32(n_splits)]
         grid = (len(tiles), n_head_kv, n_splits if splits else 1)
-        self._launch("attention", kernel, grid, 256, arguments, _attention_shared(width))
+        self._launch("attention", kernel, grid, 256, arguments, attention_shared(width))
         if splits:
             sizes = [np.int32(n_head), np.int32(head_dim), np.int32(n_splits)]
             self._launch("attention", "attention_merge", (n_tokens, n_head), head_dim, [out, sinks, y, *sizes])
@@ -409,17 +415,17 @@ def rows8_launch(kind: str, n_tiles: int, n_segments: int, n_groups: int, n_mult
     return best[1:]
 
 
-def _attention_shared(width: int) -> int:
+def attention_shared(width: int) -> int:
     """Bytes of `Shared` in kernels_cu/attention.cu."""
     groups, rows, warps = width // 32, ATTENTION_ROWS, SPLIT // TILE
     halves = rows * (groups | 1) * 32 * 2
     return halves + 4 * (rows + 4 * warps * rows + 4 * rows + warps * groups * 16 * 32)
 
 
-def _is_float(w: PackedMatrix) -> bool:
+def is_float(w: PackedMatrix) -> bool:
     return w.type in (Type.F32, Type.BF16)
 
 
-def _float_plane(w: PackedMatrix) -> Array:
+def float_plane(w: PackedMatrix) -> Array:
     """Rows of an F32 or BF16 matrix as its kernel takes them."""
     return w.planes["low"].view(np.float32 if w.type == Type.F32 else np.uint16)

@@ -1,0 +1,119 @@
+"""What a decode step knows of its rows, on the device and mirrored on the host.
+
+At its end a step advances its own state there: the token drawn is the one fed next, one position further on. Before the
+next one, `update` compares what is asked for with the mirror and uploads only what differs: nothing, while the same
+sequences go on. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refengine.errors import KernelError
+
+Array = Any
+
+NOT_THERE = -1  # position of a row without a sequence
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """What a sequence is before a step.
+
+    key: the sequence; while it stays in its row, its history only grows. token: the id to feed, the last of `history`;
+    position: its own, so many are in the cache. block_table: blocks that cover `position`. params: temperature, top_p,
+    min_p, repetition_penalty and top_k as `SamplingParams` has them; seed and index: of the token to be drawn.
+    """
+
+    key: object
+    token: int
+    position: int
+    block_table: Sequence[int]
+    params: Any
+    seed: int
+    index: int
+    history: Sequence[int]
+
+
+class DecodeState:
+    """Rows' state. ids, positions (max_batch,) int32; tables (max_batch, most blocks) int32 are given; the rest is what
+    sampling.cu calls reals, whole and history."""
+
+    def __init__(self, xp: Any, arrays: dict[str, Array], n_vocab: int, n_positions: int, block_size: int) -> None:
+        self._xp, self._n_vocab, self._n_positions, self._block_size = xp, n_vocab, n_positions, block_size
+        self.there = arrays
+        n = len(arrays["ids"])
+        self._mirror: dict[str, np.ndarray] = {
+            "ids": np.zeros(n, np.int32),
+            "positions": np.full(n, NOT_THERE, np.int32),
+            "reals": np.tile(np.array([0.0, 1.0, 0.0, 1.0]), (n, 1)),
+            "whole": np.zeros((n, 4), np.int64),
+        }
+        self._keys: list[object] = [None] * n
+        self._tables: list[list[int]] = [[] for _ in range(n)]
+        self.n_uploads = 0  # so far; tests count them
+        for name in self._mirror:
+            self._upload(name, slice(None), self._mirror[name])
+
+    def update(self, rows: Sequence[DecodeRow]) -> None:
+        """Make the device's state that of `rows`; after them are none. Raises KernelError for what cannot be."""
+        for i, row in enumerate(rows):
+            self._check(i, row)
+        wanted = {name: array.copy() for name, array in self._mirror.items()}
+        wanted["positions"][len(rows) :] = NOT_THERE
+        for i, row in enumerate(rows):
+            p = row.params
+            wanted["ids"][i], wanted["positions"][i] = row.token, row.position
+            wanted["reals"][i] = p.temperature, p.top_p, p.min_p, p.repetition_penalty
+            n_history = len(row.history) if p.repetition_penalty != 1.0 else 0
+            wanted["whole"][i] = np.array((p.top_k, row.seed, row.index, n_history), np.uint64).view(np.int64)
+            self._history(i, row, n_history)
+            if self._tables[i] != (table := list(row.block_table)):
+                self._upload("tables", (i, slice(len(table))), np.array(table, np.int32))
+                self._tables[i] = table
+            self._keys[i] = row.key
+        for name, array in wanted.items():
+            if not np.array_equal(array, self._mirror[name]):
+                self._upload(name, slice(None), array)
+                self._mirror[name] = array
+
+    def _check(self, i: int, row: DecodeRow) -> None:
+        most = self._n_positions
+        if not 0 <= row.position < most or len(row.history) > most + 1:
+            raise KernelError(f"decode row {i}: position {row.position}, {len(row.history)} ids; {most} positions fit")
+        if not 0 <= row.token < self._n_vocab:
+            raise KernelError(f"decode row {i}: id {row.token} is outside the vocabulary of {self._n_vocab}")
+        covered = len(row.block_table) * self._block_size
+        if not row.position < covered <= self.there["tables"].shape[1] * self._block_size:
+            raise KernelError(f"decode row {i}: position {row.position}, and a block table of {covered} positions")
+
+    def _history(self, i: int, row: DecodeRow, n: int) -> None:
+        known = self._keys[i] is row.key or self._keys[i] == row.key
+        if not n or (known and self._mirror["whole"][i, 3] == n):
+            return
+        ids = np.asarray(row.history, np.int64)
+        if not 0 <= ids.min() <= ids.max() < self._n_vocab:
+            raise KernelError(f"decode row {i}: ids {ids.min()} to {ids.max()} in its history, of {self._n_vocab}")
+        self._upload("history", (i, slice(n)), ids.astype(np.int32))
+
+    def advanced(self, drawn: np.ndarray) -> None:
+        """The step is done, and (n, 3) is what it drew: the device has advanced, now the mirror does."""
+        active = slice(len(drawn))
+        self._mirror["ids"][active] = np.maximum(drawn[:, 0], 0)
+        self._mirror["positions"][active] += 1
+        whole = self._mirror["whole"][active]
+        whole[:, 2] += 1
+        longest = self.there["history"].shape[1]
+        whole[:, 3] += (self._mirror["reals"][active, 3] != 1.0) & (whole[:, 3] < longest)
+
+    def _upload(self, name: str, where: Any, values: np.ndarray) -> None:
+        self.n_uploads += 1
+        place = self.there[name][where]
+        if self._xp is np:
+            place[...] = values
+        else:
+            place.set(np.ascontiguousarray(values))
