@@ -152,6 +152,7 @@ class Engine:
             self._fail(generation, error)
         if not parts:
             return [generation for generation, _ in failed]
+        prefill_tokens = sum(len(part.ids) for part in parts if not part.decodes)
         drawn = self.runner.run(parts)
         seconds = time.perf_counter() - start
         self._register(parts)
@@ -164,7 +165,7 @@ class Engine:
         drawing = [part.generation for part in parts if part.draws]
         for generation, result in zip(drawing, drawn, strict=True):
             self._accept(generation, result)
-        self.hook.on_step(self._facts(parts, seconds))
+        self.hook.on_step(self._facts(len(drawing), prefill_tokens, seconds))
         return [generation for generation, _ in failed] + drawing
 
     def cancel(self, generation: Generation) -> None:
@@ -219,12 +220,12 @@ class Engine:
             known = generation.ids[: progress.cached.length]
             self.prefix.register(known, progress.cached.block_table, progress.prefix_keys)
 
-    def _facts(self, parts: Sequence[Part], seconds: float) -> StepFacts:
+    def _facts(self, batch_size: int, prefill_tokens: int, seconds: float) -> StepFacts:
         pool, prefix = self.cache.pool, self.prefix
         cached = 0 if prefix is None else prefix.n_reclaimable
         return StepFacts(
-            batch_size=len(self.scheduler.running),
-            prefill_tokens=sum(len(part.ids) for part in parts if not part.decodes),
+            batch_size=batch_size,
+            prefill_tokens=prefill_tokens,
             queue_depth=len(self.scheduler.waiting),
             blocks_used=pool.n_blocks - pool.n_free - cached,
             blocks_cached=cached,

@@ -19,8 +19,8 @@ class InferenceStep(Protocol):
 
 @dataclass(frozen=True)
 class StepFacts:
-    """One step: sequences that decoded, prompt tokens computed, those that wait, blocks by use (they add up to all),
-    blocks of the prefix cache hit and missed so far, and preemptions so far."""
+    """One step: sequences that got a token, prompt tokens computed, requests that wait, blocks by use (all, together),
+    blocks that the prefix cache had and lacked so far, and preemptions so far."""
 
     batch_size: int
     prefill_tokens: int
