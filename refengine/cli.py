@@ -21,6 +21,7 @@ EPILOG = """examples:
   refengine trace --model model.gguf --prompt "Hello" --filter 'Qcur-[01]$' --output qcur.safetensors
   refengine validate --model model.gguf        (against llama.cpp)
   refengine validate --model model.gguf --peer my_dump --html report.html        (against tensors of your own engine)
+  refengine serve --worker-id $(uuidgen) --model model.gguf --gpu-device 0 --port 8080
   refengine generate "Hello" --model model.gguf --break Qcur-3     (stops in pdb at that tensor)
 """
 
@@ -60,6 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="print the prompt before its continuation (default: unless it went through a chat template)",
+    )
+
+    group = generate.add_argument_group("kernels, to compare (cuda and host)")
+    group.add_argument("--no-graphs", action="store_true", help="launch the decode step's kernels one by one")
+    group.add_argument(
+        "--attention", choices=("flash", "reference"), default="flash", help="reference writes the score matrix"
     )
 
     logits = _command(commands, "logits", "write the logits of every position of a prompt to an .npz file")
@@ -146,6 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--model", metavar="FILE", help="the same as FILE")
     inspect.add_argument("--json", action="store_true", help="print one JSON object, with every tensor")
     inspect.add_argument("--debug", action="store_true", help="show a traceback on errors")
+
+    serve = _command(commands, "serve", "serve one model on one device over HTTP")
+    _serve_arguments(serve)
     return parser
 
 
@@ -217,6 +227,42 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop there; up to 4 times")
 
 
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Numbers stay text here: `commands_serve` checks them, and says what is allowed."""
+    parser.epilog = """routes: POST /execute (answers with server-sent events), POST /cancel, POST /shutdown,
+GET /health, GET /metrics (Prometheus), GET /openapi.json. SIGTERM and SIGINT end the worker as /shutdown does.
+
+  curl -N http://127.0.0.1:8080/execute -d '{"job_id": "1", "prompt": "Write a haiku about GPU computing"}'
+
+exit codes: 0 after a shutdown, 1 where the start fails (the log says why), 2 for wrong arguments"""
+    group = parser.add_argument_group("required")
+    group.add_argument("--worker-id", required=True, metavar="UUID", help="names this worker in its log")
+    group.add_argument("--port", required=True, metavar="P", help="1024 to 65535")
+    group.add_argument("--gpu-device", metavar="N", help="number of the GPU; it never falls back to the CPU")
+    group.add_argument("--device", metavar="NAME", help="instead: cuda:N; cpu, on purpose; host (kernels on the CPU)")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="FILE", help="GGUF file (default: the packaged model, which writes haiku)")
+    group.add_argument("--kv-cache-size-mb", metavar="MIB", help="of the KV cache (default: what memory allows)")
+    group.add_argument(
+        "--on-shortage",
+        choices=("preempt", "fail"),
+        default="preempt",
+        help="a running request that finds no block in the KV cache: the youngest is computed again later, or it fails",
+    )
+    group.add_argument("--residency-check-sec", default="60", metavar="S", help="between checks of the device memory")
+    group = parser.add_argument_group("limits")
+    group.add_argument("--max-tokens-in", metavar="N", help="tokens of a prompt (default: the context length)")
+    group.add_argument("--max-tokens-out", default="2048", metavar="N", help="tokens of an answer, up to 2048")
+    group.add_argument("--inference-timeout-sec", default="300", metavar="S", help="for a request, waiting included")
+    group.add_argument("--max-batch", default="8", metavar="N", help="requests that run together")
+    group.add_argument("--max-queue", default="64", metavar="N", help="requests that wait; more are sent away with 503")
+    group = parser.add_argument_group("network")
+    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen")
+    group.add_argument("--callback-url", metavar="URL", help="told with a POST when the worker is ready")
+    group.add_argument("--api-key", metavar="KEY", help="wanted as `Authorization: Bearer KEY` by all but /health")
+    parser.add_argument("--debug", action="store_true", help="show a traceback on wrong arguments")
+
+
 def _trace_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("debugging")
     group.add_argument(
@@ -269,6 +315,10 @@ def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
         from refengine.commands_validate import validate
 
         return validate
+    if command == "serve":
+        from refengine.commands_serve import serve
+
+        return serve
     from refengine import commands
 
     found: Callable[[argparse.Namespace], int | None] = getattr(commands, command)

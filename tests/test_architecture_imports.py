@@ -67,14 +67,17 @@ ROOMS = {
     "validate": Room(
         {FACADE, *MODEL}, {*ARRAYS, "safetensors", "yaml", "rich", "jinja2"}, frozenset({"cupy", "llama_cpp"})
     ),
-    "worker": Room({FACADE, *MODEL}, {"numpy"}),
+    "worker": Room(
+        {FACADE, *MODEL}, {"numpy", "tqdm", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
+    ),
     "bench": Room({FACADE, *MODEL, "validate", "worker"}, {"numpy"}, frozenset({"cupy", "llama_cpp"})),
     "console": Room({FACADE, *MODEL, "validate"}, {*ARRAYS, "tqdm"}),
     "commands": Room({FACADE, *MODEL, "validate", "console"}, {*ARRAYS, "safetensors"}),
     "commands_validate": Room({FACADE, *MODEL, "validate", "console"}, {"tqdm", "rich"}),
+    "commands_serve": Room({FACADE, *MODEL, "worker"}, set()),
     # pytest loads this in every suite where refengine is installed: light until the fixture is called.
     "pytest_plugin": Room({FACADE, *MODEL, "validate"}, {"pytest", "rich"}),
-    "cli": Room({FACADE, "errors", "commands", "commands_validate"}, set()),  # arguments only
+    "cli": Room({FACADE, "errors", "commands", "commands_validate", "commands_serve"}, set()),  # arguments only
     "__main__": Room({"cli"}, set()),
 }
 
@@ -82,7 +85,7 @@ ROOMS = {
 HTTP_ROOMS = {"worker", "bench"}
 RESERVED_STDLIB = {
     # All but cli: for the type of what the parser gives.
-    "argparse": {"cli", "console", "commands", "commands_validate"},
+    "argparse": {"cli", "console", "commands", "commands_validate", "commands_serve"},
     "mmap": {"gguf_file", *INSIDE_GGUF_FILE},
     "http": HTTP_ROOMS,
     "urllib": HTTP_ROOMS,

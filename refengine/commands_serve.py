@@ -1,0 +1,39 @@
+"""What `refengine serve` does: arguments become checked options, and a worker runs until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from refengine.model import PACKAGED_MODEL
+from refengine.worker.life import serve as serve_worker
+from refengine.worker.options import WorkerOptions, device_of, integer, seconds
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    return serve_worker(options_of(arguments))
+
+
+def options_of(arguments: argparse.Namespace) -> WorkerOptions:
+    """Raises RequestError for the first argument that is not allowed."""
+
+    def optional(name: str, text: str | None, low: int, high: int) -> int | None:
+        return None if text is None else integer(name, text, low, high)
+
+    return WorkerOptions(
+        worker_id=arguments.worker_id,
+        device=device_of(arguments.device, arguments.gpu_device),
+        port=integer("--port", arguments.port, 1024, 65535),
+        host=arguments.host,
+        max_tokens_in=optional("--max-tokens-in", arguments.max_tokens_in, 1, 1 << 24),
+        max_tokens_out=integer("--max-tokens-out", arguments.max_tokens_out, 1, 2048),
+        inference_timeout_sec=seconds("--inference-timeout-sec", arguments.inference_timeout_sec),
+        kv_cache_size_mb=optional("--kv-cache-size-mb", arguments.kv_cache_size_mb, 1, 1 << 22),
+        max_batch=integer("--max-batch", arguments.max_batch, 1, 1024),
+        max_queue=integer("--max-queue", arguments.max_queue, 0, 100_000),
+        on_shortage=arguments.on_shortage,
+        residency_check_sec=seconds("--residency-check-sec", arguments.residency_check_sec),
+        callback_url=arguments.callback_url,
+        api_key=arguments.api_key,
+        model=PACKAGED_MODEL if arguments.model is None else Path(arguments.model),
+    )

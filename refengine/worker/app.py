@@ -1,0 +1,161 @@
+"""The HTTP side: routes, the answer that streams, and how faults look to a client. What is done is in worker.py."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from refengine.worker.faults import Fault, fault_of
+from refengine.worker.jobs import Job
+from refengine.worker.metrics import CONTENT_TYPE
+from refengine.worker.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, parse
+from refengine.worker.worker import Worker
+
+BODY_TIMEOUT_S = 10.0  # for a client to send all of its request
+OPEN_PATHS = {"/health"}  # answered without a key
+EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
+
+
+class EventStream(Response):
+    """Sends a job's events as they come. A client that goes away ends its job at once, also while nothing is sent."""
+
+    def __init__(self, worker: Worker, job: Job) -> None:
+        super().__init__(None, headers=EVENT_STREAM)
+        del self.headers["content-length"]
+        self._worker, self._job = worker, job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(_until_gone(receive))
+        sending = asyncio.create_task(self._send(send))
+        try:
+            await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done() and not isinstance(sending.exception(), OSError):
+                sending.result()
+        finally:
+            gone.cancel()
+            sending.cancel()
+            self._worker.disconnected(self._job)  # harmless for a job that has ended
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        while (frames := await self._job.frames()) is not None:
+            await send({"type": "http.response.body", "body": frames.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class KeyGuard:
+    """Lets a request through that has the key, or needs none; compares in a time that does not depend on the key."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.strip().encode(), self._key)
+            if not right or scheme.lower() != "bearer":
+                fault = Fault("UNAUTHORIZED", "this worker wants its key: Authorization: Bearer KEY")
+                await answer(fault)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def make_app(worker: Worker) -> FastAPI:
+    """All routes of one worker."""
+    app = FastAPI(title="refengine worker", docs_url=None, redoc_url=None)
+    key = worker.options.api_key
+
+    if key is not None:
+        app.add_middleware(KeyGuard, key=key)
+
+    @app.exception_handler(Fault)
+    async def on_fault(request: Request, fault: Fault) -> Response:
+        return answer(fault)
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> Response:
+        fault = Fault(
+            "INVALID_REQUEST", f"{request.method} {request.url.path[:80]}: {error.detail}", None, error.status_code
+        )
+        return JSONResponse(fault.body(), fault.status, error.headers)
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> Response:
+        worker.log.failure(error)
+        return answer(fault_of(error))
+
+    @app.post("/execute", openapi_extra=_body_of(ExecuteRequest))
+    async def execute(request: Request) -> Response:
+        """Generate: answers with server-sent events: started, token (many), then end or error."""
+        try:
+            worker.check_open()
+            wanted = parse(ExecuteRequest, await read_body(request))
+        except Fault as e:
+            worker.refused(e)
+            raise
+        return EventStream(worker, await worker.execute(wanted, request.headers.get("x-deadline")))
+
+    @app.post("/cancel", status_code=202, openapi_extra=_body_of(CancelRequest))
+    async def cancel(request: Request) -> dict[str, Any]:
+        """End a job. Accepted also for a job that has ended, or never was."""
+        job_id = parse(CancelRequest, await read_body(request)).job_id
+        worker.cancel(job_id)
+        return {"job_id": job_id}
+
+    @app.post("/shutdown", status_code=202)
+    async def shutdown() -> dict[str, Any]:
+        """Take nothing new in, let the jobs that live finish for a few seconds, and exit."""
+        worker.closing = True
+        worker.stop_asked.set()
+        return {"status": "shutting down"}
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return worker.state.health()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(worker.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    return app
+
+
+def answer(fault: Fault) -> Response:
+    return JSONResponse(fault.body(), fault.status, fault.headers())
+
+
+async def read_body(request: Request) -> bytes:
+    """All of it, within a size and a time. Raises Fault."""
+    parts, n_bytes = [], 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                n_bytes += len(part)
+                if n_bytes > MAX_BODY_BYTES:
+                    raise Fault(
+                        "INVALID_REQUEST", f"the body: given more than the {MAX_BODY_BYTES} bytes allowed", status=413
+                    )
+                parts.append(part)
+    except TimeoutError:
+        raise Fault("INVALID_REQUEST", f"the body was not there within {BODY_TIMEOUT_S:g} s", status=408) from None
+    except ClientDisconnect:
+        raise Fault("CANCELLED", "the client has gone") from None
+    return b"".join(parts)
+
+
+def _body_of(kind: Any) -> dict[str, Any]:
+    """The OpenAPI document's words for a body that is parsed here, and not by FastAPI."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}

@@ -1,0 +1,124 @@
+"""What is known of the model and of the worker's state without asking a device: `/health` answers from here.
+
+The engine's thread replaces the changing half (`State.load`); whoever reads sees the old one or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from refengine.cuda.ops import KernelOps
+from refengine.model import Model
+from refengine.tokenizer import Tokenizer
+from refengine.weights import quant_kind
+
+TOKENIZER_KINDS = {"ByteLevelBPE": "gguf-bpe", "SentencePieceBPE": "gguf-spm", "HFJsonTokenizer": "hf-json"}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What never changes once the model is loaded."""
+
+    model: str
+    quant_kind: str
+    tokenizer_kind: str | None
+    vocab_size: int
+    context_length: int
+    device: str
+    sm: str | None
+    cuda_runtime_version: str | None
+    active_expert_count: int | None
+
+    @staticmethod
+    def of(model: Model) -> ModelFacts:
+        """Asks the device for its name: called once, in the thread that uses it."""
+        config, device = model.config, model.device
+        on_gpu = device.name.startswith("cuda")
+        return ModelFacts(
+            model=config.name,
+            quant_kind=quant_kind(model.gguf),
+            tokenizer_kind=_tokenizer_kind(model.tokenizer),
+            vocab_size=config.n_vocab,
+            context_length=model.n_ctx,
+            device=device.name,
+            sm=f"sm_{device.xp.cuda.Device().compute_capability}" if on_gpu else None,
+            cuda_runtime_version=_version(device.xp.cuda.runtime.runtimeGetVersion()) if on_gpu else None,
+            active_expert_count=config.n_expert_used or None,
+        )
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the engine's thread saw when it last looked."""
+
+    vram_bytes: dict[str, int] = field(default_factory=dict)
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    blocks_free: int = 0
+    prefix_hits: int = 0
+    prefix_misses: int = 0
+
+
+class State:
+    """faults: why the worker is unhealthy, by cause; none: healthy. resident: all of the model is in device memory."""
+
+    def __init__(self, facts: ModelFacts) -> None:
+        self.facts = facts
+        self.started = time.monotonic()
+        self.resident = facts.device.startswith("cuda")
+        self.faults: dict[str, str] = {}
+        self.load = Load()
+
+    @property
+    def vram_bytes_used(self) -> int:
+        return sum(self.load.vram_bytes.values())
+
+    @property
+    def uptime(self) -> float:
+        return time.monotonic() - self.started
+
+    def health(self) -> dict[str, Any]:
+        facts = self.facts
+        return {
+            "status": "unhealthy" if self.faults else "healthy",
+            "reasons": list(self.faults.values()),
+            "model": facts.model,
+            "resident": self.resident,
+            "quant_kind": facts.quant_kind,
+            "vram_bytes_used": self.vram_bytes_used,
+            "vram_bytes": dict(self.load.vram_bytes),
+            "tokenizer_kind": facts.tokenizer_kind,
+            "vocab_size": facts.vocab_size,
+            "context_length": facts.context_length,
+            "uptime_seconds": round(self.uptime, 3),
+            "device": facts.device,
+            "sm": facts.sm,
+            "cuda_runtime_version": facts.cuda_runtime_version,
+            "active_expert_count": facts.active_expert_count,
+        }
+
+
+def vram_of(model: Model) -> dict[str, int]:
+    """Bytes of device memory by purpose; none on the CPU."""
+    if not model.device.name.startswith("cuda") or not isinstance(model.ops, KernelOps):
+        return {}
+    return model.ops.memory.accounted()
+
+
+def check_residency(model: Model) -> None:
+    """Raises DeviceError for a buffer that is not plain device memory. On the CPU there is nothing to check."""
+    if model.device.name.startswith("cuda") and isinstance(model.ops, KernelOps):
+        model.ops.memory.check_residency()
+
+
+def _tokenizer_kind(tokenizer: Tokenizer | None) -> str | None:
+    return None if tokenizer is None else TOKENIZER_KINDS[type(tokenizer).__name__]
+
+
+def _version(number: int) -> str:
+    """12090 is 12.9."""
+    return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,0 +1,116 @@
+"""One request on its way: what the event loop knows of it, and the events that its client is still to be sent.
+
+Lives in the event loop's thread alone; the engine's thread only reads what `submit` handed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from refengine.engine.generation import Token
+from refengine.engine.sampling import SamplingParams
+from refengine.tokenizer import Tokenizer
+from refengine.worker.faults import Fault
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The engine has taken a job in: queue_position 0 runs at once."""
+
+    queue_position: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The engine's last word on a job: its stop_reason, or the fault that ended it."""
+
+    stop_reason: str | None
+    prefix_tokens_reused: int = 0
+    fault: Fault | None = None
+
+
+class Job:
+    """job_id is the client's; ids and params are set before the engine sees the job.
+
+    taken: done when the engine has the job, failed with the Fault that ended it before.
+    outcome: None while it is alive, then one of metrics.OUTCOMES.
+    """
+
+    def __init__(self, job_id: str, timeout_s: float) -> None:
+        self.job_id, self.timeout_s = job_id, timeout_s
+        self.arrived = time.perf_counter()
+        self.ids: Sequence[int] = ()
+        self.params = SamplingParams()
+        self.prompt_facts: dict[str, Any] = {}
+        self.taken: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
+        self.timer: asyncio.TimerHandle | None = None
+        self.outcome: str | None = None
+        self.tokens_out = 0
+        self.first_token: float | None = None
+        self.last_token = 0.0
+        self._frames: deque[str] = deque()
+        self._wake = asyncio.Event()
+
+    @property
+    def alive(self) -> bool:
+        return self.outcome is None
+
+    @property
+    def first_token_ms(self) -> float | None:
+        """From accept."""
+        return None if self.first_token is None else round((self.first_token - self.arrived) * 1000, 3)
+
+    @property
+    def decode_time_ms(self) -> float:
+        """From the first token to the last."""
+        return 0.0 if self.first_token is None else round((self.last_token - self.first_token) * 1000, 3)
+
+    def emit(self, event: str, data: dict[str, Any]) -> None:
+        """Queue an event for the client."""
+        text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        self._frames.append(f"event: {event}\ndata: {text}\n\n")
+        self._wake.set()
+
+    def emit_token(self, token: Token, drawn: float, tokenizer: Tokenizer | None) -> None:
+        """drawn: when, on the clock of perf_counter."""
+        if self.first_token is None:
+            self.first_token = drawn
+        self.last_token = drawn
+        data: dict[str, Any] = {"t": token.text, "i": self.tokens_out}
+        if token.logprob is not None:
+            data["id"], data["logprob"] = token.id, _finite(token.logprob)
+            data["top"] = [
+                {"id": i, "token": "" if tokenizer is None else tokenizer.token_text(i), "logprob": _finite(logprob)}
+                for i, logprob in token.top
+            ]
+        self.tokens_out += 1
+        self.emit("token", data)
+
+    async def frames(self) -> str | None:
+        """Everything that is ready to be sent, at least one event; None after the last."""
+        while not self._frames:
+            if not self.alive:
+                return None
+            self._wake.clear()
+            await self._wake.wait()
+        ready = "".join(self._frames)
+        self._frames.clear()
+        return ready
+
+    def close(self, outcome: str) -> None:
+        """The last event is queued; nothing more will come."""
+        self.outcome = outcome
+        if self.timer is not None:
+            self.timer.cancel()
+        self._wake.set()
+
+
+def _finite(logprob: float) -> float | None:
+    """JSON has no -infinity, the log-probability of a token that cannot be drawn."""
+    return logprob if logprob > float("-inf") else None

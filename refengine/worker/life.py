@@ -1,0 +1,177 @@
+"""A worker's life: device, model, HTTP server, ready; then a signal or POST /shutdown, and an orderly end.
+
+Exit codes: 0 after a shutdown, 1 where the start fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from refengine.worker.app import make_app
+from refengine.worker.callback import announce
+from refengine.worker.engine_thread import EngineThread, Started
+from refengine.worker.log import Log
+from refengine.worker.options import WorkerOptions
+from refengine.worker.startup import StartFailed, Startup, failure_of
+from refengine.worker.worker import Worker
+
+GRACE_S = 3.5  # for live jobs at a shutdown; with what follows it stays within 5 s
+LAST_BYTES_S = 1  # for clients to read their last event
+SWITCH_S = 0.001  # between Python threads: the event loop answers soon while the engine's thread computes
+
+
+def serve(options: WorkerOptions) -> int:
+    """Run a worker until it is told to stop; the exit code."""
+    log = Log(options.worker_id, str(options.model), options.device)
+    _route_uvicorn_to(log)
+    sys.setswitchinterval(SWITCH_S)
+    return asyncio.run(_live(options, log))
+
+
+async def _live(options: WorkerOptions, log: Log) -> int:
+    start = time.perf_counter()
+    log("startup", url=options.url, max_batch=options.max_batch, max_queue=options.max_queue)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    startup = Startup(options, log)
+    engine = EngineThread(startup, log, options.residency_check_sec)
+    try:
+        started = await _started(engine, stop)
+        if started is None:
+            log("shutdown", reason="stopped while it started")
+            return 0
+        listener = _listen(options)
+    except Exception as e:
+        failed = failure_of(e)
+        log(
+            "error",
+            "ERROR",
+            code=failed.code,
+            message=failed.message,
+            device=options.device,
+            model=str(options.model),
+            bytes_required=failed.required,
+            bytes_available=failed.available,
+        )
+        engine.stop()
+        return 1
+    assert startup.metrics is not None
+    worker = Worker(options, started, startup.metrics, engine, log)
+    server = _Server(
+        uvicorn.Config(
+            make_app(worker),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            ws="none",
+            timeout_keep_alive=5,
+            timeout_graceful_shutdown=LAST_BYTES_S,
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await server.listening.wait()
+    log(
+        "ready", url=options.url, seconds=round(time.perf_counter() - start, 3), vram_bytes=worker.state.vram_bytes_used
+    )
+    _call_back(options, worker)
+    await _first(stop, worker.stop_asked)
+    n_cut = await worker.finish(GRACE_S)
+    engine.stop()
+    server.should_exit = True
+    await serving
+    ended = engine.join(0.5)
+    log("shutdown", jobs_cut=n_cut, engine_ended=ended)
+    return 0
+
+
+async def _started(engine: EngineThread, stop: asyncio.Event) -> Started | None:
+    """What the start-up made, or None where a signal came first."""
+    stopped = asyncio.create_task(stop.wait())
+    waiting: set[asyncio.Future[Any]] = {engine.started, stopped}
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    return engine.started.result() if engine.started.done() else None
+
+
+async def _first(*events: asyncio.Event) -> None:
+    tasks = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+def _call_back(options: WorkerOptions, worker: Worker) -> None:
+    if options.callback_url is None:
+        return
+    state = worker.state
+    facts = {
+        "worker_id": options.worker_id,
+        "url": options.url,
+        "vram_bytes": state.vram_bytes_used,
+        "model": state.facts.model,
+    }
+    announce(options.callback_url, facts, worker.log)
+
+
+def _listen(options: WorkerOptions) -> socket.socket:
+    """A socket on the address and port. Raises StartFailed."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(2048)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as e:
+        raise StartFailed("PORT_UNAVAILABLE", f"{options.host} port {options.port}: {e.strerror or e}") from None
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, without its signal handlers: this module has its own."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+
+class _ToLog(logging.Handler):
+    """What uvicorn says goes into the one log: warnings and worse, their words only."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = record.exc_info[0] if record.exc_info else None
+        self._log("error", record.levelname, source=record.name, message=str(record.msg), kind=kind and kind.__name__)
+
+
+def _route_uvicorn_to(log: Log) -> None:
+    for name in ("uvicorn", "uvicorn.error", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [_ToLog(log)], False

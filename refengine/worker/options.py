@@ -1,0 +1,126 @@
+"""What a worker is told on the command line, checked: every error says what was given and what is allowed."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from refengine.errors import RequestError
+
+MAX_TOKENS_OUT = 2048
+ON_SHORTAGE = ("preempt", "fail")
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Checked on construction; raises RequestError. None: worked out from the model and the device.
+
+    device is `cpu`, `host` or `cuda:N`: there is no `auto`, since a worker never moves to another device by itself.
+    """
+
+    worker_id: str
+    model: Path
+    device: str
+    port: int
+    host: str = "127.0.0.1"
+    max_tokens_in: int | None = None
+    max_tokens_out: int = MAX_TOKENS_OUT
+    inference_timeout_sec: float = 300.0
+    kv_cache_size_mb: int | None = None
+    max_batch: int = 8
+    max_queue: int = 64
+    on_shortage: str = "preempt"
+    residency_check_sec: float = 60.0
+    callback_url: str | None = None
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_uuid(self.worker_id)
+        if re.fullmatch(r"cpu|host|cuda:\d{1,4}", self.device) is None:
+            raise RequestError(
+                f"--device: given {self.device!r}, allowed cpu, host, cuda or cuda:N (or --gpu-device N)"
+            )
+        if not self.host:
+            raise RequestError("--host: given nothing, allowed an address or a host name")
+        _check_range("--port", self.port, 1024, 65535)
+        if self.max_tokens_in is not None:
+            _check_range("--max-tokens-in", self.max_tokens_in, 1, 1 << 24)
+        _check_range("--max-tokens-out", self.max_tokens_out, 1, MAX_TOKENS_OUT)
+        _check_range("--inference-timeout-sec", self.inference_timeout_sec, 0.001, 86400)
+        if self.kv_cache_size_mb is not None:
+            _check_range("--kv-cache-size-mb", self.kv_cache_size_mb, 1, 1 << 22)
+        _check_range("--max-batch", self.max_batch, 1, 1024)
+        _check_range("--max-queue", self.max_queue, 0, 100_000)
+        if self.on_shortage not in ON_SHORTAGE:
+            raise RequestError(f"--on-shortage: given {self.on_shortage!r}, allowed {' or '.join(ON_SHORTAGE)}")
+        _check_range("--residency-check-sec", self.residency_check_sec, 0.1, 86400)
+        if self.callback_url is not None:
+            _check_url(self.callback_url)
+        if self.api_key is not None and re.fullmatch(r"[!-~]{8,512}", self.api_key) is None:
+            raise RequestError(
+                f"--api-key: given {len(self.api_key)} characters, allowed 8 to 512 printable ASCII ones without spaces"
+            )
+
+    @property
+    def url(self) -> str:
+        """Where others reach this worker."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+
+def device_of(device: str | None, gpu_device: str | None) -> str:
+    """`--device` or `--gpu-device` as the name of one device. Raises RequestError unless exactly one is given."""
+    if (device is None) == (gpu_device is None):
+        given = "neither" if device is None else "both"
+        raise RequestError(
+            f"--gpu-device N and --device: given {given}, allowed exactly one; --device cpu is for the CPU, on purpose"
+        )
+    if device is not None:
+        return "cuda:0" if device == "cuda" else device
+    return f"cuda:{integer('--gpu-device', str(gpu_device), 0, 9999)}"
+
+
+def integer(name: str, text: str, low: int, high: int) -> int:
+    """An argument that is a whole number. Raises RequestError."""
+    if re.fullmatch(r"[+-]?\d{1,18}", text) is None:
+        raise RequestError(f"{name}: given {text[:40]!r}, allowed a whole number from {low} to {high}")
+    value = int(text)
+    _check_range(name, value, low, high)
+    return value
+
+
+def seconds(name: str, text: str) -> float:
+    """An argument that is a number. Raises RequestError."""
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(f"{name}: given {text[:40]!r}, allowed a number of seconds") from None
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise RequestError(f"{name}: given {value}, allowed {low} to {high}")
+
+
+def _check_uuid(text: str) -> None:
+    try:
+        well_formed = str(uuid.UUID(text)) == text.lower()
+    except ValueError:
+        well_formed = False
+    if not well_formed:
+        raise RequestError(
+            f"--worker-id: given {text[:60]!r}, allowed a UUID such as 123e4567-e89b-12d3-a456-426614174000"
+        )
+
+
+def _check_url(text: str) -> None:
+    try:
+        parts = urlsplit(text)
+        well_formed = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        well_formed = False
+    if not well_formed:
+        raise RequestError(f"--callback-url: given {text[:100]!r}, allowed an http:// or https:// URL")

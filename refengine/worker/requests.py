@@ -1,0 +1,154 @@
+"""The JSON that clients send: parsed strictly, and checked before any work is done.
+
+Beyond JSON's own grammar: no NaN or infinity, no name twice in an object, no unknown field, no text where a number is
+expected. Every refusal is a Fault that names the field. Limits that need the model are the engine's to check.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_STOPS, SamplingParams
+from refengine.worker.faults import Fault
+
+MAX_BODY_BYTES = 1 << 20  # a prompt of 32,768 characters, each escaped as two \uXXXX, takes 384 KiB
+MAX_PROMPT_CHARS = 32_768
+MAX_ID_CHARS = 256  # it is logged with every event of the job
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ExecuteRequest(Strict):
+    """The body of POST /execute."""
+
+    job_id: Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
+    max_tokens: Annotated[int | None, Field(ge=1, le=DEFAULT_MAX_TOKENS)] = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    top_p: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] = []
+    seed: Annotated[int | None, Field(ge=0, le=2**64 - 1)] = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+
+    def sampling(self, seed: int, max_tokens_out: int) -> SamplingParams:
+        """As the engine takes them; seed: the one in use. Raises RequestError."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=seed,
+            max_tokens=max_tokens_out if self.max_tokens is None else self.max_tokens,
+            stop=tuple(self.stop),
+            logprobs=self.logprobs or None,
+        )
+
+
+class CancelRequest(Strict):
+    """The body of POST /cancel."""
+
+    job_id: Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
+
+
+R = TypeVar("R", bound=Strict)
+
+
+def parse(kind: type[R], body: bytes) -> R:
+    """A request from the bytes of a body. Raises Fault."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_twins)
+    except UnicodeDecodeError as e:
+        raise Fault("INVALID_REQUEST", f"the body is no UTF-8: byte {e.start} ({e.reason})") from None
+    except json.JSONDecodeError as e:
+        raise Fault("INVALID_REQUEST", f"the body is no JSON: {e.msg} at character {e.pos}") from None
+    except RecursionError:
+        raise Fault("INVALID_REQUEST", "the body is no JSON that is read here: nested too deeply") from None
+    except ValueError as e:  # an integer of thousands of digits
+        raise Fault("INVALID_REQUEST", f"the body has a number that cannot be read: {e}") from None
+    if not isinstance(value, dict):
+        raise Fault("INVALID_REQUEST", f"the body: given a JSON {type(value).__name__}, allowed an object")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as e:
+        raise _fault(e, kind) from None
+
+
+def deadline_seconds(header: str | None, now: datetime) -> float | None:
+    """Seconds that `X-Deadline` leaves: a number of seconds from now, or a point in time (RFC 3339). Raises Fault."""
+    if header is None:
+        return None
+    text = header.strip()
+    try:
+        left = float(text)
+    except ValueError:
+        left = _seconds_until(text, now)
+    if not math.isfinite(left):
+        raise _bad_deadline(text)
+    if left <= 0:
+        raise Fault("INFERENCE_TIMEOUT", f"X-Deadline: given {text[:40]!r}, which has passed", "X-Deadline")
+    return left
+
+
+def _seconds_until(text: str, now: datetime) -> float:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise _bad_deadline(text) from None
+    if moment.tzinfo is None:
+        raise _bad_deadline(text)
+    return (moment.astimezone(UTC) - now).total_seconds()
+
+
+def _bad_deadline(text: str) -> Fault:
+    return Fault(
+        "INVALID_REQUEST",
+        f"X-Deadline: given {text[:40]!r}, allowed seconds from now or a time with zone (2030-01-31T12:00:00Z)",
+        "X-Deadline",
+    )
+
+
+def _no_constant(name: str) -> Any:
+    raise Fault("INVALID_REQUEST", f"the body has {name}, which is no JSON number")
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twin = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise Fault("INVALID_REQUEST", f"{twin[:60]}: given more than once", twin[:60])
+    return found
+
+
+def _fault(error: ValidationError, kind: type[Strict]) -> Fault:
+    """The first problem in words: the field, what was given (of text only its length), what is allowed."""
+    first = error.errors(include_url=False)[0]
+    location, problem = first["loc"], first["msg"]
+    field = "".join(c if c.isprintable() else "?" for c in str(location[0])[:60]) if location else None
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(kind.model_fields)
+        return Fault("INVALID_REQUEST", f"{field}: unknown field, allowed {known}", field)
+    if first["type"] == "missing":
+        return Fault("INVALID_REQUEST", f"{field}: is missing", field)
+    return Fault("INVALID_REQUEST", f"{field}: given {_shown(first['input'])}; {problem}", field)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return f"a string of {len(value)} characters"
+    if isinstance(value, bool | None):
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, int | float):
+        return f"{value:.10g}" if abs(value) < 2**63 else "a huge number"
+    return f"a list of {len(value)}" if isinstance(value, list) else "an object"

@@ -1,0 +1,166 @@
+"""From options to an engine: device, file, room in its memory, weights, cache. Runs in the engine's thread.
+
+What fails is a StartFailed with a stable code and, where memory is short, the bytes that are needed and there.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from refengine.config import ModelConfig
+from refengine.device import Device, open_device
+from refengine.engine.engine import DEFAULT_CACHE_TOKENS, Engine, EngineOptions
+from refengine.errors import DeviceError, RefengineError, RequestError
+from refengine.gguf_file import GGUFFile
+from refengine.kv_cache import BLOCK_SIZE, KVCache
+from refengine.model import Model, load
+from refengine.worker.engine_thread import Started
+from refengine.worker.facts import ModelFacts, State, check_residency
+from refengine.worker.log import Log
+from refengine.worker.metrics import EngineHook, Metrics
+from refengine.worker.options import WorkerOptions
+
+GPU_KV_ITEM_BYTES = 2  # the kernels keep float16
+WORKSPACE_SHARE = 0.1  # of the memory left after the weights: kept for what a step needs
+
+
+class StartFailed(Exception):
+    """A worker that cannot start: code, message, and the bytes needed and available where that is the reason."""
+
+    def __init__(self, code: str, message: str, required: int | None = None, available: int | None = None) -> None:
+        super().__init__(message)
+        self.code, self.message, self.required, self.available = code, message, required, available
+
+
+class Startup:
+    """Call it to start. `metrics` is there once it has returned."""
+
+    def __init__(self, options: WorkerOptions, log: Log) -> None:
+        self._options, self._log = options, log
+        self.metrics: Metrics | None = None
+
+    def __call__(self) -> Started:
+        device = self._open_device()
+        model = self._load(device)
+        facts = ModelFacts.of(model)
+        state = State(facts)
+        self.metrics = Metrics(state)
+        try:
+            engine = Engine(model, self._engine_options(model), EngineHook(self.metrics))
+            engine.warm_up()
+            check_residency(model)
+        except (DeviceError, MemoryError) as e:
+            raise StartFailed("INSUFFICIENT_VRAM", f"no room for the KV cache: {e}") from None
+        return Started(engine, state)
+
+    def _open_device(self) -> Device:
+        try:
+            return open_device(self._options.device)
+        except RefengineError as e:
+            raise StartFailed("CUDA_ERROR", str(e)) from None
+
+    def _load(self, device: Device) -> Model:
+        path = self._options.model
+        self._log("model_load_start")
+        start = time.perf_counter()
+        try:
+            with GGUFFile(path) as gguf:
+                self._check_room(device, gguf)
+            with _bar(self._log.for_people) as bar:
+                model = load(path, self._options.device, progress=self._progress(bar))
+        except DeviceError as e:
+            raise StartFailed("INSUFFICIENT_VRAM", str(e)) from None
+        except MemoryError as e:
+            raise StartFailed("INSUFFICIENT_VRAM", f"no room for the weights: {e}") from None
+        except OSError as e:
+            raise StartFailed("MODEL_LOAD_FAILED", f"{path} cannot be read: {e.strerror or e}") from None
+        except RefengineError as e:
+            raise StartFailed("MODEL_LOAD_FAILED", str(e)) from None
+        if model.tokenizer is None:
+            raise StartFailed("MODEL_LOAD_FAILED", f"{path} has no vocabulary: a worker serves text")
+        self._log(
+            "model_load_complete", seconds=round(time.perf_counter() - start, 3), weight_bytes=model.weights.n_bytes
+        )
+        return model
+
+    def _check_room(self, device: Device, gguf: GGUFFile) -> None:
+        """Before anything large is allocated: weights, and a cache for at least one sequence (W-1020)."""
+        if not device.name.startswith("cuda"):
+            return
+        weights = sum(info.n_bytes for info in gguf.tensors.values())
+        config = ModelConfig.from_gguf(gguf)
+        if self._options.kv_cache_size_mb is None:
+            kv = min(config.n_ctx_train, DEFAULT_CACHE_TOKENS) * token_bytes(config, GPU_KV_ITEM_BYTES)
+        else:
+            kv = self._options.kv_cache_size_mb << 20
+        available = int(device.xp.cuda.runtime.memGetInfo()[0])
+        if weights + kv > available:
+            raise StartFailed(
+                "INSUFFICIENT_VRAM",
+                f"{gguf.path} on {device.name}: weights of {weights} bytes and a KV cache of {kv} do not fit into "
+                f"{available} bytes: take a smaller model, a smaller --kv-cache-size-mb or another device",
+                weights + kv,
+                available,
+            )
+
+    def _engine_options(self, model: Model) -> EngineOptions:
+        options = self._options
+        return EngineOptions(
+            max_batch=options.max_batch, cache_tokens=self._cache_tokens(model), on_shortage=options.on_shortage
+        )
+
+    def _cache_tokens(self, model: Model) -> int | None:
+        """Positions of the KV cache; None leaves it to the engine, on the CPU."""
+        if self._options.kv_cache_size_mb is not None:
+            item_bytes = np.dtype(model.ops.numerics.kv_dtype).itemsize
+            n_tokens = (self._options.kv_cache_size_mb << 20) // token_bytes(model.config, item_bytes)
+        elif model.device.name.startswith("cuda"):
+            free = int(model.device.xp.cuda.runtime.memGetInfo()[0])
+            wanted = self._options.max_batch * KVCache.blocks_for(model.n_ctx) * BLOCK_SIZE
+            room = int(free * (1 - WORKSPACE_SHARE)) // token_bytes(model.config, GPU_KV_ITEM_BYTES)
+            n_tokens = min(wanted, room)
+        else:
+            return None
+        if n_tokens < BLOCK_SIZE:
+            raise StartFailed(
+                "INSUFFICIENT_VRAM", f"the KV cache would have room for {n_tokens} tokens; a block takes {BLOCK_SIZE}"
+            )
+        return n_tokens // BLOCK_SIZE * BLOCK_SIZE
+
+    def _progress(self, bar: Any) -> Callable[[int, int], None]:
+        """Logs the quarters, and moves a bar on a terminal."""
+        left = [0, 25, 50, 75, 100]
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            while left and done * 100 >= left[0] * total:
+                self._log("model_load_progress", percent=left.pop(0))
+
+        progress(0, 1)
+        return progress
+
+
+def token_bytes(config: ModelConfig, item_bytes: int) -> int:
+    """Bytes of the KV cache for one position, in all layers."""
+    return 2 * config.n_layer * config.n_head_kv * config.head_dim * item_bytes
+
+
+def _bar(shown: bool) -> Any:
+    return tqdm(desc="loading", unit="B", unit_scale=True, disable=not shown, leave=False, file=sys.stderr)
+
+
+def failure_of(error: BaseException) -> StartFailed:
+    """Any error of a start-up as the one that is logged."""
+    if isinstance(error, StartFailed):
+        return error
+    if isinstance(error, RequestError):
+        return StartFailed("INVALID_REQUEST", str(error))
+    code = "CUDA_ERROR" if "CUDA" in type(error).__name__ else "INTERNAL"
+    return StartFailed(code, f"{type(error).__name__}: {error}")

@@ -1,0 +1,208 @@
+"""The worker's jobs: who may come in, how each ends, and when the last has gone. All of it in the event loop's thread.
+
+However a job ends (last token, error, cancel, disconnect, deadline, shutdown), its client gets exactly one last event,
+at once; the engine is told to drop it, and what it still says of a job that has ended is not heard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+from refengine.engine.generation import Token
+from refengine.engine.sampling import choose_seed
+from refengine.errors import RefengineError
+from refengine.worker.engine_thread import EngineThread, Started
+from refengine.worker.faults import Fault, fault_of
+from refengine.worker.jobs import Ended, Job, Taken
+from refengine.worker.log import Log, now_rfc3339, prompt_facts
+from refengine.worker.metrics import Metrics
+from refengine.worker.options import WorkerOptions
+from refengine.worker.requests import ExecuteRequest, deadline_seconds
+
+OUTCOME_OF = {"CANCELLED": "cancelled", "INFERENCE_TIMEOUT": "timeout", "INVALID_REQUEST": "refused"}
+
+
+class Worker:
+    def __init__(
+        self, options: WorkerOptions, started: Started, metrics: Metrics, engine: EngineThread, log: Log
+    ) -> None:
+        self.options, self.state, self.metrics, self.log = options, started.state, metrics, log
+        model = started.engine.model
+        self._encode, self._tokenizer = model.prompt_ids, model.tokenizer
+        self._max_tokens_in = options.max_tokens_in or model.n_ctx
+        self._engine = engine
+        engine.listener = self
+        self._jobs: dict[str, Job] = {}
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # a long prompt must not hold up the event loop
+        self.closing = False
+        self.stop_asked = asyncio.Event()
+
+    async def execute(self, request: ExecuteRequest, deadline: str | None) -> Job:
+        """A job that the engine has taken in, its `started` event queued. Raises Fault."""
+        try:
+            job = self._admit(request, deadline)
+        except Fault as e:
+            self.refused(e, request.job_id)
+            raise
+        try:
+            await self._prepare(job, request)
+            await job.taken
+        except Exception as e:
+            fault = fault_of(e)
+            if not isinstance(e, Fault | RefengineError):
+                self.log.failure(e, job_id=job.job_id)
+            self.end(job, fault)
+            raise fault from None
+        return job
+
+    def refused(self, fault: Fault, job_id: str | None = None) -> None:
+        """Count and log a request that never became a job."""
+        self.metrics.requests["refused"].inc()
+        self.log("error", "WARNING", job_id=job_id, code=fault.code, field=fault.field, status=fault.status)
+
+    def _admit(self, request: ExecuteRequest, deadline: str | None) -> Job:
+        options = self.options
+        self.check_open()
+        left = deadline_seconds(deadline, datetime.now(UTC))
+        if request.max_tokens is not None and request.max_tokens > options.max_tokens_out:
+            raise Fault(
+                "INVALID_REQUEST",
+                f"max_tokens: given {request.max_tokens}, allowed 1 to {options.max_tokens_out} on this worker",
+                "max_tokens",
+            )
+        if request.job_id in self._jobs:
+            raise Fault("INVALID_REQUEST", "job_id: a job of this id is alive; ids must differ", "job_id", status=409)
+        if len(self._jobs) >= options.max_batch + options.max_queue:
+            raise Fault("QUEUE_FULL", f"{options.max_batch} requests run and {options.max_queue} wait: come back later")
+        limit = options.inference_timeout_sec
+        job = Job(request.job_id, limit if left is None else min(limit, left))
+        self._jobs[job.job_id] = job
+        self._empty.clear()
+        job.timer = asyncio.get_running_loop().call_later(job.timeout_s, self._time_is_up, job)
+        return job
+
+    async def _prepare(self, job: Job, request: ExecuteRequest) -> None:
+        seed = choose_seed() if request.seed is None else request.seed
+        job.params = request.sampling(seed, self.options.max_tokens_out)
+        job.prompt_facts = prompt_facts(request.prompt)
+        loop = asyncio.get_running_loop()
+        job.ids = await loop.run_in_executor(self._tokenizing, self._encode, request.prompt)
+        if len(job.ids) > self._max_tokens_in:
+            raise Fault(
+                "INVALID_REQUEST",
+                f"prompt: given {len(job.ids)} tokens, allowed 1 to {self._max_tokens_in} on this worker",
+                "prompt",
+            )
+        if job.alive:
+            self._engine.submit(job)
+
+    def on_taken(self, job: Job, taken: Taken) -> None:
+        if not job.alive:
+            return
+        started = {
+            "job_id": job.job_id,
+            "model": self.state.facts.model,
+            "started_at": now_rfc3339(),
+            "seed": job.params.seed,
+            "queue_position": taken.queue_position,
+        }
+        job.emit("started", started)
+        job.taken.set_result(taken)
+        self.log(
+            "execute_start",
+            job_id=job.job_id,
+            **job.prompt_facts,
+            tokens_in=len(job.ids),
+            max_tokens=job.params.max_tokens,
+            queue_position=taken.queue_position,
+            deadline_sec=round(job.timeout_s, 3),
+        )
+
+    def on_tokens(self, job: Job, tokens: list[Token], drawn: float, ended: Ended | None) -> None:
+        if not job.alive:
+            return
+        if tokens and job.first_token is None:
+            self.metrics.first_token_ms.observe((drawn - job.arrived) * 1000)
+        for token in tokens:
+            job.emit_token(token, drawn, self._tokenizer)
+        if ended is None:
+            return
+        if ended.fault is not None:
+            self.end(job, ended.fault)
+            return
+        end = {
+            "tokens_out": job.tokens_out,
+            "decode_time_ms": job.decode_time_ms,
+            "stop_reason": ended.stop_reason,
+            "first_token_ms": job.first_token_ms,
+            "tokens_in": len(job.ids),
+            "prefix_tokens_reused": ended.prefix_tokens_reused,
+        }
+        job.emit("end", end)
+        self._close(job, str(ended.stop_reason))
+
+    def end(self, job: Job, fault: Fault, outcome: str | None = None) -> None:
+        """End a job with an error. Harmless for one that has ended."""
+        if not job.alive:
+            return
+        if job.taken.done():
+            job.emit("error", fault.event())
+        else:
+            job.taken.set_exception(fault)
+            job.taken.exception()  # whoever waits gets it; if nobody does, nobody is to be warned
+        self._engine.cancel(job)
+        self._close(job, outcome or OUTCOME_OF.get(fault.code, "error"), code=fault.code)
+
+    def cancel(self, job_id: str) -> None:
+        job = self._jobs.get(job_id)
+        if job is not None:
+            self.end(job, Fault("CANCELLED", "the job was cancelled"))
+
+    def disconnected(self, job: Job) -> None:
+        """Nobody reads any more."""
+        self.end(job, Fault("CANCELLED", "the client has gone"), "disconnected")
+
+    def _time_is_up(self, job: Job) -> None:
+        self.end(job, Fault("INFERENCE_TIMEOUT", f"not done after the {job.timeout_s:.3f} s it was given"))
+
+    def _close(self, job: Job, outcome: str, **fields: Any) -> None:
+        job.close(outcome)
+        self._jobs.pop(job.job_id, None)
+        self.metrics.requests[outcome].inc()
+        self.metrics.duration_ms.observe((time.perf_counter() - job.arrived) * 1000)
+        self.log(
+            "execute_end",
+            job_id=job.job_id,
+            outcome=outcome,
+            **fields,
+            vram_bytes=self.state.vram_bytes_used,
+            tokens_in=len(job.ids),
+            tokens_out=job.tokens_out,
+            first_token_ms=job.first_token_ms,
+            decode_time_ms=job.decode_time_ms,
+        )
+        if not self._jobs:
+            self._empty.set()
+
+    def check_open(self) -> None:
+        """Raises Fault once the worker is closing."""
+        if self.closing:
+            raise Fault("SHUTTING_DOWN", "this worker is shutting down: ask another")
+
+    async def finish(self, grace_s: float) -> int:
+        """Take nothing new in; the jobs that live finish, or are cut after `grace_s`. How many were cut."""
+        self.closing = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), grace_s)
+        cut = list(self._jobs.values())
+        for job in cut:
+            self.end(job, Fault("CANCELLED", "the worker is shutting down"))
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        return len(cut)
