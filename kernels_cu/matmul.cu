@@ -18,7 +18,8 @@
 // rows8_*:  up to 8 rows a block of threads: grid x any number, block b takes tiles b, b + grid, … of 16 outputs; y groups
 //           of 8 rows; each warp takes every n_warps-th segment, asking for the next weights before it multiplies; one warp
 //           adds the segments of a tile in order. For few rows: all of the time is reading the weights. Dynamic shared
-//           memory: 1024 bytes a segment. May be launched to overlap with the kernel before it.
+//           memory: 1024 bytes a segment. May be launched to overlap with the kernel before it. Precondition: y has fewer
+//           than 2^32 elements.
 // rows64_*: 64 rows a warp: grid x groups of n_warps tiles, y groups of 64 rows; a warp walks all segments of its tile.
 // Weights are read once for 8 (64) rows.
 //

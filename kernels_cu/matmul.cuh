@@ -110,13 +110,23 @@ __device__ __forceinline__ float scaled_sum(float sum, const Activations& x, con
   float value = __fmul_rn(sum, x.scale[rows.of_x(number)]);
   return bias ? __fadd_rn(value, bias[static_cast<long long>(rows.expert) * n_out + out]) : value;
 }
+// Where in y: of few rows below 2^32, which saves registers.
+template <int N>
+struct Place {
+  typedef unsigned long long Index;
+};
+template <>
+struct Place<1> {
+  typedef uint32_t Index;
+};
 template <int N>
 __device__ __forceinline__ void store(const Activations& x, const Rows& rows, int tile, const MmaD (&total)[N],
                                       const float* bias, const float* residual, float* y, int n_out) {
+  typedef typename Place<N>::Index Index;
 #pragma unroll
   for (int n = 0; n < N; n++)
     for_sums(rows, tile, n, n_out, [&](int i, int number, int out) {
-      long long at = rows.of_y(number) * static_cast<long long>(n_out) + out;
+      Index at = static_cast<Index>(rows.of_y(number)) * n_out + out;
       float value = scaled_sum(total[n].x[i], x, rows, number, bias, out, n_out);
       y[at] = residual ? __fadd_rn(value, residual[at]) : value;
     });

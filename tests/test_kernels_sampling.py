@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refengine.cuda.sampling import checked_tokens, sample_rows
+from refengine.cuda.memory import Layout
+from refengine.cuda.sampling import StepSampler, checked_tokens, sample_rows
 from refengine.engine.sampling import SamplingParams, sample
 from refengine.errors import KernelError, RefengineError
 from refengine.trace import to_numpy
@@ -22,7 +23,46 @@ def drawn(
 ) -> list[int]:
     n = len(logits)
     given = (histories or [[]] * n, seeds or [7] * n, indices or list(range(n)))
-    return checked_tokens(to_numpy(sample_rows(there.xp, there.ops.kernels, there.put(logits), params, *given)))
+    out = to_numpy(sample_rows(there.xp, there.ops.kernels, there.put(logits), params, *given))
+    np.testing.assert_array_equal(stepped(there, logits, params, *given), out)
+    return checked_tokens(out)
+
+
+def stepped(
+    there: OpsThere, logits: np.ndarray, params: Any, histories: Any, seeds: Any, indices: Any, absent: int = 2
+) -> np.ndarray:
+    """What a decode step draws. It leaves the state of its rows ready for the next token, and other rows alone."""
+    n, n_vocab = logits.shape
+    longest = max(map(len, histories)) + 1
+    sampler = StepSampler(there.ops.kernels, n_vocab, longest)
+    sampler.want(layout := Layout(), n + absent)
+    layout.want("ids", n + absent, dtype=np.int32)
+    layout.want("positions", n + absent, dtype=np.int32)
+    b = layout.taken(there.ops.memory.arena("workspace", layout.n_bytes))
+    before = {name: to_numpy(b[name]).copy() for name in ("reals", "whole", "history", "ids", "positions", "drawn")}
+    before["positions"][:] = [*range(n), *[-1] * absent]
+    for i, (p, ids, seed, index) in enumerate(zip(params, histories, seeds, indices, strict=True)):
+        before["reals"][i] = p.temperature, p.top_p, p.min_p, p.repetition_penalty
+        n_history = len(ids) if p.repetition_penalty != 1.0 else 0
+        before["whole"][i] = np.array([p.top_k, seed, index, n_history], np.uint64).view(np.int64)
+        before["history"][i, :n_history] = ids[:n_history]
+    for name, values in before.items():
+        b[name][...] = there.put(values)
+    padded = np.concatenate([logits, np.full((absent, n_vocab), np.nan, np.float32)])
+    sampler.launch(n + absent, there.put(padded), b)
+    after = {name: to_numpy(b[name]) for name in before}
+    for name in before:
+        np.testing.assert_array_equal(after[name][n:], before[name][n:])
+    drawn = after["drawn"][:n]
+    np.testing.assert_array_equal(after["ids"][:n], np.maximum(drawn[:, 0], 0))
+    np.testing.assert_array_equal(after["positions"][:n], np.arange(1, n + 1))
+    np.testing.assert_array_equal(after["whole"][:n, :3], before["whole"][:n, :3] + [0, 0, 1])
+    for i, p in enumerate(params):
+        length = int(before["whole"][i, 3])
+        assert after["whole"][i, 3] == length + (p.repetition_penalty != 1.0)
+        if p.repetition_penalty != 1.0:
+            assert after["history"][i, length] == max(drawn[i, 0], 0)
+    return drawn
 
 
 SETTINGS = [
@@ -58,6 +98,26 @@ def test_tokens_are_those_of_the_host(setting: int, kind: str, there: OpsThere) 
     indices = [int(i) for i in rng.integers(0, 1 << 40, n_rows)]
     expected = [sample(*given) for given in zip(logits, [params] * n_rows, histories, seeds, indices, strict=True)]
     assert drawn(there, logits, [params] * n_rows, histories, seeds, indices) == expected
+
+
+@pytest.mark.parametrize("kind", ["flat", "two values", "close"])
+def test_many_candidates_of_nearly_one_weight(kind: str, there: OpsThere) -> None:
+    """More than a bin of draw.cu lists: it is searched as a row is."""
+    rng = np.random.default_rng(5)
+    n_vocab = 1300
+    logits = np.zeros((len(SETTINGS), n_vocab), np.float32)
+    if kind == "two values":
+        logits[:, rng.permutation(n_vocab)[:600]] = -40.0
+    if kind == "close":
+        logits += rng.integers(0, 5, logits.shape).astype(np.float32) * np.float32(1e-3)
+    params = [SamplingParams(**s) for s in SETTINGS]
+    histories = [rng.integers(0, n_vocab, 30).tolist() for _ in params]
+    indices = list(range(len(params)))
+    expected = [sample(*given) for given in zip(logits, params, histories, indices, indices, strict=True)]
+    assert drawn(there, logits, params, histories, indices, indices) == expected
+    top = [SamplingParams(top_k=int(k)) for k in rng.integers(1, n_vocab + 1, len(params))]
+    expected = [sample(*given) for given in zip(logits, top, histories, indices, indices, strict=True)]
+    assert drawn(there, logits, top, histories, indices, indices) == expected
 
 
 def test_rows_have_settings_of_their_own_and_do_not_know_each_other(there: OpsThere) -> None:

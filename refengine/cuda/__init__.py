@@ -25,10 +25,10 @@ class KernelDevice:
     uploader: Uploader
 
 
-def open_kernels(device: Device, tensors: Iterable[Any]) -> KernelDevice:
+def open_kernels(device: Device, tensors: Iterable[Any], attention_by: str = "flash") -> KernelDevice:
     """tensors: of the file (name, type, shape). Raises DeviceError where they do not fit."""
     memory = DeviceMemory(device.xp)
-    ops = KernelOps(device.xp, Kernels("host" if device.xp is np else "cuda"), memory)
+    ops = KernelOps(device.xp, Kernels("host" if device.xp is np else "cuda"), memory, attention_by)
     matrices, vectors = [], []
     for info in tensors:
         if is_vector(info):

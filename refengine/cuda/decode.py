@@ -18,6 +18,7 @@ from refengine.cuda.fused import FusedOps
 from refengine.cuda.layout import TILE_ROWS
 from refengine.cuda.memory import Layout
 from refengine.cuda.ops import HEAD_DIMS, KernelOps
+from refengine.cuda.sampling import StepSampler
 from refengine.errors import KernelError
 from refengine.kv_cache import KVCache
 
@@ -45,20 +46,12 @@ class DecodeStep:
         self.buckets = (*(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch), max_batch)
         with ops.workspace():
             self._fused = FusedOps(ops, cfg, kv, max_batch, freq_factors(cfg, weights, kv))
-        layout = Layout()
-        self._longest = self._fused.n_positions + 1
-        layout.want("history", max_batch, self._longest, dtype=np.int32)
-        layout.want("reals", max_batch, 4, dtype=np.float64)
-        layout.want("whole", max_batch, 4, dtype=np.int64)
-        layout.want("values", max_batch, cfg.n_vocab, dtype=np.float64)
-        layout.want("weights", max_batch, cfg.n_vocab, dtype=np.uint64)
-        layout.want("drawn", max_batch, 3, dtype=np.int32)
+        self._sampler = StepSampler(ops.kernels, cfg.n_vocab, self._fused.n_positions + 1)
+        self._sampler.want(layout := Layout(), max_batch)
         self._b = layout.taken(ops.memory.arena("workspace", layout.n_bytes))
         fused = self._fused
-        rows = {"ids": fused.ids, "positions": fused.positions, "tables": fused.tables} | {
-            name: self._b[name] for name in ("history", "reals", "whole")
-        }
-        self.state = DecodeState(ops.xp, rows, cfg.n_vocab, fused.n_positions, kv.block_size)
+        self._b |= {"ids": fused.ids, "positions": fused.positions, "tables": fused.tables}
+        self.state = DecodeState(ops.xp, self._b, cfg.n_vocab, fused.n_positions, kv.block_size)
 
     @staticmethod
     def supports(cfg: ModelConfig) -> bool:
@@ -123,15 +116,4 @@ class DecodeStep:
         self._fused.n = bucket
         with np.errstate(all="ignore"):
             logits = self._forward(self._cfg, self._weights, self._fused, trace)
-        self._draw(bucket, logits)
-
-    def _draw(self, n: int, logits: Array) -> None:
-        """`sample_rows`, then the state of every row moves on."""
-        b, kernels = self._b, self._ops.kernels
-        state = self.state.there
-        sizes = [np.int32(self._cfg.n_vocab), np.int32(self._longest)]
-        arguments = [logits, b["reals"], b["whole"], b["history"], b["values"], b["weights"], b["drawn"], *sizes]
-        kernels.launch("sampling", "sample_f32", (n,), 1024 if kernels.place == "cuda" else 64, arguments)
-        arguments = [b["drawn"], b["reals"], state["ids"], state["positions"], b["whole"], b["history"]]
-        arguments += [np.int32(n), np.int32(self._longest)]
-        kernels.launch("sampling", "advance", (1,), 64, arguments, overlap=True)
+        self._sampler.launch(bucket, logits, self._b)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from refengine.cuda import reference
 from refengine.cuda.kernels import Kernels
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.memory import Arena, DeviceMemory, aligned
@@ -59,12 +60,14 @@ class _Prepared:
 class KernelOps:
     """Operations of one device: `cuda`, or `host` for the kernels' build on the CPU.
 
-    xp: numpy for the host, cupy for CUDA. memory: where caches are allocated.
+    xp: numpy for the host, cupy for CUDA. memory: where caches are allocated. attention_by: `flash`, the kernels, or
+    `reference`, array code that writes the score matrix, to compare.
     """
 
-    def __init__(self, xp: Any, kernels: Kernels, memory: DeviceMemory) -> None:
+    def __init__(self, xp: Any, kernels: Kernels, memory: DeviceMemory, attention_by: str = "flash") -> None:
         self.xp, self.kernels, self.memory = xp, kernels, memory
         self.numerics = PROFILES["fast"]
+        self.attention_by = attention_by
         # What the operations of one layer ask for again and again, by the object that it was made from.
         self._prepared: tuple[Any, _Prepared] | None = None
         self._spans: tuple[Any, Any] | None = None
@@ -270,6 +273,10 @@ class KernelOps:
         splits: bool | None = None,
     ) -> Array:
         """As `Ops.attention`; of its probes, only `kqv` exists. splits: cut positions up, or not (None: by size)."""
+        if self.attention_by == "reference":
+            return reference.attention(
+                self.xp, Qcur, k_cache, v_cache, batch, scale=scale, window=window, sinks=sinks, probe=probe
+            )
         n_tokens, n_head, head_dim = Qcur.shape
         _, block_size, n_head_kv, cached_dim = k_cache.values.shape
         if head_dim != cached_dim or n_head % n_head_kv or head_dim % 8 or head_dim > HEAD_DIMS[-1]:
