@@ -33,6 +33,7 @@ def options_of(arguments: argparse.Namespace) -> WorkerOptions:
         max_queue=integer("--max-queue", arguments.max_queue, 0, 100_000),
         on_shortage=arguments.on_shortage,
         residency_check_sec=seconds("--residency-check-sec", arguments.residency_check_sec),
+        shutdown_grace_sec=seconds("--shutdown-grace-sec", arguments.shutdown_grace_sec),
         callback_url=arguments.callback_url,
         api_key=arguments.api_key,
         model=PACKAGED_MODEL if arguments.model is None else Path(arguments.model),

@@ -25,7 +25,6 @@ from refengine.worker.options import WorkerOptions
 from refengine.worker.startup import StartFailed, Startup, failure_of
 from refengine.worker.worker import Worker
 
-GRACE_S = 3.5  # for live jobs at a shutdown; with what follows it stays within 5 s
 LAST_BYTES_S = 1  # for clients to read their last event
 SWITCH_S = 0.001  # between Python threads: the event loop answers soon while the engine's thread computes
 
@@ -88,7 +87,7 @@ async def _live(options: WorkerOptions, log: Log) -> int:
     )
     _call_back(options, worker)
     await _first(stop, worker.stop_asked)
-    n_cut = await worker.finish(GRACE_S)
+    n_cut = await worker.finish(options.shutdown_grace_sec)
     engine.stop()
     server.should_exit = True
     await serving

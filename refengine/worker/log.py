@@ -48,10 +48,9 @@ class Log:
         else:
             head = {"ts": now_rfc3339(), "level": level, "event": event}
             line = json.dumps({**head, **self._common, **fields}, default=str)
-        with self._lock:
-            # Whoever read the log may have gone: serving goes on.
-            with contextlib.suppress(OSError, ValueError):
-                print(line, file=self._stream, flush=True)
+        # Whoever read the log may have gone: serving goes on.
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            print(line, file=self._stream, flush=True)
 
     def failure(self, error: BaseException, **fields: Any) -> None:
         """An unexpected error: its kind and where it happened. Not its message, which may quote a request."""

@@ -34,6 +34,7 @@ class WorkerOptions:
     max_queue: int = 64
     on_shortage: str = "preempt"
     residency_check_sec: float = 60.0
+    shutdown_grace_sec: float = 3.5  # for live jobs; with what follows, a shutdown stays within 5 s
     callback_url: str | None = None
     api_key: str | None = None
 
@@ -57,6 +58,7 @@ class WorkerOptions:
         if self.on_shortage not in ON_SHORTAGE:
             raise RequestError(f"--on-shortage: given {self.on_shortage!r}, allowed {' or '.join(ON_SHORTAGE)}")
         _check_range("--residency-check-sec", self.residency_check_sec, 0.1, 86400)
+        _check_range("--shutdown-grace-sec", self.shutdown_grace_sec, 0, 3600)
         if self.callback_url is not None:
             _check_url(self.callback_url)
         if self.api_key is not None and re.fullmatch(r"[!-~]{8,512}", self.api_key) is None:

@@ -135,7 +135,9 @@ def _fault(error: ValidationError, kind: type[Strict]) -> Fault:
     """The first problem in words: the field, what was given (of text only its length), what is allowed."""
     first = error.errors(include_url=False)[0]
     location, problem = first["loc"], first["msg"]
-    field = "".join(c if c.isprintable() else "?" for c in str(location[0])[:60]) if location else None
+    if not location:
+        return Fault("INVALID_REQUEST", f"the body: a field's name was given that cannot be one; {problem}")
+    field = "".join(c if c.isprintable() else "?" for c in str(location[0])[:60])
     if first["type"] == "extra_forbidden":
         known = ", ".join(kind.model_fields)
         return Fault("INVALID_REQUEST", f"{field}: unknown field, allowed {known}", field)

@@ -25,6 +25,7 @@ from refengine.worker.options import WorkerOptions
 from refengine.worker.requests import ExecuteRequest, deadline_seconds
 
 OUTCOME_OF = {"CANCELLED": "cancelled", "INFERENCE_TIMEOUT": "timeout", "INVALID_REQUEST": "refused"}
+LOGGED_FIELDS = {*ExecuteRequest.model_fields, "X-Deadline"}
 
 
 class Worker:
@@ -65,7 +66,8 @@ class Worker:
     def refused(self, fault: Fault, job_id: str | None = None) -> None:
         """Count and log a request that never became a job."""
         self.metrics.requests["refused"].inc()
-        self.log("error", "WARNING", job_id=job_id, code=fault.code, field=fault.field, status=fault.status)
+        field = fault.field if fault.field in LOGGED_FIELDS else None  # not the name of an unknown one
+        self.log("error", "WARNING", job_id=job_id, code=fault.code, field=field, status=fault.status)
 
     def _admit(self, request: ExecuteRequest, deadline: str | None) -> Job:
         options = self.options

@@ -1,0 +1,117 @@
+"""The worker's other routes: health, metrics, OpenAPI; and answers to what it does not know."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from refengine.worker.faults import STATUS, Fault, fault_of
+from tests.worker_server import HAIKU, Server, serving
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as running:
+        yield running
+
+
+def test_health_has_everything(server: Server) -> None:
+    with server.client() as client:
+        health = client.get("/health").json()
+    assert health.pop("uptime_seconds") >= 0
+    assert health == {
+        "status": "healthy",
+        "reasons": [],
+        "model": "refengine haiku",
+        "resident": False,
+        "quant_kind": "Q4_K_M",
+        "vram_bytes_used": 0,
+        "vram_bytes": {},
+        "tokenizer_kind": "gguf-bpe",
+        "vocab_size": 2048,
+        "context_length": 512,
+        "device": "cpu",
+        "sm": None,
+        "cuda_runtime_version": None,
+        "active_expert_count": None,
+    }
+
+
+def test_metrics_are_all_there_and_labelled(server: Server) -> None:
+    with server.client() as client:
+        response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples = [line for line in response.text.splitlines() if not line.startswith("#")]
+    names = {line.split("{")[0] for line in samples}
+    plain = ("requests_total", "tokens_generated_total", "prompt_tokens_total", "prefix_cache_hits_total")
+    gauges = ("prefix_cache_misses_total", "vram_bytes", "kv_blocks", "batch_size", "queue_depth", "uptime_seconds")
+    histograms = [
+        f"{name}_{part}"
+        for name in ("inference_duration_ms", "first_token_ms", "inter_token_ms")
+        for part in ("bucket", "sum", "count")
+    ]
+    assert names == {f"worker_{name}" for name in (*plain, *gauges, *histograms)}
+    assert all('quant_kind="Q4_K_M"' in line for line in samples)
+    for name, label, values in (
+        ("worker_vram_bytes", "kind", {"weights", "kv", "workspace"}),
+        ("worker_kv_blocks", "state", {"used", "cached", "free"}),
+    ):
+        found = {m[1] for line in samples if line.startswith(name) and (m := re.search(rf'{label}="(\w+)"', line))}
+        assert found == values
+
+
+def test_metrics_count_what_was_done(server: Server) -> None:
+    names = ("worker_tokens_generated_total", "worker_prompt_tokens_total", "worker_first_token_ms_count")
+    more = ("worker_inference_duration_ms_count", "worker_inter_token_ms_count")
+    before = {name: server.metric(name) for name in (*names, *more)}
+    ended = server.metric("worker_requests_total", outcome="eos")
+    end = server.run(**HAIKU)[-1][1]
+    after = {name: server.metric(name) - value for name, value in before.items()}
+    n = end["tokens_out"]
+    assert list(after.values()) == [n, end["tokens_in"], 1, 1, n - 1]
+    assert server.metric("worker_requests_total", outcome="eos") == ended + 1
+
+
+def test_unknown_routes_and_methods(server: Server) -> None:
+    with server.client() as client:
+        for method, path, status in (("GET", "/nothing", 404), ("GET", "/execute", 405), ("POST", "/health", 405)):
+            response = client.request(method, path)
+            assert response.status_code == status
+            assert response.json()["code"] == "INVALID_REQUEST"
+        assert client.post("/load", json={"model": "other.gguf"}).status_code == 404  # one model, for good
+
+
+def test_openapi_describes_the_requests(server: Server) -> None:
+    with server.client() as client:
+        paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) == {"/execute", "/cancel", "/shutdown", "/health", "/metrics"}
+    schema = paths["/execute"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["required"] == ["job_id", "prompt"]
+    assert schema["additionalProperties"] is False
+
+
+def test_codes_have_their_status() -> None:
+    listed = {
+        "INVALID_REQUEST": 400,
+        "MODEL_LOAD_FAILED": 500,
+        "INSUFFICIENT_VRAM": 503,
+        "VRAM_OOM": 500,
+        "CUDA_ERROR": 500,
+        "INFERENCE_TIMEOUT": 504,
+        "CANCELLED": 499,
+        "INTERNAL": 500,
+    }
+    assert listed.items() <= STATUS.items()
+    assert Fault("CANCELLED", "gone\n\x1b[31m").body() == {
+        "code": "CANCELLED",
+        "message": "gone \\x1b[31m",
+        "field": None,
+    }
+
+
+def test_unexpected_errors_tell_no_details() -> None:
+    cuda = type("CUDARuntimeError", (RuntimeError,), {})
+    assert fault_of(cuda("at 0x7f"), on_gpu=True).code == "CUDA_ERROR"
+    assert fault_of(cuda("at 0x7f"), on_gpu=False).code == "INTERNAL"
+    assert fault_of(MemoryError("the prompt")).code == "VRAM_OOM"
+    assert "prompt" not in fault_of(ValueError("the prompt")).message

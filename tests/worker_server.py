@@ -1,0 +1,151 @@
+"""A worker as a process of its own, and a client that reads its events."""
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.cli_runner import ENVIRONMENT, ROOT
+from tools.make_model import write_model
+
+Event = tuple[str, dict[str, Any]]
+HAIKU = {"prompt": "Write a haiku about GPU computing", "max_tokens": 50, "temperature": 0.7, "seed": 42}
+
+# `refengine serve` whose next step raises what a file names: a device that fails in the middle of a step.
+FAULTY = """
+import pathlib, sys
+from refengine import cli, model
+flag, step = pathlib.Path(sys.argv.pop(1)), model.Model.step
+class CUDARuntimeError(RuntimeError): pass
+def faulty(*arguments, **keywords):
+    if flag.exists():
+        kind = flag.read_text()
+        flag.unlink()
+        raise {"memory": MemoryError, "device": CUDARuntimeError, "bug": ZeroDivisionError}[kind]("a secret")
+    return step(*arguments, **keywords)
+model.Model.step = faulty
+sys.exit(cli.main())
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def write_talker(folder: Path) -> Path:
+    """A model of random weights whose answers are long: it hardly ever ends by itself."""
+    path = folder / "talker.gguf"
+    write_model(path, "qwen2", "Q8_0", n_layer=2, n_ctx=4096)
+    return path
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[bytes]
+    url: str
+    log_file: Path
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Every line of the log: all of them are JSON objects."""
+        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines(keepends=False)]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [line for line in self.log if line["event"] == name]
+
+    def client(self, **keywords: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30, **keywords)
+
+    def run(self, **body: Any) -> list[Event]:
+        """All events of a request."""
+        with self.client() as client, self.stream(client, **body) as events:
+            return list(events)
+
+    @contextmanager
+    def stream(self, client: httpx.Client, headers: Any = None, **body: Any) -> Iterator[Iterator[Event]]:
+        """Events of a request while it runs."""
+        request = {"job_id": uuid.uuid4().hex, **body}
+        with client.stream("POST", "/execute", json=request, headers=headers) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            yield parsed(response.iter_lines())
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of the samples of this name that have these labels."""
+        with self.client() as client:
+            lines = client.get("/metrics").text.splitlines()
+        wanted = [f'{k}="{v}"' for k, v in labels.items()]
+        found = [line for line in lines if line.split("{")[0] == name and all(w in line for w in wanted)]
+        assert found, f"no {name} {labels}"
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+    def settled(self) -> None:
+        """Wait until no sequence holds blocks, at most as long as the requirement allows and a busy machine needs."""
+        until(lambda: self.metric("worker_kv_blocks", state="used") == 0)
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(timeout=20)
+
+
+def parsed(lines: Iterator[str]) -> Iterator[Event]:
+    event = ""
+    for line in lines:
+        if line.startswith("event: "):
+            event = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield event, json.loads(line.removeprefix("data: "))
+
+
+def until(true: Any, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        time.sleep(0.01)
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(data["t"] for event, data in events if event == "token")
+
+
+def command(*arguments: object, flag: Path | None = None) -> tuple[list[str], str]:
+    """A command line that serves on a free port, and its URL."""
+    port = free_port()
+    program = ["-m", "refengine"] if flag is None else ["-c", FAULTY, str(flag)]
+    fixed = ["serve", "--worker-id", str(uuid.uuid4()), "--port", str(port)]
+    return [sys.executable, *program, *fixed, *map(str, arguments)], f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def serving(*arguments: object, flag: Path | None = None) -> Iterator[Server]:
+    """A worker that is ready, on the CPU; it is stopped at the end if it still runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        log_file = Path(folder) / "log"
+        line, url = command("--device", "cpu", *arguments, flag=flag)
+        with open(log_file, "wb") as log:
+            process = subprocess.Popen(line, stderr=log, stdout=log, cwd=ROOT, env=ENVIRONMENT)
+        server = Server(process, url, log_file)
+        try:
+            until(lambda: process.poll() is not None or b'"ready"' in log_file.read_bytes(), 30)
+            assert process.poll() is None, log_file.read_text()
+            yield server
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(timeout=20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
