@@ -63,7 +63,7 @@ def generate(arguments: argparse.Namespace) -> None:
     else:
         prompt_ids = model.prompt_ids(ids if text is None else text)
     trace = _tracer(arguments)
-    generation = alone(model, prompt_ids, params, chunk=_chunk(arguments), trace=trace)
+    generation = alone(model, prompt_ids, params, chunk=_chunk(arguments), trace=trace, graphs=not arguments.no_graphs)
     if arguments.echo or (arguments.echo is None and not chat and text is not None):
         write(text if text is not None else ",".join(map(str, prompt_ids)) + ":")
     reason = "interrupted"

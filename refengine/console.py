@@ -69,6 +69,7 @@ def load_model(arguments: argparse.Namespace) -> Model:
             kv_type=arguments.kv_type,
             n_ctx=arguments.ctx,
             cpu_cache_mb=arguments.cpu_cache_mb,
+            attention=getattr(arguments, "attention", "flash"),
             progress=progress,
         )
     reason = f" ({model.device.reason})" if arguments.device in ("auto", "host") else ""

@@ -37,6 +37,7 @@ def load(
     kv_type: str | None = None,
     n_ctx: int | None = None,
     cpu_cache_mb: int | None = None,
+    attention: str = "flash",
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Open a GGUF file (the first part of a split one) and put its tensors on a device.
@@ -48,6 +49,7 @@ def load(
     kv_type:      `f16`, `f32` or `f64` instead of the profile's.
     n_ctx:        longest sequence in tokens (default: the model's context length).
     cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory).
+    attention:    `flash`, or `reference` for array code that writes the score matrix. Kernels only: to compare.
     progress:     called with the bytes done and the bytes in all.
     Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError` or `RequestError`.
     """
@@ -55,6 +57,8 @@ def load(
         raise RequestError(f"n_ctx {n_ctx} is outside 1..{2**31 - 1} tokens")
     if cpu_cache_mb is not None and cpu_cache_mb < 0:
         raise RequestError(f"cpu_cache_mb {cpu_cache_mb} must not be negative")
+    if attention not in ("flash", "reference"):
+        raise RequestError(f"attention {attention!r}: choose flash or reference")
     opened = open_device(device)
     rounding = profile(numerics or ("exact" if opened.name == "cpu" else "fast"), kv_type)
     if opened.name == "host" and not rounding.half_rows:
@@ -68,7 +72,7 @@ def load(
     specs = architecture.tensors(config)
     if rounding.half_rows and opened.name != "cpu":
         check_tensors(gguf, specs)
-        kernels = open_kernels(opened, gguf.tensors.values())
+        kernels = open_kernels(opened, gguf.tensors.values(), attention)
         ops: Any = kernels.ops
         with kernels.memory.workspace():
             weights = load_weights(gguf, specs, config.n_layer, kernels.uploader, progress)

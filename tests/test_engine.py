@@ -1,4 +1,4 @@
-"""The engine: order of service, budgets, shortage, cancellation, forks, prefixes, hooks; on NumPy with a small model."""
+"""The engine: order of service, budgets, shortage, cancellation, forks, prefixes, hooks; on NumPy."""
 
 from typing import Any
 

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from refengine.engine import runner
 from refengine.engine.engine import Engine, EngineOptions
 from refengine.engine.generation import Generation
+from refengine.engine.kernel_runner import KernelRunner
 from refengine.engine.sampling import SamplingParams, sample
 from tests.engine_models import SmallBlocks, logits_alone, one_layer, random_ids
 
@@ -125,8 +125,6 @@ class EngineMachine(RuleBasedStateMachine):
         """On arrays sums depend on the batch: nothing to compare bit for bit."""
 
 
-
-
 def test_blocks_are_accounted_for_at_every_step(tmp_path_factory: pytest.TempPathFactory) -> None:
     class OnArrays(EngineMachine):
         model = SmallBlocks(one_layer(tmp_path_factory.mktemp("machine"), "cpu"), BLOCK)
@@ -160,13 +158,14 @@ def test_on_kernels_every_sequence_is_what_it_is_alone(
     drawn: dict[tuple[int, int], np.ndarray],
 ) -> None:
     alone = one_layer(tmp_path_factory.mktemp("machine"), "host", kind="Q4_0", n_ctx=256)
-    original = runner.draw
+    original = KernelRunner._results
 
-    def spy(row: Any, part: Any) -> Any:
-        drawn[id(part.generation), part.generation.n_generated] = row.copy()
-        return original(row, part)
+    def spy(parts: Any, tokens: Any, logits: Any) -> Any:
+        for part, row in zip(parts, logits, strict=True):
+            drawn[id(part.generation), part.generation.n_generated] = row.copy()
+        return original(parts, tokens, logits)
 
-    monkeypatch.setattr(runner, "draw", spy)
+    monkeypatch.setattr(KernelRunner, "_results", staticmethod(spy))
 
     class OnKernels(EngineMachine):
         model = alone

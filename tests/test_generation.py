@@ -33,6 +33,7 @@ class ScriptedModel:
     def __init__(self, tokenizer: Tokenizer | None, script: SequenceOf[int], n_ctx: int = 64) -> None:
         self.tokenizer: Any = tokenizer
         self.config = SimpleNamespace(n_vocab=320)
+        self.ops = None
         self.n_ctx = n_ctx
         self.script = [self._end() if i == EOS else i for i in script]
         self.fed: list[list[int]] = []

@@ -18,13 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from refengine.cuda import KernelOps
 from refengine.engine.generation import Generation, Token
 from refengine.engine.hooks import MetricsHook, StepFacts
+from refengine.engine.kernel_runner import KernelRunner
 from refengine.engine.runner import ArrayRunner, Drawn, Runner
 from refengine.engine.sampling import SamplingParams
 from refengine.engine.scheduler import Part, Scheduler
 from refengine.errors import RefengineError, RequestError
 from refengine.kv_cache import KVCache
+from refengine.kv_cache import Sequence as CacheSequence
 from refengine.prefix_cache import PrefixCache
 from refengine.trace import Tracer, no_trace
 
@@ -41,6 +44,7 @@ class EngineOptions:
                      DEFAULT_CACHE_TOKENS, at least one sequence's).
     prefix_cache:    keep full blocks for prompts that begin alike.
     on_shortage:     `preempt` computes the youngest sequence again later; `fail` ends the one that finds no block.
+    graphs:          on a GPU, capture the decode step once for each bucket of rows and replay it.
     """
 
     max_batch: int = 8
@@ -49,6 +53,7 @@ class EngineOptions:
     prefix_cache: bool = True
     batching: bool = True
     on_shortage: str = "preempt"
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         for name, low, high in (("max_batch", 1, 1024), ("max_step_tokens", 1, 1 << 20)):
@@ -83,11 +88,22 @@ class Engine:
         self.scheduler = Scheduler(
             self.cache, self.prefix, max_batch, self.options.max_step_tokens, self.options.on_shortage == "preempt"
         )
-        self.runner: Runner = ArrayRunner(model, self.cache, trace)
+        self.runner: Runner
+        if isinstance(model.ops, KernelOps) and trace is no_trace:
+            self.runner = KernelRunner(model, self.cache, max_batch, self.options.graphs)
+        else:
+            self.runner = ArrayRunner(model, self.cache, trace)
 
     def warm_up(self) -> None:
-        """Compile and allocate what the first request would wait for."""
+        """Compile and allocate what the first requests would wait for: the longest part of a prompt, every bucket."""
         self.runner.warm_up()
+        if isinstance(self.model.ops, KernelOps):
+            room = self.cache.pool.n_blocks * self.cache.block_size
+            n = min(self.options.max_step_tokens, self.model.n_ctx - 1, room)
+            sequence = CacheSequence()
+            self.model.step([(sequence, [0] * n)], self.cache, [n - 1])
+            self.cache.free(sequence)
+            self.model.ops.memory.settle()
 
     @property
     def idle(self) -> bool:
@@ -260,9 +276,12 @@ def alone(
     *,
     chunk: int = 512,
     trace: Tracer = no_trace,
+    graphs: bool = True,
 ) -> Generation:
     """One sequence on an engine of its own, whose cache is just large enough. Raises as `Engine.start`."""
     params = params or SamplingParams()
     n_tokens = len(ids) + checked_limit(model, ids, params)
-    options = EngineOptions(max_batch=1, max_step_tokens=chunk, cache_tokens=n_tokens, prefix_cache=False)
-    return Engine(model, options, trace=trace).start(ids, params)
+    options = EngineOptions(1, chunk, n_tokens, prefix_cache=False, graphs=graphs)
+    engine = Engine(model, options, trace=trace)
+    engine.runner.warm_up()
+    return engine.start(ids, params)

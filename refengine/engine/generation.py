@@ -119,5 +119,3 @@ class Generation(Iterator[Token]):
 
     def _reason(self, reason: str) -> str:
         return "stop" if self._stops.stopped else reason
-
-
