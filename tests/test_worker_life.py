@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.worker_server import Event, Server, free_port, serving, text_of, until, write_talker
+from tests.worker_server import FAULTY, Event, Server, free_port, serving, text_of, until, write_talker
 
 LONG = {"prompt": "go on", "seed": 5, "temperature": 1.0}
 SHORT = {**LONG, "max_tokens": 5}
@@ -34,7 +34,7 @@ def flag(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(talker: Path, flag: Path) -> Iterator[Server]:
     """One request runs, two wait."""
-    with serving("--model", talker, "--max-batch", 1, "--max-queue", 2, flag=flag) as running:
+    with serving("--model", talker, "--max-batch", 1, "--max-queue", 2, script=(FAULTY, flag)) as running:
         yield running
 
 

@@ -51,6 +51,22 @@ def write_talker(folder: Path) -> Path:
     return path
 
 
+# `refengine serve` whose model says a text, byte by byte: each byte is a token of the small byte-level vocabulary.
+SCRIPTED = """
+import sys
+from refengine import cli, model
+said, step = sys.argv.pop(1).encode(), model.Model.step
+def scripted(self, parts, *arguments, **keywords):
+    logits = step(self, parts, *arguments, **keywords)
+    for row, (sequence, _) in zip(logits, parts):
+        row[:] = 0
+        row[said[(sequence.length - 1) % len(said)]] = 100
+    return logits
+model.Model.step = scripted
+sys.exit(cli.main())
+"""
+
+
 @dataclass
 class Server:
     process: subprocess.Popen[bytes]
@@ -120,20 +136,20 @@ def text_of(events: list[Event]) -> str:
     return "".join(data["t"] for event, data in events if event == "token")
 
 
-def command(*arguments: object, flag: Path | None = None) -> tuple[list[str], str]:
-    """A command line that serves on a free port, and its URL."""
+def command(*arguments: object, script: tuple[str, object] | None = None) -> tuple[list[str], str]:
+    """A command line that serves on a free port, and its URL. script: a program in place of refengine, its argument."""
     port = free_port()
-    program = ["-m", "refengine"] if flag is None else ["-c", FAULTY, str(flag)]
+    program = ["-m", "refengine"] if script is None else ["-c", script[0], str(script[1])]
     fixed = ["serve", "--worker-id", str(uuid.uuid4()), "--port", str(port)]
     return [sys.executable, *program, *fixed, *map(str, arguments)], f"http://127.0.0.1:{port}"
 
 
 @contextmanager
-def serving(*arguments: object, flag: Path | None = None) -> Iterator[Server]:
-    """A worker that is ready, on the CPU; it is stopped at the end if it still runs."""
+def serving(*arguments: object, script: tuple[str, object] | None = None, device: str = "cpu") -> Iterator[Server]:
+    """A worker that is ready; it is stopped at the end if it still runs."""
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log"
-        line, url = command("--device", "cpu", *arguments, flag=flag)
+        line, url = command("--device", device, *arguments, script=script)
         with open(log_file, "wb") as log:
             process = subprocess.Popen(line, stderr=log, stdout=log, cwd=ROOT, env=ENVIRONMENT)
         server = Server(process, url, log_file)
