@@ -10,7 +10,7 @@
 //
 // Norms: x (n_rows, n) float32; weight, bias (n,); y (n_rows, n) float32 or null; out, scale, sums as in activations.cu, or
 // out null. Grid: x rows; block: 256 threads; dynamic shared memory: 4 n bytes. Reads a row once, writes 2 (6) bytes each.
-// rope_append: rows of q are q_stride floats apart, those of k and v kv_stride. q_norm, k_norm (head_dim,). cos, sin
+// rope_append: rows of q, k and v are q_stride, k_stride and v_stride floats apart. q_norm, k_norm (head_dim,). cos, sin
 // (n_positions, half) float32, by position (ops.rope.rope_angles). positions (n_rows,) int32: below zero, there is no such
 // row, and nothing is written. tables (n_rows, table_stride): blocks of the cache. q_out (n_rows, n_head, head_dim).
 // Grid: x rows, y heads of Q, K and V one after another; block: 32 threads. Precondition: head_dim at most 128.
@@ -68,8 +68,8 @@ __device__ __forceinline__ void norm_head(float* row, const float* weight, int n
 extern "C" __global__ void __launch_bounds__(32)
     rope_append(const float* q, const float* k, const float* v, const float* q_norm, const float* k_norm, const float* cos,
                 const float* sin, const int* positions, const int* tables, float* q_out, f16* k_cache, f16* v_cache,
-                unsigned char* k_exponents, unsigned char* v_exponents, int q_stride, int kv_stride, int n_head,
-                int n_head_kv, int head_dim, int half, int neox, int block_size, int table_stride, float eps,
+                unsigned char* k_exponents, unsigned char* v_exponents, int q_stride, int k_stride, int v_stride,
+                int n_head, int n_head_kv, int head_dim, int half, int neox, int block_size, int table_stride, float eps,
                 float q_factor) {
   __shared__ float row[MOST_HEAD_DIM];
   let_next_begin();
@@ -79,8 +79,8 @@ extern "C" __global__ void __launch_bounds__(32)
   int head = blockIdx.y;
   bool of_q = head < n_head, of_k = !of_q && head < n_head + n_head_kv;
   if (!of_q) head -= of_k ? n_head : n_head + n_head_kv;
-  const float* from = (of_q ? q : of_k ? k : v) + static_cast<long long>(token) * (of_q ? q_stride : kv_stride) +
-                      head * head_dim;
+  const float* from = of_q ? q : of_k ? k : v;
+  from += static_cast<long long>(token) * (of_q ? q_stride : of_k ? k_stride : v_stride) + head * head_dim;
   for (int i = lane; i < head_dim; i += 32) row[i] = from[i];
   const float* weight = of_q ? q_norm : of_k ? k_norm : nullptr;
   if (weight) norm_head(row, weight, head_dim, eps);

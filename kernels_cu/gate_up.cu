@@ -14,8 +14,7 @@ template <class Q>
 __device__ __forceinline__ void gate_up(const Planes& gate, const Planes& up, const Activations& x, const int* groups,
                                         const int* x_rows, const int* y_rows, int n_rows, const float* gate_bias,
                                         const float* up_bias, float* y, int n_out, int clamped) {
-  const Planes both[2] = {gate, up};
-  rows8<Q, 2>(both, x, groups, x_rows, y_rows, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[2]) {
+  rows8<Q>(SideBySide<2>{{gate, up}}, x, groups, x_rows, y_rows, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[2]) {
     for_sums(rows, tile, 0, n_out, [&](int i, int number, int out) {
       float g = scaled_sum(total[0].x[i], x, rows, number, gate_bias, out, n_out);
       float u = scaled_sum(total[1].x[i], x, rows, number, up_bias, out, n_out);
@@ -27,8 +26,7 @@ __device__ __forceinline__ void gate_up(const Planes& gate, const Planes& up, co
 template <class Q>
 __device__ __forceinline__ void up_gelu(const Planes& up, const Activations& x, int n_rows, const float* up_bias, float* y,
                                         int n_out) {
-  const Planes one[1] = {up};
-  rows8<Q, 1>(one, x, nullptr, nullptr, nullptr, n_rows, n_out,
+  rows8<Q>(SideBySide<1>{{up}}, x, nullptr, nullptr, nullptr, n_rows, n_out,
               [&](const Rows& rows, int tile, const MmaD (&total)[1]) {
                 for_sums(rows, tile, 0, n_out, [&](int i, int number, int out) {
                   y[rows.of_y(number) * static_cast<long long>(n_out) + out] =

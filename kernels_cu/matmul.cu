@@ -33,8 +33,7 @@ template <class Q>
 __device__ __forceinline__ void one_of_rows8(const Planes& w, const Activations& x, const int* groups, const int* x_rows,
                                              const int* y_rows, int n_rows, const float* bias,
                                              const float* residual, float* y, int n_out) {
-  const Planes one[1] = {w};
-  rows8<Q, 1>(one, x, groups, x_rows, y_rows, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[1]) {
+  rows8<Q>(SideBySide<1>{{w}}, x, groups, x_rows, y_rows, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[1]) {
     store<1>(x, rows, tile, total, bias, residual, y, n_out);
   });
 }

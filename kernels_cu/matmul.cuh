@@ -1,4 +1,4 @@
-// How products are formed: what matmul.cu and gate_up.cu share. The order of additions is told in matmul.cu.
+// How products are formed: what matmul.cu, gate_up.cu and qkv.cu share. The order of additions is told in matmul.cu.
 
 struct Activations {
   const f16* x;
@@ -175,31 +175,56 @@ __device__ __forceinline__ void segment8(const Segment<Q>& now, const Segment<Q>
   }
 }
 
-// M matrices of one shape, a block of threads having the same tile of each: finish(number of the row, its sums …) is called
-// for every lane of one warp with M sums of 16 x 8.
-template <class Q, int M, class Finish>
-__device__ __forceinline__ void rows8(const Planes (&w)[M], const Activations& x, const int* groups, const int* x_rows,
+// Which planes a tile has: of M matrices of one shape, item by item.
+template <int M>
+struct SideBySide {
+  Planes w[M];
+  static constexpr int N = M;  // sums of a tile
+  __device__ __forceinline__ Planes of(int item, int) const {
+    const Planes &a = w[0], &b = w[M - 1];
+    bool first = M == 1 || item < a.n_segments;
+    return Planes{first ? a.low : b.low, first ? a.high : b.high, first ? a.scales : b.scales, first ? a.d : b.d,
+                  a.n_blocks, a.n_segments};
+  }
+  __device__ __forceinline__ int within(int tile) const { return tile; }
+};
+// Of up to three matrices with rows of one length, one under another: the second begins at tile `second`, the third at
+// `third`.
+struct Stacked {
+  Planes w[3];
+  int second, third;
+  static constexpr int N = 1;
+  __device__ __forceinline__ Planes of(int, int tile) const {
+    int i = (tile >= second) + (tile >= third);
+    return Planes{i == 0 ? w[0].low : i == 1 ? w[1].low : w[2].low, i == 0 ? w[0].high : i == 1 ? w[1].high : w[2].high,
+                  i == 0 ? w[0].scales : i == 1 ? w[1].scales : w[2].scales, i == 0 ? w[0].d : i == 1 ? w[1].d : w[2].d,
+                  w[0].n_blocks, w[0].n_segments};
+  }
+  __device__ __forceinline__ int within(int tile) const {
+    return tile - (tile >= third ? third : tile >= second ? second : 0);
+  }
+};
+
+// Products of a block of threads' tiles: finish(rows, tile, sums) is called for every lane of one warp with the tile's N
+// sums of 16 x 8.
+template <class Q, class W, class Finish>
+__device__ __forceinline__ void rows8(const W& w, const Activations& x, const int* groups, const int* x_rows,
                                       const int* y_rows, int n_rows, int n_out, const Finish& finish) {
+  constexpr int M = W::N;
   DYNAMIC_SHARED(float, partial);  // (2, M * n_segments, 4, 32): of one tile, and of the one before it
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_tiles = (n_out + 15) / 16;
-  int n_blocks = w[0].n_blocks, n_segments = w[0].n_segments, n_items = M * n_segments;
+  int n_blocks = w.w[0].n_blocks, n_segments = w.w[0].n_segments, n_items = M * n_segments;
   long long first_tile = 0;  // of the expert
   Segment<Q> now, following;
   typename Q::Words words[Q::AHEAD] = {};
-  auto matrix_of = [&](int item) {
-    const Planes &a = w[0], &b = w[M - 1];
-    bool first = M == 1 || item < n_segments;
-    return Planes{first ? a.low : b.low, first ? a.high : b.high, first ? a.scales : b.scales, first ? a.d : b.d,
-                  n_blocks, n_segments};
-  };
   auto segment_of = [&](int item) { return M == 1 || item < n_segments ? item : item - n_segments; };
   auto begin = [&] {
     if (warp >= n_items) return;
-    now.place(matrix_of(warp), first_tile + blockIdx.x, segment_of(warp));
+    now.place(w.of(warp, blockIdx.x), first_tile + w.within(blockIdx.x), segment_of(warp));
 #pragma unroll
     for (int j = 0; j < Q::AHEAD; j++)
       if (j < now.left) words[j] = Q::load(now.at, j);
-    now.load_scales(matrix_of(warp), first_tile + blockIdx.x, segment_of(warp));
+    now.load_scales(w.of(warp, blockIdx.x), first_tile + w.within(blockIdx.x), segment_of(warp));
   };
   let_next_begin();
   if (!groups) begin();
@@ -227,10 +252,10 @@ __device__ __forceinline__ void rows8(const Planes (&w)[M], const Activations& x
       // After the last segment of a tile comes the first of the next.
       bool last = item + n_warps >= n_items;
       int next_tile = last ? tile + gridDim.x : tile, next_item = last ? warp : item + n_warps;
-      following.place(matrix_of(next_item), first_tile + next_tile, segment_of(next_item));
+      following.place(w.of(next_item, next_tile), first_tile + w.within(next_tile), segment_of(next_item));
       if (next_tile >= n_tiles) following.left = 0;
       following.columns = row + segment_of(next_item) * SEGMENT * 32;
-      following.load_scales(matrix_of(next_item), first_tile + next_tile, segment_of(next_item));
+      following.load_scales(w.of(next_item, next_tile), first_tile + w.within(next_tile), segment_of(next_item));
       MmaD sums[1] = {};
       if (now.left >= SEGMENT)
         segment8<Q, true>(now, following, words, columns, sums[0]);

@@ -10,6 +10,7 @@ from refengine.config import ModelConfig, RopeConfig
 from refengine.cuda import fused
 from refengine.cuda.fused import FusedOps
 from refengine.cuda.layout import PackedMatrix
+from refengine.cuda.step_buffers import QKV, Rows
 from refengine.kv_cache import Sequence
 from refengine.trace import to_numpy
 from tests.kernel_ops import OpsThere
@@ -111,20 +112,21 @@ def test_rope_append_and_attention(
     q, k, v = (random(n + 1, heads, head_dim, seed=i) for i, heads in enumerate((n_head, n_head_kv, n_head_kv)))
     k[1] *= 1e6
     parts = [there.put(np.ascontiguousarray(part).reshape(-1)) for part in (q, k, v)]
+    strides = (cfg.n_embd_q, cfg.n_embd_kv, cfg.n_embd_kv)
     if options.get("fused"):
         whole = there.put(np.concatenate([part.reshape(n + 1, -1) for part in (q, k, v)], axis=1).reshape(-1))
         parts = [whole, whole[cfg.n_embd_q :], whole[cfg.n_embd_q + cfg.n_embd_kv :]]
+        strides = (sum(strides),) * 3
     norms = [random(head_dim, seed=8), random(head_dim, seed=9)] if options.get("norms") else [None, None]
     sinks = random(n_head, seed=7) if options.get("sinks") else None
     q_factor = options.get("q_factor", 1.0)
     heads = ops.attention(
         0,
-        (parts[0], parts[1], parts[2]),
+        QKV((parts[0], parts[1], parts[2]), strides),
         scale=0.125,
         neox=options.get("neox", True),
         norms=(there.put(norms[0]), there.put(norms[1])),
         q_factor=q_factor,
-        fused=options.get("fused", False),
         window=window,
         sinks=there.put(sinks),
     )
@@ -158,7 +160,7 @@ def test_experts_of_rows_that_are_there(there: OpsThere) -> None:
     ops.positions[...] = there.put(positions)
     x, w, bias = random(9, 96), random(6, 96, seed=2), random(6, seed=3)
     router = PackedMatrix("router", GGMLQuantizationType.F32, (6, 96), {"low": there.put(w.reshape(-1).view(np.uint8))})
-    rows = fused.Rows(9, there.put(x), None, None, None)
+    rows = Rows(9, there.put(x), None, None, None)
     experts, shares = ops.route(rows, router, there.put(bias))
     active = positions >= 0
     scores = to_numpy(there.ops.linear(there.put(x), router, there.put(bias)))

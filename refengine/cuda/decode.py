@@ -17,7 +17,7 @@ from refengine.cuda.decode_state import DecodeRow, DecodeState
 from refengine.cuda.fused import FusedOps
 from refengine.cuda.layout import TILE_ROWS
 from refengine.cuda.memory import Layout
-from refengine.cuda.ops import HEAD_DIMS, KernelOps
+from refengine.cuda.ops import HEAD_DIMS, TILE, KernelOps
 from refengine.cuda.sampling import StepSampler
 from refengine.errors import KernelError
 from refengine.kv_cache import KVCache
@@ -39,6 +39,8 @@ class DecodeStep:
     ) -> None:
         if not self.supports(cfg) or max_batch < 1:
             raise KernelError(f"no fused step for {max_batch} sequences of {cfg.arch} with heads of {cfg.head_dim}")
+        if kv.block_size % TILE:
+            raise KernelError(f"decode: blocks of {kv.block_size} positions are no multiple of {TILE}")
         self._ops, self._cfg, self._weights = ops, cfg, weights
         self._forward = BY_ARCHITECTURE[cfg.arch]
         self._with_graphs = graphs and ops.xp is not np

@@ -89,7 +89,7 @@ def phi3(cfg: ModelConfig, w: Any, ops: FusedOps, trace: Trace) -> Array:
     for il, layer in enumerate(w.layers):
         attn_norm = ops.rms_norm(x, layer.attn_norm, into=(layer.attn_qkv,))
         wqkv = ops.qkv(attn_norm, layer.attn_qkv)  # (n, n_embd_q + 2 * n_embd_kv)
-        kqv_out = ops.attention(il, wqkv, scale=1.0, q_factor=q_scale, fused=True)  # (n, n_embd_q)
+        kqv_out = ops.attention(il, wqkv, scale=1.0, q_factor=q_scale)  # (n, n_embd_q)
         ffn_inp = ops.projection(kqv_out, layer.attn_output, x)  # (n, n_embd)
         gate, up = halves_of(layer.ffn_up)
         ffn_norm = ops.rms_norm(ffn_inp, layer.ffn_norm, into=(gate, up))
@@ -107,7 +107,7 @@ def gpt2(cfg: ModelConfig, w: Any, ops: FusedOps, trace: Trace) -> Array:
     for il, layer in enumerate(w.layers):
         attn_norm = ops.layer_norm(x, layer.attn_norm, layer.attn_norm_bias, into=(layer.attn_qkv,))
         wqkv_b = ops.qkv(attn_norm, layer.attn_qkv, layer.attn_qkv_bias)  # (n, n_embd_q + 2 * n_embd_kv)
-        kqv_out = ops.attention(il, wqkv_b, scale=scale, fused=True)  # (n, n_embd_q); no RoPE
+        kqv_out = ops.attention(il, wqkv_b, scale=scale)  # (n, n_embd_q); no RoPE
         ffn_inp = ops.projection(kqv_out, layer.attn_output, x, layer.attn_output_bias)  # (n, n_embd)
         ffn_norm = ops.layer_norm(ffn_inp, layer.ffn_norm, layer.ffn_norm_bias, into=(layer.ffn_up,))
         ffn_gelu = ops.gelu(ffn_norm, layer.ffn_up, layer.ffn_up_bias)  # (n, n_ff)

@@ -32,7 +32,7 @@ class DecodeRow:
     key: object
     token: int
     position: int
-    block_table: Sequence[int]
+    block_table: list[int]
     params: Any
     seed: int
     index: int
@@ -65,21 +65,27 @@ class DecodeState:
             self._check(i, row)
         wanted = {name: array.copy() for name, array in self._mirror.items()}
         wanted["positions"][len(rows) :] = NOT_THERE
-        for i, row in enumerate(rows):
-            p = row.params
-            wanted["ids"][i], wanted["positions"][i] = row.token, row.position
-            wanted["reals"][i] = p.temperature, p.top_p, p.min_p, p.repetition_penalty
-            n_history = len(row.history) if p.repetition_penalty != 1.0 else 0
-            wanted["whole"][i] = np.array((p.top_k, row.seed, row.index, n_history), np.uint64).view(np.int64)
-            self._history(i, row, n_history)
-            if self._tables[i] != (table := list(row.block_table)):
-                self._upload("tables", (i, slice(len(table))), np.array(table, np.int32))
-                self._tables[i] = table
-            self._keys[i] = row.key
+        if rows:
+            n, params = len(rows), [row.params for row in rows]
+            lengths = [len(r.history) if r.params.repetition_penalty != 1.0 else 0 for r in rows]
+            wanted["ids"][:n] = [row.token for row in rows]
+            wanted["positions"][:n] = [row.position for row in rows]
+            wanted["reals"][:n] = [(p.temperature, p.top_p, p.min_p, p.repetition_penalty) for p in params]
+            whole = [(r.params.top_k, r.seed, r.index, length) for r, length in zip(rows, lengths, strict=True)]
+            wanted["whole"][:n] = np.array(whole, np.uint64).view(np.int64)
+            for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                self._history(i, row, length)
+                self._table(i, row)
+                self._keys[i] = row.key
         for name, array in wanted.items():
             if not np.array_equal(array, self._mirror[name]):
                 self._upload(name, slice(None), array)
                 self._mirror[name] = array
+
+    def _table(self, i: int, row: DecodeRow) -> None:
+        if self._tables[i] != row.block_table:
+            self._tables[i] = list(row.block_table)
+            self._upload("tables", (i, slice(len(row.block_table))), np.array(self._tables[i], np.int32))
 
     def _check(self, i: int, row: DecodeRow) -> None:
         most = self._n_positions

@@ -9,15 +9,11 @@ cache, and what their other rows hold is of no meaning.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from refengine.config import ModelConfig
-from refengine.cuda.layout import PackedMatrix
-from refengine.cuda.memory import Layout
+from refengine.cuda.layout import TILE_ROWS, PackedMatrix
 from refengine.cuda.ops import (
     ATTENTION_ROWS,
     BUSY,
@@ -25,95 +21,18 @@ from refengine.cuda.ops import (
     HEAD_DIMS,
     MANY_ROWS,
     SPLIT,
-    KernelOps,
     attention_shared,
     float_plane,
     is_float,
     rows8_launch,
 )
-from refengine.kv_cache import KVCache
+from refengine.cuda.step_buffers import QKV, Experts, Rows, StepBuffers
 
 Array = Any
-ANGLES_AT_ONCE = 4096  # positions whose angles are made together, on the host
 
 
-@dataclass(frozen=True)
-class Rows:
-    """n rows as products take them: floats; halves, block sums and scales of activations.cu. None: not made."""
-
-    n: int
-    floats: Array | None
-    halves: Array | None
-    sums: Array | None
-    scale: Array | None
-
-    def prepared(self) -> list[Array | None]:
-        return [self.halves, self.sums, self.scale]
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Which rows go to which experts: see group_experts in moe.cu. pairs: of a row and a rank."""
-
-    groups: Array
-    x_rows: Array
-    pairs: Array
-
-
-class FusedOps:
-    """The operations of a step of up to `max_batch` rows; `n` of them at a time ."""
-
-    def __init__(self, ops: KernelOps, cfg: ModelConfig, kv: KVCache, max_batch: int, factors: Array | None) -> None:
-        """factors: of RoPE's frequencies, as the model file takes them."""
-        self.ops, self.cfg, self.kv, self.n = ops, cfg, kv, max_batch
-        self.n_positions = min(kv.n_ctx, len(kv.k[0].values) * kv.block_size)
-        self.most_splits = -(-self.n_positions // SPLIT)
-        self.table_stride = -(-self.n_positions // kv.block_size)
-        self._arena_of(max_batch)
-        if cfg.rope is not None:
-            for start in range(0, self.n_positions, ANGLES_AT_ONCE):
-                positions = np.arange(start, min(start + ANGLES_AT_ONCE, self.n_positions))
-                cos, sin = ops.rope_angles(positions, cfg.rope, factors)
-                self._b["cos"][start : start + len(positions)] = cos[:, 0]
-                self._b["sin"][start : start + len(positions)] = sin[:, 0]
-
-    def _arena_of(self, n: int) -> None:
-        cfg, want = self.cfg, (layout := Layout()).want
-        n_qkv, n_used = cfg.n_embd_q + 2 * cfg.n_embd_kv, max(cfg.n_expert_used, 1)
-        n_ff = cfg.n_ff_exp if cfg.n_expert else cfg.n_ff
-        if cfg.rope is not None:
-            for name in ("cos", "sin"):
-                want(name, self.n_positions, cfg.rope.n_rot // 2)
-        want("ids", n, dtype=np.int32)
-        want("positions", n, dtype=np.int32)
-        want("tables", n, self.table_stride, dtype=np.int32)
-        for name in ("x", "ffn_inp", "floats"):
-            want(name, n * cfg.n_embd)
-        want("qkv", n * n_qkv)
-        for name in ("q", "heads"):
-            want(name, n * cfg.n_embd_q)
-        want("partial", n, cfg.n_head, self.most_splits, cfg.head_dim + 2)
-        for name in ("gate", "up", "activated"):
-            want(name, n * n_used * n_ff)
-        widest = n * max(cfg.n_embd, cfg.n_embd_q, n_used * n_ff)
-        want("halves", widest, dtype=np.float16)
-        want("sums", -(-widest // 32), dtype=np.uint32)
-        want("scale", n * n_used)
-        if cfg.n_expert:
-            want("scores", n * cfg.n_expert)
-            want("shares", n * n_used)
-            want("down", n * n_used * cfg.n_embd)
-            for name in ("chosen", "x_rows", "pairs"):
-                want(name, n * n_used, dtype=np.int32)
-            want("groups", self._n_groups(n), 3, dtype=np.int32)
-        want("logits", n * cfg.n_vocab)
-        self._b = layout.taken(self.ops.memory.arena("workspace", layout.n_bytes))
-        self.ids, self.positions, self.tables = (self._b[name] for name in ("ids", "positions", "tables"))
-
-    def _rows(self, name: str, width: int, n: int | None = None) -> Array:
-        """A buffer as (n, width)."""
-        n = self.n if n is None else n
-        return self._b[name][: n * width].reshape(n, width)
+class FusedOps(StepBuffers):
+    """The operations of a step."""
 
     # --- Into the layers, norms ---
 
@@ -156,10 +75,6 @@ class FusedOps:
         out = [floats, rows.halves, rows.scale, rows.sums]
         self._launch("fused", kernel, (self.n,), 256, [x, *vectors, *out, np.int32(n), self._eps()], shared=4 * n)
         return rows
-
-    def _halves(self, n: int, width: int, floats: Array | None) -> Rows:
-        halves, sums = self._rows("halves", width, n), self._rows("sums", width // 32, n)
-        return Rows(n, floats, halves, sums, self._b["scale"][:n])
 
     def _given(self, x: Array, w: PackedMatrix) -> Rows:
         """Rows of floats for a product with w."""
@@ -206,20 +121,49 @@ class FusedOps:
             self._launch("matmul", f"rows64_{kind}", grid, 128, arguments, w.name, overlap=False)
         return y
 
-    def qkv(self, x: Rows, w: PackedMatrix, bias: Array | None = None) -> tuple[Array, Array, Array]:
-        """A product whose rows are Q, K and V one after another, and where each of them begins in it."""
+    def qkv(self, x: Rows, w: PackedMatrix, bias: Array | None = None) -> QKV:
+        """A product whose rows are Q, K and V one after another."""
         y = self.linear(x, w, self._rows("qkv", w.shape[0]), bias).reshape(-1)
-        return y, y[self.cfg.n_embd_q :], y[self.cfg.n_embd_q + self.cfg.n_embd_kv :]
+        k_start, v_start = self.cfg.n_embd_q, self.cfg.n_embd_q + self.cfg.n_embd_kv
+        return QKV((y, y[k_start:], y[v_start:]), (w.shape[0],) * 3)
 
-    def q_k_v(
-        self, x: Rows, w: Sequence[PackedMatrix], biases: Sequence[Array | None] = (None, None, None)
-    ) -> tuple[Array, Array, Array]:
-        """Products with three matrices, Q, K and V."""
-        ends = np.cumsum([0, *(self.n * one.shape[0] for one in w)])
-        parts = [self._b["qkv"][start:end] for start, end in pairwise(ends)]
-        for part, one, bias in zip(parts, w, biases, strict=True):
-            self.linear(x, one, part.reshape(self.n, -1), bias)
-        return parts[0], parts[1], parts[2]
+    def q_k_v(self, x: Rows, w: Sequence[PackedMatrix], biases: Sequence[Array | None] = (None, None, None)) -> QKV:
+        """Products with three matrices, Q, K and V; those of one type in one launch where rows are few."""
+        n_outs = [one.shape[0] for one in w]
+        n_together = 3 if w[1].type == w[2].type else 2
+        if (
+            is_float(w[0])
+            or w[0].type != w[1].type
+            or self.n > FEW_ROWS
+            or n_outs[0] % TILE_ROWS
+            or n_outs[1] % TILE_ROWS
+        ):
+            n_together = 0
+        parts, strides, end = [], [], 0
+        if n_together:
+            width, end = sum(n_outs[:n_together]), self.n * sum(n_outs[:n_together])
+            y = self._b["qkv"][:end]
+            self._stacked(x, w[:n_together], biases[:n_together], y, width)
+            parts, strides = [y, y[n_outs[0] :], y[n_outs[0] + n_outs[1] :]][:n_together], [width] * n_together
+        for one, bias in list(zip(w, biases, strict=True))[n_together:]:
+            start, end = end, end + self.n * one.shape[0]
+            parts.append(self._b["qkv"][start:end])
+            strides.append(one.shape[0])
+            self.linear(x, one, parts[-1].reshape(self.n, -1), bias)
+        return QKV((parts[0], parts[1], parts[2]), (strides[0], strides[1], strides[2]))
+
+    def _stacked(
+        self, x: Rows, w: Sequence[PackedMatrix], biases: Sequence[Array | None], y: Array, n_out: int
+    ) -> None:
+        """Products with two or three matrices of one type: rows of y (n, n_out) are what they give in turn."""
+        kind, n_in = w[0].type.name.lower(), w[0].shape[1]
+        missing = 3 - len(w)
+        planes = [plane for one in w for plane in one.arguments()] + [None] * 4 * missing
+        segments = -(-n_in // 256)
+        blocks, warps = self._launch_of_two(kind, -(-n_out // TILE_ROWS), segments, 1)
+        sizes = [np.int32(size) for size in (w[0].shape[0], w[1].shape[0], n_out, n_in, x.n)]
+        arguments = [*planes, *x.prepared(), *biases, *[None] * missing, y, *sizes]
+        self._launch("qkv", f"qkv_{kind}", (blocks, 1), 32 * warps, arguments, w[0].name, 1024 * segments)
 
     def swiglu(self, x: Rows, gate: PackedMatrix, up: PackedMatrix) -> Array:
         """`swiglu` of two products. (n, n_ff)"""
@@ -275,7 +219,7 @@ class FusedOps:
         return y
 
     def _launch_of_two(self, kind: str, tiles: int, items: int, n_groups: int) -> tuple[int, int]:
-        """As rows8_launch; of gate_up.cu's kernels no more than 16 warps fit a multiprocessor, whatever the type."""
+        """As rows8_launch; of gate_up.cu's kernels, and qkv.cu's, 16 warps fit a multiprocessor, whatever the type."""
         as_narrow = kind if kind == "f16" else "q4_0"
         return rows8_launch(as_narrow, tiles, items, n_groups, self.ops.kernels.n_multiprocessors)
 
@@ -295,26 +239,32 @@ class FusedOps:
     def attention(
         self,
         il: int,
-        qkv: tuple[Array, Array, Array],
+        qkv: QKV,
         *,
         scale: float,
         neox: bool = True,
         norms: tuple[Array | None, Array | None] = (None, None),
         q_factor: float = 1.0,
-        fused: bool = False,
         window: int = 0,
         sinks: Array | None = None,
     ) -> Array:
-        """`rms_norm` of heads, RoPE, `kv_append`, `attention`. fused: Q, K, V are parts of one row. (n, n_embd_q)"""
+        """`rms_norm` of heads, RoPE, `kv_append`, `attention`. (n, n_embd_q)"""
         cfg, kv, n = self.cfg, self.kv, self.n
         k, v = kv.k[il], kv.v[il]
         half = 0 if cfg.rope is None else cfg.rope.n_rot // 2
-        n_qkv = cfg.n_embd_q + 2 * cfg.n_embd_kv
-        strides = [n_qkv, n_qkv] if fused else [cfg.n_embd_q, cfg.n_embd_kv]
         q = self._rows("q", cfg.n_embd_q)
         caches = [k.values, v.values, k.exponents, v.exponents]
-        sizes = [*strides, cfg.n_head, cfg.n_head_kv, cfg.head_dim, half, neox, kv.block_size, self.table_stride]
-        arguments = [*qkv, *norms, self._b.get("cos"), self._b.get("sin"), self.positions, self.tables, q, *caches]
+        sizes = [*qkv.strides, cfg.n_head, cfg.n_head_kv, cfg.head_dim, half, neox, kv.block_size, self.table_stride]
+        arguments = [
+            *qkv.parts,
+            *norms,
+            self._b.get("cos"),
+            self._b.get("sin"),
+            self.positions,
+            self.tables,
+            q,
+            *caches,
+        ]
         arguments += [*map(np.int32, sizes), self._eps(), np.float32(q_factor)]
         self._launch("fused", "rope_append", (n, cfg.n_head + 2 * cfg.n_head_kv), 32, arguments)
 
@@ -341,10 +291,6 @@ class FusedOps:
         return self.linear(heads, w, self._rows("ffn_inp", self.cfg.n_embd), bias, x)
 
     # --- Experts ---
-
-    def _n_groups(self, n: int) -> int:
-        pairs = n * self.cfg.n_expert_used
-        return min(pairs, self.cfg.n_expert) + pairs // FEW_ROWS
 
     def route(self, x: Rows, w: PackedMatrix, bias: Array) -> tuple[Experts, Array]:
         """`top_experts`, `take_experts`, `row_soft_max` of a product + bias. Shares: (n, n_expert_used)."""
@@ -374,22 +320,6 @@ class FusedOps:
 
     # --- Launching ---
 
-    def _eps(self) -> np.float32:
-        return np.float32(self.cfg.norm_eps)
-
     def _elements(self, kernel: str, *arrays: Array) -> None:
         n = int(arrays[0].size)
         self._launch("activation", kernel, (-(-n // 256),), 256, [*arrays, np.int64(n)])
-
-    def _launch(
-        self,
-        file: str,
-        kernel: str,
-        grid: Sequence[int],
-        threads: int,
-        arguments: Sequence[Any],
-        what: str = "",
-        shared: int = 0,
-        overlap: bool = True,
-    ) -> None:
-        self.ops.kernels.launch(file, kernel, grid, threads, arguments, shared, overlap, what=what)
