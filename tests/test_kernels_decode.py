@@ -105,7 +105,7 @@ class Decoding:
 
 
 def prompts(model: Model, n: int, seed: int) -> list[list[int]]:
-    lengths = np.random.default_rng(seed).integers(2, 24, n)
+    lengths = np.random.default_rng(seed).integers(2, 14, n)
     return [ids_for(model, int(length), seed=seed + i) for i, length in enumerate(lengths)]
 
 
@@ -141,9 +141,10 @@ def test_other_files_bit_for_bit(name: str, place: str, tiny_model: Any) -> None
     for ids in prompts(model, 2, seed=5):
         decoding.join(ids)
     decoding.step()
-    for ids in prompts(model, 7, seed=9):
-        decoding.join(ids[:1], PARAMS[1])
-    decoding.step()
+    if name.startswith(("llama-q8_0", "gpt-oss", "phi3-q4")):  # more rows than the kernels for few take
+        for ids in prompts(model, 7, seed=9):
+            decoding.join(ids[:1], PARAMS[1])
+        decoding.step()
 
 
 @pytest.mark.parametrize("name", ["llama3-q4_k_m", "gpt-oss-mxfp4_moe"])
@@ -207,7 +208,12 @@ def test_rows_that_are_not_there_change_nothing(place: str, tiny_model: Any) -> 
 def test_nothing_is_allocated_after_the_warm_up(place: str, tiny_model: Any) -> None:
     model = loaded(tiny_model("llama-q4_0"), place)
     progress: list[tuple[int, int]] = []
+    started = model.ops.memory.accounted()["workspace"]
     decoding = Decoding(model, max_batch=3)
+    sizes = {"max_batch": 3, "n_positions": decoding.fused.n_positions, "block_size": decoding.cache.block_size}
+    taken = DecodeStep.bytes_for(model.ops, model.config, **sizes)
+    if place == "host":  # of a GPU, what the prompts' passes keep is accounted for as well
+        assert model.ops.memory.accounted()["workspace"] == started + taken
     decoding.fused.warm_up(lambda done, total: progress.append((done, total)))
     assert progress == [(1, 3), (2, 3), (3, 3)]
     for ids in prompts(model, 2, seed=50):

@@ -19,6 +19,7 @@ from refengine.cuda.layout import TILE_ROWS
 from refengine.cuda.memory import Layout
 from refengine.cuda.ops import HEAD_DIMS, TILE, KernelOps
 from refengine.cuda.sampling import StepSampler
+from refengine.cuda.step_buffers import layout_for
 from refengine.errors import KernelError
 from refengine.kv_cache import KVCache
 
@@ -28,7 +29,8 @@ __all__ = ["DecodeRow", "DecodeStep"]
 
 
 class DecodeStep:
-    """Steps over the sequences of one cache. buckets: the numbers of rows that kernels are launched for.
+    """Steps over the sequences of one cache. buckets: the numbers of rows that kernels are launched for;
+    n_positions: how long a sequence may be.
 
     Buffers are taken here, once, of the purpose `workspace`. Raises DeviceError where they do not fit. What else runs
     on the device must be on the stream that is current when `run` is called, or be waited for.
@@ -48,9 +50,11 @@ class DecodeStep:
         self.buckets = (*(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch), max_batch)
         with ops.workspace():
             self._fused = FusedOps(ops, cfg, kv, max_batch, freq_factors(cfg, weights, kv))
-        self._sampler = StepSampler(ops.kernels, cfg.n_vocab, self._fused.n_positions + 1)
+        self.n_positions = self._fused.n_positions
+        self._sampler = StepSampler(ops.kernels, cfg.n_vocab, self.n_positions + 1)
         self._sampler.want(layout := Layout(), max_batch)
-        self._b = layout.taken(ops.memory.arena("workspace", layout.n_bytes))
+        self._arena = ops.memory.arena("workspace", layout.n_bytes)
+        self._b = layout.taken(self._arena)
         fused = self._fused
         self._b |= {"ids": fused.ids, "positions": fused.positions, "tables": fused.tables}
         self.state = DecodeState(ops.xp, self._b, cfg.n_vocab, fused.n_positions, kv.block_size)
@@ -65,6 +69,13 @@ class DecodeStep:
             and cfg.n_expert_used <= 32
             and (cfg.arch != "phi3" or cfg.n_ff % TILE_ROWS == 0)  # gate and up are halves of one matrix
         )
+
+    @staticmethod
+    def bytes_for(ops: KernelOps, cfg: ModelConfig, *, max_batch: int, n_positions: int, block_size: int) -> int:
+        """Device memory that a step takes; n_positions: the smaller of the context and what the whole cache holds."""
+        of_sampling = Layout()
+        StepSampler(ops.kernels, cfg.n_vocab, n_positions + 1).want(of_sampling, max_batch)
+        return layout_for(cfg, max_batch, n_positions, block_size).n_bytes + of_sampling.n_bytes
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile what a step needs, and capture a graph for every bucket. No sequence is touched.

@@ -26,7 +26,7 @@ from refengine.cuda.ops import (
     is_float,
     rows8_launch,
 )
-from refengine.cuda.step_buffers import QKV, Experts, Rows, StepBuffers
+from refengine.cuda.step_buffers import QKV, Experts, Rows, StepBuffers, n_groups
 
 Array = Any
 
@@ -299,9 +299,9 @@ class FusedOps(StepBuffers):
         chosen, shares = self._rows("chosen", cfg.n_expert_used), self._rows("shares", cfg.n_expert_used)
         sizes = [np.int32(cfg.n_expert), np.int32(cfg.n_expert_used)]
         self._launch("moe", "route_f32", (self.n,), 32, [scores, self.positions, chosen, shares, *sizes])
-        n_groups = self._n_groups(self.n)
-        found = Experts(self._b["groups"][:n_groups], self._b["x_rows"][:n_pairs], self._b["pairs"][:n_pairs])
-        sizes = [np.int32(i) for i in (n_pairs, cfg.n_expert, n_groups, FEW_ROWS, cfg.n_expert_used)]
+        most = n_groups(cfg, self.n)
+        found = Experts(self._b["groups"][:most], self._b["x_rows"][:n_pairs], self._b["pairs"][:n_pairs])
+        sizes = [np.int32(i) for i in (n_pairs, cfg.n_expert, most, FEW_ROWS, cfg.n_expert_used)]
         arguments = [chosen, found.groups, found.x_rows, found.pairs, *sizes]
         self._launch("moe", "group_experts", (1,), 256, arguments, shared=8 * cfg.n_expert)
         return found, shares
