@@ -11,7 +11,7 @@ import pytest
 import refengine
 from refengine.engine.engine import Engine
 from refengine.errors import DeviceError
-from refengine.worker import engine_thread, facts
+from refengine.worker import app, engine_thread, facts
 from refengine.worker.engine_thread import EngineThread, Started
 from refengine.worker.faults import Fault
 from refengine.worker.jobs import Job
@@ -122,5 +122,40 @@ def test_a_start_that_fails_is_the_result() -> None:
         thread = EngineThread(fails, Log("id", "model", "cpu", io.StringIO()), 60)
         with pytest.raises(DeviceError, match="no such device"):
             await thread.started
+
+    asyncio.run(run())
+
+
+class Slow:
+    """A request whose body does not come to its end; a connection that nobody reads from."""
+
+    async def stream(self) -> Any:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async def receive(self) -> Any:
+        await asyncio.sleep(60)
+
+    async def send(self, message: object) -> None:
+        await asyncio.sleep(60)
+
+
+def test_a_body_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_TIMEOUT_S", 0.02)
+    request: Any = Slow()
+    with pytest.raises(Fault, match="was not there within") as caught:
+        asyncio.run(app.read_body(request))
+    assert caught.value.status == 408
+
+
+def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "SEND_TIMEOUT_S", 0.02)
+    left: list[Job] = []
+    worker: Any = SimpleNamespace(disconnected=left.append)
+
+    async def run() -> None:
+        job = Job("j", 10)
+        await app.EventStream(worker, job, app.sse)({"type": "http"}, Slow().receive, Slow().send)
+        assert left == [job]
 
     asyncio.run(run())

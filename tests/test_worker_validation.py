@@ -173,8 +173,8 @@ def test_served_after_all_that(server: Server) -> None:
 
 def test_parse_gives_defaults() -> None:
     request = parse(ExecuteRequest, json.dumps(OK).encode())
-    assert request.sampling(5, 60).max_tokens == 60
-    assert request.sampling(5, 60).logprobs is None
+    assert request.sampling(60).max_tokens == 60
+    assert request.sampling(60).logprobs is None
     assert (request.temperature, request.top_p, request.top_k, request.min_p) == (1.0, 1.0, 0, 0.0)
     assert (request.repetition_penalty, request.stop, request.seed) == (1.0, [], None)
     assert parse(CancelRequest, b'{"job_id": "a"}').job_id == "a"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -11,15 +14,18 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from refengine.errors import RefengineError
 from refengine.worker.faults import Fault, fault_of
-from refengine.worker.jobs import Job
+from refengine.worker.jobs import Event, Job, Wanted
+from refengine.worker.log import prompt_facts
 from refengine.worker.metrics import CONTENT_TYPE
 from refengine.worker.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, parse
 from refengine.worker.worker import Worker
 
 BODY_TIMEOUT_S = 10.0  # for a client to send all of its request
+SEND_TIMEOUT_S = 30.0  # for a client to read what was sent
 OPEN_PATHS = {"/health"}  # answered without a key
 EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
 
@@ -27,10 +33,10 @@ EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Contr
 class EventStream(Response):
     """Sends a job's events as they come. A client that goes away ends its job at once, also while nothing is sent."""
 
-    def __init__(self, worker: Worker, job: Job) -> None:
+    def __init__(self, worker: Worker, job: Job, render: Callable[[Event], str]) -> None:
         super().__init__(None, headers=EVENT_STREAM)
         del self.headers["content-length"]
-        self._worker, self._job = worker, job
+        self._worker, self._job, self._render = worker, job, render
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(_until_gone(receive))
@@ -45,10 +51,27 @@ class EventStream(Response):
             self._worker.disconnected(self._job)  # harmless for a job that has ended
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        while (frames := await self._job.frames()) is not None:
-            await send({"type": "http.response.body", "body": frames.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await _soon(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        while (events := await self._job.events()) is not None:
+            body = "".join(map(self._render, events)).encode()
+            await _soon(send, {"type": "http.response.body", "body": body, "more_body": True})
+        await _soon(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _soon(send: Send, message: Message) -> None:
+    """Raises TimeoutError, an OSError, for a client that has stopped reading."""
+    async with asyncio.timeout(SEND_TIMEOUT_S):
+        await send(message)
+
+
+def sse(event: Event) -> str:
+    """An event as it is sent."""
+    name, data = event
+    return f"event: {name}\ndata: {json_of(data)}\n\n"
+
+
+def json_of(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class KeyGuard:
@@ -85,6 +108,10 @@ def make_app(worker: Worker) -> FastAPI:
     async def on_fault(request: Request, fault: Fault) -> Response:
         return answer(fault)
 
+    @app.exception_handler(RefengineError)
+    async def on_error(request: Request, error: RefengineError) -> Response:
+        return answer(fault_of(error))
+
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
         fault = Fault(
@@ -102,11 +129,14 @@ def make_app(worker: Worker) -> FastAPI:
         """Generate: answers with server-sent events: started, token (many), then end or error."""
         try:
             worker.check_open()
-            wanted = parse(ExecuteRequest, await read_body(request))
+            body = parse(ExecuteRequest, await read_body(request))
         except Fault as e:
             worker.refused(e)
             raise
-        return EventStream(worker, await worker.execute(wanted, request.headers.get("x-deadline")))
+        encode = partial(worker.tokenizer.encode, body.prompt)
+        params = body.sampling(worker.options.max_tokens_out)
+        wanted = Wanted(body.job_id, encode, params, prompt_facts(body.prompt))
+        return EventStream(worker, await worker.execute(wanted, request.headers.get("x-deadline")), sse)
 
     @app.post("/cancel", status_code=202, openapi_extra=_body_of(CancelRequest))
     async def cancel(request: Request) -> dict[str, Any]:

@@ -6,10 +6,9 @@ Lives in the event loop's thread alone; the engine's thread only reads what `sub
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,21 @@ from refengine.engine.generation import Token
 from refengine.engine.sampling import SamplingParams
 from refengine.tokenizer import Tokenizer
 from refengine.worker.faults import Fault
+
+Event = tuple[str, dict[str, Any]]  # its name and data
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a client asks for, whatever the route. encode: gives the prompt's ids; it may take its time.
+
+    params: max_tokens is the worker's limit where the client names none; a seed is drawn where it has none.
+    """
+
+    job_id: str
+    encode: Callable[[], list[int]]
+    params: SamplingParams
+    prompt_facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ class Job:
         self.tokens_out = 0
         self.first_token: float | None = None
         self.last_token = 0.0
-        self._frames: deque[str] = deque()
+        self._events: deque[Event] = deque()
         self._wake = asyncio.Event()
 
     @property
@@ -73,8 +87,7 @@ class Job:
 
     def emit(self, event: str, data: dict[str, Any]) -> None:
         """Queue an event for the client."""
-        text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        self._frames.append(f"event: {event}\ndata: {text}\n\n")
+        self._events.append((event, data))
         self._wake.set()
 
     def emit_token(self, token: Token, drawn: float, tokenizer: Tokenizer | None) -> None:
@@ -92,15 +105,15 @@ class Job:
         self.tokens_out += 1
         self.emit("token", data)
 
-    async def frames(self) -> str | None:
+    async def events(self) -> list[Event] | None:
         """Everything that is ready to be sent, at least one event; None after the last."""
-        while not self._frames:
+        while not self._events:
             if not self.alive:
                 return None
             self._wake.clear()
             await self._wake.wait()
-        ready = "".join(self._frames)
-        self._frames.clear()
+        ready = list(self._events)
+        self._events.clear()
         return ready
 
     def close(self, outcome: str) -> None:

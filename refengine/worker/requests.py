@@ -40,15 +40,15 @@ class ExecuteRequest(Strict):
     seed: Annotated[int | None, Field(ge=0, le=2**64 - 1)] = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
 
-    def sampling(self, seed: int, max_tokens_out: int) -> SamplingParams:
-        """As the engine takes them; seed: the one in use. Raises RequestError."""
+    def sampling(self, max_tokens_out: int) -> SamplingParams:
+        """As the engine takes them. Raises RequestError."""
         return SamplingParams(
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            seed=seed,
+            seed=self.seed,
             max_tokens=max_tokens_out if self.max_tokens is None else self.max_tokens,
             stop=tuple(self.stop),
             logprobs=self.logprobs or None,

@@ -10,16 +10,18 @@ import asyncio
 import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 from refengine.engine.generation import Token
 from refengine.engine.sampling import choose_seed
 from refengine.errors import RefengineError
+from refengine.tokenizer import Tokenizer
 from refengine.worker.engine_thread import EngineThread, Started
 from refengine.worker.faults import Fault, fault_of
-from refengine.worker.jobs import Ended, Job, Taken
-from refengine.worker.log import Log, now_rfc3339, prompt_facts
+from refengine.worker.jobs import Ended, Job, Taken, Wanted
+from refengine.worker.log import Log, now_rfc3339
 from refengine.worker.metrics import Metrics
 from refengine.worker.options import WorkerOptions
 from refengine.worker.requests import ExecuteRequest, deadline_seconds
@@ -34,7 +36,8 @@ class Worker:
     ) -> None:
         self.options, self.state, self.metrics, self.log = options, started.state, metrics, log
         model = started.engine.model
-        self._encode, self._tokenizer = model.prompt_ids, model.tokenizer
+        assert model.tokenizer is not None  # a start-up sees to it
+        self.tokenizer: Tokenizer = model.tokenizer
         self._max_tokens_in = options.max_tokens_in or model.n_ctx
         self._engine = engine
         engine.listener = self
@@ -45,15 +48,15 @@ class Worker:
         self.closing = False
         self.stop_asked = asyncio.Event()
 
-    async def execute(self, request: ExecuteRequest, deadline: str | None) -> Job:
+    async def execute(self, wanted: Wanted, deadline: str | None) -> Job:
         """A job that the engine has taken in, its `started` event queued. Raises Fault."""
         try:
-            job = self._admit(request, deadline)
+            job = self._admit(wanted, deadline)
         except Fault as e:
-            self.refused(e, request.job_id)
+            self.refused(e, wanted.job_id)
             raise
         try:
-            await self._prepare(job, request)
+            await self._prepare(job, wanted)
             await job.taken
         except Exception as e:
             fault = fault_of(e)
@@ -69,33 +72,32 @@ class Worker:
         field = fault.field if fault.field in LOGGED_FIELDS else None  # not the name of an unknown one
         self.log("error", "WARNING", job_id=job_id, code=fault.code, field=field, status=fault.status)
 
-    def _admit(self, request: ExecuteRequest, deadline: str | None) -> Job:
+    def _admit(self, wanted: Wanted, deadline: str | None) -> Job:
         options = self.options
         self.check_open()
         left = deadline_seconds(deadline, datetime.now(UTC))
-        if request.max_tokens is not None and request.max_tokens > options.max_tokens_out:
+        if wanted.params.max_tokens > options.max_tokens_out:
             raise Fault(
                 "INVALID_REQUEST",
-                f"max_tokens: given {request.max_tokens}, allowed 1 to {options.max_tokens_out} on this worker",
+                f"max_tokens: given {wanted.params.max_tokens}, allowed 1 to {options.max_tokens_out} on this worker",
                 "max_tokens",
             )
-        if request.job_id in self._jobs:
+        if wanted.job_id in self._jobs:
             raise Fault("INVALID_REQUEST", "job_id: a job of this id is alive; ids must differ", "job_id", status=409)
         if len(self._jobs) >= options.max_batch + options.max_queue:
             raise Fault("QUEUE_FULL", f"{options.max_batch} requests run and {options.max_queue} wait: come back later")
         limit = options.inference_timeout_sec
-        job = Job(request.job_id, limit if left is None else min(limit, left))
+        job = Job(wanted.job_id, limit if left is None else min(limit, left))
         self._jobs[job.job_id] = job
         self._empty.clear()
         job.timer = asyncio.get_running_loop().call_later(job.timeout_s, self._time_is_up, job)
         return job
 
-    async def _prepare(self, job: Job, request: ExecuteRequest) -> None:
-        seed = choose_seed() if request.seed is None else request.seed
-        job.params = request.sampling(seed, self.options.max_tokens_out)
-        job.prompt_facts = prompt_facts(request.prompt)
-        loop = asyncio.get_running_loop()
-        job.ids = await loop.run_in_executor(self._tokenizing, self._encode, request.prompt)
+    async def _prepare(self, job: Job, wanted: Wanted) -> None:
+        params = wanted.params
+        job.params = params if params.seed is not None else replace(params, seed=choose_seed())
+        job.prompt_facts = wanted.prompt_facts
+        job.ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, wanted.encode)
         if len(job.ids) > self._max_tokens_in:
             raise Fault(
                 "INVALID_REQUEST",
@@ -133,7 +135,7 @@ class Worker:
         if tokens and job.first_token is None:
             self.metrics.first_token_ms.observe((drawn - job.arrived) * 1000)
         for token in tokens:
-            job.emit_token(token, drawn, self._tokenizer)
+            job.emit_token(token, drawn, self.tokenizer)
         if ended is None:
             return
         if ended.fault is not None:
