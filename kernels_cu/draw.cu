@@ -27,7 +27,7 @@ struct Row {
   __device__ __forceinline__ double value(int i) const { return values ? values[i] : static_cast<double>(logits[i]); }
   // Never falls where values fall: every rounding on the way keeps their order. Equal values have one bin.
   __device__ __forceinline__ int bin(int i) const {
-    float d = (top_near - static_cast<float>(value(i))) * per_bin;
+    float near = values ? static_cast<float>(values[i]) : logits[i], d = (top_near - near) * per_bin;
     return d < BINS - 1 ? static_cast<int>(d) : BINS - 1;
   }
   __device__ __forceinline__ u64 weight(int i) const {

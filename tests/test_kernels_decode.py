@@ -224,6 +224,36 @@ def test_nothing_is_allocated_after_the_warm_up(place: str, tiny_model: Any) -> 
     assert (memory.accounted(), 0 if xp is np else xp.get_default_memory_pool().total_bytes()) == before
 
 
+# Launches a layer: of up to 8 rows, of more. Q, K and V of one type are one launch, or V is another.
+LAUNCHES = {
+    "llama3-q4_k_m": (12, 15),
+    "qwen2-q4_k_m": (12, 15),
+    "qwen3-q4_k_m": (12, 15),
+    "phi3-mostly_q4_0": (11, 13),
+    "gpt-oss-mxfp4_moe": (15, 17),
+    "gpt2-q5_1": (11, 12),
+}
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_layer_is_few_launches(name: str, place: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(tiny_model(name), place)
+    decoding = Decoding(model, max_batch=9, n_tokens=64)
+    n_launches, ends = 0, []
+    launch = model.ops.kernels.launch
+
+    def counted(*given: Any, **named: Any) -> None:
+        nonlocal n_launches
+        n_launches += 1
+        launch(*given, **named)
+
+    monkeypatch.setattr(model.ops.kernels, "launch", counted)
+    for bucket in (8, 9):
+        decoding.fused._launch(bucket, lambda name, il, x: ends.append(n_launches))
+    each = np.diff(np.array(ends).reshape(2, -1), axis=1)  # of the layers after the first
+    assert tuple(each.max(axis=1).tolist()) == LAUNCHES[name]
+
+
 def test_what_does_not_fit_is_refused(place: str, tiny_model: Any) -> None:
     model = loaded(tiny_model("llama-q4_0"), place)
     decoding = Decoding(model, max_batch=2)
