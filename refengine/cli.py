@@ -230,7 +230,9 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Numbers stay text here: `commands_serve` checks them, and says what is allowed."""
     parser.epilog = """routes: POST /execute (answers with server-sent events), POST /cancel, POST /shutdown,
-GET /health, GET /metrics (Prometheus), GET /openapi.json. SIGTERM and SIGINT end the worker as /shutdown does.
+GET /health, GET /metrics (Prometheus), GET /openapi.json; for OpenAI's clients GET /v1/models,
+POST /v1/completions and /v1/chat/completions; POST /tokenize and /detokenize.
+SIGTERM and SIGINT end the worker as /shutdown does.
 
   curl -N http://127.0.0.1:8080/execute -d '{"job_id": "1", "prompt": "Write a haiku about GPU computing"}'
 

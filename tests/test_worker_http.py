@@ -84,7 +84,7 @@ def test_unknown_routes_and_methods(server: Server) -> None:
 def test_openapi_describes_the_requests(server: Server) -> None:
     with server.client() as client:
         paths = client.get("/openapi.json").json()["paths"]
-    assert set(paths) == {"/execute", "/cancel", "/shutdown", "/health", "/metrics"}
+    assert {"/execute", "/cancel", "/shutdown", "/health", "/metrics"} <= set(paths)
     schema = paths["/execute"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert schema["required"] == ["job_id", "prompt"]
     assert schema["additionalProperties"] is False

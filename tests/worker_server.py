@@ -76,7 +76,8 @@ class Server:
     @property
     def log(self) -> list[dict[str, Any]]:
         """Every line of the log: all of them are JSON objects."""
-        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines(keepends=False)]
+        complete, _, _ = self.log_file.read_text(encoding="utf-8").rpartition("\n")
+        return [json.loads(line) for line in complete.splitlines()]
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [line for line in self.log if line["event"] == name]

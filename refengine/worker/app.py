@@ -21,6 +21,7 @@ from refengine.worker.faults import Fault, fault_of
 from refengine.worker.jobs import Event, Job, Wanted
 from refengine.worker.log import prompt_facts
 from refengine.worker.metrics import CONTENT_TYPE
+from refengine.worker.openai import error_of
 from refengine.worker.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, parse
 from refengine.worker.worker import Worker
 
@@ -39,7 +40,7 @@ class EventStream(Response):
         self._worker, self._job, self._render = worker, job, render
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(_until_gone(receive))
+        gone = asyncio.create_task(until_gone(receive))
         sending = asyncio.create_task(self._send(send))
         try:
             await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
@@ -91,7 +92,8 @@ class KeyGuard:
         await self._app(scope, receive, send)
 
 
-async def _until_gone(receive: Receive) -> None:
+async def until_gone(receive: Receive) -> None:
+    """Returns when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -106,25 +108,27 @@ def make_app(worker: Worker) -> FastAPI:
 
     @app.exception_handler(Fault)
     async def on_fault(request: Request, fault: Fault) -> Response:
-        return answer(fault)
+        return answer(fault, request.url.path)
 
     @app.exception_handler(RefengineError)
     async def on_error(request: Request, error: RefengineError) -> Response:
-        return answer(fault_of(error))
+        return answer(fault_of(error), request.url.path)
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
         fault = Fault(
             "INVALID_REQUEST", f"{request.method} {request.url.path[:80]}: {error.detail}", None, error.status_code
         )
-        return JSONResponse(fault.body(), fault.status, error.headers)
+        refusal = answer(fault, request.url.path)
+        refusal.headers.update(error.headers or {})
+        return refusal
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
         worker.log.failure(error)
-        return answer(fault_of(error))
+        return answer(fault_of(error), request.url.path)
 
-    @app.post("/execute", openapi_extra=_body_of(ExecuteRequest))
+    @app.post("/execute", openapi_extra=body_of(ExecuteRequest))
     async def execute(request: Request) -> Response:
         """Generate: answers with server-sent events: started, token (many), then end or error."""
         try:
@@ -138,7 +142,7 @@ def make_app(worker: Worker) -> FastAPI:
         wanted = Wanted(body.job_id, encode, params, prompt_facts(body.prompt))
         return EventStream(worker, await worker.execute(wanted, request.headers.get("x-deadline")), sse)
 
-    @app.post("/cancel", status_code=202, openapi_extra=_body_of(CancelRequest))
+    @app.post("/cancel", status_code=202, openapi_extra=body_of(CancelRequest))
     async def cancel(request: Request) -> dict[str, Any]:
         """End a job. Accepted also for a job that has ended, or never was."""
         job_id = parse(CancelRequest, await read_body(request)).job_id
@@ -163,8 +167,12 @@ def make_app(worker: Worker) -> FastAPI:
     return app
 
 
-def answer(fault: Fault) -> Response:
-    return JSONResponse(fault.body(), fault.status, fault.headers())
+def answer(fault: Fault, path: str = "") -> Response:
+    """Under /v1/ as OpenAI's clients read it."""
+    body = fault.body()
+    if path.startswith("/v1/"):
+        body = {"error": error_of(fault.code, fault.message, fault.field)}
+    return JSONResponse(body, fault.status, fault.headers())
 
 
 async def read_body(request: Request) -> bytes:
@@ -186,6 +194,6 @@ async def read_body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-def _body_of(kind: Any) -> dict[str, Any]:
+def body_of(kind: Any) -> dict[str, Any]:
     """The OpenAPI document's words for a body that is parsed here, and not by FastAPI."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}

@@ -22,6 +22,7 @@ from refengine.worker.callback import announce
 from refengine.worker.engine_thread import EngineThread, Started
 from refengine.worker.log import Log
 from refengine.worker.options import WorkerOptions
+from refengine.worker.routes_openai import make_router
 from refengine.worker.startup import StartFailed, Startup, failure_of
 from refengine.worker.worker import Worker
 
@@ -68,9 +69,11 @@ async def _live(options: WorkerOptions, log: Log) -> int:
         return 1
     assert startup.metrics is not None
     worker = Worker(options, started, startup.metrics, engine, log)
+    app = make_app(worker)
+    app.include_router(make_router(worker))
     server = _Server(
         uvicorn.Config(
-            make_app(worker),
+            app,
             log_config=None,
             access_log=False,
             lifespan="off",

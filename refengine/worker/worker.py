@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from refengine.engine.generation import Token
 from refengine.engine.sampling import choose_seed
@@ -27,6 +28,7 @@ from refengine.worker.options import WorkerOptions
 from refengine.worker.requests import ExecuteRequest, deadline_seconds
 
 OUTCOME_OF = {"CANCELLED": "cancelled", "INFERENCE_TIMEOUT": "timeout", "INVALID_REQUEST": "refused"}
+T = TypeVar("T")
 LOGGED_FIELDS = {*ExecuteRequest.model_fields, "X-Deadline"}
 
 
@@ -44,7 +46,7 @@ class Worker:
         self._jobs: dict[str, Job] = {}
         self._empty = asyncio.Event()
         self._empty.set()
-        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # a long prompt must not hold up the event loop
+        self._pool = ThreadPoolExecutor(1, "tokenizer")  # a long prompt must not hold up the event loop
         self.closing = False
         self.stop_asked = asyncio.Event()
 
@@ -97,7 +99,7 @@ class Worker:
         params = wanted.params
         job.params = params if params.seed is not None else replace(params, seed=choose_seed())
         job.prompt_facts = wanted.prompt_facts
-        job.ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, wanted.encode)
+        job.ids = await self.tokenizing(wanted.encode)
         if len(job.ids) > self._max_tokens_in:
             raise Fault(
                 "INVALID_REQUEST",
@@ -106,6 +108,10 @@ class Worker:
             )
         if job.alive:
             self._engine.submit(job)
+
+    async def tokenizing(self, function: Callable[[], T]) -> T:
+        """Its result, from the one thread that encodes and decodes for clients."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
     def on_taken(self, job: Job, taken: Taken) -> None:
         if not job.alive:
@@ -208,5 +214,5 @@ class Worker:
         cut = list(self._jobs.values())
         for job in cut:
             self.end(job, Fault("CANCELLED", "the worker is shutting down"))
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         return len(cut)
