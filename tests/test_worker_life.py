@@ -228,10 +228,10 @@ def test_shutdown_while_it_streams(talker: Path, how: str) -> None:
     """What can be done within the grace is done, what cannot is cut; then exit 0, all within 5 s."""
     slow = {**LONG, "max_tokens": 2048, "logprobs": 20}
     grace = [] if how == "SIGTERM" else ["--shutdown-grace-sec", 0.5]
-    with serving("--model", talker, "--max-batch", 2, *grace) as server, ThreadPoolExecutor(8) as pool:
-        runs: list[Any] = [pool.submit(lambda i=i: server.run(**slow, job_id=f"long{i}")) for i in range(6)]
+    with serving("--model", talker, "--max-batch", 2, *grace) as server, ThreadPoolExecutor(13) as pool:
+        runs: list[Any] = [pool.submit(lambda i=i: server.run(**slow, job_id=f"long{i}")) for i in range(12)]
         short = pool.submit(lambda: server.run(**SHORT, job_id="short"))
-        until(lambda: len(server.events("execute_start")) >= 6)
+        until(lambda: len(server.events("execute_start")) >= 12)
         start = time.monotonic()
         ending(server, how)
         refused = threading.Event()

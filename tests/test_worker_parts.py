@@ -26,10 +26,10 @@ class Terminal(io.StringIO):
 def test_log_is_json_on_a_file_and_words_on_a_terminal() -> None:
     file, terminal = io.StringIO(), Terminal()
     for stream in (file, terminal):
-        Log("id", "model", "cpu", stream)("ready", url="http://x", seconds=None)
+        Log("id", "model", "cpu", stream)("ready", url="http://x", seconds=None, job_id="\x1b[2J")
     line = json.loads(file.getvalue())
     assert (line["event"], line["level"], line["worker_id"], line["url"]) == ("ready", "INFO", "id", "http://x")
-    assert terminal.getvalue().endswith("INFO     ready url=http://x\n")
+    assert terminal.getvalue().endswith("INFO ready url=http://x job_id=\\x1b[2J\n")
 
 
 def test_log_outlives_its_reader() -> None:

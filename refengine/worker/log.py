@@ -14,6 +14,8 @@ import traceback
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from refengine.errors import one_line
+
 EVENTS = {"startup", "model_load_start", "model_load_progress", "model_load_complete", "ready", "shutdown"} | {
     "execute_start",
     "execute_end",
@@ -44,7 +46,7 @@ class Log:
         assert event in EVENTS, event
         if self.for_people:
             words = " ".join(f"{k}={v}" for k, v in fields.items() if v is not None)
-            line = f"{datetime.now():%H:%M:%S} {level:8} {event} {words}"
+            line = one_line(f"{datetime.now():%H:%M:%S} {level:8} {event} {words}")
         else:
             head = {"ts": now_rfc3339(), "level": level, "event": event}
             line = json.dumps({**head, **self._common, **fields}, default=str)

@@ -54,9 +54,12 @@ class Startup:
         try:
             engine = Engine(model, self._engine_options(model), EngineHook(self.metrics))
             engine.warm_up()
-            check_residency(model)
         except (DeviceError, MemoryError) as e:
             raise StartFailed("INSUFFICIENT_VRAM", f"no room for the KV cache: {e}") from None
+        try:
+            check_residency(model)
+        except DeviceError as e:
+            raise StartFailed("CUDA_ERROR", str(e)) from None
         return Started(engine, state)
 
     def _open_device(self) -> Device:
