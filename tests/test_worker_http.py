@@ -81,6 +81,16 @@ def test_unknown_routes_and_methods(server: Server) -> None:
         assert client.post("/load", json={"model": "other.gguf"}).status_code == 404  # one model, for good
 
 
+def test_pages_of_other_sites_are_refused(server: Server) -> None:
+    host = server.url.removeprefix("http://")
+    with server.client() as client:
+        for origin in ("http://evil.test", "null", f"http://evil.test/{host}", f"http://{host}.evil.test"):
+            response = client.post("/shutdown", headers={"Origin": origin})
+            assert (response.status_code, response.json()["code"]) == (403, "UNAUTHORIZED")
+        assert client.get("/health", headers={"Origin": server.url}).status_code == 200
+    assert server.run(**HAIKU)[-1][0] == "end"
+
+
 def test_openapi_describes_the_requests(server: Server) -> None:
     with server.client() as client:
         paths = client.get("/openapi.json").json()["paths"]

@@ -75,21 +75,34 @@ def json_of(data: Any) -> str:
     return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-class KeyGuard:
-    """Lets a request through that has the key, or needs none; compares in a time that does not depend on the key."""
+class Guard:
+    """Lets a request through that has the key, or needs none, and that no page of another site sent.
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._key = app, key.encode()
+    A browser sends such requests for any page that its user looks at, also to 127.0.0.1, and says so in `Origin`.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self._app, self._key = app, None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            right = hmac.compare_digest(given.strip().encode(), self._key)
-            if not right or scheme.lower() != "bearer":
-                fault = Fault("UNAUTHORIZED", "this worker wants its key: Authorization: Bearer KEY")
-                await answer(fault)(scope, receive, send)
+        if scope["type"] == "http":
+            fault = self._fault(Headers(scope=scope), scope["path"])
+            if fault is not None:
+                await answer(fault, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _fault(self, headers: Headers, path: str) -> Fault | None:
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != headers.get("host"):
+            return Fault("UNAUTHORIZED", "requests from pages of other sites are refused", "Origin", status=403)
+        if self._key is None or path in OPEN_PATHS:
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), self._key)  # takes as long for every key
+        if right and scheme.lower() == "bearer":
+            return None
+        return Fault("UNAUTHORIZED", "this worker wants its key: Authorization: Bearer KEY")
 
 
 async def until_gone(receive: Receive) -> None:
@@ -101,10 +114,8 @@ async def until_gone(receive: Receive) -> None:
 def make_app(worker: Worker) -> FastAPI:
     """All routes of one worker."""
     app = FastAPI(title="refengine worker", docs_url=None, redoc_url=None)
-    key = worker.options.api_key
 
-    if key is not None:
-        app.add_middleware(KeyGuard, key=key)
+    app.add_middleware(Guard, key=worker.options.api_key)
 
     @app.exception_handler(Fault)
     async def on_fault(request: Request, fault: Fault) -> Response:
