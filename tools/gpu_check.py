@@ -25,7 +25,17 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-SANITIZED = ("embedding", "matmul", "rows", "moe", "attention", "sampling", "memory")  # tests/test_kernels_*
+SANITIZED = (
+    "embedding",
+    "matmul",
+    "rows",
+    "moe",
+    "attention",
+    "sampling",
+    "memory",
+    "fused",
+    "decode",
+)  # tests/test_kernels_*
 
 
 def card() -> dict[str, str]:
