@@ -63,11 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="print the prompt before its continuation (default: unless it went through a chat template)",
     )
 
-    group = generate.add_argument_group("kernels, to compare (cuda and host)")
-    group.add_argument("--no-graphs", action="store_true", help="launch the decode step's kernels one by one")
-    group.add_argument(
-        "--attention", choices=("flash", "reference"), default="flash", help="reference writes the score matrix"
-    )
+    _kernel_switches(generate.add_argument_group("kernels, to compare (cuda and host)"))
 
     logits = _command(commands, "logits", "write the logits of every position of a prompt to an .npz file")
     _model_arguments(logits)
@@ -260,12 +256,26 @@ exit codes: 0 after a shutdown, 1 where the start fails (the log says why), 2 fo
         "--shutdown-grace-sec", default="3.5", metavar="S", help="for live requests at a shutdown, before they are cut"
     )
     group.add_argument("--max-batch", default="8", metavar="N", help="requests that run together")
+    group.add_argument(
+        "--max-step-tokens", default="512", metavar="N", help="of a step: what a long prompt may hold up streams for"
+    )
     group.add_argument("--max-queue", default="64", metavar="N", help="requests that wait; more are sent away with 503")
+    group = parser.add_argument_group("features, to compare without")
+    group.add_argument("--no-batching", action="store_true", help="one request after the other")
+    group.add_argument("--no-prefix-cache", action="store_true", help="compute prompts that begin alike again")
+    _kernel_switches(group)
     group = parser.add_argument_group("network")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen")
     group.add_argument("--callback-url", metavar="URL", help="told with a POST when the worker is ready")
     group.add_argument("--api-key", metavar="KEY", help="wanted as `Authorization: Bearer KEY` by all but /health")
     parser.add_argument("--debug", action="store_true", help="show a traceback on wrong arguments")
+
+
+def _kernel_switches(group: Any) -> None:
+    group.add_argument("--no-graphs", action="store_true", help="launch the decode step's kernels one by one")
+    group.add_argument(
+        "--attention", choices=("flash", "reference"), default="flash", help="reference writes the score matrix"
+    )
 
 
 def _trace_arguments(parser: argparse.ArgumentParser) -> None:

@@ -41,6 +41,7 @@ BAD_ARGUMENTS = {
     "timeout text": ({"--inference-timeout-sec": "5m"}, "--inference-timeout-sec: given '5m', allowed a number"),
     "cache": ({"--kv-cache-size-mb": "0"}, "--kv-cache-size-mb: given 0, allowed 1 to"),
     "batch": ({"--max-batch": "0"}, "--max-batch: given 0, allowed 1 to 1024"),
+    "step tokens": ({"--max-step-tokens": "0"}, "--max-step-tokens: given 0, allowed 1 to 1048576"),
     "queue": ({"--max-queue": "-1"}, "--max-queue: given -1, allowed 0 to"),
     "residency": ({"--residency-check-sec": "0"}, "--residency-check-sec: given 0.0, allowed 0.1 to"),
     "grace": ({"--shutdown-grace-sec": "-1"}, "--shutdown-grace-sec: given -1.0, allowed 0 to"),
@@ -149,6 +150,21 @@ def test_too_little_memory_is_found_before_anything_is_allocated(monkeypatch: py
     assert error.required > 3_228_160
     assert "cuda:3" in error.message
     assert str(PACKAGED_MODEL) in error.message
+
+
+def test_switches_reach_the_engine() -> None:
+    from refengine.cli import build_parser
+    from refengine.commands_serve import options_of
+
+    basic = [a for pair in GOOD.items() for a in pair]
+    switches = ["--no-batching", "--no-prefix-cache", "--no-graphs", "--attention", "reference"]
+    for given, on in ((basic, True), ([*basic, *switches, "--max-step-tokens", "64"], False)):
+        options = options_of(build_parser().parse_args(["serve", *given]))
+        model = SimpleNamespace(device=SimpleNamespace(name="cpu"))
+        engine = startup.Startup(options, Log(UUID, "m", "cpu"))._engine_options(model)  # type: ignore[arg-type]
+        assert (engine.batching, engine.prefix_cache, engine.graphs) == (on, on, on)
+        assert engine.max_step_tokens == (512 if on else 64)
+        assert options.attention == ("flash" if on else "reference")
 
 
 def test_options_are_as_the_worker_is_to_be_reached() -> None:

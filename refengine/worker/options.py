@@ -32,7 +32,12 @@ class WorkerOptions:
     kv_cache_size_mb: int | None = None
     max_batch: int = 8
     max_queue: int = 64
+    max_step_tokens: int = 512
     on_shortage: str = "preempt"
+    batching: bool = True
+    prefix_cache: bool = True
+    graphs: bool = True
+    attention: str = "flash"
     residency_check_sec: float = 60.0
     shutdown_grace_sec: float = 3.5  # for live jobs; with what follows, a shutdown stays within 5 s
     callback_url: str | None = None
@@ -54,6 +59,7 @@ class WorkerOptions:
         if self.kv_cache_size_mb is not None:
             _check_range("--kv-cache-size-mb", self.kv_cache_size_mb, 1, 1 << 22)
         _check_range("--max-batch", self.max_batch, 1, 1024)
+        _check_range("--max-step-tokens", self.max_step_tokens, 1, 1 << 20)
         _check_range("--max-queue", self.max_queue, 0, 100_000)
         if self.on_shortage not in ON_SHORTAGE:
             raise RequestError(f"--on-shortage: given {self.on_shortage!r}, allowed {' or '.join(ON_SHORTAGE)}")

@@ -76,7 +76,12 @@ class Startup:
             with GGUFFile(path) as gguf:
                 self._check_room(device, gguf)
             with _bar(self._log.for_people) as bar:
-                model = load(path, self._options.device, progress=self._progress(bar))
+                model = load(
+                    path,
+                    self._options.device,
+                    attention=self._options.attention,
+                    progress=self._progress(bar),
+                )
         except DeviceError as e:
             raise StartFailed("INSUFFICIENT_VRAM", str(e)) from None
         except MemoryError as e:
@@ -115,7 +120,13 @@ class Startup:
     def _engine_options(self, model: Model) -> EngineOptions:
         options = self._options
         return EngineOptions(
-            max_batch=options.max_batch, cache_tokens=self._cache_tokens(model), on_shortage=options.on_shortage
+            max_batch=options.max_batch,
+            max_step_tokens=options.max_step_tokens,
+            cache_tokens=self._cache_tokens(model),
+            prefix_cache=options.prefix_cache,
+            batching=options.batching,
+            on_shortage=options.on_shortage,
+            graphs=options.graphs,
         )
 
     def _cache_tokens(self, model: Model) -> int | None:
