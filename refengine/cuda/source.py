@@ -33,6 +33,7 @@ _TYPES: dict[str, tuple[str, ...]] = {
     "long long": ("int64",),
     "unsigned long long": ("uint64",),
 }
+_DTYPES = {kind: frozenset(np.dtype(name) for name in names) for kind, names in _TYPES.items()}
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _MACRO = re.compile(r"^#define (\w+)\((\w+)[^)]*\)((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE)
 _KERNEL = re.compile(
@@ -123,14 +124,21 @@ def check_arguments(source: Source, kernel: str, arguments: Sequence[Any]) -> tu
     if len(arguments) != len(parameters):
         raise KernelError(f"{kernel} takes {len(parameters)} arguments, {len(arguments)} were given")
     for parameter, value in zip(parameters, arguments, strict=True):
-        where = f"{kernel}: {parameter.name}"
         if value is None and parameter.pointer:
             continue  # a null pointer, where the kernel allows one
-        dtype = getattr(value, "dtype", None)
-        if dtype is None or parameter.pointer != (not isinstance(value, np.generic)):
-            raise KernelError(f"{where} must be {'an array' if parameter.pointer else 'a NumPy scalar'}: {value!r:.60}")
-        if dtype.name not in _TYPES[parameter.kind]:
-            raise KernelError(f"{where} must be {' or '.join(_TYPES[parameter.kind])}, found {dtype.name}")
+        # At every launch, for every argument: what is wrong is worked out where something is.
+        known = getattr(value, "dtype", None) in _DTYPES[parameter.kind]
+        if not known or parameter.pointer is isinstance(value, np.generic):
+            raise KernelError(f"{kernel}: {parameter.name} must be {_misfit(parameter, value)}")
         if parameter.pointer and not value.flags.c_contiguous:
-            raise KernelError(f"{where} must be contiguous, found shape {value.shape} with strides {value.strides}")
+            raise KernelError(
+                f"{kernel}: {parameter.name} must be contiguous, found shape {value.shape} with strides {value.strides}"
+            )
     return parameters
+
+
+def _misfit(parameter: Parameter, value: Any) -> str:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or parameter.pointer is isinstance(value, np.generic):
+        return f"{'an array' if parameter.pointer else 'a NumPy scalar'}: {value!r:.60}"
+    return f"{' or '.join(_TYPES[parameter.kind])}, found {dtype.name}"

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_STOPS, SamplingParams
 from refengine.worker.faults import Fault
 
-MAX_BODY_BYTES = 1 << 20  # a prompt of 32,768 characters, each escaped as two \uXXXX, takes 384 KiB
+MAX_BODY_BYTES = 1 << 20  # a prompt of 32,768 characters, each as two escapes of six, takes 384 KiB
 MAX_PROMPT_CHARS = 32_768
 MAX_ID_CHARS = 256  # it is logged with every event of the job
 
