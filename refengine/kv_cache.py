@@ -31,15 +31,14 @@ class OutOfBlocks(RequestError):
 class Reclaimer(Protocol):
     """Who holds blocks only for as long as nobody needs them: a prefix cache."""
 
-    @property
-    def n_reclaimable(self) -> int: ...
     def reclaim(self, n: int) -> None: ...
 
 
 class BlockPool:
     """Free list and reference counts of `n_blocks` blocks. Lowest free block first, so that runs are reproducible.
 
-    reclaimer: asked for blocks when the free list is too short.
+    reclaimer: asked for blocks when the free list is too short; its own are those it takes with `keep`.
+    n_reclaimable: kept blocks that nobody else refers to.
     """
 
     def __init__(self, n_blocks: int) -> None:
@@ -47,22 +46,28 @@ class BlockPool:
         self.reclaimer: Reclaimer | None = None
         self._free = list(range(n_blocks))  # a heap
         self._references = [0] * n_blocks
+        self._kept: set[int] = set()
+        self.n_reclaimable = 0
 
     def can_allocate(self, n: int) -> bool:
         """Whether `allocate(n)` would succeed."""
-        missing = n - len(self._free)
-        return missing <= 0 or (self.reclaimer is not None and self.reclaimer.n_reclaimable >= missing)
+        return n <= len(self._free) + self.n_reclaimable
 
     @property
     def n_free(self) -> int:
         return len(self._free)
+
+    @property
+    def n_used(self) -> int:
+        """Blocks that sequences refer to."""
+        return self.n_blocks - self.n_free - self.n_reclaimable
 
     def references(self, block: int) -> int:
         return self._references[block]
 
     def allocate(self, n: int) -> list[int]:
         """Take `n` blocks with one reference each, or raise `OutOfBlocks` and take none."""
-        if n > len(self._free) and self.reclaimer is not None and self.can_allocate(n):
+        if self.reclaimer is not None and len(self._free) < n and self.can_allocate(n):
             self.reclaimer.reclaim(n - len(self._free))
         if n > len(self._free):
             raise OutOfBlocks(f"KV cache is full: {n} blocks wanted, {len(self._free)} of {self.n_blocks} free")
@@ -74,14 +79,30 @@ class BlockPool:
     def retain(self, block: int) -> None:
         """Add a reference to a block in use."""
         assert self._references[block] > 0, f"block {block} is free"
+        self.n_reclaimable -= self._only_kept(block)
         self._references[block] += 1
 
     def release(self, block: int) -> None:
         """Drop a reference; the last one frees the block."""
         assert self._references[block] > 0, f"block {block} is free"
         self._references[block] -= 1
+        self.n_reclaimable += self._only_kept(block)
         if self._references[block] == 0:
             heapq.heappush(self._free, block)
+
+    def keep(self, block: int) -> None:
+        """As `retain`, for the reclaimer."""
+        self.retain(block)
+        self._kept.add(block)
+
+    def give_up(self, block: int) -> None:
+        """As `release`, of what was kept."""
+        self.n_reclaimable -= self._only_kept(block)
+        self._kept.remove(block)
+        self.release(block)
+
+    def _only_kept(self, block: int) -> bool:
+        return self._references[block] == 1 and block in self._kept
 
 
 @dataclass

@@ -12,6 +12,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -84,27 +85,23 @@ class PrefixCache:
             parent = keys[-1] if keys else self._root
             key = self._key(parent, part)
             if key not in self._entries:  # else another sequence came first with the same: its block serves
-                self._pool.retain(block_table[i])
+                self._pool.keep(block_table[i])
                 self._entries[key] = _Entry(block_table[i], parent, part)
             keys.append(key)
         if len(keys) > before:
             self._touch(keys)
 
-    @property
-    def n_reclaimable(self) -> int:
-        """Blocks that nobody else refers to."""
-        return sum(self._pool.references(entry.block) == 1 for entry in self._entries.values())
-
     def reclaim(self, n: int) -> None:
         """Give up to n blocks back to the pool, the least recently used first."""
-        for key in [k for k, e in self._entries.items() if self._pool.references(e.block) == 1][:n]:
-            self._pool.release(self._entries.pop(key).block)
+        unused = (key for key, entry in self._entries.items() if self._pool.references(entry.block) == 1)
+        for key in list(islice(unused, n)):
+            self._pool.give_up(self._entries.pop(key).block)
             self.stats.evictions += 1
 
     def clear(self) -> None:
         """Forget everything."""
         for entry in self._entries.values():
-            self._pool.release(entry.block)
+            self._pool.give_up(entry.block)
         self._entries.clear()
 
     def _touch(self, keys: Sequence[bytes]) -> None:

@@ -110,6 +110,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert all(len(texts) == 1 for texts in content.values())
         assert {b: n for b in range(pool.n_blocks) if (n := pool.references(b))} == dict(references)
         assert pool.n_free == pool.n_blocks - len(references)
+        assert pool.n_reclaimable == sum(pool.references(e.block) == 1 for e in prefix._entries.values())
 
     def teardown(self) -> None:
         while not self.engine.idle:

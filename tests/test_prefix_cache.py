@@ -85,7 +85,7 @@ def test_what_came_to_nothing_is_taken_back(prefix: PrefixCache, pool: BlockPool
     found = prefix.match(text)
     prefix.unmatch(found, len(text))
     assert prefix.stats == type(prefix.stats)()
-    assert prefix.n_reclaimable == 2
+    assert pool.n_reclaimable == 2
     prefix.clear()
     assert (len(prefix), pool.n_free) == (0, 6)
 

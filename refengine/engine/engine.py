@@ -27,8 +27,7 @@ from refengine.engine.sampling import SamplingParams
 from refengine.engine.scheduler import Part, Scheduler
 from refengine.errors import RefengineError, RequestError
 from refengine.kv_cache import KVCache
-from refengine.kv_cache import Sequence as CacheSequence
-from refengine.prefix_cache import PrefixCache
+from refengine.prefix_cache import PrefixCache, PrefixStats
 from refengine.trace import Tracer, no_trace
 
 DEFAULT_CACHE_TOKENS = 8192  # of the KV cache, where nothing is said
@@ -41,7 +40,7 @@ class EngineOptions:
     max_batch:       sequences that run together; the others wait. batching=False: one after the other.
     max_step_tokens: ids in one step, over all sequences.
     cache_tokens:    positions of the KV cache (default: what max_batch sequences of the whole context need, at most
-                     DEFAULT_CACHE_TOKENS, at least one sequence's).
+                     DEFAULT_CACHE_TOKENS).
     prefix_cache:    keep full blocks for prompts that begin alike.
     on_shortage:     `preempt` computes the youngest sequence again later; `fail` ends the one that finds no block.
     graphs:          on a GPU, capture the decode step once for each bucket of rows and replay it.
@@ -80,7 +79,7 @@ class Engine:
         max_batch = self.options.max_batch if self.options.batching else 1
         n_tokens = self.options.cache_tokens
         if n_tokens is None:
-            n_tokens = max(min(max_batch * model.n_ctx, DEFAULT_CACHE_TOKENS), min(model.n_ctx, DEFAULT_CACHE_TOKENS))
+            n_tokens = min(max_batch * model.n_ctx, DEFAULT_CACHE_TOKENS)
         self.cache: KVCache = model.new_cache(n_tokens)
         self.prefix = None
         if self.options.prefix_cache:
@@ -96,19 +95,18 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile and allocate what the first requests would wait for: the longest part of a prompt, every bucket."""
-        self.runner.warm_up()
-        if isinstance(self.model.ops, KernelOps):
-            room = self.cache.pool.n_blocks * self.cache.block_size
-            n = min(self.options.max_step_tokens, self.model.n_ctx - 1, room)
-            sequence = CacheSequence()
-            self.model.step([(sequence, [0] * n)], self.cache, [n - 1])
-            self.cache.free(sequence)
-            self.model.ops.memory.settle()
+        room = self.cache.pool.n_blocks * self.cache.block_size
+        self.runner.warm_up(min(self.options.max_step_tokens, self.model.n_ctx - 1, room))
 
     @property
     def idle(self) -> bool:
         """Nothing runs and nothing waits."""
         return not self.scheduler.running and not self.scheduler.waiting
+
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        """Zeros where there is no prefix cache."""
+        return PrefixStats() if self.prefix is None else self.prefix.stats
 
     def start(self, ids: Sequence[int], params: SamplingParams | None = None) -> Generation:
         """Take in a prompt; it runs from the next step on, or waits for its turn.
@@ -232,22 +230,23 @@ class Engine:
         if self.prefix is None:
             return
         for part in parts:
-            generation, progress = part.generation, part.generation.progress
-            known = generation.ids[: progress.cached.length]
-            self.prefix.register(known, progress.cached.block_table, progress.prefix_keys)
+            progress = part.generation.progress
+            length = progress.cached.length
+            if length // self.cache.block_size > len(progress.prefix_keys):  # a block has become full
+                known = part.generation.ids[:length]
+                self.prefix.register(known, progress.cached.block_table, progress.prefix_keys)
 
     def _facts(self, batch_size: int, prefill_tokens: int, seconds: float) -> StepFacts:
-        pool, prefix = self.cache.pool, self.prefix
-        cached = 0 if prefix is None else prefix.n_reclaimable
+        pool, stats = self.cache.pool, self.prefix_stats
         return StepFacts(
             batch_size=batch_size,
             prefill_tokens=prefill_tokens,
             queue_depth=len(self.scheduler.waiting),
-            blocks_used=pool.n_blocks - pool.n_free - cached,
-            blocks_cached=cached,
+            blocks_used=pool.n_used,
+            blocks_cached=pool.n_reclaimable,
             blocks_free=pool.n_free,
-            prefix_hits=0 if prefix is None else prefix.stats.hits,
-            prefix_misses=0 if prefix is None else prefix.stats.misses,
+            prefix_hits=stats.hits,
+            prefix_misses=stats.misses,
             preemptions=self.scheduler.preemptions,
             seconds=seconds,
         )
@@ -283,5 +282,5 @@ def alone(
     n_tokens = len(ids) + checked_limit(model, ids, params)
     options = EngineOptions(1, chunk, n_tokens, prefix_cache=False, graphs=graphs)
     engine = Engine(model, options, trace=trace)
-    engine.runner.warm_up()
+    engine.runner.warm_up(0)  # its one prompt comes at once
     return engine.start(ids, params)

@@ -4,7 +4,7 @@ The same bits as `model.step` for all of them together. Knows nothing of schedul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 from refengine.cuda.decode import DecodeRow, DecodeStep
@@ -12,7 +12,7 @@ from refengine.cuda.sampling import checked_tokens, sample_rows
 from refengine.engine.runner import Drawn, last_rows, with_logprobs
 from refengine.engine.scheduler import Part
 from refengine.errors import RefengineError
-from refengine.kv_cache import KVCache
+from refengine.kv_cache import KVCache, Sequence
 from refengine.trace import to_numpy
 
 
@@ -25,15 +25,21 @@ class KernelRunner:
         if DecodeStep.supports(model.config) and model.ops.attention_by == "flash":
             self._step = DecodeStep(model.ops, model.config, model.weights, cache, max_batch=max_batch, graphs=graphs)
 
-    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile the kernels and capture the graphs."""
+    def warm_up(self, n_prompt: int) -> None:
+        """Compile the kernels and capture the graphs; let a prompt take from the pool what it wants."""
         if self._step is not None:
-            self._step.warm_up(progress)
+            self._step.warm_up()
+        if n_prompt:
+            sequence = Sequence()
+            self._model.step([(sequence, [0] * n_prompt)], self._cache, [n_prompt - 1])
+            self._cache.free(sequence)
+            self._model.ops.memory.settle()
 
-    def run(self, parts: Sequence[Part]) -> list[Drawn]:
+    def run(self, parts: SequenceOf[Part]) -> list[Drawn]:
         """As `ArrayRunner.run`."""
-        decoding = [part for part in parts if part.decodes and self._step is not None]
-        others = [part for part in parts if part not in decoding]
+        fused = self._step is not None
+        decoding = [part for part in parts if fused and part.decodes]
+        others = [part for part in parts if not (fused and part.decodes)]
         found: dict[int, Drawn] = {}
         if decoding:
             assert self._step is not None
@@ -49,7 +55,7 @@ class KernelRunner:
         self._cache.commit([(part.generation.progress.cached, part.ids) for part in decoding])
         return [found[id(part)] for part in parts if part.draws]
 
-    def _draw(self, parts: Sequence[Part], logits: Any) -> Any:
+    def _draw(self, parts: SequenceOf[Part], logits: Any) -> Any:
         generations = [part.generation for part in parts]
         ops = self._model.ops
         with ops.workspace():
@@ -64,7 +70,7 @@ class KernelRunner:
             )
 
     @staticmethod
-    def _results(parts: Sequence[Part], drawn: Any, logits: Any) -> dict[int, Drawn]:
+    def _results(parts: SequenceOf[Part], drawn: Any, logits: Any) -> dict[int, Drawn]:
         results = {}
         for i, part in enumerate(parts):
             try:

@@ -27,8 +27,8 @@ class Runner(Protocol):
     def run(self, parts: Sequence[Part]) -> list[Drawn]:
         """Feed the parts; one result for each part that draws, in order."""
 
-    def warm_up(self) -> None:
-        """Compile and allocate what the first request would wait for."""
+    def warm_up(self, n_prompt: int) -> None:
+        """Compile and allocate what the first request would wait for; with a prompt of so many tokens, if any."""
 
 
 def last_rows(parts: Sequence[Part]) -> list[int]:
@@ -47,7 +47,7 @@ class ArrayRunner:
     def __init__(self, model: Any, cache: KVCache, trace: Tracer = no_trace) -> None:
         self._model, self._cache, self._trace = model, cache, trace
 
-    def warm_up(self) -> None:
+    def warm_up(self, n_prompt: int) -> None:
         """Nothing: arrays are allocated as they are wanted."""
 
     def run(self, parts: Sequence[Part]) -> list[Drawn]:

@@ -175,17 +175,16 @@ class EngineThread:
     def _look(self) -> None:
         """What /health and /metrics will say."""
         engine = self._engine
-        pool, prefix, scheduler = engine.cache.pool, engine.prefix, engine.scheduler
-        cached = 0 if prefix is None else prefix.n_reclaimable
+        pool, stats, scheduler = engine.cache.pool, engine.prefix_stats, engine.scheduler
         self._state.load = Load(
             vram_bytes=vram_of(engine.model),
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            blocks_used=pool.n_blocks - pool.n_free - cached,
-            blocks_cached=cached,
+            blocks_used=pool.n_used,
+            blocks_cached=pool.n_reclaimable,
             blocks_free=pool.n_free,
-            prefix_hits=0 if prefix is None else prefix.stats.hits,
-            prefix_misses=0 if prefix is None else prefix.stats.misses,
+            prefix_hits=stats.hits,
+            prefix_misses=stats.misses,
         )
 
     def _check_residency(self) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_STOPS, SamplingParams
 from refengine.worker.jobs import Event
-from refengine.worker.requests import MAX_PROMPT_CHARS, Strict
+from refengine.worker.requests import MAX_PROMPT_CHARS, Strict, sampling_of
 
 MAX_PROMPT_IDS = 1 << 17
 MAX_MESSAGES = 1024
@@ -50,16 +50,7 @@ class Common(Strict):
     def sampling(self, max_tokens_out: int) -> SamplingParams:
         """As the engine takes them. Raises RequestError."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            max_tokens=max_tokens_out if self.max_tokens is None else self.max_tokens,
-            stop=tuple(stops),
-        )
+        return sampling_of(self, max_tokens_out, stops)
 
     @property
     def with_usage(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
@@ -42,17 +43,22 @@ class ExecuteRequest(Strict):
 
     def sampling(self, max_tokens_out: int) -> SamplingParams:
         """As the engine takes them. Raises RequestError."""
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            max_tokens=max_tokens_out if self.max_tokens is None else self.max_tokens,
-            stop=tuple(self.stop),
-            logprobs=self.logprobs or None,
-        )
+        return sampling_of(self, max_tokens_out, self.stop, self.logprobs or None)
+
+
+def sampling_of(request: Any, max_tokens_out: int, stop: Sequence[str], logprobs: int | None = None) -> SamplingParams:
+    """Of a request whose fields have the names of `SamplingParams`. Raises RequestError."""
+    return SamplingParams(
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        seed=request.seed,
+        max_tokens=max_tokens_out if request.max_tokens is None else request.max_tokens,
+        stop=tuple(stop),
+        logprobs=logprobs,
+    )
 
 
 class CancelRequest(Strict):
