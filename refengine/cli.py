@@ -253,7 +253,7 @@ exit codes: 0 after a shutdown, 1 where the start fails (the log says why), 2 fo
     group.add_argument("--max-tokens-out", default="2048", metavar="N", help="tokens of an answer, up to 2048")
     group.add_argument("--inference-timeout-sec", default="300", metavar="S", help="for a request, waiting included")
     group.add_argument(
-        "--shutdown-grace-sec", default="3.5", metavar="S", help="for live requests at a shutdown, before they are cut"
+        "--shutdown-grace-sec", default="2.5", metavar="S", help="for live requests at a shutdown, before they are cut"
     )
     group.add_argument("--max-batch", default="8", metavar="N", help="requests that run together")
     group.add_argument(

@@ -39,7 +39,7 @@ class WorkerOptions:
     graphs: bool = True
     attention: str = "flash"
     residency_check_sec: float = 60.0
-    shutdown_grace_sec: float = 3.5  # for live jobs; with what follows, a shutdown stays within 5 s
+    shutdown_grace_sec: float = 2.5  # for live jobs; with what follows, a shutdown stays within 5 s
     callback_url: str | None = None
     api_key: str | None = None
 
