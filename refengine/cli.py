@@ -267,7 +267,24 @@ exit codes: 0 after a shutdown, 1 where the start fails (the log says why), 2 fo
     group = parser.add_argument_group("network")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen")
     group.add_argument("--callback-url", metavar="URL", help="told with a POST when the worker is ready")
-    group.add_argument("--api-key", metavar="KEY", help="wanted as `Authorization: Bearer KEY` by all but /health")
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name that requests may have in `Host`; repeatable (default: on a loopback address localhost, 127.0.0.1, "
+        "[::1] and --host, against pages that rebind a name of theirs; elsewhere any)",
+    )
+    group.add_argument("--max-connections", metavar="N", help="open at once (default: 4 (batch + queue) + 64)")
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="key that all but /health want, as `Authorization: Bearer KEY` or, so that a browser can ask for it, as "
+        "the password of any user; also from the environment variable REFENGINE_API_KEY",
+    )
+    group.add_argument(
+        "--api-key", metavar="KEY", help="the key itself; other users of this machine can see it in the process list"
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback on wrong arguments")
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
+from refengine.errors import RequestError
 from refengine.model import PACKAGED_MODEL
 from refengine.worker.life import serve as serve_worker
 from refengine.worker.options import WorkerOptions, device_of, integer, seconds
+
+KEY_VARIABLE = "REFENGINE_API_KEY"
+MAX_KEY_FILE = 4096  # bytes
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -40,6 +45,23 @@ def options_of(arguments: argparse.Namespace) -> WorkerOptions:
         residency_check_sec=seconds("--residency-check-sec", arguments.residency_check_sec),
         shutdown_grace_sec=seconds("--shutdown-grace-sec", arguments.shutdown_grace_sec),
         callback_url=arguments.callback_url,
-        api_key=arguments.api_key,
+        api_key=_api_key(arguments.api_key, arguments.api_key_file),
+        max_connections=optional("--max-connections", arguments.max_connections, 1, 1_000_000),
+        allowed_hosts=tuple(arguments.allowed_host),
         model=PACKAGED_MODEL if arguments.model is None else Path(arguments.model),
     )
+
+
+def _api_key(key: str | None, file: str | None) -> str | None:
+    """The key from the one place that names it; the environment's is for where the command line names none."""
+    if key is not None and file is not None:
+        raise RequestError("--api-key and --api-key-file: given both, allowed one of them")
+    if file is None:
+        return os.environ.get(KEY_VARIABLE) if key is None else key
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(MAX_KEY_FILE).decode().strip()
+    except OSError as e:
+        raise RequestError(f"--api-key-file: {file} cannot be read: {e.strerror or e}") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"--api-key-file: {file} is no text") from None

@@ -49,7 +49,7 @@ BAD_ARGUMENTS = {
         {"--callback-url": "file:///etc/passwd"},
         "--callback-url: given 'file:///etc/passwd', allowed an http",
     ),
-    "key": ({"--api-key": "short"}, "--api-key: given 5 characters, allowed 8 to 512"),
+    "key": ({"--api-key": "short"}, "the API key: given 5 characters, allowed 8 to 512"),
     "host": ({"--host": ""}, "--host: given nothing, allowed an address"),
 }
 

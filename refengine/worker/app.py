@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
 import hmac
 import json
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from refengine.worker.worker import Worker
 BODY_TIMEOUT_S = 10.0  # for a client to send all of its request
 SEND_TIMEOUT_S = 30.0  # for a client to read what was sent
 OPEN_PATHS = {"/health"}  # answered without a key
+CHALLENGE = 'Basic realm="refengine", charset="UTF-8", Bearer realm="refengine"'
 EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
 
 
@@ -78,31 +81,54 @@ def json_of(data: Any) -> str:
 class Guard:
     """Lets a request through that has the key, or needs none, and that no page of another site sent.
 
-    A browser sends such requests for any page that its user looks at, also to 127.0.0.1, and says so in `Origin`.
+    A browser sends such requests for any page that its user looks at, also to 127.0.0.1, and says so in `Origin`;
+    unless that site's name has been made to mean 127.0.0.1 (DNS rebinding), which shows in `Host`.
+    hosts: the names that are answered in `Host`; None: any.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None) -> None:
-        self._app, self._key = app, None if key is None else key.encode()
+    def __init__(self, app: ASGIApp, key: str | None, hosts: frozenset[str] | None = None) -> None:
+        self._app, self._key, self._hosts = app, None if key is None else key.encode(), hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             fault = self._fault(Headers(scope=scope), scope["path"])
             if fault is not None:
-                await answer(fault, scope["path"])(scope, receive, send)
+                refusal = answer(fault, scope["path"])
+                if fault.status == 401:
+                    refusal.headers["WWW-Authenticate"] = CHALLENGE
+                await refusal(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
     def _fault(self, headers: Headers, path: str) -> Fault | None:
+        host = headers.get("host")
+        if self._hosts is not None and host is not None and _name_in(host) not in self._hosts:
+            return Fault("INVALID_REQUEST", "Host: not a name of this worker (see --allowed-host)", "Host", status=421)
         origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != headers.get("host"):
+        if origin is not None and origin.partition("://")[2] != host:
             return Fault("UNAUTHORIZED", "requests from pages of other sites are refused", "Origin", status=403)
         if self._key is None or path in OPEN_PATHS:
             return None
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self._key)  # takes as long for every key
-        if right and scheme.lower() == "bearer":
+        if hmac.compare_digest(_key_in(headers.get("authorization", "")), self._key):  # takes as long for every key
             return None
-        return Fault("UNAUTHORIZED", "this worker wants its key: Authorization: Bearer KEY")
+        return Fault("UNAUTHORIZED", "this worker wants its key: Authorization: Bearer KEY, or as a password")
+
+
+def _name_in(host: str) -> str:
+    """Of a `Host` header, without the port."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.lower()
+
+
+def _key_in(authorization: str) -> bytes:
+    """The key of a Bearer, or the password of a Basic header, whatever its user; else nothing."""
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return given.strip().encode()
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+    return b""
 
 
 async def until_gone(receive: Receive) -> None:
@@ -115,7 +141,7 @@ def make_app(worker: Worker) -> FastAPI:
     """All routes of one worker."""
     app = FastAPI(title="refengine worker", docs_url=None, redoc_url=None)
 
-    app.add_middleware(Guard, key=worker.options.api_key)
+    app.add_middleware(Guard, key=worker.options.api_key, hosts=worker.options.hosts)
 
     @app.exception_handler(Fault)
     async def on_fault(request: Request, fault: Fault) -> Response:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -19,14 +20,18 @@ import uvicorn
 
 from refengine.worker.app import make_app
 from refengine.worker.callback import announce
+from refengine.worker.connections import CHECK_S, RESERVED, Connection, limited
 from refengine.worker.engine_thread import EngineThread, Started
 from refengine.worker.log import Log
+from refengine.worker.openapi import describe
 from refengine.worker.options import WorkerOptions
 from refengine.worker.routes_openai import make_router
+from refengine.worker.routes_page import make_page_router
 from refengine.worker.startup import StartFailed, Startup, failure_of
 from refengine.worker.worker import Worker
 
 LAST_BYTES_S = 1  # for clients to read their last event
+DESCRIPTORS = 100  # of files and pipes, besides the connections
 SWITCH_S = 0.001  # between Python threads: the event loop answers soon while the engine's thread computes
 
 
@@ -40,7 +45,14 @@ def serve(options: WorkerOptions) -> int:
 
 async def _live(options: WorkerOptions, log: Log) -> int:
     start = time.perf_counter()
-    log("startup", url=options.url, max_batch=options.max_batch, max_queue=options.max_queue)
+    n_connections = _room_for(options.connections)
+    log(
+        "startup",
+        url=options.url,
+        max_batch=options.max_batch,
+        max_queue=options.max_queue,
+        max_connections=n_connections,
+    )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -71,9 +83,12 @@ async def _live(options: WorkerOptions, log: Log) -> int:
     worker = Worker(options, started, startup.metrics, engine, log)
     app = make_app(worker)
     app.include_router(make_router(worker))
+    app.include_router(make_page_router(worker))
+    describe(app)
     server = _Server(
         uvicorn.Config(
             app,
+            http=limited(n_connections),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -145,8 +160,19 @@ def _listen(options: WorkerOptions) -> socket.socket:
     return listener
 
 
+def _room_for(n_connections: int) -> int:
+    """Of these connections, as many as the system lets this process have open. May raise the soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    others = RESERVED + DESCRIPTORS
+    if soft == resource.RLIM_INFINITY or soft >= n_connections + others:
+        return n_connections
+    soft = n_connections + others if hard == resource.RLIM_INFINITY else min(n_connections + others, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, soft - others)
+
+
 class _Server(uvicorn.Server):
-    """uvicorn's, without its signal handlers: this module has its own."""
+    """uvicorn's, without its signal handlers: this module has its own. Looks after its connections."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -155,6 +181,14 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn calls it every tenth of a second."""
+        if counter % round(CHECK_S * 10) == 0:
+            for connection in list(self.server_state.connections):
+                assert isinstance(connection, Connection)
+                connection.check(time.monotonic())
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

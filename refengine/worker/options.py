@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ from refengine.errors import RequestError
 
 MAX_TOKENS_OUT = 2048
 ON_SHORTAGE = ("preempt", "fail")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class WorkerOptions:
     residency_check_sec: float = 60.0
     shutdown_grace_sec: float = 2.5  # for live jobs; with what follows, a shutdown stays within 5 s
     callback_url: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    max_connections: int | None = None
+    allowed_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_uuid(self.worker_id)
@@ -69,8 +73,27 @@ class WorkerOptions:
             _check_url(self.callback_url)
         if self.api_key is not None and re.fullmatch(r"[!-~]{8,512}", self.api_key) is None:
             raise RequestError(
-                f"--api-key: given {len(self.api_key)} characters, allowed 8 to 512 printable ASCII ones without spaces"
+                f"the API key: given {len(self.api_key)} characters, allowed 8 to 512 of printable ASCII without spaces"
             )
+        if self.max_connections is not None:
+            _check_range("--max-connections", self.max_connections, 1, 1_000_000)
+        for name in self.allowed_hosts:
+            if re.fullmatch(r"[A-Za-z0-9._:-]{1,255}", name) is None:
+                raise RequestError(
+                    f"--allowed-host: given {name[:60]!r}, allowed a host name or address without a port"
+                )
+
+    @property
+    def connections(self) -> int:
+        """How many may be open; a client may well hold several."""
+        return self.max_connections or 4 * (self.max_batch + self.max_queue) + 64
+
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """Names in a `Host` header that are answered; None: any. On a loopback address a browser must not be misled."""
+        if not self.allowed_hosts and not _is_loopback(self.host):
+            return None
+        return frozenset(name.lower() for name in (*LOOPBACK_NAMES, self.host, *self.allowed_hosts))
 
     @property
     def url(self) -> str:
@@ -106,6 +129,13 @@ def seconds(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise RequestError(f"{name}: given {text[:40]!r}, allowed a number of seconds") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
