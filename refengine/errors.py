@@ -25,8 +25,16 @@ class DeviceError(RefengineError):
     """The device that was asked for cannot serve."""
 
 
+class HubError(RefengineError):
+    """A model named by its repo cannot be had: no such name, no access, no network, no room."""
+
+
 class RequestError(RefengineError):
-    """An argument of a call is outside what is allowed."""
+    """An argument of a call is outside what is allowed. field: its name, where it is one of a request's fields."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class TraceError(RefengineError):

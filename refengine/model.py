@@ -173,9 +173,9 @@ class Model:
 
     def check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) == 0:
-            raise RequestError("the prompt is empty: give at least one token")
+            raise RequestError("the prompt is empty: give at least one token", "prompt")
         wrong = [i for i in ids if not 0 <= i < self.config.n_vocab]
         if wrong:
-            raise RequestError(f"token id {wrong[0]} is outside the vocabulary of {self.config.n_vocab}")
+            raise RequestError(f"token id {wrong[0]} is outside the vocabulary of {self.config.n_vocab}", "prompt")
         if len(ids) > self.n_ctx:
-            raise RequestError(f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}")
+            raise RequestError(f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}", "prompt")

@@ -8,7 +8,7 @@ import pytest
 from refengine.engine.engine import Engine, EngineOptions, alone
 from refengine.engine.generation import Generation, Token
 from refengine.engine.hooks import MetricsHook, StepFacts
-from refengine.engine.sampling import SamplingParams
+from refengine.engine.sampling import SamplingParams, logprobs
 from refengine.errors import RefengineError, RequestError
 from refengine.kv_cache import OutOfBlocks
 from tests.engine_models import SmallBlocks, one_layer, random_ids
@@ -299,7 +299,7 @@ def test_hooks_hear_of_everything(model: SmallBlocks) -> None:
             self.events.append(("end", reason))
 
         def on_step(self, facts: StepFacts) -> None:
-            assert facts.blocks_used + facts.blocks_cached + facts.blocks_free == 16
+            assert facts.engine.blocks_used + facts.engine.blocks_cached + facts.engine.blocks_free == 16
             self.facts.append(facts)
 
     hook = Recording()
@@ -310,12 +310,12 @@ def test_hooks_hear_of_everything(model: SmallBlocks) -> None:
     assert names == ["start", "first", "token", "token", "token", "end"]
     assert [value for name, value in hook.events if name == "token"] == g.ids[9:]
     assert [f.prefill_tokens for f in hook.facts] == [9, 0, 0]
-    assert hook.facts[0].prefix_misses == 2
-    assert hook.facts[-1].blocks_cached == 2
+    assert hook.facts[0].engine.prefix_misses == 2
+    assert hook.facts[-1].engine.blocks_cached == 2
     again = engine.start(prompt(9), greedy(1))
     run_all(engine)
     assert again.progress.prefix_tokens == 8
-    assert hook.facts[-1].prefix_hits == 2
+    assert hook.facts[-1].engine.prefix_hits == 2
 
 
 def test_log_probabilities_are_reported_where_asked_for(model: SmallBlocks) -> None:
@@ -383,3 +383,32 @@ def test_an_abort_ends_all_and_the_engine_goes_on(model: SmallBlocks) -> None:
 def test_options_are_checked(option: str, value: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         EngineOptions(**{option: value})
+
+
+def test_scores_of_a_prompt(model: SmallBlocks) -> None:
+    ids = prompt(21)
+    logits = model.forward(ids)
+    for options in ({}, {"max_step_tokens": 5}, {"max_batch": 2, "cache_tokens": 32}):
+        engine = Engine(model, EngineOptions(**{"cache_tokens": 256, **options}))
+        other = engine.start(prompt(9), greedy(12))  # with 32 positions one of the two is preempted
+        g = engine.start(ids, SamplingParams(max_tokens=6, prompt_logprobs=3))
+        run_all(engine)
+        assert other.prompt_scores == []
+        assert g.prompt_scores[0] is None
+        for row, token, score in zip(logits, ids[1:], g.prompt_scores[1:], strict=False):
+            own, top = logprobs(row, token, 3)
+            assert score is not None
+            assert score.logprob == pytest.approx(own, abs=1e-5)  # float32 logits, other chunks
+            assert [i for i, _ in score.top] == [i for i, _ in top]
+
+
+def test_a_prompt_that_is_scored_takes_nothing_from_the_prefix_cache(model: SmallBlocks) -> None:
+    engine = engine_with(model)
+    list(engine.start(prompt(21), greedy(1)))
+    g = engine.start(prompt(21), SamplingParams(max_tokens=1, prompt_logprobs=0))
+    list(g)
+    assert g.progress.prefix_tokens == 0
+    assert all(score is not None for score in g.prompt_scores[1:])
+    again = engine.start(prompt(21), greedy(1))
+    list(again)
+    assert again.progress.prefix_tokens > 0

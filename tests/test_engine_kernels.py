@@ -9,7 +9,7 @@ import refengine
 from refengine.engine.engine import Engine, EngineOptions, alone
 from refengine.engine.generation import Generation
 from refengine.engine.kernel_runner import KernelRunner
-from refengine.engine.sampling import SamplingParams
+from refengine.engine.sampling import SamplingParams, logprobs
 from refengine.errors import DeviceError, RequestError
 from refengine.model import Model
 from tests.engine_models import logits_alone, random_ids
@@ -59,7 +59,7 @@ class Recorded:
         original = KernelRunner._results
 
         def spy(parts: Any, tokens: Any, logits: Any) -> Any:
-            for part, row in zip(parts, logits, strict=True):
+            for part, row in zip([part for part in parts if part.draws], logits, strict=True):
                 row = row if isinstance(row, np.ndarray) else row.get()
                 self.rows.setdefault(id(part.generation), []).append(row.copy())
             return original(parts, tokens, logits)
@@ -74,6 +74,27 @@ OPTIONS = {
     "no batching": {"batching": False},
     "all off, in chunks of 7": {"graphs": False, "prefix_cache": False, "batching": False, "max_step_tokens": 7},
 }
+
+
+def test_scores_of_a_prompt_are_those_of_its_logits_whatever_runs_beside_it(model: Model) -> None:
+    ids = np.random.default_rng(3).integers(0, model.config.n_vocab, 150).tolist()
+    logits = model.forward(ids)
+    expected = [logprobs(row, token, 2) for row, token in zip(logits, ids[1:], strict=False)]
+    for name, options in OPTIONS.items():
+        engine = Engine(model, EngineOptions(**{"max_batch": 3, "max_step_tokens": 80, "cache_tokens": 640, **options}))
+        list(engine.start(ids[:100], SamplingParams(max_tokens=2)))  # fills the prefix cache
+        running = [
+            engine.start(ids, SamplingParams(max_tokens=1, prompt_logprobs=2)),
+            engine.start(ids[:70], SamplingParams(max_tokens=3, seed=1)),
+            engine.start(ids[:70], SamplingParams(max_tokens=3, prompt_logprobs=0, logprobs=1)),
+        ]
+        for g in running:
+            list(g)
+        whole, _, without_top = (g.prompt_scores for g in running)
+        assert running[1].prompt_scores == []
+        assert whole[0] is without_top[0] is None
+        assert [(s.logprob, list(s.top)) for s in whole[1:] if s] == expected, name
+        assert [s.logprob for s in without_top[1:] if s] == [own for own, _ in expected[:69]], name
 
 
 def test_switches_change_no_bit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

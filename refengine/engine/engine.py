@@ -20,7 +20,7 @@ from typing import Any
 
 from refengine.cuda import KernelOps
 from refengine.engine.generation import Generation, Token
-from refengine.engine.hooks import MetricsHook, StepFacts
+from refengine.engine.hooks import EngineFacts, MetricsHook, StepFacts
 from refengine.engine.kernel_runner import KernelRunner
 from refengine.engine.runner import ArrayRunner, Drawn, Runner
 from refengine.engine.sampling import SamplingParams
@@ -76,7 +76,7 @@ class Engine:
         trace: Tracer = no_trace,
     ) -> None:
         self.model, self.options, self.hook = model, options or EngineOptions(), hook or MetricsHook()
-        max_batch = self.options.max_batch if self.options.batching else 1
+        self.max_batch = max_batch = self.options.max_batch if self.options.batching else 1
         n_tokens = self.options.cache_tokens
         if n_tokens is None:
             n_tokens = min(max_batch * model.n_ctx, DEFAULT_CACHE_TOKENS)
@@ -108,6 +108,20 @@ class Engine:
         """Zeros where there is no prefix cache."""
         return PrefixStats() if self.prefix is None else self.prefix.stats
 
+    def facts(self) -> EngineFacts:
+        """What it holds right now."""
+        pool, stats, scheduler = self.cache.pool, self.prefix_stats, self.scheduler
+        return EngineFacts(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_used=pool.n_used,
+            blocks_cached=pool.n_reclaimable,
+            blocks_free=pool.n_free,
+            prefix_hits=stats.hits,
+            prefix_misses=stats.misses,
+            preemptions=scheduler.preemptions,
+        )
+
     def start(self, ids: Sequence[int], params: SamplingParams | None = None) -> Generation:
         """Take in a prompt; it runs from the next step on, or waits for its turn.
 
@@ -120,7 +134,8 @@ class Engine:
         if needed > self.cache.pool.n_blocks:
             raise RequestError(
                 f"{len(ids)} prompt tokens and {n_limit} more need {needed} blocks of {self.cache.block_size}, the KV "
-                f"cache has {self.cache.pool.n_blocks}: ask for fewer (max_tokens) or give it more (cache_tokens)"
+                f"cache has {self.cache.pool.n_blocks}: ask for fewer (max_tokens) or give it more (cache_tokens)",
+                "prompt",
             )
         generation = Generation(self, ids, params, n_limit)
         self.scheduler.add(generation)
@@ -167,7 +182,7 @@ class Engine:
         if not parts:
             return [generation for generation, _ in failed]
         prefill_tokens = sum(len(part.ids) for part in parts if not part.decodes)
-        drawn = self.runner.run(parts)
+        results = self.runner.run(parts)
         seconds = time.perf_counter() - start
         self._register(parts)
         for part in parts:
@@ -176,11 +191,20 @@ class Engine:
                 generation.decode_s += seconds
             else:
                 generation.prefill_s += seconds
-        drawing = [part.generation for part in parts if part.draws]
-        for generation, result in zip(drawing, drawn, strict=True):
-            self._accept(generation, result)
-        self.hook.on_step(self._facts(len(drawing), prefill_tokens, seconds))
-        return [generation for generation, _ in failed] + drawing
+        moved = [generation for generation, _ in failed]
+        for part, result in zip(parts, results, strict=True):
+            generation = part.generation
+            if result.error is not None:
+                self._fail(generation, result.error)
+            for position, score in enumerate(result.scores, part.start + 1):
+                generation.prompt_scores[position] = score
+            if result.drawn is not None:
+                self._accept(generation, result.drawn)
+            if part.draws or result.error is not None:
+                moved.append(generation)
+        batch_size = sum(part.draws for part in parts)
+        self.hook.on_step(StepFacts(self.facts(), batch_size, prefill_tokens, seconds))
+        return moved
 
     def cancel(self, generation: Generation) -> None:
         """End a sequence now, in the queue, in prefill or while it decodes; its blocks are free at once."""
@@ -201,12 +225,9 @@ class Engine:
             self.prefix.clear()  # what was half written is not to be trusted
         return ended
 
-    def _accept(self, generation: Generation, result: Drawn) -> None:
-        if result.error is not None:
-            self._fail(generation, result.error)
-            return
+    def _accept(self, generation: Generation, drawn: Drawn) -> None:
         now = time.perf_counter()
-        token = generation.accept(result.id, result.logprob, result.top)
+        token = generation.accept(drawn.id, drawn.logprob, drawn.top)
         if generation.first_token_s is None:
             generation.first_token_s = now - generation.started
             self.hook.on_first_token(generation, generation.first_token_s)
@@ -236,35 +257,21 @@ class Engine:
                 known = part.generation.ids[:length]
                 self.prefix.register(known, progress.cached.block_table, progress.prefix_keys)
 
-    def _facts(self, batch_size: int, prefill_tokens: int, seconds: float) -> StepFacts:
-        pool, stats = self.cache.pool, self.prefix_stats
-        return StepFacts(
-            batch_size=batch_size,
-            prefill_tokens=prefill_tokens,
-            queue_depth=len(self.scheduler.waiting),
-            blocks_used=pool.n_used,
-            blocks_cached=pool.n_reclaimable,
-            blocks_free=pool.n_free,
-            prefix_hits=stats.hits,
-            prefix_misses=stats.misses,
-            preemptions=self.scheduler.preemptions,
-            seconds=seconds,
-        )
-
 
 def checked_limit(model: Any, ids: Sequence[int], params: SamplingParams) -> int:
     """How many tokens may follow the prompt. Raises RequestError for what does not fit the model."""
     model.check_ids(ids)
     if len(ids) >= model.n_ctx:
         raise RequestError(
-            f"the prompt has {len(ids)} tokens and fills the context of {model.n_ctx}: no room for an answer"
+            f"the prompt has {len(ids)} tokens and fills the context of {model.n_ctx}: no room for an answer",
+            "prompt",
         )
     tokenizer = model.tokenizer
     params.check_for_model(
         model.config.n_vocab, lambda text: len(tokenizer.encode(text, add_special=False)) if tokenizer else 0
     )
     if params.stop and tokenizer is None:
-        raise RequestError("stop strings need a vocabulary, and this model has none")
+        raise RequestError("stop strings need a vocabulary, and this model has none", "stop")
     return int(min(params.max_tokens, model.n_ctx - len(ids)))
 
 

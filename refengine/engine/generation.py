@@ -36,6 +36,14 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Score:
+    """Of a prompt's token, given those before it: its log-probability, and the likeliest (id, logprob) in its place."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass
 class Progress:
     """What the engine keeps of a request: its place in the cache, keys of its blocks, and counts."""
@@ -51,6 +59,7 @@ class Generation(Iterator[Token]):
 
     ids: prompt and generated. seed: the one in use. end: None while it runs, then `eos`, `stop`, `length`, `cancelled`
     or `error` (which `error` holds). prefill_s, decode_s: seconds of the steps before and after the first token.
+    prompt_scores: one for each id of the prompt, None for the first and until it is computed; where params ask.
     """
 
     def __init__(self, engine: Engine, ids: Sequence[int], params: SamplingParams, n_limit: int) -> None:
@@ -58,6 +67,7 @@ class Generation(Iterator[Token]):
         self.seed = choose_seed() if params.seed is None else params.seed
         self.ids = list(ids)
         self.n_prompt = len(self.ids)
+        self.prompt_scores: list[Score | None] = [] if params.prompt_logprobs is None else [None] * self.n_prompt
         self.end: str | None = None
         self.error: RefengineError | None = None
         self.progress = Progress()

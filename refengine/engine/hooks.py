@@ -18,19 +18,27 @@ class InferenceStep(Protocol):
 
 
 @dataclass(frozen=True)
-class StepFacts:
-    """One step: sequences that got a token, prompt tokens computed, requests that wait, blocks by use (all, together),
-    blocks that the prefix cache had and lacked so far, and preemptions so far."""
+class EngineFacts:
+    """What an engine holds: sequences that run and wait, blocks by use (together all of them); and, so far, blocks of
+    prompts that the prefix cache had and lacked, and preemptions."""
 
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    blocks_free: int = 0
+    prefix_hits: int = 0
+    prefix_misses: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """One step: what the engine holds after it, sequences that drew a token, prompt tokens computed, and its time."""
+
+    engine: EngineFacts
     batch_size: int
     prefill_tokens: int
-    queue_depth: int
-    blocks_used: int
-    blocks_cached: int
-    blocks_free: int
-    prefix_hits: int
-    prefix_misses: int
-    preemptions: int
     seconds: float
 
 

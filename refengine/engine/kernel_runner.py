@@ -5,13 +5,15 @@ The same bits as `model.step` for all of them together. Knows nothing of schedul
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from refengine.cuda.decode import DecodeRow, DecodeStep
 from refengine.cuda.sampling import checked_tokens, sample_rows
-from refengine.engine.runner import Drawn, last_rows, with_logprobs
+from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
 from refengine.engine.scheduler import Part
-from refengine.errors import RefengineError
 from refengine.kv_cache import KVCache, Sequence
 from refengine.trace import to_numpy
 
@@ -35,51 +37,63 @@ class KernelRunner:
             self._cache.free(sequence)
             self._model.ops.memory.settle()
 
-    def run(self, parts: SequenceOf[Part]) -> list[Drawn]:
+    def run(self, parts: SequenceOf[Part]) -> list[Result]:
         """As `ArrayRunner.run`."""
         fused = self._step is not None
         decoding = [part for part in parts if fused and part.decodes]
         others = [part for part in parts if not (fused and part.decodes)]
-        found: dict[int, Drawn] = {}
+        found: dict[int, Result] = {}
         if decoding:
             assert self._step is not None
             drawn, logits = self._step.run([row_of(part) for part in decoding])
             found |= self._results(decoding, drawn, logits)
         if others:
-            drawing = [part for part in others if part.draws]
             given = [(part.generation.progress.cached, part.ids) for part in others]
-            logits = self._model.step(given, self._cache, last_rows(others))
-            if drawing:
-                found |= self._results(drawing, to_numpy(self._draw(drawing, logits)), logits)
+            logits = self._model.step(given, self._cache, wanted_rows(others))
+            found |= self._results(others, self._draw(others, logits), logits)
         # The fused step fills positions behind the cache's back.
         self._cache.commit([(part.generation.progress.cached, part.ids) for part in decoding])
-        return [found[id(part)] for part in parts if part.draws]
+        return [found[id(part)] for part in parts]
 
     def _draw(self, parts: SequenceOf[Part], logits: Any) -> Any:
-        generations = [part.generation for part in parts]
+        """Of the parts that draw, one row each: see `sample_rows`."""
+        drawing = [part.generation for part in parts if part.draws]
+        if not drawing:
+            return ()
         ops = self._model.ops
         with ops.workspace():
-            return sample_rows(
+            if len(drawing) < len(logits):  # the others are there for their scores
+                ends = np.cumsum([n_rows(part) for part in parts]) - 1
+                logits = logits[ops.xp.asarray([end for part, end in zip(parts, ends, strict=True) if part.draws])]
+            drawn = sample_rows(
                 ops.xp,
                 ops.kernels,
                 logits,
-                [g.params for g in generations],
-                [g.ids for g in generations],
-                [g.seed for g in generations],
-                [g.n_generated for g in generations],
+                [g.params for g in drawing],
+                [g.ids for g in drawing],
+                [g.seed for g in drawing],
+                [g.n_generated for g in drawing],
             )
+        return to_numpy(drawn)
 
     @staticmethod
-    def _results(parts: SequenceOf[Part], drawn: Any, logits: Any) -> dict[int, Drawn]:
-        results = {}
-        for i, part in enumerate(parts):
-            try:
-                (token,) = checked_tokens(drawn[i : i + 1])
-                n_top = part.generation.params.logprobs
-                results[id(part)] = Drawn(token) if n_top is None else with_logprobs(token, to_numpy(logits[i]), n_top)
-            except RefengineError as e:
-                results[id(part)] = Drawn(error=e)
+    def _results(parts: SequenceOf[Part], drawn: Any, logits: Any) -> dict[int, Result]:
+        """Logits come to the host only where somebody asks for log-probabilities."""
+        results, n_seen, n_drawn = {}, 0, 0
+        for part in parts:
+            n = n_rows(part)
+            wanted = part.n_scored or part.generation.params.logprobs is not None
+            rows: Any = to_numpy(logits[n_seen : n_seen + n]) if wanted else [None] * n
+            token = drawn[n_drawn : n_drawn + part.draws]
+            results[id(part)] = result_of(part, rows, partial(checked_token, token))
+            n_seen, n_drawn = n_seen + n, n_drawn + part.draws
         return results
+
+
+def checked_token(drawn: Any) -> int:
+    """Of one row; raises what `checked_tokens` does."""
+    (token,) = checked_tokens(drawn)
+    return token
 
 
 def row_of(part: Part) -> DecodeRow:
@@ -88,7 +102,7 @@ def row_of(part: Part) -> DecodeRow:
     return DecodeRow(
         key=g,
         token=part.ids[0],
-        position=cached.length,
+        position=part.start,
         block_table=cached.block_table,
         params=g.params,
         seed=g.seed,

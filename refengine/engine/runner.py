@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+from refengine.engine.generation import Score
 from refengine.engine.sampling import logprobs, sample
 from refengine.engine.scheduler import Part
 from refengine.errors import RefengineError
@@ -15,30 +17,46 @@ from refengine.trace import Tracer, no_trace, to_numpy
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn after a part, or why nothing could be."""
+    """A token that was drawn."""
 
-    id: int = -1
+    id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a part: what was drawn after it, where it draws; of its ids that are scored, their next ids' scores;
+    or why there is neither."""
+
+    drawn: Drawn | None = None
+    scores: tuple[Score, ...] = ()
     error: RefengineError | None = None
 
 
 class Runner(Protocol):
-    def run(self, parts: Sequence[Part]) -> list[Drawn]:
-        """Feed the parts; one result for each part that draws, in order."""
+    def run(self, parts: Sequence[Part]) -> list[Result]:
+        """Feed the parts; one result for each, in order."""
 
     def warm_up(self, n_prompt: int) -> None:
         """Compile and allocate what the first request would wait for; with a prompt of so many tokens, if any."""
 
 
-def last_rows(parts: Sequence[Part]) -> list[int]:
-    """Batch rows of the last ids of the parts that draw."""
-    rows, end = [], 0
+def wanted_rows(parts: Sequence[Part]) -> list[int]:
+    """Batch rows whose logits are wanted: of each part those that are scored, then the one that it draws from."""
+    rows: list[int] = []
+    start = 0
     for part in parts:
-        end += len(part.ids)
+        rows += range(start, start + part.n_scored)
+        start += len(part.ids)
         if part.draws:
-            rows.append(end - 1)
+            rows.append(start - 1)
     return rows
+
+
+def n_rows(part: Part) -> int:
+    """How many of `wanted_rows` are a part's."""
+    return part.n_scored + part.draws
 
 
 class ArrayRunner:
@@ -50,23 +68,39 @@ class ArrayRunner:
     def warm_up(self, n_prompt: int) -> None:
         """Nothing: arrays are allocated as they are wanted."""
 
-    def run(self, parts: Sequence[Part]) -> list[Drawn]:
+    def run(self, parts: Sequence[Part]) -> list[Result]:
         given = [(part.generation.progress.cached, part.ids) for part in parts]
-        logits = self._model.step(given, self._cache, last_rows(parts), self._trace)
-        drawing = [part for part in parts if part.draws]
-        if not drawing:
-            return []
-        return [draw(row, part) for row, part in zip(to_numpy(logits), drawing, strict=True)]
+        logits = self._model.step(given, self._cache, wanted_rows(parts), self._trace)
+        rows = iter(to_numpy(logits) if any(map(n_rows, parts)) else ())
+        results = []
+        for part in parts:
+            own = [next(rows) for _ in range(n_rows(part))]
+            results.append(result_of(part, own, partial(draw, own[-1] if own else None, part)))
+        return results
 
 
-def draw(row: Any, part: Part) -> Drawn:
+def result_of(part: Part, rows: Sequence[Any], draw: Callable[[], int]) -> Result:
+    """On the host, from the part's wanted rows of logits, (n_vocab,) each. draw: gives its token."""
+    generation, params = part.generation, part.generation.params
+    try:
+        scores = tuple(
+            Score(own, tuple(top))
+            for own, top in (
+                logprobs(row, generation.ids[part.start + i + 1], params.prompt_logprobs or 0)
+                for i, row in enumerate(rows[: part.n_scored])
+            )
+        )
+        if not part.draws:
+            return Result(None, scores)
+        return Result(with_logprobs(draw(), rows[-1], params.logprobs), scores)
+    except RefengineError as e:
+        return Result(error=e)
+
+
+def draw(row: Any, part: Part) -> int:
     """On the host, from logits (n_vocab,)."""
     generation = part.generation
-    try:
-        token = sample(row, generation.params, generation.ids, generation.seed, generation.n_generated)
-        return with_logprobs(token, row, generation.params.logprobs)
-    except RefengineError as e:
-        return Drawn(error=e)
+    return sample(row, generation.params, generation.ids, generation.seed, generation.n_generated)
 
 
 def with_logprobs(token: int, row: Any, n_top: int | None) -> Drawn:

@@ -73,6 +73,8 @@ class SamplingParams:
     """Up to 4 non-empty strings; see `refengine.engine.stop`."""
     logprobs: int | None = None
     """Report each token's log-probability, and of the 0 to 20 likeliest; None reports none."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, given those before: all are computed, none comes from the prefix cache."""
 
     def __post_init__(self) -> None:
         checked = {
@@ -86,7 +88,8 @@ class SamplingParams:
             "seed": None if self.seed is None else _integer("seed", self.seed, 0, MAX_UINT64),
             "max_tokens": _integer("max_tokens", self.max_tokens, 1, None),
             "stop": _stops(self.stop),
-            "logprobs": None if self.logprobs is None else _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            "logprobs": _count("logprobs", self.logprobs),
+            "prompt_logprobs": _count("prompt_logprobs", self.prompt_logprobs),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -283,6 +286,10 @@ def _integer(name: str, value: object, low: int, high: int | None) -> int:
     return integer
 
 
+def _count(name: str, value: object) -> int | None:
+    return None if value is None else _integer(name, value, 0, MAX_LOGPROBS)
+
+
 def _stops(value: object) -> tuple[str, ...]:
     allowed = f"a list of up to {MAX_STOPS} non-empty strings"
     if not isinstance(value, list | tuple) or len(value) > MAX_STOPS:
@@ -298,4 +305,4 @@ def _refused(name: str, value: object, allowed: str) -> RequestError:
     except ValueError:  # Python does not print integers of thousands of digits
         shown = f"{type(value).__name__} with a huge integer"
     shortened = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return RequestError(f"{name}: given {shortened}, allowed {allowed}")
+    return RequestError(f"{name}: given {shortened}, allowed {allowed}", name)

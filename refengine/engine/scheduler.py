@@ -17,19 +17,27 @@ from refengine.engine.generation import Generation
 from refengine.kv_cache import KVCache, OutOfBlocks
 from refengine.prefix_cache import PrefixCache
 
+SCORED_ROWS = 64  # of a prompt in one step: their logits are all there at once, each as long as the vocabulary
+
 
 @dataclass(frozen=True)
 class Part:
-    """Ids of one request to feed in a step; draws: whether a token is drawn after them."""
+    """Ids of one request to feed in a step.
+
+    start: position of the first. draws: whether a token is drawn after them. n_scored: of how many ids, from the first,
+    the log-probability of the next id of the prompt is wanted.
+    """
 
     generation: Generation
     ids: list[int]
+    start: int
     draws: bool
+    n_scored: int = 0
 
     @property
     def decodes(self) -> bool:
         """One id, whose token is wanted, behind positions that are all in the cache: a decode step's row."""
-        return self.draws and len(self.ids) == 1 and self.generation.progress.cached.length > 0
+        return self.draws and len(self.ids) == 1 and self.start > 0
 
 
 class Scheduler:
@@ -62,15 +70,21 @@ class Scheduler:
         parts, budget = [], self.max_step_tokens
         for generation in self.running:
             if self._n_left(generation) == 1:
-                parts.append(Part(generation, generation.ids[-1:], True))
+                parts.append(Part(generation, generation.ids[-1:], len(generation.ids) - 1, True))
                 budget -= 1
         budget = max(budget, 1)  # however many decode, prompts go on
+        scored_budget = SCORED_ROWS
         for generation in self.running:
             left = self._n_left(generation)
-            n = min(left, budget)
-            if left > 1 and n > 0:
+            if left == 1:
+                continue
+            n, n_scored = min(left, budget), self._n_to_score(generation)
+            if n_scored:
+                n = n_scored = min(n, n_scored, scored_budget)
+                scored_budget -= n_scored
+            if n > 0:
                 start = generation.progress.cached.length
-                parts.append(Part(generation, generation.ids[start : start + n], n == left))
+                parts.append(Part(generation, generation.ids[start : start + n], start, n == left, n_scored))
                 budget -= n
         return parts, failed
 
@@ -104,7 +118,8 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_batch:
             generation = self.waiting[0]
             sequence = generation.progress.cached
-            found = [] if self.prefix is None else self.prefix.match(generation.ids)
+            prefix = None if generation.params.prompt_logprobs is not None else self.prefix
+            found = [] if prefix is None else prefix.match(generation.ids)
             sequence.block_table[:] = found
             sequence.length = len(found) * self.cache.block_size
             try:
@@ -112,13 +127,20 @@ class Scheduler:
             except OutOfBlocks:
                 sequence.block_table.clear()
                 sequence.length = 0
-                if self.prefix is not None:
-                    self.prefix.unmatch(found, len(generation.ids))
+                if prefix is not None:
+                    prefix.unmatch(found, len(generation.ids))
                 return
             if generation.progress.preemptions == 0:
                 generation.progress.prefix_tokens = sequence.length
             self.waiting.popleft()
             self.running.append(generation)
+
+    @staticmethod
+    def _n_to_score(generation: Generation) -> int:
+        """How many ids that are still to be fed have a next one in a prompt whose log-probabilities are wanted."""
+        if generation.params.prompt_logprobs is None:
+            return 0
+        return max(0, generation.n_prompt - 1 - generation.progress.cached.length)
 
     @staticmethod
     def _n_left(generation: Generation) -> int:

@@ -21,7 +21,7 @@ class StopMatcher:
 
     def __init__(self, stops: Sequence[str]) -> None:
         if any(not stop for stop in stops):
-            raise RequestError(f"stop: given {list(stops)!r}, allowed non-empty strings")
+            raise RequestError(f"stop: given {list(stops)!r}, allowed non-empty strings", "stop")
         self._stops = tuple(stops)
         self._max_held = max((len(stop) for stop in stops), default=1) - 1
         self._held = ""

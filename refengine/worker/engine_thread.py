@@ -116,8 +116,7 @@ class EngineThread:
             return True
 
     def _take(self, job: Job) -> None:
-        scheduler = self._engine.scheduler
-        n_before = len(scheduler.running) + len(scheduler.waiting)
+        before = self._engine.facts()
         try:
             generation = self._engine.start(job.ids, job.params)
         except Exception as e:
@@ -127,7 +126,8 @@ class EngineThread:
             return
         self._jobs[generation], self._generations[job] = job, generation
         if self.listener is not None:
-            self._tell(self.listener.on_taken, job, Taken(max(0, n_before - scheduler.max_batch + 1)))
+            n_ahead = before.running + before.waiting
+            self._tell(self.listener.on_taken, job, Taken(max(0, n_ahead - self._engine.max_batch + 1)))
 
     def _drop(self, job: Job) -> None:
         generation = self._generations.pop(job, None)
@@ -174,18 +174,7 @@ class EngineThread:
 
     def _look(self) -> None:
         """What /health and /metrics will say."""
-        engine = self._engine
-        pool, stats, scheduler = engine.cache.pool, engine.prefix_stats, engine.scheduler
-        self._state.load = Load(
-            vram_bytes=vram_of(engine.model),
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            blocks_used=pool.n_used,
-            blocks_cached=pool.n_reclaimable,
-            blocks_free=pool.n_free,
-            prefix_hits=stats.hits,
-            prefix_misses=stats.misses,
-        )
+        self._state.load = Load(vram_of(self._engine.model), self._engine.facts())
 
     def _check_residency(self) -> None:
         if time.monotonic() < self._next_check:

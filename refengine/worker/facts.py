@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from refengine.cuda.ops import KernelOps
+from refengine.engine.hooks import EngineFacts
 from refengine.model import Model
 from refengine.tokenizer import Tokenizer
 from refengine.weights import quant_kind
@@ -54,13 +55,7 @@ class Load:
     """What the engine's thread saw when it last looked."""
 
     vram_bytes: dict[str, int] = field(default_factory=dict)
-    running: int = 0
-    waiting: int = 0
-    blocks_used: int = 0
-    blocks_cached: int = 0
-    blocks_free: int = 0
-    prefix_hits: int = 0
-    prefix_misses: int = 0
+    engine: EngineFacts = field(default_factory=EngineFacts)
 
 
 class State:

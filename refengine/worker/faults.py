@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from refengine.errors import RefengineError, RequestError, one_line
@@ -57,7 +56,7 @@ def fault_of(error: BaseException, on_gpu: bool = False) -> Fault:
     if isinstance(error, OutOfBlocks):
         return Fault("VRAM_OOM", str(error))
     if isinstance(error, RequestError):
-        return Fault("INVALID_REQUEST", str(error), field_of(str(error)))
+        return Fault("INVALID_REQUEST", str(error), error.field)
     if isinstance(error, MemoryError):  # CuPy's OutOfMemoryError is one
         return Fault("VRAM_OOM", "the device has too little memory for this step; ask for less, or later")
     if on_gpu and "CUDA" in type(error).__name__:
@@ -65,9 +64,3 @@ def fault_of(error: BaseException, on_gpu: bool = False) -> Fault:
     if isinstance(error, RefengineError):
         return Fault("INTERNAL", str(error))
     return Fault("INTERNAL", f"unexpected {type(error).__name__}; the log of the worker has where")
-
-
-def field_of(message: str) -> str:
-    """The field that a RequestError begins with; those about a prompt's length begin with none."""
-    match = re.match(r"(temperature|top_k|top_p|min_p|repetition_penalty|seed|max_tokens|stop|logprobs): ", message)
-    return match[1] if match else "prompt"

@@ -58,18 +58,18 @@ class Metrics:
 
     def text(self) -> bytes:
         """The exposition format. Called in one thread only."""
-        load = self._state.load
+        vram_bytes, engine = self._state.load.vram_bytes, self._state.load.engine
         for purpose, gauge in self._vram.items():
-            gauge.set(load.vram_bytes.get(purpose, 0))
-        self._blocks["used"].set(load.blocks_used)
-        self._blocks["cached"].set(load.blocks_cached)
-        self._blocks["free"].set(load.blocks_free)
-        self._batch.set(load.running)
-        self._queue.set(load.waiting)
+            gauge.set(vram_bytes.get(purpose, 0))
+        self._blocks["used"].set(engine.blocks_used)
+        self._blocks["cached"].set(engine.blocks_cached)
+        self._blocks["free"].set(engine.blocks_free)
+        self._batch.set(engine.running)
+        self._queue.set(engine.waiting)
         self._uptime.set(self._state.uptime)
-        self._hits.inc(load.prefix_hits - self._seen_hits)
-        self._misses.inc(load.prefix_misses - self._seen_misses)
-        self._seen_hits, self._seen_misses = load.prefix_hits, load.prefix_misses
+        self._hits.inc(engine.prefix_hits - self._seen_hits)
+        self._misses.inc(engine.prefix_misses - self._seen_misses)
+        self._seen_hits, self._seen_misses = engine.prefix_hits, engine.prefix_misses
         return generate_latest(self._registry)
 
 
