@@ -1,0 +1,58 @@
+"""The OpenAPI document: schemas where its references look for them, and a version for tools that do not read 3.1 yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+DEFS, SCHEMAS = "#/$defs/", "#/components/schemas/"
+
+
+def describe(app: FastAPI) -> None:
+    """Make /openapi.json whole: bodies that the worker parses itself bring schemas of their own along."""
+    make = app.openapi
+    app.openapi = lambda: with_components(make())  # type: ignore[method-assign]
+
+
+def with_components(document: dict[str, Any]) -> dict[str, Any]:
+    """The same, with the `$defs` of every schema among the document's components, where `$ref` then finds them."""
+    schemas: dict[str, Any] = {}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        schemas.update({name: moved(schema) for name, schema in value.get("$defs", {}).items()})
+        found = {name: moved(item) for name, item in value.items() if name != "$defs"}
+        if str(found.get("$ref", "")).startswith(DEFS):
+            found["$ref"] = SCHEMAS + found["$ref"].removeprefix(DEFS)
+        return found
+
+    whole: dict[str, Any] = moved(document)
+    components = whole.get("components", {})
+    return {**whole, "components": {**components, "schemas": {**components.get("schemas", {}), **schemas}}}
+
+
+def as_openapi_30(document: dict[str, Any]) -> dict[str, Any]:
+    """The same in version 3.0.3, which Swagger UI 4 reads: null, const and exclusive limits in the words it has."""
+    return {**_converted(document), "openapi": "3.0.3"}
+
+
+def _converted(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_converted(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: _converted(item) for name, item in value.items()}
+    if {"type": "null"} in found.get("anyOf", []):
+        kinds = [kind for kind in found.pop("anyOf") if kind != {"type": "null"}]
+        alone = len(kinds) == 1 and "$ref" not in kinds[0]  # beside a $ref nothing else is read
+        found = {**found, "nullable": True, **(kinds[0] if alone else {"anyOf": kinds})}
+    if "const" in found:
+        found["enum"] = [found.pop("const")]
+    for exclusive, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if exclusive in found:
+            found |= {limit: found[exclusive], exclusive: True}
+    return found
