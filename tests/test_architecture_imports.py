@@ -68,7 +68,8 @@ ROOMS = {
         {FACADE, *MODEL}, {*ARRAYS, "safetensors", "yaml", "rich", "jinja2"}, frozenset({"cupy", "llama_cpp"})
     ),
     "worker": Room(
-        {FACADE, *MODEL}, {"numpy", "tqdm", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
+        {FACADE, *MODEL},
+        {"numpy", "tqdm", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "swagger_ui_bundle"},
     ),
     "bench": Room({FACADE, *MODEL, "validate", "worker"}, {"numpy"}, frozenset({"cupy", "llama_cpp"})),
     "console": Room({FACADE, *MODEL, "validate"}, {*ARRAYS, "tqdm"}),
