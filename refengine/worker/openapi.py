@@ -1,4 +1,4 @@
-"""The OpenAPI document: schemas where its references look for them, and a version for tools that do not read 3.1 yet."""
+"""The OpenAPI document: schemas where its references look for them, and a version for tools that read no 3.1 yet."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
