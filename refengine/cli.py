@@ -16,14 +16,20 @@ DESCRIPTION = """Run GGUF language models as readable array code that matches ll
 EPILOG = """examples:
   refengine generate "Write a haiku about GPU computing"
   refengine generate "Once upon a time" --model stories260K.gguf --temperature 0
+  refengine generate "Hello" --model hf:OWNER/REPO:Q4_K_M        (downloaded once)
   refengine inspect --model model.gguf
   refengine logits --model model.gguf --prompt "Hello" --numerics llamacpp --output logits.npz
   refengine trace --model model.gguf --prompt "Hello" --filter 'Qcur-[01]$' --output qcur.safetensors
   refengine validate --model model.gguf        (against llama.cpp)
   refengine validate --model model.gguf --peer my_dump --html report.html        (against tensors of your own engine)
   refengine serve --worker-id $(uuidgen) --model model.gguf --gpu-device 0 --port 8080
+  refengine ask "Write a haiku about the sea" --seed 7        (a worker that serves)
   refengine generate "Hello" --model model.gguf --break Qcur-3     (stops in pdb at that tensor)
 """
+
+HUB_HELP = """or hf:OWNER/REPO[@REVISION][:QUANT or :FILE.gguf], downloaded into the cache of huggingface_hub (HF_HOME,
+HF_TOKEN, HF_HUB_OFFLINE); QUANT is a part of the file's name, as Q4_K_M; without, it is the only model of the repo or
+its only Q4_K_M"""
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -131,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     tokenize = _command(commands, "tokenize", "print the token ids of a text as JSON, or the text of ids")
     tokenize.add_argument("text", nargs="?", metavar="TEXT", help="the text, or with --decode the ids as JSON or 1,2,3")
-    tokenize.add_argument("--model", metavar="FILE", help="GGUF file (default: the packaged haiku model)")
+    tokenize.add_argument("--model", metavar="FILE", help=f"GGUF file; {HUB_HELP} (default: the packaged haiku model)")
     tokenize.add_argument("--decode", action="store_true", help="print the text of ids instead")
     tokenize.add_argument(
         "--special",
@@ -145,13 +151,18 @@ def build_parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
     inspect = _command(commands, "inspect", "print metadata, tensor types, sizes and the kind of quantisation")
-    inspect.add_argument("file", nargs="?", metavar="FILE", help="GGUF file (default: the packaged haiku model)")
+    inspect.add_argument("file", nargs="?", metavar="FILE", help=f"GGUF file; {HUB_HELP} (default: the packaged model)")
     inspect.add_argument("--model", metavar="FILE", help="the same as FILE")
     inspect.add_argument("--json", action="store_true", help="print one JSON object, with every tensor")
     inspect.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
     serve = _command(commands, "serve", "serve one model on one device over HTTP")
     _serve_arguments(serve)
+
+    ask = _command(
+        commands, "ask", "send a prompt to a worker, streaming its answer to stdout and statistics to stderr"
+    )
+    _ask_arguments(ask)
     return parser
 
 
@@ -170,7 +181,7 @@ def _model_arguments(
         "--model",
         metavar="FILE",
         action="append" if several else "store",
-        help="GGUF file; of a split one, the first part (default: the packaged model, which writes haiku)",
+        help=f"GGUF file; of a split one, the first part; {HUB_HELP} (default: the packaged model, which writes haiku)",
     )
     group.add_argument(
         "--device",
@@ -239,7 +250,9 @@ exit codes: 0 after a shutdown, 1 where the start fails (the log says why), 2 fo
     group.add_argument("--gpu-device", metavar="N", help="number of the GPU; it never falls back to the CPU")
     group.add_argument("--device", metavar="NAME", help="instead: cuda:N; cpu, on purpose; host (kernels on the CPU)")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="FILE", help="GGUF file (default: the packaged model, which writes haiku)")
+    group.add_argument(
+        "--model", metavar="FILE", help=f"GGUF file; {HUB_HELP} (default: the packaged model, which writes haiku)"
+    )
     group.add_argument("--kv-cache-size-mb", metavar="MIB", help="of the KV cache (default: what memory allows)")
     group.add_argument(
         "--on-shortage",
@@ -286,6 +299,36 @@ exit codes: 0 after a shutdown, 1 where the start fails (the log says why), 2 fo
         "--api-key", metavar="KEY", help="the key itself; other users of this machine can see it in the process list"
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback on wrong arguments")
+
+
+def _ask_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  refengine serve --worker-id $(uuidgen) --device cpu --port 8080 &
+  refengine ask "Write a haiku about GPU computing" --temperature 0.7 --seed 42
+  refengine ask --chat - <question.txt
+
+Ctrl-C cancels the request and exits with 130; errors are one line and exit code 2."""
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt (or --prompt); `-` reads standard input")
+    parser.add_argument("--prompt", metavar="TEXT", help="the same as PROMPT")
+    group = parser.add_argument_group("worker")
+    group.add_argument("--url", default="http://127.0.0.1:8080", help="of the worker")
+    group.add_argument(
+        "--api-key", metavar="KEY", help="of the worker (default: $REFENGINE_API_KEY, which no list of processes shows)"
+    )
+    group.add_argument("--timeout", type=float, default=60.0, metavar="S", help="without any sign of the worker")
+    group.add_argument("--deadline", type=float, metavar="S", help="the worker gives up after that time")
+    group.add_argument("--retries", type=int, default=0, metavar="N", help="where the worker is full: ask again, later")
+    _sampling_arguments(parser)
+    group = parser.add_argument_group("answer")
+    group.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
+    group.add_argument(
+        "--logprobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="a line a token: its probability, and the N likeliest; to 20",
+    )
+    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
 
 def _kernel_switches(group: Any) -> None:
@@ -351,6 +394,10 @@ def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
         from refengine.commands_serve import serve
 
         return serve
+    if command == "ask":
+        from refengine.commands_ask import ask
+
+        return ask
     from refengine import commands
 
     found: Callable[[argparse.Namespace], int | None] = getattr(commands, command)

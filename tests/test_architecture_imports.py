@@ -57,11 +57,14 @@ BELOW_ENGINE = {
 INSIDE_GGUF_FILE = {"gguf_cursor", "gguf_parse", "gguf_split"}
 BELOW = set(BELOW_ENGINE) - INSIDE_GGUF_FILE
 ENGINE = {*BELOW, "engine"}
-MODEL = {*ENGINE, "model"}
+HUB = {"hub_names", "hub"}
+MODEL = {*ENGINE, *HUB, "model"}
 ROOMS = {
     **BELOW_ENGINE,
     "engine": Room(BELOW, {"numpy"}),  # no HTTP
-    "model": Room(ENGINE, {*ARRAYS, "tqdm"}),
+    "hub_names": Room({"errors"}, set()),  # no network
+    "hub": Room({"errors", "hub_names"}, set(), frozenset({"huggingface_hub"})),  # no models: paths
+    "model": Room({*ENGINE, "hub"}, {*ARRAYS, "tqdm"}),
     FACADE: Room(MODEL, set()),
     # no HTTP
     "validate": Room(
@@ -72,13 +75,17 @@ ROOMS = {
         {"numpy", "tqdm", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "swagger_ui_bundle"},
     ),
     "bench": Room({FACADE, *MODEL, "validate", "worker"}, {"numpy"}, frozenset({"cupy", "llama_cpp"})),
+    "client_events": Room({"errors"}, {"httpx_sse"}),  # no connections
+    "client": Room({"errors", "client_events"}, {"httpx", "httpx_sse"}),
     "console": Room({FACADE, *MODEL, "validate"}, {*ARRAYS, "tqdm"}),
     "commands": Room({FACADE, *MODEL, "validate", "console"}, {*ARRAYS, "safetensors"}),
     "commands_validate": Room({FACADE, *MODEL, "validate", "console"}, {"tqdm", "rich"}),
     "commands_serve": Room({FACADE, *MODEL, "worker"}, set()),
+    "commands_ask": Room({"errors", "client", "client_events", "console"}, set()),
     # pytest loads this in every suite where refengine is installed: light until the fixture is called.
     "pytest_plugin": Room({FACADE, *MODEL, "validate"}, {"pytest", "rich"}),
-    "cli": Room({FACADE, "errors", "commands", "commands_validate", "commands_serve"}, set()),  # arguments only
+    # arguments only
+    "cli": Room({FACADE, "errors", "commands", "commands_validate", "commands_serve", "commands_ask"}, set()),
     "__main__": Room({"cli"}, set()),
 }
 
@@ -86,7 +93,7 @@ ROOMS = {
 HTTP_ROOMS = {"worker", "bench"}
 RESERVED_STDLIB = {
     # All but cli: for the type of what the parser gives.
-    "argparse": {"cli", "console", "commands", "commands_validate", "commands_serve"},
+    "argparse": {"cli", "console", "commands", "commands_validate", "commands_serve", "commands_ask"},
     "mmap": {"gguf_file", *INSIDE_GGUF_FILE},
     "http": HTTP_ROOMS,
     "urllib": HTTP_ROOMS,
