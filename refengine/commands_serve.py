@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from refengine.errors import RequestError
+from refengine.hub_names import parse
 from refengine.model import PACKAGED_MODEL
 from refengine.worker.life import serve as serve_worker
 from refengine.worker.options import WorkerOptions, device_of, integer, seconds
@@ -48,8 +49,15 @@ def options_of(arguments: argparse.Namespace) -> WorkerOptions:
         api_key=_api_key(arguments.api_key, arguments.api_key_file),
         max_connections=optional("--max-connections", arguments.max_connections, 1, 1_000_000),
         allowed_hosts=tuple(arguments.allowed_host),
-        model=PACKAGED_MODEL if arguments.model is None else Path(arguments.model),
+        model=_model(arguments.model),
     )
+
+
+def _model(given: str | None) -> Path | str:
+    """A name of the hub stays one: the worker fetches its file when it starts. Raises HubError where it is none."""
+    if given is None:
+        return PACKAGED_MODEL
+    return Path(given) if parse(given) is None else given
 
 
 def _api_key(key: str | None, file: str | None) -> str | None:

@@ -81,7 +81,7 @@ def _corpus(arguments: argparse.Namespace) -> int:
         raise RequestError(f"--jobs {arguments.jobs} must be at least 1 process")
     output = output_path(arguments.output, ".jsonl")
     prompts = read_prompts(arguments.prompts)
-    models = [Path(m) for m in arguments.model] if arguments.model else [model_path(None)]
+    models = [model_path(m) for m in arguments.model] if arguments.model else [model_path(None)]
     settings = Settings(
         peer=arguments.peer,
         device=arguments.device,

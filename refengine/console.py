@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from refengine.errors import RequestError, one_line
+from refengine.hub import resolve
 from refengine.model import PACKAGED_MODEL, Model, load
 from refengine.validate.capture import sha256_of_file
 from refengine.weights import quant_kind
@@ -46,9 +47,9 @@ def prompt_of(arguments: argparse.Namespace) -> tuple[str | None, list[int]]:
 
 
 def model_path(given: str | None) -> Path:
-    """The file given, or the packaged one, of which the user is told."""
+    """The file given, by its path or its name on the hub, or the packaged one, of which the user is told."""
     if given is not None:
-        return Path(given)
+        return resolve(given, say)
     say("no --model given: using the packaged haiku model (try: Write a haiku about the ocean)")
     return PACKAGED_MODEL
 

@@ -17,6 +17,7 @@ from refengine.engine.generation import Token
 from refengine.engine.sampling import SamplingParams
 from refengine.errors import RequestError
 from refengine.gguf_file import GGUFFile
+from refengine.hub import resolve
 from refengine.kv_cache import KVCache
 from refengine.kv_cache import Sequence as CacheSequence
 from refengine.models import BY_ARCHITECTURE
@@ -42,7 +43,8 @@ def load(
 ) -> Model:
     """Open a GGUF file (the first part of a split one) and put its tensors on a device.
 
-    path:         None opens the packaged model, which writes haiku.
+    path:         None opens the packaged model, which writes haiku. As text also a name of the hub, which is
+                  downloaded into its cache: `hf:OWNER/REPO[@REVISION][:QUANT or FILE.gguf]`.
     device:       `cpu`, `cuda`, `cuda:N`, `auto`; `host` runs the kernels on the CPU, to test and step through.
     numerics:     `exact` (float32), `exact64`, `llamacpp`, `fast`; default: fast on cuda and host, else exact. On a
                   GPU fast means raw kernels and weights as stored; every other profile, array code.
@@ -51,7 +53,7 @@ def load(
     cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory).
     attention:    `flash`, or `reference` for array code that writes the score matrix. Kernels only: to compare.
     progress:     called with the bytes done and the bytes in all.
-    Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError` or `RequestError`.
+    Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError`, `HubError` or `RequestError`.
     """
     if n_ctx is not None and not 1 <= n_ctx < 2**31:
         raise RequestError(f"n_ctx {n_ctx} is outside 1..{2**31 - 1} tokens")
@@ -63,7 +65,7 @@ def load(
     rounding = profile(numerics or ("exact" if opened.name == "cpu" else "fast"), kv_type)
     if opened.name == "host" and not rounding.half_rows:
         raise RequestError(f"device host runs the kernels, whose numerics are fast; {rounding.name} runs on cpu")
-    gguf = GGUFFile(PACKAGED_MODEL if path is None else Path(path))
+    gguf = GGUFFile(PACKAGED_MODEL if path is None else resolve(path))
     config = ModelConfig.from_gguf(gguf)
     if n_ctx is not None and n_ctx > config.n_ctx_train and config.rope is None:
         raise RequestError(f"n_ctx {n_ctx}: {config.arch} has learned positions, only {config.n_ctx_train} of them")

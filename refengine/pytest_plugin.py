@@ -60,7 +60,7 @@ def check_agreement(
     loaded = refengine.load(model, device, numerics, kv_type=kv_type, cpu_cache_mb=0)
     ids = None if prompt is None else loaded.prompt_ids(prompt)
     capture = capture_peer(str(peer), loaded, ids, names=NameMap.read(names) if names else None, **llamacpp)
-    sha256 = sha256_of_file(Path(model))
+    sha256 = sha256_of_file(loaded.gguf.path)
     outcome = validate(loaded, capture, tolerances=tolerances, model_sha256=sha256, any_model=any_model)
     if not outcome:
         text = io.StringIO()

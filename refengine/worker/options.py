@@ -24,7 +24,7 @@ class WorkerOptions:
     """
 
     worker_id: str
-    model: Path
+    model: Path | str  # as text: its name on the hub
     device: str
     port: int
     host: str = "127.0.0.1"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from refengine.device import Device, open_device
 from refengine.engine.engine import DEFAULT_CACHE_TOKENS, Engine, EngineOptions
 from refengine.errors import DeviceError, RefengineError, RequestError
 from refengine.gguf_file import GGUFFile
+from refengine.hub import fetch
+from refengine.hub_names import parse
 from refengine.kv_cache import BLOCK_SIZE, KVCache
 from refengine.model import Model, load
 from refengine.worker.engine_thread import Started
@@ -73,6 +76,7 @@ class Startup:
         self._log("model_load_start")
         start = time.perf_counter()
         try:
+            path = self._fetched(path)
             with GGUFFile(path) as gguf:
                 self._check_room(device, gguf)
             with _bar(self._log.for_people) as bar:
@@ -96,6 +100,28 @@ class Startup:
             "model_load_complete", seconds=round(time.perf_counter() - start, 3), weight_bytes=model.weights.n_bytes
         )
         return model
+
+    def _fetched(self, model: Path | str) -> Path:
+        """The file of a model that may be named on the hub: its download is the first part of loading it."""
+        reference = parse(str(model))
+        if reference is None:
+            return Path(model)
+        start = time.perf_counter()
+
+        def tell(text: str) -> None:
+            self._log("model_load_progress", phase="download", message=text)
+
+        found = fetch(reference, tell, self._quarters(0, 25, 50, 75, phase="download"))
+        self._log(
+            "model_load_progress",
+            phase="download",
+            percent=100,
+            pinned=found.pinned,
+            commit=found.commit,
+            downloaded_bytes=found.n_downloaded,
+            seconds=round(time.perf_counter() - start, 3),
+        )
+        return found.path
 
     def _check_room(self, device: Device, gguf: GGUFFile) -> None:
         """Before anything large is allocated: weights, and a cache for at least one sequence (W-1020)."""
@@ -149,15 +175,24 @@ class Startup:
 
     def _progress(self, bar: Any) -> Callable[[int, int], None]:
         """Logs the quarters, and moves a bar on a terminal."""
-        left = [0, 25, 50, 75, 100]
+        quarters = self._quarters(0, 25, 50, 75, 100)
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
-            while left and done * 100 >= left[0] * total:
-                self._log("model_load_progress", percent=left.pop(0))
+            quarters(done, total)
 
         progress(0, 1)
+        return progress
+
+    def _quarters(self, *percents: int, **facts: Any) -> Callable[[int, int], None]:
+        """Logs each of these once it is reached."""
+        left = list(percents)
+
+        def progress(done: int, total: int) -> None:
+            while left and done * 100 >= left[0] * total:
+                self._log("model_load_progress", **facts, percent=left.pop(0))
+
         return progress
 
 
