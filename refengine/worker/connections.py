@@ -23,7 +23,7 @@ from refengine.worker.faults import Fault
 HEAD_TIMEOUT_S = 10.0  # from the end of the last answer, or the start of the connection, to a whole head
 RESERVED_HEAD_TIMEOUT_S = 2.0
 BODY_REST_TIMEOUT_S = 5.0  # for the rest of a body that was answered before its end
-CLOSE_TIMEOUT_S = 30.0  # without any progress, for a client to take what was sent before a close
+WRITE_TIMEOUT_S = 30.0  # without any progress, for a client to take what was sent
 LINGER_S = 1.0  # a client that is sent away reads that before its connection is gone
 CHECK_S = 1.0  # between two looks at all connections
 RESERVED = 16  # connections beyond the limit, for /health
@@ -135,7 +135,7 @@ class Connection(H11Protocol):
     def check(self, now: float) -> None:
         """Close a connection whose client has made no progress for too long. Called again and again."""
         phase, timeout_s = self._phase()
-        seen = (phase, self.cycle, self.transport.get_write_buffer_size() if phase == "closing" else None)
+        seen = (phase, self.cycle, self.transport.get_write_buffer_size())
         if seen != self._seen:
             self._seen, self._since = seen, now
         elif now - self._since > timeout_s:
@@ -147,9 +147,9 @@ class Connection(H11Protocol):
     def _phase(self) -> tuple[str, float]:
         """What is waited for, and for how long at most."""
         if self._refused or self.transport.is_closing():
-            return "closing", CLOSE_TIMEOUT_S
+            return "closing", WRITE_TIMEOUT_S
         if self.cycle is not None and not self.cycle.response_complete:
-            return "answer", float("inf")  # the app has its own limits
+            return "answer", WRITE_TIMEOUT_S if self.transport.get_write_buffer_size() else float("inf")
         if self.conn.their_state is h11.IDLE:
             return "head", self._head_timeout_s
         return "body", BODY_REST_TIMEOUT_S
