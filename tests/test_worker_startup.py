@@ -1,5 +1,6 @@
 """`refengine serve` before it serves: arguments, the order of a start, failures that are logged, the ready callback."""
 
+import base64
 import json
 import socket
 import subprocess
@@ -51,6 +52,8 @@ BAD_ARGUMENTS = {
     ),
     "key": ({"--api-key": "short"}, "the API key: given 5 characters, allowed 8 to 512"),
     "host": ({"--host": ""}, "--host: given nothing, allowed an address"),
+    "allowed host": ({"--allowed-host": "http://a"}, "--allowed-host: given 'http://a', allowed a host name"),
+    "connections": ({"--max-connections": "0"}, "--max-connections: given 0, allowed 1 to"),
 }
 
 
@@ -67,7 +70,10 @@ def test_help_names_every_argument_and_route() -> None:
         "--worker-id",
         "--gpu-device",
         "--callback-url",
-        "--api-key",
+        "--api-key-file",
+        "REFENGINE_API_KEY",
+        "--allowed-host",
+        "--max-connections",
         "POST /execute",
         "SIGTERM",
         "exit codes",
@@ -224,7 +230,19 @@ def test_ready_callback_is_repeated_until_it_is_heard(server: Server, callback: 
 
 
 def test_key_is_wanted_by_all_but_health_and_never_logged(server: Server) -> None:
-    wrong = [{}, {"Authorization": "Bearer a-secret-of-theirs"}, {"Authorization": "Basic a-secret-of-ours"}]
+    key = "a-secret-of-ours"
+    values = (
+        "Bearer a-secret-of-theirs",
+        f"Bearer {key}x",
+        "Bearer",
+        key,
+        f"Basic {key}",
+        basic(key),
+        basic(f"{key}:"),
+        basic(f"me:{key}x"),
+        "Basic !",
+    )
+    wrong = [{}, *({"Authorization": value} for value in values)]
     with server.client() as client:
         assert client.get("/health").status_code == 200
         for headers in wrong:
@@ -233,12 +251,51 @@ def test_key_is_wanted_by_all_but_health_and_never_logged(server: Server) -> Non
                 ("POST", "/shutdown"),
                 ("GET", "/metrics"),
                 ("GET", "/openapi.json"),
+                ("GET", "/"),
+                ("GET", "/docs"),
+                ("GET", "/nothing"),
             ):
                 response = client.request(method, path, headers=headers)
                 assert (response.status_code, response.json()["code"]) == (401, "UNAUTHORIZED")
-        right = {"Authorization": "Bearer a-secret-of-ours"}
-        assert client.get("/metrics", headers=right).status_code == 200
+                assert response.headers["www-authenticate"].startswith("Basic realm=")  # a browser asks for it
+        for value in (f"Bearer {key}", f"bearer  {key}", basic(f"me:{key}"), "b" + basic(f":{key}")[1:]):
+            assert client.get("/metrics", headers={"Authorization": value}).status_code == 200
     assert "a-secret" not in server.log_file.read_text()
+
+
+def basic(text: str) -> str:
+    return "Basic " + base64.b64encode(text.encode()).decode()
+
+
+def test_key_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from refengine.cli import build_parser
+    from refengine.commands_serve import options_of
+
+    file = tmp_path / "key"
+    file.write_text("key-in-a-file\n")
+
+    def options(*given: str) -> WorkerOptions:
+        return options_of(build_parser().parse_args(["serve", *[a for pair in GOOD.items() for a in pair], *given]))
+
+    assert options().api_key is None
+    assert options("--api-key-file", str(file)).api_key == "key-in-a-file"
+    monkeypatch.setenv("REFENGINE_API_KEY", "key-of-the-environment")
+    assert options().api_key == "key-of-the-environment"
+    assert options("--api-key-file", str(file)).api_key == "key-in-a-file"
+    assert options("--api-key", "key-of-the-line").api_key == "key-of-the-line"
+    assert "key-of-the-line" not in repr(options("--api-key", "key-of-the-line"))
+    wrong = {
+        "given both": ("--api-key", "key-of-the-line", "--api-key-file", str(file)),
+        "cannot be read": ("--api-key-file", str(tmp_path / "none")),
+        "given 0 characters": ("--api-key-file", "/dev/null"),
+        "is no text": ("--api-key-file", str(PACKAGED_MODEL)),
+    }
+    for message, given in wrong.items():
+        with pytest.raises(RequestError, match=message):
+            options(*given)
+    monkeypatch.setenv("REFENGINE_API_KEY", "")  # meant to have one, surely
+    with pytest.raises(RequestError, match="given 0 characters"):
+        options()
 
 
 def test_timeout_of_the_worker_is_a_limit_of_every_request(server: Server) -> None:
