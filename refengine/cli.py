@@ -268,6 +268,12 @@ exit codes: 0 after a shutdown, 1 where the start fails (the log says why), 2 fo
     group.add_argument(
         "--shutdown-grace-sec", default="2.5", metavar="S", help="for live requests at a shutdown, before they are cut"
     )
+    group.add_argument(
+        "--heartbeat-sec", default="15", metavar="S", help="of silence in a stream, then a comment is sent"
+    )
+    group.add_argument(
+        "--metrics-event-sec", default="0", metavar="S", help="between events `metrics` in /execute's streams; 0: none"
+    )
     group.add_argument("--max-batch", default="8", metavar="N", help="requests that run together")
     group.add_argument(
         "--max-step-tokens", default="512", metavar="N", help="of a step: what a long prompt may hold up streams for"

@@ -45,6 +45,8 @@ def options_of(arguments: argparse.Namespace) -> WorkerOptions:
         attention=arguments.attention,
         residency_check_sec=seconds("--residency-check-sec", arguments.residency_check_sec),
         shutdown_grace_sec=seconds("--shutdown-grace-sec", arguments.shutdown_grace_sec),
+        heartbeat_sec=seconds("--heartbeat-sec", arguments.heartbeat_sec),
+        metrics_event_sec=seconds("--metrics-event-sec", arguments.metrics_event_sec),
         callback_url=arguments.callback_url,
         api_key=_api_key(arguments.api_key, arguments.api_key_file),
         max_connections=optional("--max-connections", arguments.max_connections, 1, 1_000_000),

@@ -72,7 +72,17 @@ ROOMS = {
     ),
     "worker": Room(
         {FACADE, *MODEL},
-        {"numpy", "tqdm", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "swagger_ui_bundle"},
+        {
+            "numpy",
+            "tqdm",
+            "fastapi",
+            "h11",
+            "starlette",
+            "uvicorn",
+            "pydantic",
+            "prometheus_client",
+            "swagger_ui_bundle",
+        },
     ),
     "bench": Room({FACADE, *MODEL, "validate", "worker"}, {"numpy"}, frozenset({"cupy", "llama_cpp"})),
     "client_events": Room({"errors"}, {"httpx_sse"}),  # no connections

@@ -90,7 +90,7 @@ def test_stop_string_across_tokens_is_not_sent(server: Server, stop: str) -> Non
 def test_logprobs_are_sent_where_asked_for(server: Server) -> None:
     for name, data in server.run(**HAIKU, logprobs=3):
         if name == "token":
-            assert set(data) == {"t", "i", "id", "logprob", "top"}
+            assert set(data) == {"t", "i", "id", "token", "logprob", "top"}
             assert len(data["top"]) == 3
             top = [entry["logprob"] for entry in data["top"]]
             assert top == sorted(top, reverse=True)

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from refengine.worker.faults import STATUS, Fault, fault_of
-from tests.worker_server import HAIKU, Server, serving
+from tests.worker_server import HAIKU, Server, parsed, serving, write_talker
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +126,28 @@ def test_unexpected_errors_tell_no_details() -> None:
     assert fault_of(cuda("at 0x7f"), on_gpu=False).code == "INTERNAL"
     assert fault_of(MemoryError("the prompt")).code == "VRAM_OOM"
     assert "prompt" not in fault_of(ValueError("the prompt")).message
+
+
+def test_silence_is_broken_by_comments_and_figures_come_where_asked_for(tmp_path: Path) -> None:
+    options = ("--model", write_talker(tmp_path), "--max-batch", 1, "--heartbeat-sec", 0.1, "--metrics-event-sec", 0.05)
+    with serving(*options) as server, server.client() as client, server.client() as other:
+        body = {"job_id": "waits", "prompt": "go on", "max_tokens": 20, "seed": 5}
+        with server.stream(client, prompt="go on", max_tokens=2000) as first:
+            next(first)
+            with other.stream("POST", "/execute", json=body) as response:
+                lines = response.iter_lines()
+                started = [next(lines) for _ in range(3)]
+                assert started[0] == "event: started"
+                assert next(lines) == ": nothing yet"  # while the first one runs
+                client.close()
+                events = list(parsed(lines))
+        assert [name for name, _ in events if name != "metrics"] == ["token"] * 20 + ["end"]
+        events = server.run(prompt="go on", max_tokens=2000, seed=5)
+        figures = [data for name, data in events if name == "metrics"]
+        assert figures
+        for data in figures:
+            assert 0 < data["tokens_out"] <= 2000
+            assert data["tokens_per_second"] > 0
+            assert data["batch_size"] in (0, 1)
+            assert data["kv_blocks_used"] + data["kv_blocks_free"] > 0
+        assert events[-1][0] == "end"

@@ -6,8 +6,6 @@ import asyncio
 import base64
 import contextlib
 import hmac
-import json
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,66 +14,21 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from refengine.errors import RefengineError
 from refengine.worker.faults import Fault, fault_of
-from refengine.worker.jobs import Event, Job, Wanted
+from refengine.worker.jobs import Wanted
 from refengine.worker.log import prompt_facts
 from refengine.worker.metrics import CONTENT_TYPE
 from refengine.worker.openai import error_of
 from refengine.worker.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, parse
+from refengine.worker.stream import EventStream, sse
 from refengine.worker.worker import Worker
 
 BODY_TIMEOUT_S = 10.0  # for a client to send all of its request
-SEND_TIMEOUT_S = 30.0  # for a client to read what was sent
 OPEN_PATHS = {"/health"}  # answered without a key
 CHALLENGE = 'Basic realm="refengine", charset="UTF-8", Bearer realm="refengine"'
-EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
-
-
-class EventStream(Response):
-    """Sends a job's events as they come. A client that goes away ends its job at once, also while nothing is sent."""
-
-    def __init__(self, worker: Worker, job: Job, render: Callable[[Event], str]) -> None:
-        super().__init__(None, headers=EVENT_STREAM)
-        del self.headers["content-length"]
-        self._worker, self._job, self._render = worker, job, render
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(until_gone(receive))
-        sending = asyncio.create_task(self._send(send))
-        try:
-            await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done() and not isinstance(sending.exception(), OSError):
-                sending.result()
-        finally:
-            gone.cancel()
-            sending.cancel()
-            self._worker.disconnected(self._job)  # harmless for a job that has ended
-
-    async def _send(self, send: Send) -> None:
-        await _soon(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        while (events := await self._job.events()) is not None:
-            body = "".join(map(self._render, events)).encode()
-            await _soon(send, {"type": "http.response.body", "body": body, "more_body": True})
-        await _soon(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _soon(send: Send, message: Message) -> None:
-    """Raises TimeoutError, an OSError, for a client that has stopped reading."""
-    async with asyncio.timeout(SEND_TIMEOUT_S):
-        await send(message)
-
-
-def sse(event: Event) -> str:
-    """An event as it is sent."""
-    name, data = event
-    return f"event: {name}\ndata: {json_of(data)}\n\n"
-
-
-def json_of(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class Guard:
@@ -131,12 +84,6 @@ def _key_in(authorization: str) -> bytes:
     return b""
 
 
-async def until_gone(receive: Receive) -> None:
-    """Returns when the client has disconnected."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def make_app(worker: Worker) -> FastAPI:
     """All routes of one worker."""
     app = FastAPI(title="refengine worker", docs_url=None, redoc_url=None)
@@ -167,7 +114,7 @@ def make_app(worker: Worker) -> FastAPI:
 
     @app.post("/execute", openapi_extra=body_of(ExecuteRequest))
     async def execute(request: Request) -> Response:
-        """Generate: answers with server-sent events: started, token (many), then end or error."""
+        """Generate: answers with server-sent events: started, token (many), metrics (where asked for), end or error."""
         try:
             worker.check_open()
             body = parse(ExecuteRequest, await read_body(request))
@@ -177,7 +124,7 @@ def make_app(worker: Worker) -> FastAPI:
         encode = partial(worker.tokenizer.encode, body.prompt)
         params = body.sampling(worker.options.max_tokens_out)
         wanted = Wanted(body.job_id, encode, params, prompt_facts(body.prompt))
-        return EventStream(worker, await worker.execute(wanted, request.headers.get("x-deadline")), sse)
+        return EventStream(worker, [await worker.execute(wanted, request.headers.get("x-deadline"))], sse)
 
     @app.post("/cancel", status_code=202, openapi_extra=body_of(CancelRequest))
     async def cancel(request: Request) -> dict[str, Any]:

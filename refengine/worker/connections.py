@@ -1,7 +1,7 @@
 """HTTP connections within limits: uvicorn's h11 protocol, and what it leaves open.
 
 How many there are, how long a client may take to send a request's head, to take the last of an answer and to go, and
-how large a head may be. A body's size and time are `app.read_body`'s, a stream's time is `app.EventStream`'s.
+how large a head may be. A body's size and time are `app.read_body`'s, a stream's time is `stream.EventStream`'s.
 """
 
 from __future__ import annotations

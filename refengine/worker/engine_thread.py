@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from refengine.engine.engine import Engine
-from refengine.engine.generation import Generation, Token
+from refengine.engine.generation import Generation, Score, Token
 from refengine.errors import DeviceError, RefengineError
 from refengine.worker.facts import Load, State, check_residency, vram_of
 from refengine.worker.faults import Fault, fault_of
@@ -36,6 +36,7 @@ class Listener(Protocol):
     """Who is told what happens; in the event loop's thread."""
 
     def on_taken(self, job: Job, taken: Taken) -> None: ...
+    def on_scores(self, job: Job, scores: list[Score | None]) -> None: ...
     def on_tokens(self, job: Job, tokens: list[Token], drawn: float, ended: Ended | None) -> None: ...
 
 
@@ -153,6 +154,8 @@ class EngineThread:
         for generation in moved:
             tokens = list(generation.pending)
             generation.pending.clear()
+            if generation.prompt_scores and generation.n_generated == 1 and self.listener is not None:
+                self._tell(self.listener.on_scores, self._jobs[generation], generation.prompt_scores)
             if generation.end is None:
                 self._report(self._jobs[generation], tokens, None)
             else:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refengine.engine.generation import Token
+from refengine.engine.generation import Score, Token
 from refengine.engine.sampling import SamplingParams
 from refengine.tokenizer import Tokenizer
 from refengine.worker.faults import Fault
@@ -68,6 +68,7 @@ class Job:
         self.tokens_out = 0
         self.first_token: float | None = None
         self.last_token = 0.0
+        self.last_metrics: float | None = None  # when figures were last sent
         self._events: deque[Event] = deque()
         self._wake = asyncio.Event()
 
@@ -90,18 +91,14 @@ class Job:
         self._events.append((event, data))
         self._wake.set()
 
-    def emit_token(self, token: Token, drawn: float, tokenizer: Tokenizer | None) -> None:
+    def emit_token(self, token: Token, drawn: float, tokenizer: Tokenizer) -> None:
         """drawn: when, on the clock of perf_counter."""
         if self.first_token is None:
             self.first_token = drawn
         self.last_token = drawn
         data: dict[str, Any] = {"t": token.text, "i": self.tokens_out}
         if token.logprob is not None:
-            data["id"], data["logprob"] = token.id, _finite(token.logprob)
-            data["top"] = [
-                {"id": i, "token": "" if tokenizer is None else tokenizer.token_text(i), "logprob": _finite(logprob)}
-                for i, logprob in token.top
-            ]
+            data |= scored(token.id, token, tokenizer)
         self.tokens_out += 1
         self.emit("token", data)
 
@@ -122,6 +119,16 @@ class Job:
         if self.timer is not None:
             self.timer.cancel()
         self._wake.set()
+
+
+def scored(token_id: int, score: Token | Score | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What is sent of a token where log-probabilities are asked for. None: it has none, the first of a prompt."""
+
+    def entry(i: int, logprob: float | None) -> dict[str, Any]:
+        return {"id": i, "token": tokenizer.token_text(i), "logprob": None if logprob is None else _finite(logprob)}
+
+    top = () if score is None else score.top
+    return {**entry(token_id, None if score is None else score.logprob), "top": [entry(*pair) for pair in top]}
 
 
 def _finite(logprob: float) -> float | None:

@@ -42,6 +42,8 @@ class WorkerOptions:
     attention: str = "flash"
     residency_check_sec: float = 60.0
     shutdown_grace_sec: float = 2.5  # for live jobs; with what follows, a shutdown stays within 5 s
+    heartbeat_sec: float = 15.0  # a comment in a stream that has been silent for so long
+    metrics_event_sec: float = 0.0  # between figures in a stream of /execute; 0: none
     callback_url: str | None = None
     api_key: str | None = field(default=None, repr=False)
     max_connections: int | None = None
@@ -68,6 +70,8 @@ class WorkerOptions:
         if self.on_shortage not in ON_SHORTAGE:
             raise RequestError(f"--on-shortage: given {self.on_shortage!r}, allowed {' or '.join(ON_SHORTAGE)}")
         _check_range("--residency-check-sec", self.residency_check_sec, 0.1, 86400)
+        _check_range("--heartbeat-sec", self.heartbeat_sec, 0.05, 3600)
+        _check_range("--metrics-event-sec", self.metrics_event_sec, 0, 3600)
         _check_range("--shutdown-grace-sec", self.shutdown_grace_sec, 0, 3600)
         if self.callback_url is not None:
             _check_url(self.callback_url)

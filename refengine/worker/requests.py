@@ -46,7 +46,13 @@ class ExecuteRequest(Strict):
         return sampling_of(self, max_tokens_out, self.stop, self.logprobs or None)
 
 
-def sampling_of(request: Any, max_tokens_out: int, stop: Sequence[str], logprobs: int | None = None) -> SamplingParams:
+def sampling_of(
+    request: Any,
+    max_tokens_out: int,
+    stop: Sequence[str],
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
     """Of a request whose fields have the names of `SamplingParams`. Raises RequestError."""
     return SamplingParams(
         temperature=request.temperature,
@@ -58,6 +64,7 @@ def sampling_of(request: Any, max_tokens_out: int, stop: Sequence[str], logprobs
         max_tokens=max_tokens_out if request.max_tokens is None else request.max_tokens,
         stop=tuple(stop),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

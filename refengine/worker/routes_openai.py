@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,19 +11,21 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from refengine.errors import RefengineError
-from refengine.worker.app import EventStream, body_of, json_of, read_body, until_gone
+from refengine.worker.app import body_of, read_body
 from refengine.worker.faults import Fault
 from refengine.worker.jobs import Event, Job, Wanted
 from refengine.worker.log import prompt_facts
 from refengine.worker.openai import (
     Answer,
     ChatRequest,
+    Choice,
     Common,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
 from refengine.worker.requests import parse
+from refengine.worker.stream import EventStream, events_of, json_of, until_gone
 from refengine.worker.worker import Worker
 
 R = TypeVar("R", bound=Common)
@@ -41,18 +43,27 @@ def make_router(worker: Worker) -> APIRouter:
 
     @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
-        """Continue a prompt, given as text or token ids."""
+        """Continue a prompt, given as text or token ids, or several."""
         body = await _read(worker, request, CompletionRequest)
-        prompt = body.prompt
-        encode = partial(tokenizer.encode, prompt) if isinstance(prompt, str) else lambda: list(prompt)
-        words = prompt if isinstance(prompt, str) else json_of(prompt)
-        return await _answer(worker, request, body, False, encode, words)
+        prompts, params = body.prompts, body.sampling(worker.options.max_tokens_out)
+        texts = [await text_of(prompt) if body.echo else None for prompt in prompts]
+        choices = [
+            Choice(i, tokenizer, False, body.logprobs is not None, text, body.max_tokens == 0)
+            for i, text in enumerate(texts)
+        ]
+        answer = Answer(False, facts.model, choices, body.with_usage)
+        wanted = [
+            Wanted(answer.job_id(i), partial(ids_of, prompt), params, prompt_facts(words_of(prompt)))
+            for i, prompt in enumerate(prompts)
+        ]
+        return await _answer(worker, request, body.stream, answer, wanted)
 
     @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat(request: Request) -> Response:
         """Answer a conversation, which goes through the model's own template."""
         body = await _read(worker, request, ChatRequest)
         messages = [message.model_dump() for message in body.messages]
+        params = body.sampling(worker.options.max_tokens_out)
 
         def encode() -> list[int]:
             try:
@@ -61,25 +72,46 @@ def make_router(worker: Worker) -> APIRouter:
                 raise Fault("INVALID_REQUEST", f"messages: {e}", "messages") from None
             return tokenizer.encode(rendered, add_special=False, parse_special=True)
 
-        return await _answer(worker, request, body, True, encode, json_of(messages))
+        answer = Answer(True, facts.model, [Choice(0, tokenizer, True, body.logprobs)], body.with_usage)
+        wanted = Wanted(answer.id, encode, params, prompt_facts(json_of(messages)))
+        return await _answer(worker, request, body.stream, answer, [wanted])
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
         """Token ids of a text."""
-        body = parse(TokenizeRequest, await read_body(request))
-        encode = partial(tokenizer.encode, body.content, add_special=body.add_special, parse_special=body.parse_special)
-        return {"tokens": await worker.tokenizing(encode)}
+        text, keywords = parse(TokenizeRequest, await read_body(request)).arguments()
+        tokens = await worker.tokenizing(partial(tokenizer.encode, text, **keywords))
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": facts.context_length}
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, Any]:
-        """The text of token ids."""
-        tokens = parse(DetokenizeRequest, await read_body(request)).tokens
+        """The text of token ids; under the two names that clients know."""
+        text = await text_of(parse(DetokenizeRequest, await read_body(request)).tokens, "tokens")
+        return {"content": text, "prompt": text}
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """What lm-evaluation-harness asks for, to use the routes above as its tokenizer."""
+        roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        texts = {name: None if i is None else tokenizer.token_text(i) for name, i in roles.items()}
+        return {"tokenizer_class": facts.tokenizer_kind, **texts, "chat_template": tokenizer.chat_template}
+
+    def ids_of(prompt: str | list[int]) -> list[int]:
+        return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    async def text_of(prompt: str | list[int], field: str = "prompt") -> str:
+        if isinstance(prompt, str):
+            return prompt
         try:
-            return {"content": await worker.tokenizing(partial(tokenizer.decode, tokens))}
+            return await worker.tokenizing(partial(tokenizer.decode, prompt))
         except RefengineError as e:
-            raise Fault("INVALID_REQUEST", f"tokens: {e}", "tokens") from None
+            raise Fault("INVALID_REQUEST", f"{field}: {e}", field) from None
 
     return router
+
+
+def words_of(prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else json_of(prompt)
 
 
 async def _read(worker: Worker, request: Request, kind: type[R]) -> R:
@@ -91,34 +123,46 @@ async def _read(worker: Worker, request: Request, kind: type[R]) -> R:
         raise
 
 
-async def _answer(
-    worker: Worker, request: Request, body: Common, chat: bool, encode: Callable[[], list[int]], words: str
-) -> Response:
-    answer = Answer(chat, worker.state.facts.model, body.with_usage)
-    wanted = Wanted(answer.id, encode, body.sampling(worker.options.max_tokens_out), prompt_facts(words))
-    job = await worker.execute(wanted, request.headers.get("x-deadline"))
-    if not body.stream:
-        return JSONResponse(answer.whole(await _all_events(worker, job, request)))
+async def _answer(worker: Worker, request: Request, stream: bool, answer: Answer, wanted: Sequence[Wanted]) -> Response:
+    jobs = await _taken(worker, wanted, request.headers.get("x-deadline"))
+    if not stream:
+        return JSONResponse(answer.whole(await _all_events(worker, jobs, request)))
 
-    def render(event: Event) -> str:
-        sent = "".join(f"data: {json_of(chunk)}\n\n" for chunk in answer.chunks(event))
-        return sent + "data: [DONE]\n\n" if event[0] in ("end", "error") else sent
+    def render(number: int, event: Event) -> str:
+        return "".join(f"data: {json_of(chunk)}\n\n" for chunk in answer.chunks(number, event))
 
-    return EventStream(worker, job, render)
+    return EventStream(worker, jobs, render, "data: [DONE]\n\n")
 
 
-async def _all_events(worker: Worker, job: Job, request: Request) -> list[Event]:
-    """Until the job has ended well. Raises Fault where it has not; ends it where the client goes."""
+async def _taken(worker: Worker, wanted: Sequence[Wanted], deadline: str | None) -> list[Job]:
+    """All of them, or none. Raises Fault."""
+    tried = await asyncio.gather(*(worker.execute(one, deadline) for one in wanted), return_exceptions=True)
+    jobs = [job for job in tried if isinstance(job, Job)]
+    for error in tried:
+        if isinstance(error, BaseException):
+            for job in jobs:
+                worker.cancel(job.job_id)
+            raise error
+    return jobs
+
+
+async def _all_events(worker: Worker, jobs: Sequence[Job], request: Request) -> list[list[Event]]:
+    """Until the jobs have ended well. Raises Fault where one has not; ends them where the client goes."""
+
+    def end_all(_: Any = None) -> None:
+        for job in jobs:
+            worker.disconnected(job)  # harmless for a job that has ended
+
     gone = asyncio.create_task(until_gone(request.receive))
-    gone.add_done_callback(lambda _: worker.disconnected(job))
-    events: list[Event] = []
+    gone.add_done_callback(end_all)
+    found: list[list[Event]] = [[] for _ in jobs]
     try:
-        while (more := await job.events()) is not None:
-            events += more
+        async for events in events_of(jobs):
+            for number, (name, data) in events:
+                if name == "error":
+                    raise Fault(data["code"], data["message"])
+                found[number].append((name, data))
     finally:
         gone.cancel()
-        worker.disconnected(job)  # harmless for a job that has ended
-    name, data = events[-1]
-    if name == "error":
-        raise Fault(data["code"], data["message"])
-    return events
+        end_all()
+    return found

@@ -15,13 +15,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from refengine.engine.generation import Token
+from refengine.engine.generation import Score, Token
 from refengine.engine.sampling import choose_seed
 from refengine.errors import RefengineError
 from refengine.tokenizer import Tokenizer
 from refengine.worker.engine_thread import EngineThread, Started
 from refengine.worker.faults import Fault, fault_of
-from refengine.worker.jobs import Ended, Job, Taken, Wanted
+from refengine.worker.jobs import Ended, Job, Taken, Wanted, scored
 from refengine.worker.log import Log, now_rfc3339
 from refengine.worker.metrics import Metrics
 from refengine.worker.options import WorkerOptions
@@ -135,6 +135,11 @@ class Worker:
             deadline_sec=round(job.timeout_s, 3),
         )
 
+    def on_scores(self, job: Job, scores: list[Score | None]) -> None:
+        if job.alive:
+            tokens = [scored(i, score, self.tokenizer) for i, score in zip(job.ids, scores, strict=True)]
+            job.emit("prompt", {"tokens": tokens})
+
     def on_tokens(self, job: Job, tokens: list[Token], drawn: float, ended: Ended | None) -> None:
         if not job.alive:
             return
@@ -142,6 +147,7 @@ class Worker:
             self.metrics.first_token_ms.observe((drawn - job.arrived) * 1000)
         for token in tokens:
             job.emit_token(token, drawn, self.tokenizer)
+        self._emit_metrics(job, drawn)
         if ended is None:
             return
         if ended.fault is not None:
@@ -157,6 +163,23 @@ class Worker:
         }
         job.emit("end", end)
         self._close(job, str(ended.stop_reason))
+
+    def _emit_metrics(self, job: Job, now: float) -> None:
+        """The event `metrics`, where the worker's options ask for it and its time has come."""
+        every, began = self.options.metrics_event_sec, job.first_token
+        if not every or began is None or now - (job.last_metrics or began) < every:
+            return
+        job.last_metrics = now
+        engine = self.state.load.engine
+        figures = {
+            "tokens_out": job.tokens_out,
+            "tokens_per_second": round((job.tokens_out - 1) / (now - began), 3),
+            "batch_size": engine.running,
+            "queue_depth": engine.waiting,
+            "kv_blocks_used": engine.blocks_used,
+            "kv_blocks_free": engine.blocks_free + engine.blocks_cached,
+        }
+        job.emit("metrics", figures)
 
     def end(self, job: Job, fault: Fault, outcome: str | None = None) -> None:
         """End a job with an error. Harmless for one that has ended."""

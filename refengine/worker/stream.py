@@ -1,0 +1,94 @@
+"""Answers that stream: events of one or several jobs as they come, comments while nothing comes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from refengine.worker.jobs import Event, Job
+from refengine.worker.worker import Worker
+
+SEND_TIMEOUT_S = 30.0  # for a client to read what was sent
+HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+HEARTBEAT = ": nothing yet\n\n"  # a comment: clients drop it, proxies see that the connection is alive
+
+
+class EventStream(Response):
+    """Sends the jobs' events. A client that goes away ends its jobs at once, also while nothing is sent.
+
+    render: from an event and the number of its job to what is sent. last: sent at the end.
+    """
+
+    def __init__(
+        self, worker: Worker, jobs: Sequence[Job], render: Callable[[int, Event], str], last: str = ""
+    ) -> None:
+        super().__init__(None, headers=HEADERS)
+        del self.headers["content-length"]
+        self._worker, self._jobs, self._render, self._last = worker, jobs, render, last
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(until_gone(receive))
+        sending = asyncio.create_task(self._send(send))
+        try:
+            await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done() and not isinstance(sending.exception(), OSError):
+                sending.result()
+        finally:
+            gone.cancel()
+            sending.cancel()
+            for job in self._jobs:
+                self._worker.disconnected(job)  # harmless for a job that has ended
+
+    async def _send(self, send: Send) -> None:
+        await _soon(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for events in events_of(self._jobs, self._worker.options.heartbeat_sec):
+            body = "".join(self._render(number, event) for number, event in events) if events else HEARTBEAT
+            if body:
+                await _soon(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
+        await _soon(send, {"type": "http.response.body", "body": self._last.encode(), "more_body": False})
+
+
+async def events_of(jobs: Sequence[Job], silence_s: float | None = None) -> AsyncIterator[list[tuple[int, Event]]]:
+    """Events of all jobs, each with its job's number, as they come; nothing, once each time `silence_s` has passed."""
+    waiting = {asyncio.create_task(job.events()): number for number, job in enumerate(jobs)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, timeout=silence_s, return_when=asyncio.FIRST_COMPLETED)
+            ready: list[tuple[int, Event]] = []
+            for task in done:
+                number, events = waiting.pop(task), task.result()
+                if events is not None:
+                    ready += [(number, event) for event in events]
+                    waiting[asyncio.create_task(jobs[number].events())] = number
+            if ready or not done:
+                yield ready
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+async def until_gone(receive: Receive) -> None:
+    """Returns when the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def sse(_: int, event: Event) -> str:
+    """An event as /execute sends it."""
+    name, data = event
+    return f"event: {name}\ndata: {json_of(data)}\n\n"
+
+
+def json_of(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+async def _soon(send: Send, message: Message) -> None:
+    """Raises TimeoutError, an OSError, for a client that has stopped reading."""
+    async with asyncio.timeout(SEND_TIMEOUT_S):
+        await send(message)
