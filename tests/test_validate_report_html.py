@@ -1,7 +1,6 @@
 """The page in a real browser: the fault is seen without scrolling, and its figures are those of the JSON."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from refengine.validate.report_html import exponent, to_html
 from refengine.validate.report_json import to_json
 from refengine.validate.report_text import number
 from refengine.validate.run import validate
+from tests.chromium import chromium, prefer, texts
 from tests.cli_runner import cli
 from tests.zoo import FAULTS, capture, load
 
@@ -28,20 +28,8 @@ def report_of(fault_name: str, tiny_model: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium at 1280 x 800, as Debian packages it (chromium, chromium-driver)."""
-    driver, binary = shutil.which("chromedriver"), shutil.which("chromium")
-    if driver is None or binary is None:
-        pytest.skip("no chromium and chromedriver on this machine (Debian: apt install chromium chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="install refengine[test]")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run",
-                 "disable-background-networking", "disable-component-update", "disable-sync"):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.add_argument("--window-size=1280,800")
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
+    with chromium() as opened:
+        yield opened
 
 
 def show(browser: Any, page: str, folder: Path) -> None:
@@ -53,12 +41,6 @@ def is_in_view(browser: Any, selector: str) -> bool:
     script = """const r = document.querySelector(arguments[0]).getBoundingClientRect();
         return r.width > 0 && r.top >= 0 && r.left >= 0 && r.bottom <= innerHeight && r.right <= innerWidth;"""
     return bool(browser.execute_script(script, selector))
-
-
-def texts(browser: Any, selector: str) -> list[str]:
-    return list(browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent.trim());", selector
-    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", ["no bias on Q of layer 1", "one swapped scale nibble in Q4_K", "no sinks"])
@@ -128,8 +110,7 @@ def test_it_can_be_read_by_keyboard_and_in_the_dark(browser: Any, tiny_model: An
     colour = "return getComputedStyle(document.body).backgroundColor;"
     found = {}
     for scheme in ("light", "dark"):
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        prefer(browser, scheme)
         found[scheme] = browser.execute_script(colour)
     assert found == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}
 

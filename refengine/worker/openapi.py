@@ -7,12 +7,28 @@ from typing import Any
 from fastapi import FastAPI
 
 DEFS, SCHEMAS = "#/$defs/", "#/components/schemas/"
+HAIKU = "Write a haiku about the sea"
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "/execute": {"job_id": "1", "prompt": HAIKU, "max_tokens": 64, "temperature": 0.7, "seed": 42, "logprobs": 3},
+    "/cancel": {"job_id": "1"},
+    "/v1/completions": {"prompt": HAIKU, "max_tokens": 64, "temperature": 0.7, "seed": 42},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": HAIKU}], "max_tokens": 64, "seed": 42},
+    "/tokenize": {"content": HAIKU},
+    "/detokenize": {"tokens": [1, 2, 3]},
+}
 
 
 def describe(app: FastAPI) -> None:
     """Make /openapi.json whole: bodies that the worker parses itself bring schemas of their own along."""
     make = app.openapi
-    app.openapi = lambda: with_components(make())  # type: ignore[method-assign]
+    app.openapi = lambda: with_examples(with_components(make()))  # type: ignore[method-assign]
+
+
+def with_examples(document: dict[str, Any]) -> dict[str, Any]:
+    """The same, each body with one that works: tools would else make one of the fields' largest values."""
+    for path, example in EXAMPLES.items():
+        document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"] = example
+    return document
 
 
 def with_components(document: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,444 @@
+"""The worker's pages in a real browser, on real workers: what is seen is what the API says."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from refengine.worker.openapi import as_openapi_30, with_components
+from tests.chromium import chromium, prefer, texts
+from tests.worker_server import FAULTY, SCRIPTED, Server, serving, text_of, until, write_talker
+
+SAID = "<img src=x onerror=\"document.title='owned'\"> é🌊 " + "wide" * 40
+PARAMETERS = {"max_tokens": 40, "temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 42, "logprobs": 4}
+KEY = "key-of-this-test"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def _at_its_usual_size(request: pytest.FixtureRequest) -> None:
+    if "browser" in request.fixturenames:
+        browser = request.getfixturevalue("browser")
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.get_log("browser")  # and nothing of the tests before in its console
+
+
+@pytest.fixture(scope="module")
+def haiku() -> Iterator[Server]:
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_talker(tmp_path_factory.mktemp("page"))
+
+
+def open_page(browser: Any, server: Server, **fields: object) -> None:
+    browser.get(server.url + "/")
+    for name, value in fields.items():
+        fill(browser, name, value)
+    if texts(browser, "input[name=mode]:not(:disabled)"):
+        choose(browser, "plain")
+
+
+def choose(browser: Any, mode: str) -> None:
+    browser.find_element("css selector", f"input[name=mode][value={mode}]").click()
+
+
+def fill(browser: Any, name: str, value: object) -> None:
+    field = browser.find_element("name", name)
+    field.clear()
+    field.send_keys(str(value))
+
+
+def press(browser: Any, *keys: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    for key in keys:
+        ActionChains(browser).send_keys(key).perform()
+
+
+def status(browser: Any) -> str:
+    return texts(browser, "#status")[0]
+
+
+def generate(browser: Any) -> None:
+    """Until the answer is there."""
+    browser.find_element("id", "run").click()
+    until(lambda: status(browser).startswith(("Done", "Stopped", "Failed")), 30)
+
+
+def answer(browser: Any) -> list[str]:
+    """The text of each of its tokens."""
+    return list(browser.execute_script("return [...document.querySelectorAll('.token')].map(e => e.textContent);"))
+
+
+def n_tokens(browser: Any) -> int:
+    return int(browser.execute_script("return document.querySelectorAll('.token').length;"))
+
+
+def alternatives(browser: Any) -> list[list[str]]:
+    """Cells of the table, whether its token was drawn included in the second."""
+    script = "return [...document.querySelectorAll('#alternatives tr')].map(r => [...r.cells].map(c => c.textContent));"
+    return list(browser.execute_script(script))
+
+
+def shown(probability: float) -> str:
+    """As the page writes it."""
+    if probability >= 0.001:
+        return f"{probability:.4f}"
+    mantissa, exponent = f"{probability:.2e}".split("e")
+    return f"{mantissa}e−{-int(exponent)}"
+
+
+def expected_rows(token: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rank, id, log-probability and probability of each row but the last."""
+    rows = [(str(i + 1), t["id"], t["logprob"]) for i, t in enumerate(token["top"])]
+    if token["id"] not in [t["id"] for t in token["top"]]:
+        rows.append((f"> {len(token['top'])}", token["id"], token["logprob"]))
+    return [(rank, str(i), f"{p:.4f}".replace("-", "−"), shown(math.exp(p))) for rank, i, p in rows]
+
+
+def problems(browser: Any) -> list[str]:
+    """What the console has of errors and warnings."""
+    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+
+
+def fits(browser: Any) -> bool:
+    """Nothing is wider than the window."""
+    return bool(browser.execute_script("return document.documentElement.scrollWidth <= innerWidth;"))
+
+
+def test_a_click_on_a_token_shows_what_the_api_says_of_it(browser: Any, haiku: Server) -> None:
+    prompt = "Write a haiku about rain"
+    tokens = [data for event, data in haiku.run(prompt=prompt, **PARAMETERS) if event == "token"]
+    open_page(browser, haiku, prompt=prompt, **PARAMETERS)
+    generate(browser)
+    assert answer(browser) == [token["t"] for token in tokens]
+    in_top = [any(t["id"] == token["id"] for t in token["top"]) for token in tokens]
+    assert False in in_top, "of this seed no token is below the alternatives: take another"
+    for i in (1, 4, in_top.index(False)):
+        browser.find_elements("css selector", ".token")[i].click()
+        rows = alternatives(browser)
+        *seen, rest = [(r[0], r[2], r[3], r[4]) for r in rows]
+        assert seen == expected_rows(tokens[i])
+        assert [r[2] for r in rows if "drawn" in r[1]] == [str(tokens[i]["id"])]
+        everything = sum(math.exp(float(r[2].replace("−", "-"))) for r in seen) + float(rest[3].replace("−", "-"))
+        assert everything == pytest.approx(1, abs=1e-3)
+        assert rows[-1][1] == "all others"
+    assert texts(browser, ".token[aria-selected=true]") == [tokens[i]["t"].strip()]
+    assert problems(browser) == []
+
+
+def test_alternatives_are_written_as_text_with_their_blanks(browser: Any, haiku: Server) -> None:
+    open_page(browser, haiku, temperature=0, seed=1)
+    generate(browser)
+    index = next(i for i, t in enumerate(answer(browser)) if t.startswith(" "))
+    browser.find_elements("css selector", ".token")[index].click()
+    drawn = next(row[1] for row in alternatives(browser) if "drawn" in row[1])
+    assert drawn == f'"{answer(browser)[index]}"drawn'  # not Ġ, as the vocabulary writes a blank
+
+
+def test_tokens_are_seen_while_they_come_and_stop_ends_them(browser: Any, talker: Path) -> None:
+    with serving("--model", talker) as server:
+        open_page(browser, server, prompt="go on", max_tokens=2048)
+        browser.find_element("id", "run").click()
+        seen = []
+        for _ in range(3):
+            until(lambda: n_tokens(browser) > (seen[-1] if seen else 0))
+            seen.append(n_tokens(browser))
+            assert browser.find_element("id", "stop").is_displayed()
+        assert seen[-1] < 1500
+        browser.find_element("id", "stop").click()
+        until(lambda: status(browser).startswith("Stopped"))
+        n = n_tokens(browser)
+        assert status(browser) == f"Stopped after {n:,} tokens"
+        server.settled()
+        assert server.metric("worker_requests_total", outcome="cancelled") == 1
+        time.sleep(0.3)
+        assert n_tokens(browser) == n
+        assert browser.find_element("id", "run").is_displayed()
+        assert texts(browser, "#error") == [""]
+    until(lambda: texts(browser, "#state") == ["unreachable"])
+
+
+def test_everything_by_keyboard(browser: Any, talker: Path, haiku: Server) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    def focused() -> str:
+        return str(browser.switch_to.active_element.get_attribute("id"))
+
+    def tab_to(name: str) -> None:
+        for _ in range(30):
+            if focused() == name:
+                return
+            press(browser, Keys.TAB)
+        raise AssertionError(f"Tab does not lead to {name}")
+
+    browser.get(haiku.url + "/")
+    tab_to("prompt")
+    width = "return parseFloat(getComputedStyle(document.activeElement).outlineWidth);"
+    assert browser.execute_script(width) >= 2
+    ActionChains(browser).key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL).send_keys("A haiku").perform()
+    tab_to("seed")
+    press(browser, "7")
+    tab_to("run")
+    press(browser, Keys.ENTER)
+    until(lambda: status(browser).startswith("Done"))
+    assert focused() == "run"
+    for _ in range(30):
+        if "token" in str(browser.switch_to.active_element.get_attribute("class")).split():
+            break
+        press(browser, Keys.TAB)
+    assert browser.execute_script(width) >= 2
+    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert not browser.find_element("id", "token").is_displayed()
+    press(browser, Keys.ENTER)
+    assert texts(browser, "#token-title")[0].startswith("Token 2: ")
+    assert len(alternatives(browser)) >= 6
+    press(browser, Keys.ARROW_LEFT)
+    assert texts(browser, "#token-title")[0].startswith("Token 1: ")
+    press(browser, Keys.END)
+    assert texts(browser, "#token-title")[0].startswith(f"Token {n_tokens(browser) - 1}: ")
+    press(browser, Keys.ARROW_UP, Keys.HOME)
+    assert texts(browser, "#token-title")[0].startswith("Token 0: ")
+    press(browser, Keys.TAB)
+    assert "token" not in str(browser.switch_to.active_element.get_attribute("class")).split()
+
+    with serving("--model", talker) as server:
+        open_page(browser, server)
+        browser.find_element("id", "prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+        until(lambda: n_tokens(browser) > 3)
+        assert focused() == "prompt"
+        press(browser, Keys.ESCAPE)
+        until(lambda: status(browser).startswith("Stopped"))
+
+
+def test_a_phone_is_wide_enough(browser: Any, talker: Path) -> None:
+    phone = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    with serving("--model", talker, script=(SCRIPTED, SAID)) as server:
+        open_page(browser, server, max_tokens=500, logprobs=20)
+        until(lambda: texts(browser, "#health dd"))
+        assert fits(browser)
+        generate(browser)
+        browser.find_elements("css selector", ".token")[300].click()
+        browser.find_element("css selector", "#request summary").click()
+        assert fits(browser)
+        fill(browser, "temperature", 3)
+        browser.find_element("id", "run").click()
+        until(lambda: texts(browser, "#error") != [""])
+        assert fits(browser)
+        script = "return [...document.querySelectorAll('#alternatives td.right')].every(c => c.offsetHeight < 40);"
+        assert browser.execute_script(script), "a number is broken into lines"
+
+
+def test_refusals_and_failures_are_shown(browser: Any, talker: Path, tmp_path: Path) -> None:
+    flag = tmp_path / "fail"
+    with serving("--model", talker, "--max-tokens-out", 100, script=(FAULTY, flag)) as server:
+        open_page(browser, server, temperature=3)
+        for field, value in {"temperature": 3, "max_tokens": 101, "seed": "many", "top_p": 1.5, "prompt": ""}.items():
+            body = {"job_id": "x", "prompt": "go on", field: value}
+            refusal = httpx.post(server.url + "/execute", json=body).json()
+            open_page(browser, server, **{"prompt": "go on", "max_tokens": 5, field: value})
+            generate(browser)
+            assert texts(browser, "#error") == [f"400 INVALID_REQUEST {refusal['message']}"]
+            focus = browser.switch_to.active_element
+            assert (focus.get_attribute("name"), focus.get_attribute("aria-invalid")) == (field, "true")
+        open_page(browser, server, max_tokens=20)
+        flag.write_text("memory")
+        generate(browser)
+        (error,) = texts(browser, "#error")
+        assert error.startswith("VRAM_OOM ")
+        assert "may be tried again" in error
+        generate(browser)
+        assert status(browser).startswith("Done: 20 tokens")
+        assert not browser.find_element("id", "error").is_displayed()
+        assert texts(browser, "[aria-invalid]") == []
+
+
+def test_health_and_metrics_are_those_of_the_worker(browser: Any, haiku: Server) -> None:
+    open_page(browser, haiku, seed=3)
+    generate(browser)
+    n = n_tokens(browser)
+
+    def figures(name: str) -> dict[str, str]:
+        return dict(zip(texts(browser, f"#{name} dt"), texts(browser, f"#{name} dd"), strict=True))
+
+    def total() -> float:
+        return haiku.metric("worker_tokens_generated_total")
+
+    until(lambda: texts(browser, "#generated") == [f"{total():,.0f} in all"])
+    assert total() >= n
+    health = httpx.get(haiku.url + "/health").json()
+    assert texts(browser, "#state") == [health["status"]] == ["healthy"]
+    assert texts(browser, "#model") == [health["model"]]
+    seen = figures("health")
+    assert seen["device"] == health["device"] == "cpu"
+    assert seen["vocabulary"] == f"{health['vocab_size']:,}"
+    assert seen["tokenizer"] == health["tokenizer_kind"]
+    until(lambda: figures("blocks")["used"] == "0")
+    blocks = {name: haiku.metric("worker_kv_blocks", state=name) for name in ("used", "cached", "free")}
+    assert {name: float(value) for name, value in figures("blocks").items()} == blocks
+    assert figures("requests")["batch size"] == figures("requests")["queue depth"] == "0"
+    assert float(figures("requests")["completed"]) == haiku.metric("worker_requests_total", outcome="eos")
+    p50, p95 = map(float, figures("latency")["first token"].split(", "))
+    assert 0 < p50 <= p95
+    assert list(figures("vram")) == ["weights", "KV cache", "workspace"]
+    assert texts(browser, "#vram-sum") == ["none on cpu"]
+    peak = float(texts(browser, "#peak")[0].removeprefix("peak "))
+    assert 0 < peak <= total() * 10
+
+
+def test_the_models_text_is_text(browser: Any, talker: Path) -> None:
+    with serving("--model", talker, script=(SCRIPTED, SAID)) as server:
+        n = len(SAID.encode())
+        open_page(browser, server, prompt=SAID, max_tokens=n, temperature=0)
+        generate(browser)
+        plain = {"prompt": SAID, "max_tokens": n, "temperature": 0}
+        assert "".join(answer(browser)) == text_of(server.run(**plain))
+        assert "é🌊" in "".join(answer(browser))
+        index = answer(browser).index("")  # the first byte of é, which is no text yet
+        browser.find_elements("css selector", ".token")[index].click()
+        assert "\\xc3" in next(row[1] for row in alternatives(browser) if "drawn" in row[1])
+        assert browser.execute_script("return document.images.length;") == 0
+        assert browser.title == "refengine worker"
+        assert problems(browser) == []
+
+
+def test_a_seed_is_a_uint64(browser: Any, haiku: Server) -> None:
+    largest = 2**64 - 1
+    open_page(browser, haiku, seed=largest)
+    generate(browser)
+    result = dict(zip(texts(browser, "#result dt"), texts(browser, "#result dd"), strict=True))
+    assert result["seed"] == str(largest)
+    assert f'"seed":{largest}' in texts(browser, "#curl")[0]
+    words = answer(browser)
+    browser.find_element("css selector", "#result button").click()
+    assert browser.find_element("id", "seed").get_attribute("value") == str(largest)
+    generate(browser)
+    assert answer(browser) == words
+
+
+def test_nothing_comes_from_elsewhere(browser: Any, haiku: Server) -> None:
+    for path in ("/", "/docs"):
+        headers = httpx.get(haiku.url + path).headers
+        policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
+        assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+        assert policy["connect-src"] == "'self'"
+        assert "unsafe" not in str(policy)
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+        browser.get(haiku.url + path)
+        until(lambda: texts(browser, "#health dd, .opblock"))
+        names = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name);")
+        assert names
+        assert [name for name in names if not name.startswith((haiku.url, "data:"))] == []
+        assert problems(browser) == []
+        tried = browser.execute_async_script("""
+            const done = arguments[0], image = new Image();
+            document.addEventListener("securitypolicyviolation", e => done(e.effectiveDirective));
+            image.src = "http://192.0.2.1/a.png"; document.body.append(image);""")
+        assert tried == "img-src"
+        browser.get_log("browser")
+
+
+def test_light_and_dark(browser: Any, haiku: Server) -> None:
+    open_page(browser, haiku)
+    found = {}
+    for scheme in ("light", "dark"):
+        prefer(browser, scheme)
+        found[scheme] = browser.execute_script("return getComputedStyle(document.body).backgroundColor;")
+    prefer(browser, "light")
+    assert found == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}
+
+
+def test_every_input_has_a_label(browser: Any, haiku: Server) -> None:
+    open_page(browser, haiku)
+    script = """return [...document.querySelectorAll("input, textarea, button")]
+        .filter(e => !(e.labels?.length || e.textContent.trim())).map(e => e.outerHTML);"""
+    assert browser.execute_script(script) == []
+
+
+def test_a_worker_with_a_key(browser: Any) -> None:
+    with serving("--api-key", KEY) as server:
+        assert httpx.get(server.url + "/").status_code == httpx.get(server.url + "/docs").status_code == 401
+        browser.get(server.url.replace("//", f"//x:{KEY}@") + "/")
+        until(lambda: texts(browser, "#blocks dd"))
+        generate(browser)
+        assert status(browser).startswith("Done")
+
+
+def test_the_documents_operations_are_rendered(browser: Any, haiku: Server) -> None:
+    document = httpx.get(haiku.url + "/openapi.json").json()
+    operations = [f"{method.upper()} {path}" for path, item in document["paths"].items() for method in item]
+    browser.get(haiku.url + "/docs")
+    until(lambda: len(texts(browser, ".opblock-summary-path")) == len(operations))
+    paths = [path.replace("\u200b", "") for path in texts(browser, ".opblock-summary-path")]
+    found = zip(texts(browser, ".opblock-summary-method"), paths, strict=True)
+    assert sorted(f"{method} {path}" for method, path in found) == sorted(operations)
+    browser.find_element("css selector", "#operations-default-chat_v1_chat_completions_post button").click()
+    until(lambda: "messages" in "".join(texts(browser, ".opblock-body .highlight-code")))
+    assert texts(browser, ".errors-wrapper") == []
+    assert problems(browser) == []
+    assert httpx.get(haiku.url + "/docs/swagger-ui-bundle.js.map").status_code == 404
+
+
+def test_every_reference_of_the_document_leads_somewhere(haiku: Server) -> None:
+    for path, version in (("/openapi.json", "3.1"), ("/docs/openapi.json", "3.0")):
+        document = httpx.get(haiku.url + path).json()
+        assert document["openapi"].startswith(version)
+        found = list(references(document))
+        assert found
+        for reference in found:
+            target: Any = document
+            for name in reference.removeprefix("#/").split("/"):
+                target = target[name]
+
+
+def test_every_example_of_the_document_works(haiku: Server) -> None:
+    for path, item in httpx.get(haiku.url + "/openapi.json").json()["paths"].items():
+        for operation in item.values():
+            if "requestBody" in operation:
+                example = operation["requestBody"]["content"]["application/json"]["example"]
+                answered = httpx.post(haiku.url + path, json=example)
+                assert answered.is_success, (path, answered.text)
+
+
+def references(value: Any) -> Iterator[str]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        if name == "$ref":
+            yield item
+        yield from references(item)
+
+
+def test_version_3_0_says_the_same_in_its_own_words() -> None:
+    said = {
+        "seed": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}], "title": "Seed"},
+        "penalty": {"type": "number", "exclusiveMinimum": 0.0, "maximum": 2.0},
+        "n": {"const": 1, "default": 1},
+        "options": {"anyOf": [{"$ref": "#/$defs/Options"}, {"type": "null"}]},
+    }
+    document = {"openapi": "3.1.0", "paths": {"/x": {"properties": said, "$defs": {"Options": {"type": "object"}}}}}
+    assert as_openapi_30(with_components(document)) == {
+        "openapi": "3.0.3",
+        "paths": {"/x": {"properties": {
+            "seed": {"type": "integer", "minimum": 0, "title": "Seed", "nullable": True},
+            "penalty": {"type": "number", "minimum": 0.0, "exclusiveMinimum": True, "maximum": 2.0},
+            "n": {"enum": [1], "default": 1},
+            "options": {"anyOf": [{"$ref": "#/components/schemas/Options"}], "nullable": True},
+        }}},
+        "components": {"schemas": {"Options": {"type": "object"}}},
+    }  # fmt: skip
