@@ -58,8 +58,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if chat:
         if text is None or tokenizer is None:
             raise RequestError("--chat needs a prompt as text and a model with a vocabulary")
-        rendered = tokenizer.render_chat([{"role": "user", "content": text}])
-        prompt_ids = tokenizer.encode(rendered, add_special=False, parse_special=True)
+        prompt_ids = tokenizer.encode_chat([{"role": "user", "content": text}])
     else:
         prompt_ids = model.prompt_ids(ids if text is None else text)
     trace = _tracer(arguments)

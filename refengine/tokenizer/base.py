@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from refengine.errors import TokenizerError
-from refengine.tokenizer.special import SpecialTokens
+from refengine.tokenizer.special import SpecialTokens, on_texts, texts_in, unused_mark
 from refengine.tokenizer.stream import StreamDecoder
 
 # Where the encoder puts a space that is not in the text: nowhere, before the text, or before every fragment of text
@@ -58,7 +58,8 @@ class Tokenizer(ABC):
         `add_special`: put BOS in front and EOS behind where `add_bos` and `add_eos` say so.
         `parse_special`: recognise special tokens written out in the text; otherwise they are ordinary text, so that
         text from outside cannot forge them. Tokens that the file calls user-defined are recognised in any case.
-        A rendered chat template already has its BOS: encode it with add_special=False, parse_special=True.
+        A rendered chat template already has its BOS: encode it with add_special=False, parse_special=True; or let
+        `encode_chat` do both, which tells the template's special tokens from those in a message.
         Raises TokenizerError if the text has surrogates, which no encoding of it can have.
         """
         _check_unicode(text)
@@ -68,13 +69,36 @@ class Tokenizer(ABC):
             ids.append(self.eos_id)
         return ids
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Ids of the conversation that `render_chat` writes.
+
+        Special tokens are the template's alone: one that is written out in a message is ordinary text, so that no
+        message can end itself and begin another. Raises what `render_chat` and `encode` raise.
+        """
+        mark = unused_mark("".join(texts_in([self.chat_template, messages, variables])))
+        if mark is None:
+            raise TokenizerError("the messages have every noncharacter of Unicode; no text has those")
+
+        def marked(value: Any) -> Any:
+            return on_texts(value, lambda text: self._special.mark(text, mark))
+
+        rendered = self.render_chat(marked(messages), add_generation_prompt, marked(variables))
+        _check_unicode(rendered)
+        return self._encode(rendered, parse_special=True, mark=mark)
+
+    def _encode(self, text: str, parse_special: bool, mark: str = "") -> list[int]:
+        """Ids of `text`; a mark in it only keeps special tokens from being seen (`SpecialTokens.mark`)."""
         ids: list[int] = []
         for fragment in self._special.partition(text, parse_special):
             if isinstance(fragment, int):
                 ids.append(fragment)
-            else:
-                ids += self._encode_text(fragment)
+            elif ordinary := fragment.replace(mark, "") if mark else fragment:
+                ids += self._encode_text(ordinary)
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 from gguf import TokenType
 from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers.normalizers import Replace
+from tokenizers.normalizers import Sequence as Normalizers
 
 from refengine.errors import TokenizerError
 from refengine.gguf_file import GGUFFile
@@ -77,10 +79,27 @@ class HFJsonTokenizer(Tokenizer):
         self._check_id(token_id)
         return self._tokens[token_id]
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
+    def _encode(self, text: str, parse_special: bool, mark: str = "") -> list[int]:
         with self._lock:
             self._library.encode_special_tokens = not parse_special
+            if mark and mark in text:
+                return self._encode_marked(text, mark)
             ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        """The library looks for special tokens first, then normalises, which takes the marks away."""
+        library, normalizer = self._library, self._library.normalizer
+        added = library.get_added_tokens_decoder()
+        late = [t.text for t in self._special.cuts if t.is_control and t.id in added and added[t.id].normalized]
+        if late:
+            raise TokenizerError(f"{late[0]!r} in a message: this tokenizer.json cannot tell it from the template's")
+        drop = Replace(mark, "")
+        library.normalizer = drop if normalizer is None else Normalizers([drop, normalizer])
+        try:
+            ids: list[int] = library.encode(text, add_special_tokens=False).ids
+        finally:
+            library.normalizer = normalizer
         return ids
 
     def _encode_text(self, text: str) -> list[int]:

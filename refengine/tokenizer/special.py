@@ -11,8 +11,11 @@ text even when special tokens are to be escaped. Here they are printed, and they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import Any
 
 from gguf import TokenType
 
@@ -82,6 +85,8 @@ _FIM_THAT_END = ("pad", "rep", "sep")
 
 _HARMONY_MARKERS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 _PHI3_KEEP_SPACE_AFTER = ("<unk>", "<s>", "<|endoftext|>")
+# Code points that no text has: 32 in a row, and the last two of each plane.
+_NONCHARACTERS = [chr(c) for c in (*range(0xFDD0, 0xFDF0), *(p << 16 | e for p in range(17) for e in (0xFFFE, 0xFFFF)))]
 _C_WHITESPACE = " \t\n\v\f\r"  # isspace() in the C locale
 
 
@@ -115,6 +120,60 @@ class SpecialTokens:
             if (parse_special or not token.is_control) and token.text in text:
                 fragments = [part for fragment in fragments for part in _cut(fragment, token)]
         return fragments
+
+    def mark(self, text: str, mark: str) -> str:
+        """`text` with a mark inside every control token that is written out in it, or begun at its end.
+
+        So that none is found in it, nor in what it becomes a part of; without the marks it is the text that it was.
+        (A control token of one character cannot be marked; no vocabulary is known to have one.)
+        """
+        inside = {
+            len(text) - n + 1 for n in range(1, min(self._longest, len(text) + 1)) if text[-n:] in self._beginnings
+        }
+        for token in self._control:
+            start = text.find(token)
+            while start >= 0:
+                inside.add(start + 1)
+                start = text.find(token, start + 1)
+        cuts = [0, *sorted(inside), len(text)]
+        return mark.join(text[a:b] for a, b in pairwise(cuts))
+
+    @cached_property
+    def _control(self) -> tuple[str, ...]:
+        return tuple(token.text for token in self.cuts if token.is_control)
+
+    @cached_property
+    def _beginnings(self) -> frozenset[str]:
+        return frozenset(text[:n] for text in self._control for n in range(1, len(text)))
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._control), default=0)
+
+
+def unused_mark(text: str) -> str | None:
+    """A character that is not in `text` and that no text should have; None where it has all of them."""
+    return next((c for c in _NONCHARACTERS if c not in text), None)
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON-like value, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in chain(value, value.values() if isinstance(value, Mapping) else ()):
+            yield from texts_in(inner)
+
+
+def on_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON-like value with every text in it changed, names included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {on_texts(k, change): on_texts(v, change) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [on_texts(v, change) for v in value]
+    return value
 
 
 def _cut(fragment: str | int, token: SpecialToken) -> list[str | int]:

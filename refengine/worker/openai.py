@@ -96,8 +96,12 @@ class CompletionRequest(Common):
         return asked._sampling(max_tokens_out, self.logprobs, self.logprobs if self.echo else None)
 
 
+# No other names: many templates make their special tokens of it, and `end` or `endoftext` would be one.
+Role = Literal["system", "developer", "user", "assistant", "tool", "function", "ipython"]
+
+
 class Message(Strict):
-    role: Annotated[str, Field(min_length=1, max_length=64)]
+    role: Role
     content: Text
 
 

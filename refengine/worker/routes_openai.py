@@ -67,10 +67,9 @@ def make_router(worker: Worker) -> APIRouter:
 
         def encode() -> list[int]:
             try:
-                rendered = tokenizer.render_chat(messages)
+                return tokenizer.encode_chat(messages)
             except RefengineError as e:
                 raise Fault("INVALID_REQUEST", f"messages: {e}", "messages") from None
-            return tokenizer.encode(rendered, add_special=False, parse_special=True)
 
         answer = Answer(True, facts.model, [Choice(0, tokenizer, True, body.logprobs)], body.with_usage)
         wanted = Wanted(answer.id, encode, params, prompt_facts(json_of(messages)))
