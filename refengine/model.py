@@ -40,6 +40,7 @@ def load(
     cpu_cache_mb: int | None = None,
     attention: str = "flash",
     progress: Callable[[int, int], None] | None = None,
+    copied: bool = False,
 ) -> Model:
     """Open a GGUF file (the first part of a split one) and put its tensors on a device.
 
@@ -53,6 +54,8 @@ def load(
     cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory).
     attention:    `flash`, or `reference` for array code that writes the score matrix. Kernels only: to compare.
     progress:     called with the bytes done and the bytes in all.
+    copied:       on the CPU, weights are read into memory at once and not mapped: whatever happens to the file later,
+                  they stay as they are.
     Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError`, `HubError` or `RequestError`.
     """
     if n_ctx is not None and not 1 <= n_ctx < 2**31:
@@ -82,7 +85,7 @@ def load(
     else:
         cache_bytes = default_cache_bytes(opened) if cpu_cache_mb is None else cpu_cache_mb << 20
         ops = Ops(opened.xp, rounding, cache_bytes)
-        weights = load_weights(gguf, specs, config.n_layer, ArrayPlacement(opened.xp), progress)
+        weights = load_weights(gguf, specs, config.n_layer, ArrayPlacement(opened.xp, copied), progress)
     return Model(gguf, config, tokenizer, weights, ops, opened, n_ctx)
 
 

@@ -84,18 +84,19 @@ class Placement(Protocol):
 
 
 class ArrayPlacement:
-    """As the file stores them, on NumPy (a view of the mapping) or CuPy."""
+    """As the file stores them, on NumPy (a view of the mapping, or with `copied` a copy) or CuPy."""
 
-    def __init__(self, xp: Any) -> None:
-        self._xp, self.in_place = xp, xp is np
+    def __init__(self, xp: Any, copied: bool = False) -> None:
+        self.in_place = xp is np and not copied
+        self._place = xp.asarray if self.in_place else xp.array
 
     def matrix(self, w: Matrix, done: Callable[[int], None]) -> Matrix:
-        placed = replace(w, data=self._xp.asarray(w.data))
+        placed = replace(w, data=self._place(w.data))
         done(w.data.nbytes)
         return placed
 
     def vector(self, values: np.ndarray) -> Array:
-        return self._xp.asarray(values)
+        return self._place(values)
 
 
 def load_weights(

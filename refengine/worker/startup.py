@@ -85,6 +85,7 @@ class Startup:
                     self._options.device,
                     attention=self._options.attention,
                     progress=self._progress(bar),
+                    copied=True,  # a file that shrinks under its mapping would kill the process
                 )
         except DeviceError as e:
             raise StartFailed("INSUFFICIENT_VRAM", str(e)) from None
