@@ -24,6 +24,8 @@ EPILOG = """examples:
   refengine validate --model model.gguf --peer my_dump --html report.html        (against tensors of your own engine)
   refengine serve --worker-id $(uuidgen) --model model.gguf --gpu-device 0 --port 8080
   refengine ask "Write a haiku about the sea" --seed 7        (a worker that serves)
+  refengine bench worker --quick        (every speed of the worker beside its target)
+  refengine compile --arch sm_90a        (when building an image for GPUs; serve then starts in seconds)
   refengine generate "Hello" --model model.gguf --break Qcur-3     (stops in pdb at that tensor)
 """
 
@@ -156,6 +158,15 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON object, with every tensor")
     inspect.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
+    compile_kernels = _command(
+        commands, "compile", "compile the kernels ahead of a first start on a GPU (into $REFENGINE_CACHE); needs no GPU"
+    )
+    compile_kernels.add_argument(
+        "--arch", action="append", metavar="SM", help="sm_80, sm_86, sm_89, sm_90a or all (default: this machine's GPU)"
+    )
+    compile_kernels.add_argument("--jobs", type=_positive, metavar="N", help="processes (default: one for each core)")
+    compile_kernels.add_argument("--debug", action="store_true", help="show a traceback on errors")
+
     serve = _command(commands, "serve", "serve one model on one device over HTTP")
     _serve_arguments(serve)
 
@@ -163,6 +174,9 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "ask", "send a prompt to a worker, streaming its answer to stdout and statistics to stderr"
     )
     _ask_arguments(ask)
+
+    bench = _command(commands, "bench", "start a worker and measure it over HTTP, as its clients see it")
+    _bench_arguments(bench)
     return parser
 
 
@@ -337,11 +351,40 @@ Ctrl-C cancels the request and exits with 130; errors are one line and exit code
     parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  refengine bench worker                                 (the packaged model on the CPU; 2 to 3 minutes)
+  refengine bench worker --model model.gguf --gpu-device 0 --output figures.json
+  refengine bench load --clients 64 --seconds 300
+
+Figures go to stdout as histograms and one table, progress to stderr. The exit code is 0 whatever they are;
+with --strict it is 1 where one misses its target."""
+    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    worker = _command(
+        what, "worker", "first token, between tokens, cancel, disconnect, start, shutdown, leaks: beside their targets"
+    )
+    worker.add_argument("--quick", action="store_true", help="few samples of each: to see that it works")
+    load = _command(what, "load", "many streams at once, each compared with what it is alone; /health; memory")
+    load.add_argument("--clients", type=int, default=64, metavar="N", help="streams at once")
+    load.add_argument("--seconds", type=float, default=30.0, metavar="S", help="how long")
+    for command in (worker, load):
+        group = command.add_argument_group("the worker that is started")
+        group.add_argument("--model", metavar="FILE", help="GGUF file (default: the packaged model)")
+        group.add_argument("--device", metavar="NAME", help="cpu, cuda:N or host (default: cpu)")
+        group.add_argument("--gpu-device", metavar="N", help="instead: number of the GPU")
+        group.add_argument("--serve", default="", metavar="ARGUMENTS", help="more arguments of serve, in one string")
+        group = command.add_argument_group("result")
+        group.add_argument("--output", metavar="FILE.json", help="also write everything there")
+        group.add_argument("--strict", action="store_true", help="exit code 1 where a target is missed")
+        group.add_argument("--debug", action="store_true", help="show a traceback on errors")
+
+
 def _kernel_switches(group: Any) -> None:
     group.add_argument("--no-graphs", action="store_true", help="launch the decode step's kernels one by one")
     group.add_argument(
         "--attention", choices=("flash", "reference"), default="flash", help="reference writes the score matrix"
     )
+    group.add_argument("--copy-chunk-kb", default="1024", metavar="KIB", help="of a copy of weights to a GPU")
 
 
 def _trace_arguments(parser: argparse.ArgumentParser) -> None:
@@ -400,10 +443,18 @@ def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
         from refengine.commands_serve import serve
 
         return serve
+    if command == "compile":
+        from refengine.commands_compile import compile_kernels
+
+        return compile_kernels
     if command == "ask":
         from refengine.commands_ask import ask
 
         return ask
+    if command == "bench":
+        from refengine.commands_bench import bench
+
+        return bench
     from refengine import commands
 
     found: Callable[[argparse.Namespace], int | None] = getattr(commands, command)

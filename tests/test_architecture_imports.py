@@ -84,18 +84,21 @@ ROOMS = {
             "swagger_ui_bundle",
         },
     ),
-    "bench": Room({FACADE, *MODEL, "validate", "worker"}, {"numpy"}, frozenset({"cupy", "llama_cpp"})),
     "client_events": Room({"errors"}, {"httpx_sse"}),  # no connections
     "client": Room({"errors", "client_events"}, {"httpx", "httpx_sse"}),
+    "bench": Room({FACADE, *MODEL, "worker", "client", "client_events"}, {"numpy", "rich"}),
     "console": Room({FACADE, *MODEL, "validate"}, {*ARRAYS, "tqdm"}),
     "commands": Room({FACADE, *MODEL, "validate", "console"}, {*ARRAYS, "safetensors"}),
     "commands_validate": Room({FACADE, *MODEL, "validate", "console"}, {"tqdm", "rich"}),
     "commands_serve": Room({FACADE, *MODEL, "worker"}, set()),
     "commands_ask": Room({"errors", "client", "client_events", "console"}, set()),
+    "commands_bench": Room({"errors", "worker", "client", "bench", "console"}, {"rich"}),
     # pytest loads this in every suite where refengine is installed: light until the fixture is called.
     "pytest_plugin": Room({FACADE, *MODEL, "validate"}, {"pytest", "rich"}),
     # arguments only
-    "cli": Room({FACADE, "errors", "commands", "commands_validate", "commands_serve", "commands_ask"}, set()),
+    "cli": Room(
+        {FACADE, "errors", "commands", "commands_validate", "commands_serve", "commands_ask", "commands_bench"}, set()
+    ),
     "__main__": Room({"cli"}, set()),
 }
 
@@ -103,7 +106,7 @@ ROOMS = {
 HTTP_ROOMS = {"worker", "bench"}
 RESERVED_STDLIB = {
     # All but cli: for the type of what the parser gives.
-    "argparse": {"cli", "console", "commands", "commands_validate", "commands_serve", "commands_ask"},
+    "argparse": {"cli", "console", "commands", "commands_validate", "commands_serve", "commands_ask", "commands_bench"},
     "mmap": {"gguf_file", *INSIDE_GGUF_FILE},
     "http": HTTP_ROOMS,
     "urllib": HTTP_ROOMS,

@@ -1,0 +1,106 @@
+"""Figures as a table, as histograms, and as JSON with where and how they were measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import refengine
+from refengine.bench.figures import Figure
+
+COLUMNS = ("p50", "p95", "p99", "max")
+DRAWN_FROM = 10  # samples, for a histogram to say anything
+
+
+def show(figures: Sequence[Figure], console: Console, title: str) -> None:
+    """Histograms first, so that the table is what remains on the screen."""
+    for figure in figures:
+        bars = figure.bars()
+        if bars and len(figure.samples) >= DRAWN_FROM:
+            console.print(f"{figure.id} {figure.name}, {figure.unit}, {len(figure.samples)} samples", markup=False)
+            for line in bars:
+                console.print(line, markup=False)
+            console.print()
+    table = Table(title=title, title_justify="left")
+    table.add_column("id")
+    table.add_column("what")
+    for name in ("samples", *COLUMNS):
+        table.add_column(name, justify="right")
+    for name in ("unit", "target", ""):
+        table.add_column(name)
+    for figure in figures:
+        single = len(figure.samples) == 1
+        values = [_number(figure.at(c)) if not single or c == figure.judged else "" for c in COLUMNS]
+        style = {"miss": "bold red", "pass": "green"}.get(figure.verdict, "")
+        table.add_row(
+            *(figure.id, figure.name, str(len(figure.samples)), *values, figure.unit, figure.target_text),
+            figure.verdict,
+            style=style,
+        )
+    console.print(table)
+    for figure in figures:
+        if figure.note:
+            console.print(f"{figure.id} {figure.name}: {figure.note}", markup=False)
+
+
+def record(figures: Sequence[Figure], facts: dict[str, Any], command: str) -> dict[str, Any]:
+    """Everything, for a file."""
+    misses = [f"{figure.id} {figure.name}" for figure in figures if figure.verdict == "miss"]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        **machine(str(facts.get("health", {}).get("device", ""))),
+        "commit": commit(),
+        "version": refengine.__version__,
+        "command": command,
+        "misses": misses,
+        "figures": [figure.json() for figure in figures],
+        **facts,
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The processor, and for a device of CUDA the card and its driver."""
+    found: dict[str, Any] = {"machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}"}
+    if device.startswith("cuda"):
+        number = device.partition(":")[2] or "0"
+        found["card"] = _said(
+            "nvidia-smi", f"--id={number}", "--query-gpu=name,driver_version", "--format=csv,noheader"
+        )
+    return found
+
+
+def commit() -> str | None:
+    """Of the checkout that this package lies in, `+` where it has changes; None outside one."""
+    folder = str(Path(refengine.__file__).parent)
+    name = _said("git", "-C", folder, "rev-parse", "--short", "HEAD")
+    return name and name + ("+" if _said("git", "-C", folder, "status", "--porcelain", "-uno") else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _said(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
