@@ -3,6 +3,7 @@
 Each with the worker alive, its blocks free and the next request right. The model is a small one that talks for long.
 """
 
+import os
 import signal
 import socket
 import threading
@@ -13,12 +14,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.worker_server import FAULTY, Event, Server, free_port, serving, text_of, until, write_talker
 
 LONG = {"prompt": "go on", "seed": 5, "temperature": 1.0}
 SHORT = {**LONG, "max_tokens": 5}
+TOO_LATE = "INFERENCE_TIMEOUT"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,8 @@ def flag(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(talker: Path, flag: Path) -> Iterator[Server]:
     """One request runs, two wait."""
-    with serving("--model", talker, "--max-batch", 1, "--max-queue", 2, script=(FAULTY, flag)) as running:
+    arguments = ("--model", talker, "--max-batch", 1, "--max-queue", 2, "--max-step-tokens", 32)
+    with serving(*arguments, script=(FAULTY, flag)) as running:
         yield running
 
 
@@ -91,11 +95,21 @@ def test_cancel_while_it_waits(server: Server) -> None:
         cancel(server, "runs")
 
 
+@pytest.fixture
+def slowly(flag: Path) -> Iterator[None]:
+    """With a step of at most 32 tokens, a prompt of a thousand takes a second."""
+    flag.write_text("slow")
+    yield
+    flag.unlink()
+
+
+@pytest.mark.usefixtures("slowly")
 def test_cancel_while_it_reads_the_prompt(server: Server) -> None:
     with server.client() as client, server.stream(client, prompt="ab " * 900, job_id="prefill") as events:
         read(events, 1)
         cancel(server, "prefill")
-        assert list(events)[-1][1]["code"] == "CANCELLED"
+        assert [(name, data["code"]) for name, data in events] == [("error", "CANCELLED")]
+    assert outcome_of(server, "prefill") == "cancelled"
 
 
 def test_cancel_is_idempotent_and_knows_no_unknown_ids(server: Server) -> None:
@@ -145,6 +159,30 @@ def test_disconnect_ends_the_job(server: Server, waits: bool) -> None:
             read(leaving, 1 if waits else 3)
         assert outcome_of(server, job_id) == "disconnected"
         cancel(server, "first")
+
+
+@pytest.mark.usefixtures("slowly")
+def test_disconnect_while_it_reads_the_prompt(server: Server) -> None:
+    with server.client() as client, server.stream(client, prompt="cd " * 900, job_id="left prefill") as events:
+        read(events, 1)
+    assert outcome_of(server, "left prefill") == "disconnected"
+    (end,) = [line for line in server.events("execute_end") if line["job_id"] == "left prefill"]
+    assert (end["tokens_in"] > 900, end["tokens_out"]) == (True, 0)
+
+
+@pytest.mark.usefixtures("slowly")
+@pytest.mark.parametrize("where", ["waiting", "reading the prompt"])
+def test_deadline_passes_before_the_first_token(server: Server, where: str) -> None:
+    prompt = "ef " * 900 if where == "reading the prompt" else "go on"
+    with server.client() as client, server.stream(client, **LONG, job_id="ahead") as ahead:
+        read(ahead, 2)
+        if where == "reading the prompt":
+            cancel(server, "ahead")
+        body = {**LONG, "prompt": prompt, "job_id": f"late {where}"}
+        with server.client() as other, server.stream(other, {"X-Deadline": "0.2"}, **body) as late:
+            assert [(name, data.get("code")) for name, data in late] == [("started", None), ("error", TOO_LATE)]
+        cancel(server, "ahead")
+    assert outcome_of(server, f"late {where}") == "timeout"
 
 
 @pytest.mark.parametrize("as_time", [False, True], ids=["seconds", "RFC 3339"])
@@ -231,7 +269,7 @@ def test_shutdown_while_it_streams(talker: Path, how: str) -> None:
     with serving("--model", talker, "--max-batch", 2, *grace) as server, ThreadPoolExecutor(13) as pool:
         runs: list[Any] = [pool.submit(lambda i=i: server.run(**slow, job_id=f"long{i}")) for i in range(12)]
         short = pool.submit(lambda: server.run(**SHORT, job_id="short"))
-        until(lambda: len(server.events("execute_start")) >= 12)
+        until(lambda: len(server.events("execute_start")) == 13)
         start = time.monotonic()
         ending(server, how)
         refused = threading.Event()
@@ -254,11 +292,37 @@ def test_shutdown_while_it_streams(talker: Path, how: str) -> None:
         assert server.events("shutdown")[-1]["jobs_cut"] == sum(e[-1][0] == "error" for e in results)
 
 
-def test_killed_and_started_again(talker: Path) -> None:
+def test_killed_and_started_again(talker: Path, expected: str) -> None:
+    """In the middle of a stream, whose client sees it end without a last event; on the same port at once."""
     port = free_port()
     for _ in range(2):
         with serving("--model", talker, "--port", port) as server:
             server.url = f"http://127.0.0.1:{port}"
-            assert server.run(**SHORT)[-1][0] == "end"
-            server.process.kill()
-            server.process.wait()
+            assert text_of(server.run(**SHORT)) == expected
+            with server.client() as client, server.stream(client, **LONG) as events:
+                read(events, 3)
+                server.process.kill()
+                server.process.wait()
+                with pytest.raises(httpx.TransportError):
+                    list(events)
+
+
+@pytest.mark.parametrize("how", ["cut", "overwritten", "replaced", "removed"])
+def test_model_file_that_changes_while_it_serves(tmp_path: Path, how: str, expected: str) -> None:
+    """The model is the one that was loaded, for good; also the parts of it that no request has needed before."""
+    path = write_talker(tmp_path)
+    with serving("--model", path) as server:
+        if how == "cut":
+            os.truncate(path, 4096)
+        elif how == "overwritten":
+            size = path.stat().st_size
+            with open(path, "r+b") as file:
+                file.seek(size // 2)
+                file.write(bytes(size - size // 2))
+        elif how == "replaced":
+            (tmp_path / "other").write_bytes(b"GGUF")
+            (tmp_path / "other").replace(path)
+        else:
+            path.unlink()
+        texts = {text_of(server.run(**SHORT)) for _ in range(2)}
+    assert texts == {expected}

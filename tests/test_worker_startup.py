@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import socket
 import subprocess
 import threading
@@ -113,6 +114,22 @@ def test_model_that_is_missing_or_none(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(PACKAGED_MODEL.read_bytes()[:1_000_000])
     assert error_of(failed("--model", tmp_path / "cut.gguf"))["code"] == "MODEL_LOAD_FAILED"
     assert "no vocabulary" in error_of(failed("--model", write_no_vocab(tmp_path)))["message"]
+
+
+def test_model_that_cannot_be_read(tmp_path: Path) -> None:
+    """A folder, a pipe that nobody writes to, a link to nothing, a file that the user may not read, a socket."""
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "none.gguf")
+    (tmp_path / "closed.gguf").write_bytes(PACKAGED_MODEL.read_bytes())
+    (tmp_path / "closed.gguf").chmod(0)
+    (tmp_path / "empty.gguf").touch()
+    paths = [tmp_path, tmp_path / "pipe.gguf", tmp_path / "link.gguf", tmp_path / "empty.gguf", Path("/dev/zero")]
+    if os.geteuid() != 0:  # root may read everything
+        paths.append(tmp_path / "closed.gguf")
+    for path in paths:
+        error = error_of(failed("--model", path))
+        assert error["code"] == "MODEL_LOAD_FAILED"
+        assert str(path) in error["message"]
 
 
 def test_gpu_that_is_not_there_never_falls_back() -> None:

@@ -21,15 +21,19 @@ from tools.make_model import write_model
 Event = tuple[str, dict[str, Any]]
 HAIKU = {"prompt": "Write a haiku about GPU computing", "max_tokens": 50, "temperature": 0.7, "seed": 42}
 
-# `refengine serve` whose next step raises what a file names: a device that fails in the middle of a step.
+# `refengine serve` whose next step raises what a file names: a device that fails in the middle of a step. While it says
+# `slow`, every step takes its time.
 FAULTY = """
-import pathlib, sys
+import pathlib, sys, time
 from refengine import cli, model
 flag, step = pathlib.Path(sys.argv.pop(1)), model.Model.step
 class CUDARuntimeError(RuntimeError): pass
 def faulty(*arguments, **keywords):
     if flag.exists():
         kind = flag.read_text()
+        if kind == "slow":
+            time.sleep(0.03)
+            return step(*arguments, **keywords)
         flag.unlink()
         raise {"memory": MemoryError, "device": CUDARuntimeError, "bug": ZeroDivisionError}[kind]("a secret")
     return step(*arguments, **keywords)
