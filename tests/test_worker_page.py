@@ -1,5 +1,6 @@
 """The worker's pages in a real browser, on real workers: what is seen is what the API says."""
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -12,10 +13,23 @@ import pytest
 from refengine.worker.openapi import as_openapi_30, with_components
 from tests.chromium import chromium, prefer, texts
 from tests.worker_server import FAULTY, SCRIPTED, Server, serving, text_of, until, write_talker
+from tools.make_model import write_model
 
 SAID = "<img src=x onerror=\"document.title='owned'\"> é🌊 " + "wide" * 40
 PARAMETERS = {"max_tokens": 40, "temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 42, "logprobs": 4}
 KEY = "key-of-this-test"
+
+# `refengine serve` whose steps take as long as an argument says: there is time to look, and to stop it.
+SLOW = """
+import sys, time
+from refengine import cli, model
+seconds, step = float(sys.argv.pop(1)), model.Model.step
+def slow(*arguments, **keywords):
+    time.sleep(seconds)
+    return step(*arguments, **keywords)
+model.Model.step = slow
+sys.exit(cli.main())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +61,7 @@ def open_page(browser: Any, server: Server, **fields: object) -> None:
     browser.get(server.url + "/")
     for name, value in fields.items():
         fill(browser, name, value)
-    if texts(browser, "input[name=mode]:not(:disabled)"):
-        choose(browser, "plain")
-
-
-def choose(browser: Any, mode: str) -> None:
-    browser.find_element("css selector", f"input[name=mode][value={mode}]").click()
+    browser.find_element("css selector", "[name=mode][value=plain]").click()
 
 
 def fill(browser: Any, name: str, value: object) -> None:
@@ -140,6 +149,61 @@ def test_a_click_on_a_token_shows_what_the_api_says_of_it(browser: Any, haiku: S
     assert problems(browser) == []
 
 
+def test_a_chat_goes_through_the_template(browser: Any, haiku: Server) -> None:
+    browser.get(haiku.url + "/")
+    chosen = "return document.querySelector('[name=mode]:checked').value;"
+    assert browser.execute_script(chosen) == "chat"
+    for name, value in PARAMETERS.items():
+        fill(browser, name, value)
+    generate(browser)
+    prompt = browser.find_element("id", "prompt").get_attribute("value")
+    asked = {key: value for key, value in PARAMETERS.items() if key != "logprobs"}
+    asked |= {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": 4}
+    choice = httpx.post(haiku.url + "/v1/chat/completions", json=asked, timeout=30).json()["choices"][0]
+    assert "".join(answer(browser)) == choice["message"]["content"]
+    tokens = choice["logprobs"]["content"]
+    assert n_tokens(browser) == len(tokens)
+    for i, token in enumerate(tokens):
+        browser.find_elements("css selector", ".token")[i].click()
+        rows = [(row[3], row[4]) for row in alternatives(browser)[:4]]
+        probabilities = [t["logprob"] for t in token["top_logprobs"]]
+        assert rows == [(f"{p:.4f}".replace("-", "−"), shown(math.exp(p))) for p in probabilities]
+        assert texts(browser, "tr.drawn .piece") == [f'{json.dumps(token["token"], ensure_ascii=False)}drawn']
+    fill(browser, "seed", "")
+    generate(browser)
+    seed = texts(browser, "#result dd")[-1]
+    words = answer(browser)
+    fill(browser, "seed", seed)
+    generate(browser)
+    assert answer(browser) == words
+    assert problems(browser) == []
+
+
+def test_a_chat_is_stopped_too(browser: Any) -> None:
+    with serving(script=(SLOW, 0.1)) as server:
+        browser.get(server.url + "/")
+        browser.find_element("id", "run").click()
+        until(lambda: n_tokens(browser) > 1)
+        browser.find_element("id", "stop").click()
+        until(lambda: status(browser).startswith("Stopped"))
+        assert server.metric("worker_requests_total", outcome="cancelled") == 1
+        fill(browser, "top_p", 7)
+        generate(browser)
+        assert texts(browser, "#error")[0].startswith("400 INVALID_REQUEST top_p: given 7")
+        assert browser.switch_to.active_element.get_attribute("name") == "top_p"
+
+
+def test_a_model_without_a_template(browser: Any, tmp_path: Path) -> None:
+    write_model(tmp_path / "plain.gguf", "gpt2", "Q8_0")
+    with serving("--model", tmp_path / "plain.gguf") as server:
+        browser.get(server.url + "/")
+        assert not browser.find_element("css selector", "[name=mode][value=chat]").is_enabled()
+        fill(browser, "max_tokens", 5)
+        fill(browser, "seed", 1)
+        generate(browser)
+        assert status(browser) == "Done: 5 tokens, ended by length"
+
+
 def test_alternatives_are_written_as_text_with_their_blanks(browser: Any, haiku: Server) -> None:
     open_page(browser, haiku, temperature=0, seed=1)
     generate(browser)
@@ -150,15 +214,15 @@ def test_alternatives_are_written_as_text_with_their_blanks(browser: Any, haiku:
 
 
 def test_tokens_are_seen_while_they_come_and_stop_ends_them(browser: Any, talker: Path) -> None:
-    with serving("--model", talker) as server:
-        open_page(browser, server, prompt="go on", max_tokens=2048)
+    with serving("--model", talker, script=(SLOW, 0.02)) as server:
+        open_page(browser, server, prompt="go on", max_tokens=2048, seed=5)
         browser.find_element("id", "run").click()
-        seen = []
-        for _ in range(3):
-            until(lambda: n_tokens(browser) > (seen[-1] if seen else 0))
+        seen = [0]
+        for _ in range(5):
+            until(lambda: n_tokens(browser) > seen[-1])
             seen.append(n_tokens(browser))
             assert browser.find_element("id", "stop").is_displayed()
-        assert seen[-1] < 1500
+        assert seen[-1] < 1000
         browser.find_element("id", "stop").click()
         until(lambda: status(browser).startswith("Stopped"))
         n = n_tokens(browser)
@@ -216,8 +280,8 @@ def test_everything_by_keyboard(browser: Any, talker: Path, haiku: Server) -> No
     press(browser, Keys.TAB)
     assert "token" not in str(browser.switch_to.active_element.get_attribute("class")).split()
 
-    with serving("--model", talker) as server:
-        open_page(browser, server)
+    with serving("--model", talker, script=(SLOW, 0.02)) as server:
+        open_page(browser, server, seed=5)
         browser.find_element("id", "prompt").send_keys(Keys.CONTROL, Keys.ENTER)
         until(lambda: n_tokens(browser) > 3)
         assert focused() == "prompt"
