@@ -7,7 +7,6 @@ random, and every answer is compared.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from collections import Counter
@@ -91,7 +90,8 @@ def problems_of(events: Sequence[Event], job_id: str, expected: Reference, other
     text = "".join(token.text for token in tokens)
     if text != expected.text:
         whose = [r for r in others if r is not expected and r.text == text]
-        shared = len(os.path.commonprefix([text, expected.text]))
+        pairs = enumerate(zip(text, expected.text, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(text), len(expected.text)))
         what = f"it is the answer to {whose[0].prompt!r}, seed {whose[0].seed}" if whose else f"given {text!r}"
         found.append(
             f"{job_id}: {expected.prompt!r}, seed {expected.seed} should be {expected.text!r}; differs from character "
