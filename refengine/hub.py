@@ -79,6 +79,9 @@ def _fetch(reference: Reference, tell: Tell, progress: Progress) -> Found:
             raise
         return _from_cache(reference, _without_secrets(why), tell)
     chosen = choose(reference, files)
+    for file in chosen:
+        if {"", ".", ".."} & set(re.split(r"[/\\]", file.name)):
+            raise HubError(f"{reference.text}: the repo's file name {file.name!r} is not allowed")
     name = _pinned_name(reference, commit, chosen)
     total = sum(file.size or 0 for file in chosen)
     missing = [file for file in chosen if _cached(reference, commit, file.name) is None]
@@ -139,7 +142,7 @@ def _listing(reference: Reference) -> tuple[str, list[RepoFile]]:
         )
         commit = info.sha
         files = [RepoFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None) for s in info.siblings or []]
-    except HFValidationError:
+    except (HFValidationError, UnicodeError):
         raise
     except (ValueError, TypeError, KeyError, AttributeError):
         commit, files = None, []
@@ -290,15 +293,19 @@ def _complete(
         if why is None:
             raise
         why = _without_secrets(why)
-        there = size_text(partial.stat().st_size if partial.exists() else 0)
-        raise HubError(
-            f"{reference.text}: the download of {file.name} broke off ({why}); {there} are there, and the same command "
-            "goes on from them"
-        ) from None
+        n_there = partial.stat().st_size if partial.exists() else 0
+        then = (
+            f"{size_text(n_there)} are there, and the same command goes on from them" if n_there else "try again later"
+        )
+        raise HubError(f"{reference.text}: the download of {file.name} broke off ({why}); {then}") from None
     if file.size is not None and file.size >= DIGEST_TOLD_BYTES:
         tell(f"{file.name}: checking its SHA-256")
     if file.sha256 is not None and _sha256(partial) != file.sha256:
         partial.unlink()
+        if done:
+            tell(f"{file.name}: what the earlier run left was damaged; the download starts over")
+            _complete(reference, file, url, partial, tell, progress)
+            return
         raise HubError(
             f"{reference.text}: what came as {file.name} does not have the SHA-256 that the hub announced, and was "
             "thrown away: give the command again"
@@ -335,7 +342,7 @@ class _ToTell(logging.Handler):
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._tell(one_line(_without_secrets(record.getMessage())))
+        self._tell(one_line(re.sub(r" from https?://\S+:", ":", _without_secrets(record.getMessage()))))
 
 
 @contextlib.contextmanager
@@ -413,6 +420,8 @@ def _explained(reference: Reference, error: Exception) -> str | None:
         return _no_space("it is full")
     if isinstance(error, OSError) and error.errno is not None:
         return f"the cache {constants.HF_HUB_CACHE} cannot be used: {error.strerror} ({error.filename})"
+    if isinstance(error, UnicodeError):
+        return "the token that is set (HF_TOKEN) has characters that no token has"
     if isinstance(error, ValueError):  # a name of a repo or a file that is not allowed
         return one_line(str(error))[:300]
     return None

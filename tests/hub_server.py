@@ -3,6 +3,7 @@
 As on the real one, a file's address redirects to another host, and says that there is a chunked way (Xet) too.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -18,6 +19,11 @@ TOKEN = "hf_aTokenOfTheTests"
 BLOCK = 1 << 16
 
 
+@functools.cache
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 @dataclass
 class Repo:
     """gated: files, though not their list, want the token. private: there is no such repo without it."""
@@ -29,9 +35,7 @@ class Repo:
 
     @property
     def commit(self) -> str:
-        return hashlib.sha1(
-            repr(sorted((n, hashlib.sha256(d).hexdigest()) for n, d in self.files.items())).encode()
-        ).hexdigest()
+        return hashlib.sha1(repr(sorted((n, sha256_of(d)) for n, d in self.files.items())).encode()).hexdigest()
 
 
 @dataclass
@@ -132,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         siblings = []
         for file, data in repo.files.items():
-            lfs = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            lfs = {"sha256": sha256_of(data), "size": len(data), "pointerSize": 134}
             siblings.append({"rfilename": file, "size": len(data), "blobId": "0" * 40, "lfs": lfs})
         told = {
             "_id": "1",
@@ -152,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
         data = repo.files[file]
-        sha256 = hashlib.sha256(data).hexdigest()
+        sha256 = sha256_of(data)
         port = urlsplit(self.hub.url).port
         self._send(
             302,
@@ -171,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _content(self, sha256: str) -> None:
         hub = self.hub
         contents = (data for repo in hub.repos.values() for data in repo.files.values())
-        data = next(data for data in contents if hashlib.sha256(data).hexdigest() == sha256)
+        data = next(data for data in contents if sha256_of(data) == sha256)
         if hub.garbled:
             data = data[:-1] + bytes([data[-1] ^ 1])
         first, asked = 0, self.headers.get("Range")
