@@ -164,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     compile_kernels.add_argument(
         "--arch", action="append", metavar="SM", help="sm_80, sm_86, sm_89, sm_90a or all (default: this machine's GPU)"
     )
-    compile_kernels.add_argument("--jobs", type=_positive, metavar="N", help="processes (default: one for each core)")
+    compile_kernels.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
     compile_kernels.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
     serve = _command(commands, "serve", "serve one model on one device over HTTP")

@@ -43,6 +43,7 @@ def options_of(arguments: argparse.Namespace) -> WorkerOptions:
         prefix_cache=not arguments.no_prefix_cache,
         graphs=not arguments.no_graphs,
         attention=arguments.attention,
+        copy_chunk_kb=integer("--copy-chunk-kb", arguments.copy_chunk_kb, 1, 1 << 20),
         residency_check_sec=seconds("--residency-check-sec", arguments.residency_check_sec),
         shutdown_grace_sec=seconds("--shutdown-grace-sec", arguments.shutdown_grace_sec),
         heartbeat_sec=seconds("--heartbeat-sec", arguments.heartbeat_sec),

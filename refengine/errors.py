@@ -22,7 +22,11 @@ class TokenizerError(RefengineError):
 
 
 class DeviceError(RefengineError):
-    """The device that was asked for cannot serve."""
+    """The device that was asked for cannot serve. required, available: bytes, where it has too few."""
+
+    def __init__(self, message: str, required: int | None = None, available: int | None = None) -> None:
+        super().__init__(message)
+        self.required, self.available = required, available
 
 
 class HubError(RefengineError):

@@ -41,6 +41,7 @@ def load(
     attention: str = "flash",
     progress: Callable[[int, int], None] | None = None,
     copied: bool = False,
+    copy_chunk_kb: int = 1024,
 ) -> Model:
     """Open a GGUF file (the first part of a split one) and put its tensors on a device.
 
@@ -56,12 +57,15 @@ def load(
     progress:     called with the bytes done and the bytes in all.
     copied:       on the CPU, weights are read into memory at once and not mapped: whatever happens to the file later,
                   they stay as they are.
+    copy_chunk_kb: KiB of a copy to a GPU: what it needs of host memory does not grow with the model.
     Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError`, `HubError` or `RequestError`.
     """
     if n_ctx is not None and not 1 <= n_ctx < 2**31:
         raise RequestError(f"n_ctx {n_ctx} is outside 1..{2**31 - 1} tokens")
     if cpu_cache_mb is not None and cpu_cache_mb < 0:
         raise RequestError(f"cpu_cache_mb {cpu_cache_mb} must not be negative")
+    if not 1 <= copy_chunk_kb <= 1 << 20:
+        raise RequestError(f"copy_chunk_kb {copy_chunk_kb} is outside 1..{1 << 20} KiB")
     if attention not in ("flash", "reference"):
         raise RequestError(f"attention {attention!r}: choose flash or reference")
     opened = open_device(device)
@@ -77,7 +81,7 @@ def load(
     specs = architecture.tensors(config)
     if rounding.half_rows and opened.name != "cpu":
         check_tensors(gguf, specs)
-        kernels = open_kernels(opened, gguf.tensors.values(), attention)
+        kernels = open_kernels(opened, gguf.tensors.values(), attention, copy_chunk_kb << 10)
         ops: Any = kernels.ops
         with kernels.memory.workspace():
             weights = load_weights(gguf, specs, config.n_layer, kernels.uploader, progress)

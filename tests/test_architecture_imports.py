@@ -91,13 +91,14 @@ ROOMS = {
     "commands": Room({FACADE, *MODEL, "validate", "console"}, {*ARRAYS, "safetensors"}),
     "commands_validate": Room({FACADE, *MODEL, "validate", "console"}, {"tqdm", "rich"}),
     "commands_serve": Room({FACADE, *MODEL, "worker"}, set()),
+    "commands_compile": Room({"errors", "device", "cuda"}, {"tqdm"}),
     "commands_ask": Room({"errors", "client", "client_events", "console"}, set()),
     "commands_bench": Room({"errors", "worker", "client", "bench", "console"}, {"rich"}),
     # pytest loads this in every suite where refengine is installed: light until the fixture is called.
     "pytest_plugin": Room({FACADE, *MODEL, "validate"}, {"pytest", "rich"}),
     # arguments only
     "cli": Room(
-        {FACADE, "errors", "commands", "commands_validate", "commands_serve", "commands_ask", "commands_bench"}, set()
+        {FACADE, "errors", "commands", "commands_validate", "commands_serve", "commands_ask", "commands_bench", "commands_compile"}, set()
     ),
     "__main__": Room({"cli"}, set()),
 }
@@ -106,7 +107,7 @@ ROOMS = {
 HTTP_ROOMS = {"worker", "bench"}
 RESERVED_STDLIB = {
     # All but cli: for the type of what the parser gives.
-    "argparse": {"cli", "console", "commands", "commands_validate", "commands_serve", "commands_ask", "commands_bench"},
+    "argparse": {"cli", "console", "commands", "commands_validate", "commands_serve", "commands_ask", "commands_bench", "commands_compile"},
     "mmap": {"gguf_file", *INSIDE_GGUF_FILE},
     "http": HTTP_ROOMS,
     "urllib": HTTP_ROOMS,

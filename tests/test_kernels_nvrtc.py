@@ -1,12 +1,16 @@
 """Every kernel compiles for every architecture, without a GPU, and takes of it what golden/kernels.json says."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from refengine.cuda import compile
+from refengine.cuda.compile import compile_all
 from refengine.cuda.loader import ARCHITECTURES, compile_source, nvrtc_version
 from refengine.cuda.source import names, read_source, source_of
 from refengine.errors import DeviceError, KernelError
+from tests.cli_runner import cli
 from tools.report_kernels import FIELDS, RECORD
 
 # A spill costs memory traffic in the inner loop. None is accepted without a reason here.
@@ -50,3 +54,28 @@ def test_a_compile_error_has_file_and_line_and_an_unknown_architecture_is_named(
         compile_source(source_of("broken", ("head.cuh", "// head\n"), ("broken.cu", wrong)), "sm_80")
     with pytest.raises(DeviceError, match="does not know sm_11"):
         compile_source(source_of("fine", ("fine.cu", "")), "sm_11")
+
+
+def test_files_are_compiled_ahead_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFENGINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(compile, "names", lambda: ["activation", "rope"])
+    told: list[tuple[int, int]] = []
+    assert compile_all("sm_80", lambda *done: told.append(done)) == 2
+    assert told == [(1, 2), (2, 2)]
+    assert len(list(tmp_path.glob("*-sm_80-*.cubin"))) == 2
+    assert compile_all("sm_80") == 0
+    with pytest.raises(KernelError, match=r"was not compiled for sm_10 .*NVRTC"):
+        compile_all("sm_10")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--arch", "ampere"), "--arch: given 'ampere'"),
+        (("--arch", "sm_80", "--jobs", "0"), "--jobs: given 0"),
+    ],
+)
+def test_compile_refuses_what_it_does_not_know(arguments: tuple[str, ...], said: str) -> None:
+    done = cli("compile", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err

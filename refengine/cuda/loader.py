@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,7 @@ def compile_source(source: Source, arch: str) -> Compiled:
     Raises KernelError with NVRTC's messages, DeviceError where NVRTC is not installed or does not know `arch`.
     """
     nvrtc, version = _nvrtc()
-    key = digest(source.text, arch, *OPTIONS, version)
-    path = cache_folder() / f"{source.name}-{arch}-{key}.cubin"
-    facts = path.with_suffix(".json")
+    path, facts = _kept(source, arch)
     if path.exists() and facts.exists():
         told = json.loads(facts.read_text())
         return Compiled(path.read_bytes(), {name: Resources(**r) for name, r in told.items()})
@@ -69,6 +68,18 @@ def compile_source(source: Source, arch: str) -> Compiled:
     write_whole(facts, json.dumps({name: asdict(r) for name, r in compiled.resources.items()}).encode())
     write_whole(path, compiled.cubin)
     return compiled
+
+
+def is_compiled(source: Source, arch: str) -> bool:
+    """Whether the cache has its machine code. Raises DeviceError where NVRTC is not installed."""
+    return all(path.exists() for path in _kept(source, arch))
+
+
+def _kept(source: Source, arch: str) -> tuple[Path, Path]:
+    """Where the cache has its machine code, and what its kernels take."""
+    key = digest(source.text, arch, *OPTIONS, nvrtc_version())
+    path = cache_folder() / f"{source.name}-{arch}-{key}.cubin"
+    return path, path.with_suffix(".json")
 
 
 def _nvrtc() -> tuple[Any, str]:
@@ -109,7 +120,7 @@ class DeviceModule:
         import cupy
 
         self.source = source
-        self.compiled = compile_source(source, arch or _architecture(cupy))
+        self.compiled = compile_source(source, arch or architecture(cupy))
         self._driver = cupy.cuda.driver
         self._module = cupy.cuda.function.Module()
         self._module.load(self.compiled.cubin)
@@ -147,7 +158,7 @@ class DeviceModule:
             raise KernelError(f"{kernel}: launch of grid {tuple(grid)}, block {tuple(block)} refused: {e}") from None
 
 
-def _architecture(cupy: Any) -> str:
+def architecture(cupy: Any) -> str:
     """`sm_80` and the like of the current device; with its own instructions (`a`) where the kernels use them."""
     capability = str(cupy.cuda.Device().compute_capability)
     return "sm_90a" if capability == "90" else f"sm_{capability}"

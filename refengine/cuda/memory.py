@@ -88,7 +88,9 @@ class DeviceMemory:
         if free is not None and n_bytes > free:
             raise DeviceError(
                 f"device {self._xp.cuda.Device().id} has {free} bytes free, {purpose} needs {n_bytes}: "
-                "take a smaller model, a shorter context (n_ctx) or another device"
+                "take a smaller model, a shorter context (n_ctx) or another device",
+                n_bytes,
+                free,
             )
         arena = Arena(self._xp, purpose, n_bytes)
         self._arenas.add(arena)

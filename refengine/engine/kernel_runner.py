@@ -14,7 +14,7 @@ from refengine.cuda.decode import DecodeRow, DecodeStep
 from refengine.cuda.sampling import checked_tokens, sample_rows
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
 from refengine.engine.scheduler import Part
-from refengine.kv_cache import KVCache, Sequence
+from refengine.kv_cache import BLOCK_SIZE, KVCache, Sequence
 from refengine.trace import to_numpy
 
 
@@ -88,6 +88,15 @@ class KernelRunner:
             results[id(part)] = result_of(part, rows, partial(checked_token, token))
             n_seen, n_drawn = n_seen + n, n_drawn + part.draws
         return results
+
+
+def step_bytes(model: Any, max_batch: int) -> int:
+    """Device memory that the fused step takes beside weights and cache; 0 where there is none."""
+    if not DecodeStep.supports(model.config) or model.ops.attention_by != "flash":
+        return 0
+    return DecodeStep.bytes_for(
+        model.ops, model.config, max_batch=max_batch, n_positions=model.n_ctx, block_size=BLOCK_SIZE
+    )
 
 
 def checked_token(drawn: Any) -> int:

@@ -40,6 +40,7 @@ class WorkerOptions:
     prefix_cache: bool = True
     graphs: bool = True
     attention: str = "flash"
+    copy_chunk_kb: int = 1024
     residency_check_sec: float = 60.0
     shutdown_grace_sec: float = 2.5  # for live jobs; with what follows, a shutdown stays within 5 s
     heartbeat_sec: float = 15.0  # a comment in a stream that has been silent for so long
@@ -69,6 +70,7 @@ class WorkerOptions:
         _check_range("--max-queue", self.max_queue, 0, 100_000)
         if self.on_shortage not in ON_SHORTAGE:
             raise RequestError(f"--on-shortage: given {self.on_shortage!r}, allowed {' or '.join(ON_SHORTAGE)}")
+        _check_range("--copy-chunk-kb", self.copy_chunk_kb, 1, 1 << 20)
         _check_range("--residency-check-sec", self.residency_check_sec, 0.1, 86400)
         _check_range("--heartbeat-sec", self.heartbeat_sec, 0.05, 3600)
         _check_range("--metrics-event-sec", self.metrics_event_sec, 0, 3600)

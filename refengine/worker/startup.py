@@ -15,8 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from refengine.config import ModelConfig
+from refengine.cuda import weight_bytes
+from refengine.cuda.compile import compile_all, missing
+from refengine.cuda.loader import architecture
 from refengine.device import Device, open_device
 from refengine.engine.engine import DEFAULT_CACHE_TOKENS, Engine, EngineOptions
+from refengine.engine.kernel_runner import step_bytes
 from refengine.errors import DeviceError, RefengineError, RequestError
 from refengine.gguf_file import GGUFFile
 from refengine.hub import fetch
@@ -30,7 +34,7 @@ from refengine.worker.metrics import EngineHook, Metrics
 from refengine.worker.options import WorkerOptions
 
 GPU_KV_ITEM_BYTES = 2  # the kernels keep float16
-WORKSPACE_SHARE = 0.1  # of the memory left after the weights: kept for what a step needs
+WORKSPACE_SHARE = 0.1  # of what weights and the decode step leave: for the arrays of prompts
 
 
 class StartFailed(Exception):
@@ -57,7 +61,10 @@ class Startup:
         try:
             engine = Engine(model, self._engine_options(model), EngineHook(self.metrics))
             engine.warm_up()
-        except (DeviceError, MemoryError) as e:
+        except DeviceError as e:
+            code = "CUDA_ERROR" if e.required is None else "INSUFFICIENT_VRAM"
+            raise StartFailed(code, f"no room for the KV cache: {e}", e.required, e.available) from None
+        except MemoryError as e:
             raise StartFailed("INSUFFICIENT_VRAM", f"no room for the KV cache: {e}") from None
         try:
             check_residency(model)
@@ -76,6 +83,7 @@ class Startup:
         self._log("model_load_start")
         start = time.perf_counter()
         try:
+            self._compile(device)
             path = self._fetched(path)
             with GGUFFile(path) as gguf:
                 self._check_room(device, gguf)
@@ -85,10 +93,12 @@ class Startup:
                     self._options.device,
                     attention=self._options.attention,
                     progress=self._progress(bar),
+                    copy_chunk_kb=self._options.copy_chunk_kb,
                     copied=True,  # a file that shrinks under its mapping would kill the process
                 )
         except DeviceError as e:
-            raise StartFailed("INSUFFICIENT_VRAM", str(e)) from None
+            code = "CUDA_ERROR" if e.required is None else "INSUFFICIENT_VRAM"
+            raise StartFailed(code, str(e), e.required, e.available) from None
         except MemoryError as e:
             raise StartFailed("INSUFFICIENT_VRAM", f"no room for the weights: {e}") from None
         except OSError as e:
@@ -124,11 +134,24 @@ class Startup:
         )
         return found.path
 
+    def _compile(self, device: Device) -> None:
+        """Kernels that no start on this machine has compiled yet: all at once, not each at its first launch."""
+        if not device.name.startswith("cuda"):
+            return
+        arch = architecture(device.xp)
+        n_files = len(missing(arch))
+        if n_files:
+            start = time.perf_counter()
+            self._log("model_load_progress", phase="kernels", message=f"{n_files} kernel files to compile for {arch}")
+            compile_all(arch, self._quarters(25, 50, 75, phase="kernels"))
+            seconds = round(time.perf_counter() - start, 3)
+            self._log("model_load_progress", phase="kernels", percent=100, seconds=seconds)
+
     def _check_room(self, device: Device, gguf: GGUFFile) -> None:
         """Before anything large is allocated: weights, and a cache for at least one sequence (W-1020)."""
         if not device.name.startswith("cuda"):
             return
-        weights = sum(info.n_bytes for info in gguf.tensors.values())
+        weights = weight_bytes(gguf.tensors.values())
         config = ModelConfig.from_gguf(gguf)
         if self._options.kv_cache_size_mb is None:
             kv = min(config.n_ctx_train, DEFAULT_CACHE_TOKENS) * token_bytes(config, GPU_KV_ITEM_BYTES)
@@ -162,7 +185,7 @@ class Startup:
             item_bytes = np.dtype(model.ops.numerics.kv_dtype).itemsize
             n_tokens = (self._options.kv_cache_size_mb << 20) // token_bytes(model.config, item_bytes)
         elif model.device.name.startswith("cuda"):
-            free = int(model.device.xp.cuda.runtime.memGetInfo()[0])
+            free = int(model.device.xp.cuda.runtime.memGetInfo()[0]) - step_bytes(model, self._options.max_batch)
             wanted = self._options.max_batch * KVCache.blocks_for(model.n_ctx) * BLOCK_SIZE
             room = int(free * (1 - WORKSPACE_SHARE)) // token_bytes(model.config, GPU_KV_ITEM_BYTES)
             n_tokens = min(wanted, room)
