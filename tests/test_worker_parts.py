@@ -11,7 +11,7 @@ import pytest
 import refengine
 from refengine.engine.engine import Engine
 from refengine.errors import DeviceError
-from refengine.worker import app, engine_thread, facts
+from refengine.worker import app, engine_thread, facts, stream
 from refengine.worker.engine_thread import EngineThread, Started
 from refengine.worker.faults import Fault
 from refengine.worker.jobs import Job
@@ -149,13 +149,13 @@ def test_a_body_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "SEND_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(stream, "SEND_TIMEOUT_S", 0.02)
     left: list[Job] = []
-    worker: Any = SimpleNamespace(disconnected=left.append)
+    worker: Any = SimpleNamespace(disconnected=left.append, options=SimpleNamespace(heartbeat_sec=60))
 
     async def run() -> None:
         job = Job("j", 10)
-        await app.EventStream(worker, job, app.sse)({"type": "http"}, Slow().receive, Slow().send)
+        await stream.EventStream(worker, [job], stream.sse)({"type": "http"}, Slow().receive, Slow().send)
         assert left == [job]
 
     asyncio.run(run())

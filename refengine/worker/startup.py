@@ -83,10 +83,10 @@ class Startup:
         self._log("model_load_start")
         start = time.perf_counter()
         try:
-            self._compile(device)
             path = self._fetched(path)
             with GGUFFile(path) as gguf:
                 self._check_room(device, gguf)
+            self._compile(device)
             with _bar(self._log.for_people) as bar:
                 model = load(
                     path,
