@@ -24,6 +24,7 @@ from refengine.errors import HubError, one_line
 from refengine.hub_names import COMMIT, SPLIT_NAME, Reference, RepoFile, choose, models_of, parse, size_text
 
 MAX_HTTP_BYTES = 50 * 10**9  # the hub serves larger files in chunks only
+PATIENCE_S = 0.5  # with another process that downloads the same, before it is said
 DIGEST_TOLD_BYTES = 2**30  # checking takes a while from here on: it is said
 
 _NETWORK_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
@@ -237,7 +238,12 @@ def _download(reference: Reference, commit: str, file: RepoFile, tell: Tell, pro
         lock = folder.parent / ".locks" / folder.name / f"{etag}.lock"  # the library's
         for parent in (blob.parent, lock.parent):
             parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(WeakFileLock(lock, timeout=PATIENCE_S))
+            except TimeoutError:
+                tell(f"{file.name}: another process downloads it; waiting for that")
+                held.enter_context(WeakFileLock(lock))
             if not blob.exists():
                 digest = file.sha256 or (etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
                 _complete(reference, RepoFile(file.name, size, digest), url, partial, tell, progress)
@@ -287,13 +293,14 @@ def _complete(
                 displayed_filename=file.name,
             )
     except Exception as e:
-        if file.size is not None and partial.stat().st_size > file.size:  # not this file's bytes
+        n_there = partial.stat().st_size if partial.exists() else 0
+        if file.size is not None and n_there > file.size:  # not this file's bytes
             partial.unlink()
+            n_there = 0
         why = _unreachable(e) or ("it ended too early" if type(e) is OSError and e.errno is None else None)
         if why is None:
             raise
         why = _without_secrets(why)
-        n_there = partial.stat().st_size if partial.exists() else 0
         then = (
             f"{size_text(n_there)} are there, and the same command goes on from them" if n_there else "try again later"
         )
