@@ -82,6 +82,7 @@ ROOMS = {
             "pydantic",
             "prometheus_client",
             "swagger_ui_bundle",
+            "threadpoolctl",
         },
     ),
     "client_events": Room({"errors"}, {"httpx_sse"}),  # no connections

@@ -4,6 +4,8 @@ import asyncio
 import json
 import re
 import socket
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,9 +23,9 @@ from refengine.client import Client
 from refengine.client_events import ClientError, End, Event, Started, Token
 from refengine.errors import RefengineError
 from refengine.model import PACKAGED_MODEL
-from refengine.worker.life import _listen
+from refengine.worker.life import BLAS_THREADS, _listen
 from refengine.worker.options import WorkerOptions
-from tests.cli_runner import cli, subprocess_cli
+from tests.cli_runner import ENVIRONMENT, ROOT, cli, subprocess_cli
 from tests.worker_server import Server, free_port, serving
 
 TARGETS = {
@@ -287,3 +289,21 @@ def test_what_the_worker_sends_is_not_held_back() -> None:
             return await found
 
     assert asyncio.run(accepted()) != 0
+
+
+@pytest.mark.parametrize("said", [None, "7"])
+def test_the_event_loop_has_a_core_unless_the_user_says_how_many_threads_multiply(said: str | None) -> None:
+    script = """
+import os
+from threadpoolctl import threadpool_info
+from refengine.worker.life import _leave_a_core
+_leave_a_core()
+print([p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"], len(os.sched_getaffinity(0)))
+"""
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in BLAS_THREADS}
+    before = {} if said is None else {"OPENBLAS_NUM_THREADS": said}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment | before, capture_output=True, text=True, check=True)
+    threads, cores = done.stdout.strip("[\n").split("] ")
+    expected = max(1, int(cores) - 1) if said is None else min(7, int(cores))
+    assert {int(n) for n in threads.split(",") if n} <= {expected}

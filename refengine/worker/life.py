@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import socket
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from threadpoolctl import threadpool_limits
 
 from refengine.worker.app import make_app
 from refengine.worker.callback import announce
@@ -33,6 +35,7 @@ from refengine.worker.worker import Worker
 LAST_BYTES_S = 1  # for clients to read their last event
 DESCRIPTORS = 100  # of files and pipes, besides the connections
 SWITCH_S = 0.001  # between Python threads: the event loop answers soon while the engine's thread computes
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # where the user has said how many
 
 
 def serve(options: WorkerOptions) -> int:
@@ -40,7 +43,17 @@ def serve(options: WorkerOptions) -> int:
     log = Log(options.worker_id, str(options.model), options.device)
     _route_uvicorn_to(log)
     sys.setswitchinterval(SWITCH_S)
+    _leave_a_core()
     return asyncio.run(_live(options, log))
+
+
+def _leave_a_core() -> None:
+    """Matrices are multiplied on all cores but one, where the event loop answers.
+
+    BLAS threads wait for each other by spinning: one more than there are free cores makes every product slow.
+    """
+    if not any(os.environ.get(name) for name in BLAS_THREADS):
+        threadpool_limits(max(1, len(os.sched_getaffinity(0)) - 1), user_api="blas")
 
 
 async def _live(options: WorkerOptions, log: Log) -> int:
