@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from refengine.bench.clients import MAX_TOKENS, TEMPERATURE, Reference, problems_of
 from refengine.bench.figures import Figure
-from refengine.bench.load import MAX_TOKENS, TEMPERATURE, Reference, metric, problems_of, references, run_load, slope
+from refengine.bench.load import metric, references, run_load, slope
 from refengine.bench.probe import Probe
 from refengine.bench.process import WorkerProcess
 from refengine.bench.prompts import prompt_of
@@ -247,13 +249,13 @@ def test_slope() -> None:
 
 
 def test_probe_counts_what_fails(server: Server) -> None:
-    probe = Probe(server.url)
-    took, failed = probe.finish()
+    with Probe(server.url) as probe:
+        took, failed = probe.finish()
     assert failed == 0
     assert all(ms > 0 for ms in took)
-    gone = Probe(f"http://127.0.0.1:{free_port()}")
-    asyncio.run(asyncio.sleep(0.5))
-    took, failed = gone.finish()
+    with Probe(f"http://127.0.0.1:{free_port()}") as gone:
+        time.sleep(0.5)
+        took, failed = gone.finish()
     assert took == []
     assert failed > 0
 

@@ -8,6 +8,7 @@ as monitors do; pauses between requests are drawn, so that they do not fall into
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import random
@@ -22,13 +23,20 @@ TIMEOUT_S = 10.0
 
 
 class Probe:
-    """The process, from outside."""
+    """The process, from outside. Use it as a context: it is killed at the end if it still runs."""
 
     def __init__(self, url: str) -> None:
         command = [sys.executable, "-m", "refengine.bench.probe", url]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         self._process.stdout.readline()  # it has begun
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
 
     def finish(self) -> tuple[list[float], int]:
         """Milliseconds of each answer, and how many requests failed."""
@@ -60,4 +68,5 @@ def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with contextlib.suppress(KeyboardInterrupt):
+        main(sys.argv[1])
