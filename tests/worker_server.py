@@ -150,8 +150,10 @@ def command(*arguments: object, script: tuple[str, object] | None = None) -> tup
 
 
 @contextmanager
-def serving(*arguments: object, script: tuple[str, object] | None = None, device: str = "cpu") -> Iterator[Server]:
-    """A worker that is ready; it is stopped at the end if it still runs."""
+def serving(
+    *arguments: object, script: tuple[str, object] | None = None, device: str = "cpu", seconds: float = 30
+) -> Iterator[Server]:
+    """A worker that is ready within so many seconds; it is stopped at the end if it still runs."""
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log"
         line, url = command("--device", device, *arguments, script=script)
@@ -159,7 +161,7 @@ def serving(*arguments: object, script: tuple[str, object] | None = None, device
             process = subprocess.Popen(line, stderr=log, stdout=log, cwd=ROOT, env=ENVIRONMENT)
         server = Server(process, url, log_file)
         try:
-            until(lambda: process.poll() is not None or b'"ready"' in log_file.read_bytes(), 30)
+            until(lambda: process.poll() is not None or b'"ready"' in log_file.read_bytes(), seconds)
             assert process.poll() is None, log_file.read_text()
             yield server
         finally:
