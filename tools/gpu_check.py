@@ -4,8 +4,9 @@
 
 Runs `pytest -m gpu` (every kernel against its twin, whole models, the determinism matrix, array code); how far the
 kernels' logits are from `exact`; the kernel benchmark against a copy and cuBLAS; and full-size models with random
-weights: that all of their device memory is accounted for, tokens a second, and what each of the engine's features buys
-(tools/bench_engine). The file is written after every part.
+weights: that all of their device memory is accounted for, tokens a second, what each of the engine's features buys
+(tools/bench_engine), and a worker's speeds beside their targets (refengine bench worker). The file is written after
+every part.
 """
 
 from __future__ import annotations
@@ -149,13 +150,28 @@ def full_size(name: str) -> dict[str, Any]:
         return found
 
 
+def worker(name: str) -> dict[str, Any]:
+    """What `refengine bench worker` measures of a full-size model."""
+    from tools.make_model import FULL, write_spec
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, result = Path(folder) / f"{name}.gguf", Path(folder) / "worker.json"
+        write_spec(path, FULL[name])
+        command = [sys.executable, "-m", "refengine", "bench", "worker", "--model", str(path), "--gpu-device", "0"]
+        done = subprocess.run([*command, "--output", str(result)], cwd=ROOT, stdout=sys.stderr)
+        found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+        return {"model": name, "exit_code": done.returncode, **found}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--commit", default="", help="commit under test, where git cannot tell")
     parser.add_argument("--model", action="append", help="full-size model to time (default qwen2.5-0.5b)")
     parser.add_argument("--sanitizer", action="store_true", help="also some kernel tests under compute-sanitizer")
-    parser.add_argument("--only", action="append", help="tests, parity, kernels, full_size or sanitizer; repeatable")
+    parser.add_argument(
+        "--only", action="append", help="tests, parity, kernels, full_size, worker or sanitizer; repeatable"
+    )
     args = parser.parse_args()
     commit = (
         args.commit
@@ -179,6 +195,7 @@ def main() -> int:
         "parity": parity,
         "kernels": lambda: run_all(cupy, ROWS),
         "full_size": lambda: [full_size(name) for name in args.model or ["qwen2.5-0.5b"]],
+        "worker": lambda: [worker(name) for name in args.model or ["qwen2.5-0.5b"]],
     }
     if args.sanitizer:
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
