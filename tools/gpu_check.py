@@ -170,7 +170,7 @@ def main() -> int:
     parser.add_argument("--model", action="append", help="full-size model to time (default qwen2.5-0.5b)")
     parser.add_argument("--sanitizer", action="store_true", help="also some kernel tests under compute-sanitizer")
     parser.add_argument(
-        "--only", action="append", help="tests, parity, kernels, full_size, worker or sanitizer; repeatable"
+        "--only", action="append", help="tests, parity, kernels, full_size, worker, sanitizer; repeatable"
     )
     args = parser.parse_args()
     commit = (
