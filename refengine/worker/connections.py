@@ -99,6 +99,9 @@ class Connection(H11Protocol):
         if self.conn.their_state is h11.DONE:
             self.flow.resume_reading()  # else nobody would notice that the client goes
 
+    def _should_upgrade(self) -> bool:
+        return False  # to what there is not; uvicorn would say so in the log, for every request
+
     def on_response_complete(self) -> None:
         self._n_ahead = 0
         super().on_response_complete()

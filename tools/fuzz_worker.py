@@ -1,0 +1,457 @@
+"""Thousands of wrong and odd requests at a worker of its own, and whether it is as good afterwards as before.
+
+python -m tools.fuzz_worker --requests 10000
+
+Half are bodies that schemathesis makes of the worker's own OpenAPI document, that fit their schema and that do not;
+half are what `fuzz_raw.py` sends on bare sockets. Several clients send at once; one more asks for the worker's health.
+
+Found wrong: a status 500; an answer that is none (JSON that does not parse, a stream without its one last event); a
+body against its schema that is taken; an unexpected error in the log; a request or a health check that takes too long;
+and, afterwards, blocks, sequences, sockets, files or memory that are not given back, a haiku that is another one, an
+exit code that is not 0. Exit code 1 then. A summary as JSON goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tqdm import tqdm
+
+from tools.fuzz_raw import BODIES, raw_case
+
+HAIKU = {
+    "job_id": "haiku",
+    "prompt": "Write a haiku about GPU computing",
+    "max_tokens": 50,
+    "temperature": 0.7,
+    "seed": 42,
+}
+LEFT_OUT = {"/shutdown"}
+ALLOWED = {100, 200, 202, 400, 403, 404, 405, 408, 409, 413, 414, 421, 431, 499, 501, 503, 504, 505}
+FEW_TOKENS = 6  # of an answer, but for one request in twenty
+ANSWER_WITHIN_S = 60.0
+HEALTH_WITHIN_S = 5.0
+GIVEN_BACK_WITHIN_S = 20.0  # connections that nobody closed are, after 10 s
+PARTS = 10  # of a run, with a look at the memory after each
+MAX_GROWTH = 8 << 20  # bytes of resident memory in the second half: the first fills caches
+MAX_FINDINGS = 50
+
+
+class WorkerUnderTest:
+    """A worker with its log in a file. program: what runs in place of `-m refengine`."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str], program: Sequence[str]) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = int(s.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = folder / "log"
+        line = [sys.executable, *program, "serve", "--worker-id", str(uuid.uuid4()), "--port", str(self.port)]
+        with open(self._log, "wb") as log:
+            self.process = subprocess.Popen([*line, *arguments], stderr=log, stdout=log)
+        end = time.monotonic() + 60
+        while b'"ready"' not in self._log.read_bytes():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise SystemExit(f"the worker does not start:\n{self._log.read_text()}")
+            time.sleep(0.05)
+
+    def rss(self) -> int:
+        return int(self._proc("statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def n_descriptors(self) -> int:
+        return len(list(self._proc("fd").iterdir()))
+
+    def n_threads(self) -> int:
+        return len(list(self._proc("task").iterdir()))
+
+    def _proc(self, name: str) -> Path:
+        return Path(f"/proc/{self.process.pid}/{name}")
+
+    def metric(self, name: str, label: str = "") -> float:
+        lines = httpx.get(f"{self.url}/metrics", timeout=ANSWER_WITHIN_S).text.splitlines()
+        return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.split("{")[0] == name and label in x)
+
+    def unexpected(self) -> list[str]:
+        """Lines of the log that no request should cause."""
+        found = []
+        for line in self._log.read_text(errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                found.append(line)
+                continue
+            if event["level"] in ("ERROR", "CRITICAL") or event.get("kind"):
+                found.append(line)
+        return found
+
+    def end(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+
+@dataclass
+class Report:
+    """What was sent, answered and found; any thread may add."""
+
+    statuses: Counter[str] = field(default_factory=Counter)  # of the bodies, by route and mode
+    raw: Counter[str] = field(default_factory=Counter)  # by kind
+    raw_statuses: Counter[str] = field(default_factory=Counter)
+    findings: list[str] = field(default_factory=list)
+    n_findings: int = 0
+    slowest_s: float = 0.0
+    health_s: list[float] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def found(self, what: str) -> None:
+        with self._lock:
+            self.n_findings += 1
+            if len(self.findings) < MAX_FINDINGS:
+                self.findings.append(what[:1000])
+
+    def count(self, counter: Counter[str], key: str) -> None:
+        with self._lock:
+            counter[key] += 1
+
+    def took(self, seconds: float) -> None:
+        with self._lock:
+            self.slowest_s = max(self.slowest_s, seconds)
+
+
+class Fuzz:
+    """One run against one worker."""
+
+    def __init__(
+        self, worker: WorkerUnderTest, n_requests: int, seed: int, n_threads: int, by_schema: float, shown: bool
+    ) -> None:
+        self._worker, self._n, self._seed, self._by_schema = worker, n_requests, seed, by_schema
+        self._pool = ThreadPoolExecutor(n_threads, "client")
+        self._room = threading.Semaphore(2 * n_threads)
+        self._client = httpx.Client(base_url=worker.url, timeout=ANSWER_WITHIN_S)
+        self._random = random.Random(seed)
+        self._bar = tqdm(total=n_requests, disable=not shown, file=sys.stderr)
+        self._done = threading.Event()
+        self.report = Report()
+
+    def run(self) -> dict[str, Any]:
+        worker, report = self._worker, self.report
+        haiku = self._haiku()
+        document = self._client.get("/openapi.json").json()
+        for path in document["paths"]:  # whatever is started by a first request
+            if path not in LEFT_OUT:
+                self._known(path)
+        self._idle()
+        descriptors, threads = worker.n_descriptors(), worker.n_threads()
+        start = time.monotonic()
+        watch = threading.Thread(target=self._watch, daemon=True)
+        watch.start()
+        rss = []  # after each part
+        for part in range(PARTS):
+            self._send(document, self._n * (part + 1) // PARTS - self._n * part // PARTS, part)
+            self._idle()
+            rss.append(worker.rss())
+        self._pool.shutdown()
+        seconds = time.monotonic() - start
+        self._done.set()
+        watch.join()
+        self._bar.close()
+        self._idle()
+        self._client.close()
+        self._given_back("file descriptors", lambda: worker.n_descriptors() <= descriptors, worker.n_descriptors)
+        self._given_back("threads", lambda: worker.n_threads() <= threads, worker.n_threads)
+        grown = rss[-1] - rss[PARTS // 2]
+        if grown > MAX_GROWTH:
+            report.found(f"resident memory grew by {grown} bytes: {rss}")
+        self._client = httpx.Client(base_url=worker.url, timeout=ANSWER_WITHIN_S)
+        if self._haiku() != haiku:
+            report.found("the haiku is another one")
+        health = self._client.get("/health").json()
+        if health["status"] != "healthy":
+            report.found(f"unhealthy: {health['reasons']}")
+        self._client.close()
+        errors = worker.metric("worker_requests_total", 'outcome="error"')
+        if errors:
+            report.found(f"{errors:g} requests ended with an error of the worker's")
+        for line in worker.unexpected():
+            report.found(f"in the log: {line}")
+        final_descriptors = worker.n_descriptors()
+        code = worker.end()
+        if code != 0:
+            report.found(f"exit code {code}")
+        ordered = sorted(report.health_s) or [0.0]
+        return {
+            "requests": self._n,
+            "seed": self._seed,
+            "seconds": round(seconds, 1),
+            "schema": dict(sorted(report.statuses.items())),
+            "raw": dict(sorted(report.raw.items())),
+            "raw_statuses": dict(sorted(report.raw_statuses.items())),
+            "slowest_answer_s": round(report.slowest_s, 3),
+            "health": {
+                "asked": len(report.health_s),
+                "p50_ms": round(ordered[len(ordered) // 2] * 1000, 2),
+                "p99_ms": round(ordered[len(ordered) * 99 // 100] * 1000, 2),
+                "max_ms": round(ordered[-1] * 1000, 2),
+            },
+            "rss_mib": [round(n / (1 << 20), 1) for n in rss],
+            "descriptors": {"before": descriptors, "after": final_descriptors},
+            "exit_code": code,
+            "findings": report.n_findings,
+            "first_findings": report.findings,
+        }
+
+    def _send(self, document: dict[str, Any], n: int, part: int) -> None:
+        """n requests: bodies by schema and raw ones, each kind spread over all of the time."""
+        n_bodies = round(n * self._by_schema)
+        raw = Spread(n - n_bodies, n_bodies, lambda: self._submit(self._raw, self._random.getrandbits(64)))
+        for path, mode, body in bodies(document, n_bodies, self._seed * PARTS + part) if n_bodies else ():
+            self._submit(self._body, path, mode, self._brief(body))
+            raw.step()
+        raw.rest()
+        for _ in range(self._room_size()):
+            self._room.acquire()
+        for _ in range(self._room_size()):
+            self._room.release()
+
+    def _room_size(self) -> int:
+        return 2 * self._pool._max_workers
+
+    def _submit(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._room.acquire()
+        future = self._pool.submit(function, *arguments)
+        future.add_done_callback(self._finished)
+
+    def _finished(self, future: Future[None]) -> None:
+        self._room.release()
+        self._bar.update()
+        error = future.exception()
+        if error is not None:
+            self.report.found(f"the client failed: {type(error).__name__}: {error}")
+
+    def _brief(self, body: Any) -> Any:
+        """Most answers short; what was made otherwise stays as it is."""
+        if not isinstance(body, dict) or not {"prompt", "messages"} & set(body) or self._random.random() < 0.05:
+            return body
+        given = body.get("max_tokens")
+        if given is None or (isinstance(given, int) and not isinstance(given, bool) and given > FEW_TOKENS):
+            return {**body, "max_tokens": FEW_TOKENS} if given is None or given <= 2048 else body
+        return body
+
+    def _known(self, path: str) -> None:
+        if path in BODIES:
+            self._client.post(path, json=BODIES[path])
+        else:
+            self._client.get(path)
+
+    def _body(self, path: str, mode: str, body: Any) -> None:
+        start = time.monotonic()
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        response = self._client.post(path, content=content, headers={"Content-Type": "application/json"})
+        self.report.took(time.monotonic() - start)
+        self.report.count(self.report.statuses, f"{path} {mode} {response.status_code}")
+        about = f"{path} {mode} {response.status_code} {response.text[:300]} for {content[:400]!r}"
+        if response.status_code not in ALLOWED:
+            self.report.found(about)
+        elif problem := _problem(response):
+            self.report.found(f"{problem}: {about}")
+        elif mode == "invalid" and response.status_code < 300:
+            self.report.found(f"taken, though against its schema: {about}")
+
+    def _raw(self, seed: int) -> None:
+        kind, answer, seconds = raw_case(self._worker.port, random.Random(seed))
+        self.report.count(self.report.raw, kind)
+        self.report.took(seconds)
+        for status in answer:
+            self.report.count(self.report.raw_statuses, str(status))
+            if status not in ALLOWED:
+                self.report.found(f"raw {kind}, seed {seed}: status {status}")
+
+    def _watch(self) -> None:
+        with httpx.Client(base_url=self._worker.url, timeout=HEALTH_WITHIN_S) as client:
+            while not self._done.wait(0.1):
+                start = time.monotonic()
+                try:
+                    status = client.get("/health").json()["status"]
+                except (httpx.HTTPError, ValueError) as e:
+                    self.report.found(f"health: {type(e).__name__}: {e}")
+                    continue
+                self.report.health_s.append(time.monotonic() - start)
+                if status != "healthy":
+                    self.report.found(f"health: {status}")
+
+    def _haiku(self) -> str:
+        lines = self._client.post("/execute", json=HAIKU).text.splitlines()
+        data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+        return "".join(event["t"] for event in data if "t" in event)
+
+    def _idle(self) -> None:
+        """No sequence holds a block, none waits."""
+
+        def idle() -> bool:
+            metric = self._worker.metric
+            return metric("worker_kv_blocks", 'state="used"') + metric("worker_queue_depth") == 0
+
+        self._given_back("blocks", idle, lambda: self._worker.metric("worker_kv_blocks", 'state="used"'))
+
+    def _given_back(self, what: str, done: Callable[[], bool], left: Callable[[], float]) -> None:
+        end = time.monotonic() + GIVEN_BACK_WITHIN_S
+        while not done():
+            if time.monotonic() > end:
+                self.report.found(f"{what} that are not given back: {left():g} are left")
+                return
+            time.sleep(0.1)
+
+
+class Spread:
+    """Calls a function n times, spread over m steps."""
+
+    def __init__(self, n: int, m: int, function: Callable[[], None]) -> None:
+        self._n, self._m, self._function = n, max(m, 1), function
+        self._called = self._steps = 0
+
+    def step(self) -> None:
+        self._steps += 1
+        while self._called < min(self._n, self._steps * self._n // self._m):
+            self._called += 1
+            self._function()
+
+    def rest(self) -> None:
+        for _ in range(self._n - self._called):
+            self._function()
+
+
+def bodies(document: dict[str, Any], n: int, seed: int) -> list[tuple[str, str, Any]]:
+    """n bodies for the POST routes of an OpenAPI document, shuffled: path, `valid` or `invalid`, and a JSON value."""
+    import schemathesis
+    from schemathesis import GenerationMode
+
+    modes = {"valid": GenerationMode.POSITIVE, "invalid": GenerationMode.NEGATIVE}
+    operations = [result.ok() for result in schemathesis.openapi.from_dict(document).get_all_operations()]
+    wanted = [op for op in operations if op.path not in LEFT_OUT and op.method.upper() == "POST"]
+    kinds = [(op, name) for op in wanted for name in modes]
+    rng, found = random.Random(seed), []
+    rng.shuffle(kinds)  # where n is small, not all have a share
+    for number, (operation, name) in enumerate(kinds):
+        share = n // len(kinds) + (number < n % len(kinds))
+        made: list[Any] = []
+        while len(made) < share:
+            strategy = operation.as_strategy(generation_mode=modes[name])
+            made += _examples(strategy, share - len(made), seed + 1000 * len(made))
+        found += [(operation.path, name, case.body) for case in made]
+    rng.shuffle(found)
+    return found
+
+
+def _examples(strategy: Any, n: int, seed: int) -> list[Any]:
+    """At most n, at least one."""
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import seed as seeded
+
+    made: list[Any] = []
+
+    @seeded(seed)
+    @settings(
+        max_examples=n, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(strategy)
+    def make(example: Any) -> None:
+        made.append(example)
+
+    make()
+    return made[:n]
+
+
+def _problem(response: httpx.Response) -> str | None:
+    """What is wrong with the form of an answer."""
+    kind = response.headers.get("content-type", "")
+    if not kind.startswith("text/event-stream"):
+        try:
+            value = response.json()
+        except ValueError:
+            return "no JSON"
+        if response.status_code >= 400:
+            error = value.get("error", value)
+            if not isinstance(error.get("code"), str) or not isinstance(error.get("message"), str):
+                return "an error without code or message"
+            if error["code"] == "INTERNAL":
+                return "an internal error"
+        return None
+    lines = response.text.splitlines()
+    if any(line.startswith("event: ") for line in lines):
+        last = [line for line in lines if line in ("event: end", "event: error")]
+        return None if len(last) == 1 and lines[-3] == last[0] else "a stream without its one last event"
+    return None if lines.count("data: [DONE]") == 1 else "a stream without [DONE]"
+
+
+@contextmanager
+def worker_under_test(arguments: Sequence[str], program: Sequence[str]) -> Iterator[WorkerUnderTest]:
+    with tempfile.TemporaryDirectory() as folder:
+        worker = WorkerUnderTest(Path(folder), arguments, program)
+        try:
+            yield worker
+        finally:
+            if worker.process.poll() is None:
+                worker.process.kill()
+                worker.process.wait()
+
+
+def fuzz(
+    n_requests: int,
+    seed: int = 0,
+    *,
+    n_threads: int = 4,
+    by_schema: float = 0.5,
+    arguments: Sequence[str] = ("--device", "cpu"),
+    program: Sequence[str] = ("-m", "refengine"),
+    shown: bool = False,
+) -> dict[str, Any]:
+    """A worker, that many requests, and what came of it. by_schema: the share of bodies that schemathesis makes."""
+    with worker_under_test(arguments, program) as worker:
+        return Fuzz(worker, n_requests, seed, n_threads, by_schema, shown).run()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10_000, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same requests for the same number")
+    parser.add_argument("--threads", type=int, default=4, metavar="N", help="clients that send at once")
+    parser.add_argument("--by-schema", type=float, default=0.5, metavar="X", help="share of bodies by schemathesis")
+    parser.add_argument("arguments", nargs="*", help="of `refengine serve` (default: --device cpu), after --")
+    given = parser.parse_args()
+    result = fuzz(
+        given.requests,
+        given.seed,
+        n_threads=given.threads,
+        by_schema=given.by_schema,
+        arguments=given.arguments or ("--device", "cpu"),
+        shown=True,
+    )
+    print(json.dumps(result, indent=1, ensure_ascii=False))
+    return 1 if result["findings"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
