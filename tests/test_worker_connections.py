@@ -24,9 +24,10 @@ LIMIT = 12  # connections
 HURRIED = """
 import json, sys
 from refengine import cli
-from refengine.worker import app, connections
+from refengine.worker import app, connections, stream
 for name, value in json.loads(sys.argv.pop(1)).items():
-    setattr(connections if hasattr(connections, name) else app, name, value)
+    (owner,) = [module for module in (app, connections, stream) if hasattr(module, name)]
+    setattr(owner, name, value)
 sys.exit(cli.main())
 """
 LIMITS = {
