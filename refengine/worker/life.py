@@ -34,7 +34,7 @@ from refengine.worker.worker import Worker
 
 LAST_BYTES_S = 1  # for clients to read their last event
 DESCRIPTORS = 100  # of files and pipes, besides the connections
-SWITCH_S = 0.001  # between Python threads: the event loop answers soon while the engine's thread computes
+SWITCH_S = 0.0001  # between Python threads: the event loop waits so long for the engine, at every system call
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # where the user has said how many
 
 
