@@ -77,7 +77,7 @@ def test_what_is_accounted_for_is_what_the_driver_says() -> None:
 def test_the_same_seed_gives_the_same_haiku_alone_and_in_company(server: Server) -> None:
     alone = [server.run(**HAIKU) for _ in range(2)]
     assert text_of(alone[0]) == text_of(alone[1])
-    assert text_of(alone[0]).count("\n") == 2
+    assert text_of(alone[0]).strip().count("\n") == 2
     with ThreadPoolExecutor(8) as pool:
         others = [pool.submit(server.run, prompt="Write a haiku about rain", seed=i, max_tokens=60) for i in range(7)]
         assert text_of(pool.submit(lambda: server.run(**HAIKU)).result()) == text_of(alone[0])
