@@ -9,6 +9,7 @@ from refengine.engine.engine import Engine, EngineOptions, alone
 from refengine.engine.generation import Generation, Token
 from refengine.engine.hooks import MetricsHook, StepFacts
 from refengine.engine.sampling import SamplingParams, logprobs
+from refengine.engine.scheduler import affordable
 from refengine.errors import RefengineError, RequestError
 from refengine.kv_cache import OutOfBlocks
 from tests.engine_models import SmallBlocks, one_layer, random_ids
@@ -412,3 +413,9 @@ def test_a_prompt_that_is_scored_takes_nothing_from_the_prefix_cache(model: Smal
     again = engine.start(prompt(21), greedy(1))
     list(again)
     assert again.progress.prefix_tokens > 0
+
+
+def test_a_step_takes_fewer_ids_the_deeper_they_are() -> None:
+    assert [affordable(512, start) for start in (0, 4095, 4096, 32768, 131072)] == [512, 512, 455, 256, 102]
+    assert [affordable(1, start) for start in (0, 1 << 20)] == [1, 1]
+    assert affordable(0, 0) == 0

@@ -25,8 +25,8 @@ class Terminal(io.StringIO):
 
 def test_log_is_json_on_a_file_and_words_on_a_terminal() -> None:
     file, terminal = io.StringIO(), Terminal()
-    for stream in (file, terminal):
-        Log("id", "model", "cpu", stream)("ready", url="http://x", seconds=None, job_id="\x1b[2J")
+    for place in (file, terminal):
+        Log("id", "model", "cpu", place)("ready", url="http://x", seconds=None, job_id="\x1b[2J")
     line = json.loads(file.getvalue())
     assert (line["event"], line["level"], line["worker_id"], line["url"]) == ("ready", "INFO", "id", "http://x")
     assert terminal.getvalue().endswith("INFO ready url=http://x job_id=\\x1b[2J\n")

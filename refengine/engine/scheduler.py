@@ -17,6 +17,10 @@ from refengine.engine.generation import Generation
 from refengine.kv_cache import KVCache, OutOfBlocks
 from refengine.prefix_cache import PrefixCache
 
+# Attention to so many positions takes a token about as long as all else: gpt-oss-20b on an H100, 512 tokens at a time,
+# 80 ms at position 0 and 2.2 ms more for each 1,000 before them.
+DEEP = 32768
+DEPTH_STEP = 4096
 SCORED_ROWS = 64  # of a prompt in one step: their logits are all there at once, each as long as the vocabulary
 
 
@@ -38,6 +42,16 @@ class Part:
     def decodes(self) -> bool:
         """One id, whose token is wanted, behind positions that are all in the cache: a decode step's row."""
         return self.draws and len(self.ids) == 1 and self.start > 0
+
+
+def affordable(budget: int, start: int) -> int:
+    """How many ids from position `start` on take about as long as `budget` of them at the start of a prompt.
+
+    So the longest prompt holds up others, and hears of its end, no later than a short one does.
+    """
+    if budget < 1:
+        return 0
+    return max(1, budget * DEEP // (DEEP + start // DEPTH_STEP * DEPTH_STEP))
 
 
 class Scheduler:
@@ -78,12 +92,12 @@ class Scheduler:
             left = self._n_left(generation)
             if left == 1:
                 continue
-            n, n_scored = min(left, budget), self._n_to_score(generation)
+            start = generation.progress.cached.length
+            n, n_scored = min(left, affordable(budget, start)), self._n_to_score(generation)
             if n_scored:
                 n = n_scored = min(n, n_scored, scored_budget)
                 scored_budget -= n_scored
             if n > 0:
-                start = generation.progress.cached.length
                 parts.append(Part(generation, generation.ids[start : start + n], start, n == left, n_scored))
                 budget -= n
         return parts, failed
