@@ -99,7 +99,17 @@ ROOMS = {
     "pytest_plugin": Room({FACADE, *MODEL, "validate"}, {"pytest", "rich"}),
     # arguments only
     "cli": Room(
-        {FACADE, "errors", "commands", "commands_validate", "commands_serve", "commands_ask", "commands_bench", "commands_compile"}, set()
+        {
+            FACADE,
+            "errors",
+            "commands",
+            "commands_validate",
+            "commands_serve",
+            "commands_ask",
+            "commands_bench",
+            "commands_compile",
+        },
+        set(),
     ),
     "__main__": Room({"cli"}, set()),
 }
@@ -108,7 +118,16 @@ ROOMS = {
 HTTP_ROOMS = {"worker", "bench"}
 RESERVED_STDLIB = {
     # All but cli: for the type of what the parser gives.
-    "argparse": {"cli", "console", "commands", "commands_validate", "commands_serve", "commands_ask", "commands_bench", "commands_compile"},
+    "argparse": {
+        "cli",
+        "console",
+        "commands",
+        "commands_validate",
+        "commands_serve",
+        "commands_ask",
+        "commands_bench",
+        "commands_compile",
+    },
     "mmap": {"gguf_file", *INSIDE_GGUF_FILE},
     "http": HTTP_ROOMS,
     "urllib": HTTP_ROOMS,

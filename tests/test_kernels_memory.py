@@ -1,5 +1,8 @@
 """Device memory: arenas, packing in slabs, what is refused before it is allocated."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from refengine.cuda.memory import ALIGNMENT, Arena, DeviceMemory
 from refengine.cuda.upload import Uploader, bytes_for
 from refengine.errors import DeviceError, ModelError
 from tests.kernel_matrices import TILED, random_matrix
+from tools.make_model import write_model
 
 
 @pytest.mark.parametrize("kind", [*TILED, "F32", "BF16"])
@@ -64,6 +68,29 @@ def test_progress_reaches_the_end(tiny_model: Any) -> None:
     seen: list[tuple[int, int]] = []
     model = refengine.load(tiny_model("llama-q4_0"), "host", progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (model.weights.n_bytes, model.weights.n_bytes)
+
+
+RESIDENT = """
+import re, sys
+import refengine
+def of_files():
+    return int(re.search(r"RssFile:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10
+seen = []
+refengine.load(sys.argv[2], sys.argv[1], progress=lambda *_: None)  # libraries are mapped files too
+before = of_files()
+refengine.load(sys.argv[3], sys.argv[1], progress=lambda *_: seen.append(of_files()), copied=True)
+print(max(seen) - before)
+"""
+
+
+@pytest.mark.parametrize("device", ["host", "cpu"])
+def test_what_has_been_read_of_a_file_does_not_stay_in_memory(device: str, tmp_path: Path, tiny_model: Any) -> None:
+    large = tmp_path / "large.gguf"
+    write_model(large, "qwen2", "Q8_0", n_layer=8, n_embd=512, n_head=8, head_dim=64, n_ff=6144)
+    assert large.stat().st_size > 64 << 20
+    line = [sys.executable, "-c", RESIDENT, device, str(tiny_model("qwen2-q8_0")), str(large)]
+    grown = int(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+    assert grown < 12 << 20  # a matrix of 3 MB, and what the kernel reads ahead
 
 
 def test_a_scale_beyond_all_reason_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, as its users run it, against a worker: its log-likelihoods are those of our own forward pass."""
+"""lm-evaluation-harness, as its users run it, against a worker: its log-likelihoods are our forward pass's."""
 
 import importlib.util
 import json
