@@ -290,7 +290,9 @@ exit codes: 0 after a shutdown, 1 where the start fails (the log says why), 2 fo
     )
     group.add_argument("--max-batch", default="8", metavar="N", help="requests that run together")
     group.add_argument(
-        "--max-step-tokens", default="512", metavar="N", help="of a step: what a long prompt may hold up streams for"
+        "--max-step-tokens",
+        metavar="N",
+        help="of a step: what a long prompt may hold up streams for (default: 512; on the CPU 128)",
     )
     group.add_argument("--max-queue", default="64", metavar="N", help="requests that wait; more are sent away with 503")
     group = parser.add_argument_group("features, to compare without")

@@ -37,7 +37,7 @@ def options_of(arguments: argparse.Namespace) -> WorkerOptions:
         kv_cache_size_mb=optional("--kv-cache-size-mb", arguments.kv_cache_size_mb, 1, 1 << 22),
         max_batch=integer("--max-batch", arguments.max_batch, 1, 1024),
         max_queue=integer("--max-queue", arguments.max_queue, 0, 100_000),
-        max_step_tokens=integer("--max-step-tokens", arguments.max_step_tokens, 1, 1 << 20),
+        max_step_tokens=optional("--max-step-tokens", arguments.max_step_tokens, 1, 1 << 20),
         on_shortage=arguments.on_shortage,
         batching=not arguments.no_batching,
         prefix_cache=not arguments.no_prefix_cache,

@@ -186,7 +186,7 @@ def test_switches_reach_the_engine() -> None:
         model = SimpleNamespace(device=SimpleNamespace(name="cpu"))
         engine = startup.Startup(options, Log(UUID, "m", "cpu"))._engine_options(model)  # type: ignore[arg-type]
         assert (engine.batching, engine.prefix_cache, engine.graphs) == (on, on, on)
-        assert engine.max_step_tokens == (512 if on else 64)
+        assert engine.max_step_tokens == (128 if on else 64)
         assert options.attention == ("flash" if on else "reference")
 
 

@@ -34,7 +34,7 @@ class WorkerOptions:
     kv_cache_size_mb: int | None = None
     max_batch: int = 8
     max_queue: int = 64
-    max_step_tokens: int = 512
+    max_step_tokens: int | None = None
     on_shortage: str = "preempt"
     batching: bool = True
     prefix_cache: bool = True
@@ -66,7 +66,8 @@ class WorkerOptions:
         if self.kv_cache_size_mb is not None:
             _check_range("--kv-cache-size-mb", self.kv_cache_size_mb, 1, 1 << 22)
         _check_range("--max-batch", self.max_batch, 1, 1024)
-        _check_range("--max-step-tokens", self.max_step_tokens, 1, 1 << 20)
+        if self.max_step_tokens is not None:
+            _check_range("--max-step-tokens", self.max_step_tokens, 1, 1 << 20)
         _check_range("--max-queue", self.max_queue, 0, 100_000)
         if self.on_shortage not in ON_SHORTAGE:
             raise RequestError(f"--on-shortage: given {self.on_shortage!r}, allowed {' or '.join(ON_SHORTAGE)}")

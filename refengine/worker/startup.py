@@ -34,6 +34,7 @@ from refengine.worker.metrics import EngineHook, Metrics
 from refengine.worker.options import WorkerOptions
 
 GPU_KV_ITEM_BYTES = 2  # the kernels keep float16
+STEP_TOKENS = {"cpu": 128}  # a step of 512 there takes 0.1 s for a small model, and a prompt in smaller ones no longer
 WORKSPACE_SHARE = 0.1  # of what weights and the decode step leave: for the arrays of prompts
 
 
@@ -171,7 +172,7 @@ class Startup:
         options = self._options
         return EngineOptions(
             max_batch=options.max_batch,
-            max_step_tokens=options.max_step_tokens,
+            max_step_tokens=options.max_step_tokens or STEP_TOKENS.get(model.device.name, 512),
             cache_tokens=self._cache_tokens(model),
             prefix_cache=options.prefix_cache,
             batching=options.batching,
