@@ -50,7 +50,7 @@ TARGETS = {
     },
     "W-1611": {"disconnect while it decodes, to free blocks": "p95 < 100"},
     "W-1620": {"process start to ready, nothing compiled": "max < 60", "process start to ready": "max < 10"},
-    "W-1630": {"SIGTERM to exit, with a stream running": "max < 5"},
+    "W-1630": {"SIGTERM to exit, with streams running": "max < 5"},
     "W-1830": {
         "load of the model, by the log": "-",
         "device memory after 10 requests, by purpose": "max = 0",
