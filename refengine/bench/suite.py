@@ -22,7 +22,7 @@ from refengine.bench.load import metric, run_load
 from refengine.bench.process import WorkerProcess
 from refengine.bench.prompts import prompt_of, topics
 from refengine.client import Client, Stream
-from refengine.client_events import ClientError, End, Event, Token, WorkerError
+from refengine.client_events import ClientError, End, Event, Started, Token, WorkerError
 from refengine.worker.requests import MAX_PROMPT_CHARS, ExecuteRequest, parse
 
 PROMPT_TOKENS = 512
@@ -37,15 +37,15 @@ MIB = 1 << 20
 class Plan:
     """Samples of each measurement, and seconds after which it has enough."""
 
-    first_tokens: int = 40
-    gaps: int = 1000
+    first_tokens: int = 100
+    gaps: int = 2000
     parses: int = 1000
-    cancels: int = 20
+    cancels: int = 50
     leak_requests: int = 100
-    starts: int = 3
+    starts: int = 5
     exit_streams: int = 32
     load_clients: int = 16
-    load_s: float = 10.0
+    load_s: float = 20.0
     budget_s: float = 20.0
 
 
@@ -150,7 +150,8 @@ class Suite:
                         reused += event.prefix_tokens_reused
                         if number and event.first_token_ms is not None:
                             theirs.append(event.first_token_ms)
-        note = f"prompts of {_range(lengths)} tokens, one at a time, {reused} tokens found in the prefix cache"
+        note = "the target is for a GPU; " if self.facts["health"]["device"] == "cpu" else ""
+        note += f"prompts of {_range(lengths)} tokens, one at a time, {reused} tokens found in the prefix cache"
         if n_tokens < PROMPT_TOKENS:
             note += f"; the model's context of {context} has no room for {PROMPT_TOKENS}"
         return [
@@ -348,13 +349,14 @@ class Suite:
             with contextlib.suppress(ClientError), Client(worker.url) as client:
                 while True:  # one after the other, where they end by themselves
                     for event in client.execute(topics()[0], temperature=LONG_TEMPERATURE, seed=seed):
-                        if isinstance(event, Token) and event.index == 0:
+                        if isinstance(event, Started):
                             begun.release()
 
         threads = [threading.Thread(target=stream, args=(i,), daemon=True) for i in range(self._plan.exit_streams)]
         for thread in threads:
             thread.start()
-        begun.acquire(timeout=60)
+        for _ in threads:
+            begun.acquire(timeout=10)
         seconds, code = worker.terminate()
         for thread in threads:
             thread.join(10)
