@@ -251,8 +251,8 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Numbers stay text here: `commands_serve` checks them, and says what is allowed."""
     parser.epilog = """routes: POST /execute (answers with server-sent events), POST /cancel, POST /shutdown,
-GET /health, GET /metrics (Prometheus), GET /openapi.json; for OpenAI's clients GET /v1/models,
-POST /v1/completions and /v1/chat/completions; POST /tokenize and /detokenize.
+GET /health, GET /metrics (Prometheus); for OpenAI's clients POST /v1/completions and /v1/chat/completions,
+GET /v1/models; POST /tokenize and /detokenize, GET /tokenizer_info; GET / (a page), /docs, /openapi.json.
 SIGTERM and SIGINT end the worker as /shutdown does.
 
   curl -N http://127.0.0.1:8080/execute -d '{"job_id": "1", "prompt": "Write a haiku about GPU computing"}'
@@ -355,7 +355,7 @@ Ctrl-C cancels the request and exits with 130; errors are one line and exit code
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
-  refengine bench worker                                 (the packaged model on the CPU; 2 to 3 minutes)
+  refengine bench worker                                 (the packaged model on the CPU; a minute)
   refengine bench worker --model model.gguf --gpu-device 0 --output figures.json
   refengine bench load --clients 64 --seconds 300
 

@@ -168,7 +168,7 @@ def test_a_chat_goes_through_the_template(browser: Any, haiku: Server) -> None:
         rows = [(row[3], row[4]) for row in alternatives(browser)[:4]]
         probabilities = [t["logprob"] for t in token["top_logprobs"]]
         assert rows == [(f"{p:.4f}".replace("-", "−"), shown(math.exp(p))) for p in probabilities]
-        assert texts(browser, "tr.drawn .piece") == [f'{json.dumps(token["token"], ensure_ascii=False)}drawn']
+        assert texts(browser, "tr.drawn .piece") == [f"{json.dumps(token['token'], ensure_ascii=False)}drawn"]
     fill(browser, "seed", "")
     generate(browser)
     seed = texts(browser, "#result dd")[-1]

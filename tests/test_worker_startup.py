@@ -181,13 +181,15 @@ def test_switches_reach_the_engine() -> None:
 
     basic = [a for pair in GOOD.items() for a in pair]
     switches = ["--no-batching", "--no-prefix-cache", "--no-graphs", "--attention", "reference"]
-    for given, on in ((basic, True), ([*basic, *switches, "--max-step-tokens", "64"], False)):
+    numbers = ["--max-step-tokens", "64", "--copy-chunk-kb", "64"]
+    for given, on in ((basic, True), ([*basic, *switches, *numbers], False)):
         options = options_of(build_parser().parse_args(["serve", *given]))
         model = SimpleNamespace(device=SimpleNamespace(name="cpu"))
         engine = startup.Startup(options, Log(UUID, "m", "cpu"))._engine_options(model)  # type: ignore[arg-type]
         assert (engine.batching, engine.prefix_cache, engine.graphs) == (on, on, on)
         assert engine.max_step_tokens == (128 if on else 64)
         assert options.attention == ("flash" if on else "reference")
+        assert options.copy_chunk_kb == (1024 if on else 64)
 
 
 def test_options_are_as_the_worker_is_to_be_reached() -> None:

@@ -142,10 +142,12 @@ def make_app(worker: Worker) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
+        """Healthy or not and why, the model, the device, its memory: what is known, without asking the device."""
         return worker.state.health()
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        """Counters, gauges and histograms as Prometheus reads them."""
         return Response(worker.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return app
