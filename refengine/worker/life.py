@@ -35,10 +35,7 @@ from refengine.worker.worker import Worker
 
 LAST_BYTES_S = 1  # for clients to read their last event
 DESCRIPTORS = 100  # of files and pipes, besides the connections
-# Between Python threads: so long the event loop waits for the engine, at every system call. NumPy lets go of the
-# interpreter by itself; who launches kernels does not, and would take it from the event loop as soon (p99 of /health on
-# a GPU 4 ms with 1 ms, 13 ms with 0.1 ms; on the CPU 5.4 and 4.6).
-SWITCH_S, SWITCH_CPU_S = 0.001, 0.0001
+SWITCH_S = 0.0001  # between Python threads: the event loop waits so long for the engine, at every system call
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # where the user has said how many
 
 
@@ -46,7 +43,7 @@ def serve(options: WorkerOptions) -> int:
     """Run a worker until it is told to stop; the exit code."""
     log = Log(options.worker_id, str(options.model), options.device)
     _route_uvicorn_to(log)
-    sys.setswitchinterval(SWITCH_CPU_S if options.device == "cpu" else SWITCH_S)
+    sys.setswitchinterval(SWITCH_S)
     _leave_a_core()
     return asyncio.run(_live(options, log))
 
