@@ -160,6 +160,7 @@ def worker(name: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "refengine", "bench", "worker", "--model", str(path), "--gpu-device", "0"]
         done = subprocess.run([*command, "--output", str(result)], cwd=ROOT, stdout=sys.stderr)
         found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+        found["command"] = f"refengine bench worker --model {path.name} --gpu-device 0"
         return {"model": name, "exit_code": done.returncode, **found}
 
 
