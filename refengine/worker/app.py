@@ -115,14 +115,11 @@ def make_app(worker: Worker) -> FastAPI:
     @app.post("/execute", openapi_extra=body_of(ExecuteRequest))
     async def execute(request: Request) -> Response:
         """Generate: answers with server-sent events: started, token (many), metrics (where asked for), end or error."""
-        try:
+        with worker.refusing():
             worker.check_open()
             body = parse(ExecuteRequest, await read_body(request))
-        except Fault as e:
-            worker.refused(e)
-            raise
+            params = body.sampling(worker.options.max_tokens_out)
         encode = partial(worker.tokenizer.encode, body.prompt)
-        params = body.sampling(worker.options.max_tokens_out)
         wanted = Wanted(body.job_id, encode, params, prompt_facts(body.prompt))
         return EventStream(worker, [await worker.execute(wanted, request.headers.get("x-deadline"))], sse)
 

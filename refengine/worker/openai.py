@@ -53,6 +53,10 @@ class Common(Strict):
     stream_options: StreamOptions | None = None
     user: str | None = None
 
+    def sampling(self, max_tokens_out: int) -> SamplingParams:
+        """As the engine takes them. Raises RequestError, Fault."""
+        return self._sampling(max_tokens_out, None, None)
+
     def _sampling(self, max_tokens_out: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return sampling_of(self, max_tokens_out, stops, logprobs, prompt_logprobs)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from refengine.engine.sampling import SamplingParams
 from refengine.errors import RefengineError
 from refengine.worker.app import body_of, read_body
 from refengine.worker.faults import Fault
@@ -44,8 +45,8 @@ def make_router(worker: Worker) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continue a prompt, given as text or token ids, or several."""
-        body = await _read(worker, request, CompletionRequest)
-        prompts, params = body.prompts, body.sampling(worker.options.max_tokens_out)
+        body, params = await _read(worker, request, CompletionRequest)
+        prompts = body.prompts
         texts = [await text_of(prompt) if body.echo else None for prompt in prompts]
         choices = [
             Choice(i, tokenizer, False, body.logprobs is not None, text, body.max_tokens == 0)
@@ -61,9 +62,8 @@ def make_router(worker: Worker) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat(request: Request) -> Response:
         """Answer a conversation, which goes through the model's own template."""
-        body = await _read(worker, request, ChatRequest)
+        body, params = await _read(worker, request, ChatRequest)
         messages = [message.model_dump() for message in body.messages]
-        params = body.sampling(worker.options.max_tokens_out)
 
         def encode() -> list[int]:
             try:
@@ -113,13 +113,12 @@ def words_of(prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else json_of(prompt)
 
 
-async def _read(worker: Worker, request: Request, kind: type[R]) -> R:
-    try:
+async def _read(worker: Worker, request: Request, kind: type[R]) -> tuple[R, SamplingParams]:
+    """A body, and how it wants to be sampled. Raises Fault."""
+    with worker.refusing():
         worker.check_open()
-        return parse(kind, await read_body(request))
-    except Fault as e:
-        worker.refused(e)
-        raise
+        body = parse(kind, await read_body(request))
+        return body, body.sampling(worker.options.max_tokens_out)
 
 
 async def _answer(worker: Worker, request: Request, stream: bool, answer: Answer, wanted: Sequence[Wanted]) -> Response:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -67,6 +67,16 @@ class Worker:
             self.end(job, fault)
             raise fault from None
         return job
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """What is refused inside is counted and logged. Raises Fault."""
+        try:
+            yield
+        except (Fault, RefengineError) as e:
+            fault = fault_of(e)
+            self.refused(fault)
+            raise fault from None
 
     def refused(self, fault: Fault, job_id: str | None = None) -> None:
         """Count and log a request that never became a job."""
