@@ -31,6 +31,8 @@ from refengine.prefix_cache import PrefixCache, PrefixStats
 from refengine.trace import Tracer, no_trace
 
 DEFAULT_CACHE_TOKENS = 8192  # of the KV cache, where nothing is said
+SCORED_ROWS = 64  # of prompts in one step, at most
+SCORED_LOGITS = 1 << 22  # the same: the host takes 10 ns for each
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,12 @@ class Engine:
         if self.options.prefix_cache:
             self.prefix = PrefixCache(self.cache.pool, self.cache.block_size, f"{id(model)}")
         self.scheduler = Scheduler(
-            self.cache, self.prefix, max_batch, self.options.max_step_tokens, self.options.on_shortage == "preempt"
+            self.cache,
+            self.prefix,
+            max_batch,
+            self.options.max_step_tokens,
+            self.options.on_shortage == "preempt",
+            max(1, min(SCORED_ROWS, SCORED_LOGITS // model.config.n_vocab)),
         )
         self.runner: Runner
         if isinstance(model.ops, KernelOps) and trace is no_trace:

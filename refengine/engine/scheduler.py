@@ -21,7 +21,6 @@ from refengine.prefix_cache import PrefixCache
 # 80 ms at position 0 and 2.2 ms more for each 1,000 before them.
 DEEP = 32768
 DEPTH_STEP = 4096
-SCORED_ROWS = 64  # of a prompt in one step: their logits are all there at once, each as long as the vocabulary
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,21 @@ def affordable(budget: int, start: int) -> int:
 
 
 class Scheduler:
-    """max_batch: sequences that run together. max_step_tokens: ids in one step. preempt: else who finds none fails."""
+    """max_batch: sequences that run together. max_step_tokens, max_scored: ids in one step, and of them those that are
+    scored. preempt: else who finds no block fails."""
 
     def __init__(
-        self, cache: KVCache, prefix: PrefixCache | None, max_batch: int, max_step_tokens: int, preempt: bool
+        self,
+        cache: KVCache,
+        prefix: PrefixCache | None,
+        max_batch: int,
+        max_step_tokens: int,
+        preempt: bool,
+        max_scored: int,
     ) -> None:
         self.cache, self.prefix = cache, prefix
         self.max_batch, self.max_step_tokens, self._preempt = max_batch, max_step_tokens, preempt
+        self._max_scored = max_scored
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []  # the oldest first
         self.preemptions = 0
@@ -87,7 +94,7 @@ class Scheduler:
                 parts.append(Part(generation, generation.ids[-1:], len(generation.ids) - 1, True))
                 budget -= 1
         budget = max(budget, 1)  # however many decode, prompts go on
-        scored_budget = SCORED_ROWS
+        scored_budget = self._max_scored
         for generation in self.running:
             left = self._n_left(generation)
             if left == 1:

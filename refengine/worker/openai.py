@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from refengine.engine.generation import Score
 from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_STOPS, SamplingParams
 from refengine.tokenizer import Tokenizer
 from refengine.worker.faults import Fault
-from refengine.worker.jobs import Event
+from refengine.worker.jobs import Event, scored
 from refengine.worker.requests import MAX_PROMPT_CHARS, Strict, sampling_of
 
 MAX_PROMPT_IDS = 1 << 17
@@ -225,7 +226,7 @@ class Choice:
                 return [self._part({"role": "assistant", "content": ""})]
             return [self._part(self._echo)] if self._echo is not None and self._logprobs is None else []
         if name == "prompt":
-            return [self._part(self._echo, self._of_prompt(data["tokens"]))] if self._logprobs else []
+            return [self._part(self._echo, self._of_prompt(data["ids"], data["scores"]))] if self._logprobs else []
         if name == "token" and not self._silent:
             text, logprobs = data["t"], self._of_token(data)
             if not text and logprobs is None:
@@ -263,8 +264,10 @@ class Choice:
             return None
         return {"content": [self._logprobs.of_chat(data)]} if self._chat else self._logprobs.of([data], [data["t"]])
 
-    def _of_prompt(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _of_prompt(self, ids: Sequence[int], scores: Sequence[Score | None]) -> dict[str, Any]:
+        """Of a long prompt it takes its time."""
         assert self._logprobs is not None
+        entries = [scored(i, score, self._tokenizer) for i, score in zip(ids, scores, strict=True)]
         decoder = self._tokenizer.stream()
         logprobs = self._logprobs.of(entries, [decoder.push(entry["id"]) for entry in entries])
         self._logprobs.offset = len(self._echo or "")

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from refengine.engine.sampling import SamplingParams
 from refengine.errors import RefengineError
@@ -124,7 +123,10 @@ async def _read(worker: Worker, request: Request, kind: type[R]) -> tuple[R, Sam
 async def _answer(worker: Worker, request: Request, stream: bool, answer: Answer, wanted: Sequence[Wanted]) -> Response:
     jobs = await _taken(worker, wanted, request.headers.get("x-deadline"))
     if not stream:
-        return JSONResponse(answer.whole(await _all_events(worker, jobs, request)))
+        events = await _all_events(worker, jobs, request)
+        # Not in the event loop's thread: with scores of long prompts it takes its time.
+        body = await asyncio.to_thread(lambda: json_of(answer.whole(events)))
+        return Response(body, media_type="application/json")
 
     def render(number: int, event: Event) -> str:
         return "".join(f"data: {json_of(chunk)}\n\n" for chunk in answer.chunks(number, event))

@@ -15,6 +15,7 @@ from refengine.worker.worker import Worker
 
 SEND_TIMEOUT_S = 30.0  # for a client to read what was sent
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+SLOW = ("prompt",)  # events with something for each token of a prompt: not in the event loop's thread
 HEARTBEAT = ": nothing yet\n\n"  # a comment: clients drop it, proxies see that the connection is alive
 
 
@@ -47,10 +48,16 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await _soon(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for events in events_of(self._jobs, self._worker.options.heartbeat_sec):
-            body = "".join(self._render(number, event) for number, event in events) if events else HEARTBEAT
+            if any(name in SLOW for _, (name, _) in events):
+                body = await asyncio.to_thread(self._rendered, events)
+            else:
+                body = self._rendered(events) if events else HEARTBEAT
             if body:
                 await _soon(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
         await _soon(send, {"type": "http.response.body", "body": self._last.encode(), "more_body": False})
+
+    def _rendered(self, events: Sequence[tuple[int, Event]]) -> str:
+        return "".join(self._render(number, event) for number, event in events)
 
 
 async def events_of(jobs: Sequence[Job], silence_s: float | None = None) -> AsyncIterator[list[tuple[int, Event]]]:

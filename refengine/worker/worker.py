@@ -21,7 +21,7 @@ from refengine.errors import RefengineError
 from refengine.tokenizer import Tokenizer
 from refengine.worker.engine_thread import EngineThread, Started
 from refengine.worker.faults import Fault, fault_of
-from refengine.worker.jobs import Ended, Job, Taken, Wanted, scored
+from refengine.worker.jobs import Ended, Job, Taken, Wanted
 from refengine.worker.log import Log, now_rfc3339
 from refengine.worker.metrics import Metrics
 from refengine.worker.options import WorkerOptions
@@ -147,8 +147,7 @@ class Worker:
 
     def on_scores(self, job: Job, scores: list[Score | None]) -> None:
         if job.alive:
-            tokens = [scored(i, score, self.tokenizer) for i, score in zip(job.ids, scores, strict=True)]
-            job.emit("prompt", {"tokens": tokens})
+            job.emit("prompt", {"ids": job.ids, "scores": scores})
 
     def on_tokens(self, job: Job, tokens: list[Token], drawn: float, ended: Ended | None) -> None:
         if not job.alive:
