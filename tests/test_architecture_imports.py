@@ -98,10 +98,14 @@ ROOMS = {
     # pytest loads this in every suite where refengine is installed: light until the fixture is called.
     "pytest_plugin": Room({FACADE, *MODEL, "validate"}, {"pytest", "rich"}),
     # arguments only
+    "cli_groups": Room(set(), set()),
+    "cli_worker": Room({"cli_groups"}, set()),
     "cli": Room(
         {
             FACADE,
             "errors",
+            "cli_groups",
+            "cli_worker",
             "commands",
             "commands_validate",
             "commands_serve",
@@ -117,9 +121,11 @@ ROOMS = {
 # Standard modules that only some rooms may know; every other one is free.
 HTTP_ROOMS = {"worker", "bench"}
 RESERVED_STDLIB = {
-    # All but cli: for the type of what the parser gives.
+    # All but those of the command line: for the type of what the parser gives.
     "argparse": {
         "cli",
+        "cli_groups",
+        "cli_worker",
         "console",
         "commands",
         "commands_validate",

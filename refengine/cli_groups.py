@@ -1,0 +1,108 @@
+"""Arguments that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+HUB_HELP = """or hf:OWNER/REPO[@REVISION][:QUANT or :FILE.gguf], downloaded into the cache of huggingface_hub (HF_HOME,
+HF_TOKEN, HF_HUB_OFFLINE); QUANT is a part of the file's name, as Q4_K_M; without, it is the only model of the repo or
+its only Q4_K_M"""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, except where there is none or the help text gives it in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default in ([], "", False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help_text, description=help_text, formatter_class=Help, allow_abbrev=False
+    )
+    return parser
+
+
+def model_arguments(
+    parser: argparse.ArgumentParser, numerics: str | None = None, cache_mb: int | None = None, several: bool = False
+) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="FILE",
+        action="append" if several else "store",
+        help=f"GGUF file; of a split one, the first part; {HUB_HELP} (default: the packaged model, which writes haiku)",
+    )
+    group.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, cuda, cuda:N, auto (a GPU if one serves; says which and why), or host (the CUDA kernels on the CPU, "
+        "to test and step through); an explicit device never falls back to another",
+    )
+    group.add_argument(
+        "--numerics",
+        default=numerics,
+        choices=("exact", "exact64", "llamacpp", "fast"),
+        help="exact: float32 on the dequantised weights; exact64: float64; llamacpp: rounded as llama.cpp's CPU; "
+        "fast: rounded as the GPU kernels round, which it is on cuda and host "
+        f"(default: {numerics or 'fast on cuda and host, else exact'})",
+    )
+    group.add_argument(
+        "--kv-type",
+        choices=("f16", "f32", "f64"),
+        help="type of the KV cache (default: f16 for llamacpp and fast, else full)",
+    )
+    group.add_argument("--ctx", type=int, metavar="N", help="context in tokens (default: the model's)")
+    group.add_argument(
+        "--cpu-cache-mb",
+        type=int,
+        default=cache_mb,
+        metavar="MIB",
+        help="dequantised weights to keep, in MiB; 0 dequantises at every use"
+        f" (default: {'half of the memory' if cache_mb is None else cache_mb})",
+    )
+    group.add_argument("--debug", action="store_true", help="show a traceback on errors")
+
+
+def prompt_arguments(parser: argparse.ArgumentParser, chunk: bool = True) -> None:
+    group = parser.add_argument_group("prompt")
+    group.add_argument("--prompt", metavar="TEXT", help="prompt as text; `-` reads standard input")
+    group.add_argument("--ids", metavar="1,2,3", help="prompt as token ids, taken as they are; also as JSON: [1, 2, 3]")
+    if chunk:
+        group.add_argument("--chunk", type=int, default=512, metavar="N", help="prompt tokens a forward pass")
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens to generate at most")
+    group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 to 2; 0 is greedy")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P", help="above 0, to 2; 1 is off")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 is off")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep probability mass P; 1 is off")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 to 1; 0 is off")
+    group.add_argument("--seed", type=int, metavar="N", help="0 to 2^64 - 1 (default: drawn, and reported)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop there; up to 4 times")
+
+
+def kernel_switches(group: Any) -> None:
+    group.add_argument("--no-graphs", action="store_true", help="launch the decode step's kernels one by one")
+    group.add_argument(
+        "--attention", choices=("flash", "reference"), default="flash", help="reference writes the score matrix"
+    )
+    group.add_argument("--copy-chunk-kb", default="1024", metavar="KIB", help="of a copy of weights to a GPU")
+
+
+def trace_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("debugging")
+    group.add_argument(
+        "--break",
+        dest="breakpoints",
+        action="append",
+        default=[],
+        metavar="TENSOR",
+        help="stop in pdb when tensor TENSOR (Qcur-3) has been made; repeatable",
+    )
+    group.add_argument("--watch", action="store_true", help="stop at the first tensor with NaN or Inf and name it")
