@@ -79,3 +79,9 @@ def test_compile_refuses_what_it_does_not_know(arguments: tuple[str, ...], said:
     done = cli("compile", *arguments)
     assert (done.code, done.out) == (2, "")
     assert said in done.err
+
+
+def test_a_cache_that_cannot_be_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("REFENGINE_CACHE", str(tmp_path / "file" / "cache"))
+    assert "cannot be kept in" in cli("compile", "--arch", "sm_80").error
