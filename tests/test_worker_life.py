@@ -292,6 +292,20 @@ def test_shutdown_while_it_streams(talker: Path, how: str) -> None:
         assert server.events("shutdown")[-1]["jobs_cut"] == sum(e[-1][0] == "error" for e in results)
 
 
+def test_whole_answers_are_sent_before_a_shutdown_ends(talker: Path) -> None:
+    """With scores of its prompt, which are put into words after the job has ended."""
+    body = {"prompt": "go on " * 300, "max_tokens": 200, "seed": 5, "echo": True, "logprobs": 5}
+    with serving("--model", talker) as server, ThreadPoolExecutor(1) as pool:
+        with server.client() as client:
+            expected = client.post("/v1/completions", json=body).json()["choices"]
+            answer = pool.submit(client.post, "/v1/completions", json=body)
+            until(lambda: len(server.events("execute_start")) == 2)
+            ending(server, "SIGTERM")
+            response = answer.result()
+        assert (response.status_code, response.json()["choices"]) == (200, expected)
+        assert server.process.wait(timeout=20) == 0
+
+
 def test_killed_and_started_again(talker: Path, expected: str) -> None:
     """In the middle of a stream, whose client sees it end without a last event; on the same port at once."""
     port = free_port()

@@ -125,6 +125,7 @@ async def _live(options: WorkerOptions, log: Log) -> int:
     engine.stop()
     server.should_exit = True
     await serving
+    worker.close()
     ended = engine.join(0.5)
     log("shutdown", jobs_cut=n_cut, engine_ended=ended)
     return 0

@@ -78,7 +78,7 @@ def make_router(worker: Worker) -> APIRouter:
     async def tokenize(request: Request) -> dict[str, Any]:
         """Token ids of a text."""
         text, keywords = parse(TokenizeRequest, await read_body(request)).arguments()
-        tokens = await worker.tokenizing(partial(tokenizer.encode, text, **keywords))
+        tokens = await worker.aside(partial(tokenizer.encode, text, **keywords))
         return {"tokens": tokens, "count": len(tokens), "max_model_len": facts.context_length}
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
@@ -101,7 +101,7 @@ def make_router(worker: Worker) -> APIRouter:
         if isinstance(prompt, str):
             return prompt
         try:
-            return await worker.tokenizing(partial(tokenizer.decode, prompt))
+            return await worker.aside(partial(tokenizer.decode, prompt))
         except RefengineError as e:
             raise Fault("INVALID_REQUEST", f"{field}: {e}", field) from None
 
@@ -124,8 +124,7 @@ async def _answer(worker: Worker, request: Request, stream: bool, answer: Answer
     jobs = await _taken(worker, wanted, request.headers.get("x-deadline"))
     if not stream:
         events = await _all_events(worker, jobs, request)
-        # Not in the event loop's thread: with scores of long prompts it takes its time.
-        body = await asyncio.to_thread(lambda: json_of(answer.whole(events)))
+        body = await worker.aside(lambda: json_of(answer.whole(events)))
         return Response(body, media_type="application/json")
 
     def render(number: int, event: Event) -> str:

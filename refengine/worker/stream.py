@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import Response
@@ -49,7 +50,7 @@ class EventStream(Response):
         await _soon(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for events in events_of(self._jobs, self._worker.options.heartbeat_sec):
             if any(name in SLOW for _, (name, _) in events):
-                body = await asyncio.to_thread(self._rendered, events)
+                body = await self._worker.aside(partial(self._rendered, events))
             else:
                 body = self._rendered(events) if events else HEARTBEAT
             if body:

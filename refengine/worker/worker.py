@@ -46,7 +46,7 @@ class Worker:
         self._jobs: dict[str, Job] = {}
         self._empty = asyncio.Event()
         self._empty.set()
-        self._pool = ThreadPoolExecutor(1, "tokenizer")  # a long prompt must not hold up the event loop
+        self._pool = ThreadPoolExecutor(1, "aside")
         self.closing = False
         self.stop_asked = asyncio.Event()
 
@@ -109,7 +109,7 @@ class Worker:
         params = wanted.params
         job.params = params if params.seed is not None else replace(params, seed=choose_seed())
         job.prompt_facts = wanted.prompt_facts
-        job.ids = await self.tokenizing(wanted.encode)
+        job.ids = await self.aside(wanted.encode)
         if len(job.ids) > self._max_tokens_in:
             raise Fault(
                 "INVALID_REQUEST",
@@ -119,8 +119,8 @@ class Worker:
         if job.alive:
             self._engine.submit(job)
 
-    async def tokenizing(self, function: Callable[[], T]) -> T:
-        """Its result, from the one thread that encodes and decodes for clients."""
+    async def aside(self, function: Callable[[], T]) -> T:
+        """Its result, from the one thread for what would hold up the event loop: long prompts, answers about them."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
     def on_taken(self, job: Job, taken: Taken) -> None:
@@ -246,5 +246,8 @@ class Worker:
         cut = list(self._jobs.values())
         for job in cut:
             self.end(job, Fault("CANCELLED", "the worker is shutting down"))
-        self._pool.shutdown(wait=False, cancel_futures=True)
         return len(cut)
+
+    def close(self) -> None:
+        """The last answer has been sent."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
