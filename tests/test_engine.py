@@ -419,3 +419,32 @@ def test_a_step_takes_fewer_ids_the_deeper_they_are() -> None:
     assert [affordable(512, start) for start in (0, 4095, 4096, 32768, 131072)] == [512, 512, 455, 256, 102]
     assert [affordable(1, start) for start in (0, 1 << 20)] == [1, 1]
     assert affordable(0, 0) == 0
+
+
+def test_a_fork_may_want_scores_that_its_origin_did_not(model: SmallBlocks) -> None:
+    engine = Engine(model, EngineOptions(cache_tokens=256, max_step_tokens=5))
+    g = engine.start(prompt(21), greedy(2))
+    engine.step()
+    other = engine.fork(g, SamplingParams(max_tokens=2, prompt_logprobs=0))
+    run_all(engine)
+    assert g.prompt_scores == []
+    assert [score is None for score in other.prompt_scores] == [True] * 6 + [False] * 15  # what was fed before is past
+
+
+def test_a_prompt_is_scored_once(model: SmallBlocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its sequence is computed again after its first token."""
+    engine = Engine(model, EngineOptions(max_batch=2, cache_tokens=32))
+    n_scored = []
+    run = engine.runner.run
+
+    def spy(parts: Any) -> Any:
+        n_scored.append(sum(part.n_scored for part in parts if part.generation is g))
+        return run(parts)
+
+    monkeypatch.setattr(engine.runner, "run", spy)
+    other = engine.start(prompt(9), greedy(12))
+    g = engine.start(prompt(11), SamplingParams(temperature=0, max_tokens=12, prompt_logprobs=0))
+    run_all(engine)
+    assert other.n_generated == g.n_generated == 12
+    assert g.progress.preemptions > 0
+    assert sum(n_scored) == 10

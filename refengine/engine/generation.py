@@ -67,7 +67,7 @@ class Generation(Iterator[Token]):
         self.seed = choose_seed() if params.seed is None else params.seed
         self.ids = list(ids)
         self.n_prompt = len(self.ids)
-        self.prompt_scores: list[Score | None] = [] if params.prompt_logprobs is None else [None] * self.n_prompt
+        self.prompt_scores = self._unscored()
         self.end: str | None = None
         self.error: RefengineError | None = None
         self.progress = Progress()
@@ -83,6 +83,11 @@ class Generation(Iterator[Token]):
     @property
     def n_generated(self) -> int:
         return len(self.ids) - self.n_prompt
+
+    @property
+    def wants_scores(self) -> bool:
+        """Of its prompt; they are all there before its first token."""
+        return self.params.prompt_logprobs is not None and self.n_generated == 0
 
     def __next__(self) -> Token:
         if self.end is not None and not self.pending and self.error is None:
@@ -107,9 +112,13 @@ class Generation(Iterator[Token]):
         other = copy.copy(self)
         other.params, other.seed = params, choose_seed() if params.seed is None else params.seed
         other.ids, other.pending, other.progress = list(self.ids), deque(), Progress()
+        other.prompt_scores = list(self.prompt_scores) or other._unscored()
         other._detokenizer = None if self._detokenizer is None else self._detokenizer.copy()
         other._stops = copy.copy(self._stops)
         return other
+
+    def _unscored(self) -> list[Score | None]:
+        return [] if self.params.prompt_logprobs is None else [None] * self.n_prompt
 
     def _text_of(self, token_id: int) -> tuple[str, str | None]:
         if token_id in self._eog:

@@ -84,11 +84,8 @@ def result_of(part: Part, rows: Sequence[Any], draw: Callable[[], int]) -> Resul
     generation, params = part.generation, part.generation.params
     try:
         scores = tuple(
-            Score(own, tuple(top))
-            for own, top in (
-                logprobs(row, generation.ids[part.start + i + 1], params.prompt_logprobs or 0)
-                for i, row in enumerate(rows[: part.n_scored])
-            )
+            score_of(row, generation.ids[part.start + i + 1], params.prompt_logprobs or 0)
+            for i, row in enumerate(rows[: part.n_scored])
         )
         if not part.draws:
             return Result(None, scores)
@@ -106,5 +103,10 @@ def draw(row: Any, part: Part) -> int:
 def with_logprobs(token: int, row: Any, n_top: int | None) -> Drawn:
     if n_top is None:
         return Drawn(token)
+    score = score_of(row, token, n_top)
+    return Drawn(token, score.logprob, score.top)
+
+
+def score_of(row: Any, token: int, n_top: int) -> Score:
     own, top = logprobs(row, token, n_top)
-    return Drawn(token, own, tuple(top))
+    return Score(own, tuple(top))

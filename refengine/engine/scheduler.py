@@ -139,7 +139,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_batch:
             generation = self.waiting[0]
             sequence = generation.progress.cached
-            prefix = None if generation.params.prompt_logprobs is not None else self.prefix
+            prefix = None if generation.wants_scores else self.prefix
             found = [] if prefix is None else prefix.match(generation.ids)
             sequence.block_table[:] = found
             sequence.length = len(found) * self.cache.block_size
@@ -159,7 +159,7 @@ class Scheduler:
     @staticmethod
     def _n_to_score(generation: Generation) -> int:
         """How many ids that are still to be fed have a next one in a prompt whose log-probabilities are wanted."""
-        if generation.params.prompt_logprobs is None:
+        if not generation.wants_scores:
             return 0
         return max(0, generation.n_prompt - 1 - generation.progress.cached.length)
 
