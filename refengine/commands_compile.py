@@ -9,7 +9,7 @@ import sys
 from tqdm import tqdm
 
 from refengine.cuda.cache import cache_folder
-from refengine.cuda.compile import compile_all
+from refengine.cuda.compile import compile_files, missing
 from refengine.cuda.loader import ARCHITECTURES, architecture
 from refengine.device import open_device
 from refengine.errors import DeviceError, RequestError
@@ -31,8 +31,9 @@ def compile_kernels(arguments: argparse.Namespace) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            n = compile_all(arch, show, arguments.jobs)
-        print(f"{arch}: {n} kernel files compiled, the others were there ({cache_folder()})", file=sys.stderr)
+            files = missing(arch)
+            compile_files(arch, files, show, arguments.jobs)
+        print(f"{arch}: {len(files)} kernel files compiled, the others were there ({cache_folder()})", file=sys.stderr)
 
 
 def _own() -> str:

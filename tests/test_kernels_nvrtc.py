@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from refengine.cuda import compile
-from refengine.cuda.compile import compile_all
+from refengine.cuda.compile import compile_files
 from refengine.cuda.loader import ARCHITECTURES, compile_source, nvrtc_version
 from refengine.cuda.source import names, read_source, source_of
 from refengine.errors import DeviceError, KernelError
@@ -60,12 +60,14 @@ def test_files_are_compiled_ahead_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("REFENGINE_CACHE", str(tmp_path))
     monkeypatch.setattr(compile, "names", lambda: ["activation", "rope"])
     told: list[tuple[int, int]] = []
-    assert compile_all("sm_80", lambda *done: told.append(done)) == 2
+    files = compile.missing("sm_80")
+    assert sorted(files) == ["activation", "rope"]
+    compile_files("sm_80", files, lambda *done: told.append(done))
     assert told == [(1, 2), (2, 2)]
     assert len(list(tmp_path.glob("*-sm_80-*.cubin"))) == 2
-    assert compile_all("sm_80") == 0
+    assert compile.missing("sm_80") == []
     with pytest.raises(KernelError, match=r"was not compiled for sm_10 .*NVRTC"):
-        compile_all("sm_10")
+        compile_files("sm_10", files)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """A worker as a process of its own, and a client that reads its events."""
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from typing import Any
 
 import httpx
 
+from refengine.bench.load import metric
+from refengine.bench.process import free_port
 from tests.cli_runner import ENVIRONMENT, ROOT
 from tools.make_model import write_model
 
@@ -40,12 +41,6 @@ def faulty(*arguments, **keywords):
 model.Model.step = faulty
 sys.exit(cli.main())
 """
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def write_talker(folder: Path) -> Path:
@@ -106,11 +101,7 @@ class Server:
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples of this name that have these labels."""
         with self.client() as client:
-            lines = client.get("/metrics").text.splitlines()
-        wanted = [f'{k}="{v}"' for k, v in labels.items()]
-        found = [line for line in lines if line.split("{")[0] == name and all(w in line for w in wanted)]
-        assert found, f"no {name} {labels}"
-        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+            return metric(client.get("/metrics").text, name, **labels)
 
     def settled(self) -> None:
         """Wait until no sequence holds blocks, at most as long as the requirement allows and a busy machine needs."""

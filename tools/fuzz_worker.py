@@ -18,7 +18,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,8 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
+from refengine.bench.load import metric
+from refengine.bench.process import free_port
 from tools.fuzz_raw import BODIES, raw_case
 
 HAIKU = {
@@ -60,9 +61,7 @@ class WorkerUnderTest:
     """A worker with its log in a file. program: what runs in place of `-m refengine`."""
 
     def __init__(self, folder: Path, arguments: Sequence[str], program: Sequence[str]) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = int(s.getsockname()[1])
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "log"
         line = [sys.executable, *program, "serve", "--worker-id", str(uuid.uuid4()), "--port", str(self.port)]
@@ -86,9 +85,8 @@ class WorkerUnderTest:
     def _proc(self, name: str) -> Path:
         return Path(f"/proc/{self.process.pid}/{name}")
 
-    def metric(self, name: str, label: str = "") -> float:
-        lines = httpx.get(f"{self.url}/metrics", timeout=ANSWER_WITHIN_S).text.splitlines()
-        return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.split("{")[0] == name and label in x)
+    def metric(self, name: str, **labels: str) -> float:
+        return metric(httpx.get(f"{self.url}/metrics", timeout=ANSWER_WITHIN_S).text, name, **labels)
 
     def unexpected(self) -> list[str]:
         """Lines of the log that no request should cause."""
@@ -192,7 +190,7 @@ class Fuzz:
         if health["status"] != "healthy":
             report.found(f"unhealthy: {health['reasons']}")
         self._client.close()
-        errors = worker.metric("worker_requests_total", 'outcome="error"')
+        errors = worker.metric("worker_requests_total", outcome="error")
         if errors:
             report.found(f"{errors:g} requests ended with an error of the worker's")
         for line in worker.unexpected():
@@ -311,10 +309,10 @@ class Fuzz:
         """No sequence holds a block, none waits."""
 
         def idle() -> bool:
-            metric = self._worker.metric
-            return metric("worker_kv_blocks", 'state="used"') + metric("worker_queue_depth") == 0
+            of = self._worker.metric
+            return of("worker_kv_blocks", state="used") + of("worker_queue_depth") == 0
 
-        self._given_back("blocks", idle, lambda: self._worker.metric("worker_kv_blocks", 'state="used"'))
+        self._given_back("blocks", idle, lambda: self._worker.metric("worker_kv_blocks", state="used"))
 
     def _given_back(self, what: str, done: Callable[[], bool], left: Callable[[], float]) -> None:
         end = time.monotonic() + GIVEN_BACK_WITHIN_S

@@ -28,7 +28,7 @@ class WorkerProcess:
     """arguments: of `refengine serve`, without --worker-id and --port. Use it as a context: it is killed at the end."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-        port = _free_port()
+        port = free_port()
         fixed = ["serve", "--worker-id", str(uuid.uuid4()), "--port", str(port)]
         self.url = f"http://127.0.0.1:{port}"
         self._events: dict[str, dict[str, Any]] = {}
@@ -116,7 +116,7 @@ class WorkerProcess:
         return str(message or " / ".join(self._last) or "it said nothing")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     for _ in range(100):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))

@@ -365,12 +365,14 @@ class Suite:
         return seconds
 
 
-def _until_free(client: Client) -> float:
+def _until_free(client: Client, pause_s: float = 0.0) -> float:
     """When no block was in use any more."""
     end = time.perf_counter() + SETTLE_S
     while metric(client.metrics(), "worker_kv_blocks", state="used") > 0:
         if time.perf_counter() > end:
             raise ClientError(f"blocks are in use {SETTLE_S:g} s after the last request")
+        if pause_s:
+            time.sleep(pause_s)
     return time.perf_counter()
 
 
@@ -382,12 +384,8 @@ def _until_taken(client: Client) -> float:
 
 
 def _settle(client: Client) -> None:
-    """Until nothing runs."""
-    end = time.perf_counter() + SETTLE_S
-    while metric(client.metrics(), "worker_kv_blocks", state="used") > 0:
-        if time.perf_counter() > end:
-            raise ClientError(f"blocks are in use {SETTLE_S:g} s after the last request")
-        time.sleep(0.01)
+    """Until nothing runs; nobody waits for the moment."""
+    _until_free(client, 0.01)
 
 
 def _memory(client: Client) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from refengine.cuda.loader import compile_source, is_compiled
 from refengine.cuda.source import names, read_source
@@ -25,14 +25,15 @@ def missing(arch: str) -> list[str]:
     return [source.name for source in sources if not is_compiled(source, arch)]
 
 
-def compile_all(arch: str, progress: Callable[[int, int], None] | None = None, jobs: int | None = None) -> int:
-    """Compile what the cache lacks; how many files that were. progress(files done, files in all).
+def compile_files(
+    arch: str, files: Sequence[str], progress: Callable[[int, int], None] | None = None, jobs: int | None = None
+) -> None:
+    """Compile what `missing` found, into the cache. progress(files done, files in all).
 
-    Raises KernelError with a compiler's messages, DeviceError as `missing`. Processes that run when this is given up
-    end by themselves, and what they compiled is kept.
+    Raises KernelError with a compiler's messages. Processes that run when this is given up end by themselves, and what
+    they compiled is kept.
     """
-    waiting = missing(arch)
-    n_all, n_done = len(waiting), 0
+    waiting, n_all, n_done = list(files), len(files), 0
     running: list[tuple[str, subprocess.Popen[str]]] = []
     while waiting or running:
         while waiting and len(running) < (jobs or os.cpu_count() or 1):
@@ -50,7 +51,6 @@ def compile_all(arch: str, progress: Callable[[int, int], None] | None = None, j
             if progress is not None:
                 progress(n_done, n_all)
         time.sleep(PAUSE_S)
-    return n_all
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from refengine.config import ModelConfig
 from refengine.cuda import weight_bytes
-from refengine.cuda.compile import compile_all, missing
+from refengine.cuda.compile import compile_files, missing
 from refengine.cuda.loader import architecture
 from refengine.device import Device, open_device
 from refengine.engine.engine import DEFAULT_CACHE_TOKENS, Engine, EngineOptions
@@ -63,8 +63,7 @@ class Startup:
             engine = Engine(model, self._engine_options(model), EngineHook(self.metrics))
             engine.warm_up()
         except DeviceError as e:
-            code = "CUDA_ERROR" if e.required is None else "INSUFFICIENT_VRAM"
-            raise StartFailed(code, f"no room for the KV cache: {e}", e.required, e.available) from None
+            raise _failed_on_device(e, "no room for the KV cache: ") from None
         except MemoryError as e:
             raise StartFailed("INSUFFICIENT_VRAM", f"no room for the KV cache: {e}") from None
         try:
@@ -98,8 +97,7 @@ class Startup:
                     copied=True,  # a file that shrinks under its mapping would kill the process
                 )
         except DeviceError as e:
-            code = "CUDA_ERROR" if e.required is None else "INSUFFICIENT_VRAM"
-            raise StartFailed(code, str(e), e.required, e.available) from None
+            raise _failed_on_device(e) from None
         except MemoryError as e:
             raise StartFailed("INSUFFICIENT_VRAM", f"no room for the weights: {e}") from None
         except OSError as e:
@@ -140,11 +138,12 @@ class Startup:
         if not device.name.startswith("cuda"):
             return
         arch = architecture(device.xp)
-        n_files = len(missing(arch))
-        if n_files:
+        files = missing(arch)
+        if files:
             start = time.perf_counter()
-            self._log("model_load_progress", phase="kernels", message=f"{n_files} kernel files to compile for {arch}")
-            compile_all(arch, self._quarters(25, 50, 75, phase="kernels"))
+            message = f"{len(files)} kernel files to compile for {arch}"
+            self._log("model_load_progress", phase="kernels", message=message)
+            compile_files(arch, files, self._quarters(25, 50, 75, phase="kernels"))
             seconds = round(time.perf_counter() - start, 3)
             self._log("model_load_progress", phase="kernels", percent=100, seconds=seconds)
 
@@ -219,6 +218,13 @@ class Startup:
                 self._log("model_load_progress", **facts, percent=left.pop(0))
 
         return progress
+
+
+def _failed_on_device(error: DeviceError, where_short: str = "") -> StartFailed:
+    """where_short: said in front where it is memory that lacks, and not the device that fails."""
+    if error.required is None:
+        return StartFailed("CUDA_ERROR", str(error))
+    return StartFailed("INSUFFICIENT_VRAM", f"{where_short}{error}", error.required, error.available)
 
 
 def token_bytes(config: ModelConfig, item_bytes: int) -> int:
