@@ -44,9 +44,15 @@ sys.exit(cli.main())
 
 
 def write_talker(folder: Path) -> Path:
-    """A model of random weights whose answers are long: it hardly ever ends by itself."""
+    """A model of random weights whose answers never end by themselves: no token of its vocabulary ends one."""
     path = folder / "talker.gguf"
     write_model(path, "qwen2", "Q8_0", n_layer=2, n_ctx=4096)
+    data = path.read_bytes()
+    renamed = {b"<|endoftext|>": b"<|unending!|>", b"<|im_end|>": b"<|im_mid|>", b".eos_token_id": b".not_token_id"}
+    for end, other in renamed.items():  # of the same length, so that the file stays whole
+        assert end in data
+        data = data.replace(end, other)
+    path.write_bytes(data)
     return path
 
 
