@@ -244,3 +244,18 @@ def test_cancel_and_disconnect_while_nothing_is_sent(tmp_path_factory: pytest.Te
         until(lambda: len(server.events("execute_end")) == 2)
         assert server.events("execute_end")[1]["outcome"] == "disconnected"
         server.settled()
+
+
+def test_an_answers_id_cancels_all_its_prompts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving("--model", write_talker(tmp_path_factory.mktemp("talker"))) as server, server.client() as client:
+        body = {"prompt": ["go on", "and on", "and then"], "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+            answer_id = json.loads(next(lines))["id"]
+            assert post(server, "/cancel", {"job_id": answer_id}).status_code == 202
+            *said, last = lines
+        assert last == "[DONE]"
+        errors = [json.loads(line)["error"]["code"] for line in said if '"error"' in line]
+        assert errors == ["CANCELLED"] * 3
+        assert [line["outcome"] for line in server.events("execute_end")] == ["cancelled"] * 3
+        server.settled()

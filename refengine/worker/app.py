@@ -125,7 +125,7 @@ def make_app(worker: Worker) -> FastAPI:
 
     @app.post("/cancel", status_code=202, openapi_extra=body_of(CancelRequest))
     async def cancel(request: Request) -> dict[str, Any]:
-        """End a job. Accepted also for a job that has ended, or never was."""
+        """End a job, or all jobs of an answer. Accepted also for one that has ended, or never was."""
         job_id = parse(CancelRequest, await read_body(request)).job_id
         worker.cancel(job_id)
         return {"job_id": job_id}

@@ -25,12 +25,14 @@ class Wanted:
     """What a client asks for, whatever the route. encode: gives the prompt's ids; it may take its time.
 
     params: max_tokens is the worker's limit where the client names none; a seed is drawn where it has none.
+    answer_id: of the answer that the job is a part of; cancelling it ends all of them. None: there is no other part.
     """
 
     job_id: str
     encode: Callable[[], list[int]]
     params: SamplingParams
     prompt_facts: dict[str, Any]
+    answer_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,14 @@ class Ended:
 
 
 class Job:
-    """job_id is the client's; ids and params are set before the engine sees the job.
+    """job_id and answer_id as in `Wanted`; ids and params are set before the engine sees the job.
 
     taken: done when the engine has the job, failed with the Fault that ended it before.
     outcome: None while it is alive, then one of metrics.OUTCOMES.
     """
 
-    def __init__(self, job_id: str, timeout_s: float) -> None:
-        self.job_id, self.timeout_s = job_id, timeout_s
+    def __init__(self, job_id: str, timeout_s: float, answer_id: str | None = None) -> None:
+        self.job_id, self.timeout_s, self.answer_id = job_id, timeout_s, answer_id
         self.arrived = time.perf_counter()
         self.ids: Sequence[int] = ()
         self.params = SamplingParams()

@@ -282,7 +282,7 @@ class Choice:
 
 
 class Answer:
-    """Choices under one head. id: of the answer and its first job, as /cancel takes it; the others add -1, -2, …"""
+    """Choices under one head. id: as /cancel takes it, which ends all jobs; a later job's own adds -1, -2, …"""
 
     def __init__(self, chat: bool, model: str, choices: Sequence[Choice], with_usage: bool) -> None:
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"

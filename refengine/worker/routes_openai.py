@@ -53,7 +53,7 @@ def make_router(worker: Worker) -> APIRouter:
         ]
         answer = Answer(False, facts.model, choices, body.with_usage)
         wanted = [
-            Wanted(answer.job_id(i), partial(ids_of, prompt), params, prompt_facts(words_of(prompt)))
+            Wanted(answer.job_id(i), partial(ids_of, prompt), params, prompt_facts(words_of(prompt)), answer.id)
             for i, prompt in enumerate(prompts)
         ]
         return await _answer(worker, request, body.stream, answer, wanted)

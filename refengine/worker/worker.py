@@ -99,7 +99,7 @@ class Worker:
         if len(self._jobs) >= options.max_batch + options.max_queue:
             raise Fault("QUEUE_FULL", f"{options.max_batch} requests run and {options.max_queue} wait: come back later")
         limit = options.inference_timeout_sec
-        job = Job(wanted.job_id, limit if left is None else min(limit, left))
+        job = Job(wanted.job_id, limit if left is None else min(limit, left), wanted.answer_id)
         self._jobs[job.job_id] = job
         self._empty.clear()
         job.timer = asyncio.get_running_loop().call_later(job.timeout_s, self._time_is_up, job)
@@ -202,10 +202,11 @@ class Worker:
         self._engine.cancel(job)
         self._close(job, outcome or OUTCOME_OF.get(fault.code, "error"), code=fault.code)
 
-    def cancel(self, job_id: str) -> None:
-        job = self._jobs.get(job_id)
-        if job is not None:
-            self.end(job, Fault("CANCELLED", "the job was cancelled"))
+    def cancel(self, name: str) -> None:
+        """End the job of this id, or all jobs of the answer of this id. Harmless where there is none."""
+        for job in list(self._jobs.values()):
+            if name in (job.job_id, job.answer_id):
+                self.end(job, Fault("CANCELLED", "the job was cancelled"))
 
     def disconnected(self, job: Job) -> None:
         """Nobody reads any more."""
