@@ -1,6 +1,7 @@
 """Shared fixtures. Tests never touch the network and leave nothing outside their temporary folder."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,10 @@ sys.path.insert(0, str(ROOT))  # tests import tools.* and tests.*
 
 # One BLAS thread per test process: with `-n auto` every core already has a process of its own.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# A shell starts what it runs in the background with Ctrl-C ignored, which every child inherits: ours are to hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
