@@ -43,7 +43,8 @@ def _at_its_usual_size(request: pytest.FixtureRequest) -> None:
     if "browser" in request.fixturenames:
         browser = request.getfixturevalue("browser")
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        browser.get_log("browser")  # and nothing of the tests before in its console
+        browser.get("about:blank")  # the last page would go on asking its worker, which may have ended
+        browser.get_log("browser")  # nothing of the tests before in its console
 
 
 @pytest.fixture(scope="module")
