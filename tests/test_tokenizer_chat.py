@@ -1,5 +1,6 @@
 """Chat templates: what real ones look like renders exactly, and a hostile one costs its time limit and no more."""
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,6 +191,23 @@ def test_renderer_that_dies_is_replaced() -> None:
     process.kill()
     process.wait()
     assert render_chat_template("b", []) == "b"
+
+
+class Late(threading.Timer):
+    """A limit that passes just after the reply was read."""
+
+    def run(self) -> None:
+        self.finished.wait()
+        self.function()
+
+
+def test_reply_at_the_very_end_of_its_time_stands_and_the_next_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(5):
+        with monkeypatch.context() as late:
+            assert render_chat_template("started", []) == "started"  # so that only a reply is late
+            late.setattr(chat.threading, "Timer", Late)
+            assert render_chat_template(f"late {i}", []) == f"late {i}"
+        assert render_chat_template(f"next {i}", []) == f"next {i}"
 
 
 def test_tokenizer_fills_in_its_own_special_tokens(tmp_path: Path) -> None:

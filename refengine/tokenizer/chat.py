@@ -116,14 +116,17 @@ class _Renderer:
             encoding="utf-8",
         )
         self._process, self._owner = process, os.getpid()
-        if self._exchange(process, None, _START_LIMIT_S) != "ready\n":
+        if self._exchange(process, None, _START_LIMIT_S) != "ready\n" or process.poll() is not None:
             self._stop()
             raise TokenizerError(f"the process that renders chat templates does not start: {sys.executable} {script}")
         return process
 
     @staticmethod
     def _exchange(process: subprocess.Popen[str], request: str | None, time_limit_s: float) -> str | None:
-        """The line of reply to `request`: None after the time limit, not a whole line if the process ended."""
+        """The line of reply to `request`: None after the time limit, not a whole line if the process ended.
+
+        The limit may pass just when the reply is there: the reply stands, and the process is over.
+        """
         assert process.stdin is not None
         assert process.stdout is not None
         expired = threading.Event()
@@ -145,6 +148,9 @@ class _Renderer:
             line = ""
         finally:
             timer.cancel()
+            timer.join()  # it may be about to kill: not in the middle of the next exchange
+            if expired.is_set():
+                process.wait()  # only then `poll` says that another is needed
         return None if expired.is_set() and not line.endswith("\n") else line
 
     def _stop(self) -> None:
