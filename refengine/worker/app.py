@@ -23,7 +23,7 @@ from refengine.worker.log import prompt_facts
 from refengine.worker.metrics import CONTENT_TYPE
 from refengine.worker.openai import error_of
 from refengine.worker.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, parse
-from refengine.worker.stream import EventStream, sse
+from refengine.worker.stream import EventStream, sse, taken, watching
 from refengine.worker.worker import Worker
 
 BODY_TIMEOUT_S = 10.0  # for a client to send all of its request
@@ -121,7 +121,10 @@ def make_app(worker: Worker) -> FastAPI:
             params = body.sampling(worker.options.max_tokens_out)
         encode = partial(worker.tokenizer.encode, body.prompt)
         wanted = Wanted(body.job_id, encode, params, prompt_facts(body.prompt))
-        return EventStream(worker, [await worker.execute(wanted, request.headers.get("x-deadline"))], sse)
+        jobs = worker.accept([wanted], request.headers.get("x-deadline"))
+        with watching(worker, jobs, request.receive):
+            await taken(jobs)
+        return EventStream(worker, jobs, sse)
 
     @app.post("/cancel", status_code=202, openapi_extra=body_of(CancelRequest))
     async def cancel(request: Request) -> dict[str, Any]:

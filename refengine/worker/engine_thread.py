@@ -57,9 +57,9 @@ class EngineThread:
 
     def submit(self, job: Job) -> None:
         """Raises Fault where the thread has ended."""
-        if self._fault is not None:
-            raise self._fault
         self._commands.put(("submit", job))
+        if self._fault is not None:  # looked at afterwards: what was put before, the thread itself still finds
+            raise self._fault
 
     def cancel(self, job: Job) -> None:
         """Harmless for a job that has ended, or was never submitted."""
@@ -96,7 +96,7 @@ class EngineThread:
             self._log.failure(e)
             self._fault = fault_of(e, self._on_gpu)
             self._state.faults["engine"] = "the engine's thread has ended"
-            for job in list(self._generations):
+            for job in [*self._generations, *self._unread()]:
                 self._report(job, [], Ended(None, fault=self._fault))
 
     def _obey(self) -> bool:
@@ -115,6 +115,11 @@ class EngineThread:
                 wait = False
         except queue.Empty:
             return True
+
+    def _unread(self) -> list[Job]:
+        """Jobs that were submitted, and that the thread has not taken."""
+        commands = [self._commands.get_nowait() for _ in range(self._commands.qsize())]
+        return [job for command, job in commands if command == "submit" and job is not None]
 
     def _take(self, job: Job) -> None:
         before = self._engine.facts()
@@ -139,6 +144,7 @@ class EngineThread:
     def _step(self) -> None:
         if self._engine.idle:
             return
+        fault, aborted = None, None
         try:
             moved = self._engine.step()
             self._state.faults.pop("step", None)
@@ -147,10 +153,9 @@ class EngineThread:
             fault = fault_of(e, self._on_gpu)
             if fault.code == "CUDA_ERROR":
                 self._state.faults["step"] = fault.message
-            moved = self._engine.abort(RefengineError(fault.message))
-            for generation in moved:
-                self._end(generation, [], fault)
-            return
+            aborted = RefengineError(fault.message)
+            self._engine.abort(aborted)
+            moved = list(self._jobs)  # all have ended: by this, or in the same step before it
         for generation in moved:
             tokens = list(generation.pending)
             generation.pending.clear()
@@ -158,8 +163,10 @@ class EngineThread:
                 self._tell(self.listener.on_scores, self._jobs[generation], generation.prompt_scores)
             if generation.end is None:
                 self._report(self._jobs[generation], tokens, None)
+            elif generation.error is None:
+                self._end(generation, tokens, None)
             else:
-                self._end(generation, tokens, None if generation.error is None else fault_of(generation.error))
+                self._end(generation, tokens, fault if generation.error is aborted else fault_of(generation.error))
 
     def _end(self, generation: Generation, tokens: list[Token], fault: Fault | None) -> None:
         job = self._jobs.pop(generation)

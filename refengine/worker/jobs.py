@@ -24,6 +24,7 @@ Event = tuple[str, dict[str, Any]]  # its name and data
 class Wanted:
     """What a client asks for, whatever the route. encode: gives the prompt's ids; it may take its time.
 
+    field: of the request, where the prompt is.
     params: max_tokens is the worker's limit where the client names none; a seed is drawn where it has none.
     answer_id: of the answer that the job is a part of; cancelling it ends all of them. None: there is no other part.
     """
@@ -33,6 +34,7 @@ class Wanted:
     params: SamplingParams
     prompt_facts: dict[str, Any]
     answer_id: str | None = None
+    field: str = "prompt"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Ended:
 class Job:
     """job_id and answer_id as in `Wanted`; ids and params are set before the engine sees the job.
 
+    preparing: makes the prompt's ids and hands the job to the engine.
     taken: done when the engine has the job, failed with the Fault that ended it before.
     outcome: None while it is alive, then one of metrics.OUTCOMES.
     """
@@ -65,6 +68,7 @@ class Job:
         self.params = SamplingParams()
         self.prompt_facts: dict[str, Any] = {}
         self.taken: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
+        self.preparing: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.outcome: str | None = None
         self.tokens_out = 0
@@ -118,8 +122,9 @@ class Job:
     def close(self, outcome: str) -> None:
         """The last event is queued; nothing more will come."""
         self.outcome = outcome
-        if self.timer is not None:
-            self.timer.cancel()
+        for under_way in (self.timer, self.preparing):
+            if under_way is not None:
+                under_way.cancel()
         self._wake.set()
 
 

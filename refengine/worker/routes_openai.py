@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -25,7 +24,7 @@ from refengine.worker.openai import (
     TokenizeRequest,
 )
 from refengine.worker.requests import parse
-from refengine.worker.stream import EventStream, events_of, json_of, until_gone
+from refengine.worker.stream import EventStream, events_of, json_of, taken, watching
 from refengine.worker.worker import Worker
 
 R = TypeVar("R", bound=Common)
@@ -46,7 +45,8 @@ def make_router(worker: Worker) -> APIRouter:
         """Continue a prompt, given as text or token ids, or several."""
         body, params = await _read(worker, request, CompletionRequest)
         prompts = body.prompts
-        texts = [await text_of(prompt) if body.echo else None for prompt in prompts]
+        with worker.refusing():
+            texts = [await text_of(prompt) if body.echo else None for prompt in prompts]
         choices = [
             Choice(i, tokenizer, False, body.logprobs is not None, text, body.max_tokens == 0)
             for i, text in enumerate(texts)
@@ -63,15 +63,14 @@ def make_router(worker: Worker) -> APIRouter:
         """Answer a conversation, which goes through the model's own template."""
         body, params = await _read(worker, request, ChatRequest)
         messages = [message.model_dump() for message in body.messages]
-
-        def encode() -> list[int]:
-            try:
-                return tokenizer.encode_chat(messages)
-            except RefengineError as e:
-                raise Fault("INVALID_REQUEST", f"messages: {e}", "messages") from None
-
         answer = Answer(True, facts.model, [Choice(0, tokenizer, True, body.logprobs)], body.with_usage)
-        wanted = Wanted(answer.id, encode, params, prompt_facts(json_of(messages)))
+        wanted = Wanted(
+            answer.id,
+            partial(tokenizer.encode_chat, messages),
+            params,
+            prompt_facts(json_of(messages)),
+            field="messages",
+        )
         return await _answer(worker, request, body.stream, answer, [wanted])
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
@@ -121,11 +120,13 @@ async def _read(worker: Worker, request: Request, kind: type[R]) -> tuple[R, Sam
 
 
 async def _answer(worker: Worker, request: Request, stream: bool, answer: Answer, wanted: Sequence[Wanted]) -> Response:
-    jobs = await _taken(worker, wanted, request.headers.get("x-deadline"))
-    if not stream:
-        events = await _all_events(worker, jobs, request)
-        body = await worker.aside(lambda: json_of(answer.whole(events)))
-        return Response(body, media_type="application/json")
+    jobs = worker.accept(wanted, request.headers.get("x-deadline"))
+    with watching(worker, jobs, request.receive):
+        await taken(jobs)
+        if not stream:
+            events = await _all_events(jobs)
+            body = await worker.aside(lambda: json_of(answer.whole(events)))
+            return Response(body, media_type="application/json")
 
     def render(number: int, event: Event) -> str:
         return "".join(f"data: {json_of(chunk)}\n\n" for chunk in answer.chunks(number, event))
@@ -133,35 +134,12 @@ async def _answer(worker: Worker, request: Request, stream: bool, answer: Answer
     return EventStream(worker, jobs, render, "data: [DONE]\n\n")
 
 
-async def _taken(worker: Worker, wanted: Sequence[Wanted], deadline: str | None) -> list[Job]:
-    """All of them, or none. Raises Fault."""
-    tried = await asyncio.gather(*(worker.execute(one, deadline) for one in wanted), return_exceptions=True)
-    jobs = [job for job in tried if isinstance(job, Job)]
-    for error in tried:
-        if isinstance(error, BaseException):
-            for job in jobs:
-                worker.cancel(job.job_id)
-            raise error
-    return jobs
-
-
-async def _all_events(worker: Worker, jobs: Sequence[Job], request: Request) -> list[list[Event]]:
-    """Until the jobs have ended well. Raises Fault where one has not; ends them where the client goes."""
-
-    def end_all(_: Any = None) -> None:
-        for job in jobs:
-            worker.disconnected(job)  # harmless for a job that has ended
-
-    gone = asyncio.create_task(until_gone(request.receive))
-    gone.add_done_callback(end_all)
+async def _all_events(jobs: Sequence[Job]) -> list[list[Event]]:
+    """Until the jobs have ended well. Raises Fault where one has not."""
     found: list[list[Event]] = [[] for _ in jobs]
-    try:
-        async for events in events_of(jobs):
-            for number, (name, data) in events:
-                if name == "error":
-                    raise Fault(data["code"], data["message"])
-                found[number].append((name, data))
-    finally:
-        gone.cancel()
-        end_all()
+    async for events in events_of(jobs):
+        for number, (name, data) in events:
+            if name == "error":
+                raise Fault(data["code"], data["message"])
+            found[number].append((name, data))
     return found

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from fastapi import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from refengine.worker.faults import Fault
 from refengine.worker.jobs import Event, Job
 from refengine.worker.worker import Worker
 
@@ -34,17 +36,8 @@ class EventStream(Response):
         self._worker, self._jobs, self._render, self._last = worker, jobs, render, last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(until_gone(receive))
-        sending = asyncio.create_task(self._send(send))
-        try:
-            await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done() and not isinstance(sending.exception(), OSError):
-                sending.result()
-        finally:
-            gone.cancel()
-            sending.cancel()
-            for job in self._jobs:
-                self._worker.disconnected(job)  # harmless for a job that has ended
+        with contextlib.suppress(OSError), watching(self._worker, self._jobs, receive):
+            await self._send(send)
 
     async def _send(self, send: Send) -> None:
         await _soon(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -80,10 +73,33 @@ async def events_of(jobs: Sequence[Job], silence_s: float | None = None) -> Asyn
             task.cancel()
 
 
-async def until_gone(receive: Receive) -> None:
-    """Returns when the client has disconnected."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+@contextlib.contextmanager
+def watching(worker: Worker, jobs: Sequence[Job], receive: Receive) -> Iterator[None]:
+    """Inside, the jobs end as soon as their client goes away; they also do where an exception leaves."""
+
+    async def until_gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        worker.disconnected(*jobs)
+
+    gone = asyncio.create_task(until_gone())
+    try:
+        yield
+    except Fault:  # of one of them
+        for job in jobs:
+            worker.cancel(job.job_id)
+        raise
+    except BaseException:
+        worker.disconnected(*jobs)
+        raise
+    finally:
+        gone.cancel()
+
+
+async def taken(jobs: Sequence[Job]) -> None:
+    """Until the engine has all of them. Raises the Fault that ended one before."""
+    for job in jobs:
+        await asyncio.shield(job.taken)
 
 
 def sse(_: int, event: Event) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from refengine.engine.generation import Score, Token
 from refengine.engine.sampling import choose_seed
-from refengine.errors import RefengineError
+from refengine.errors import RefengineError, RequestError
 from refengine.tokenizer import Tokenizer
 from refengine.worker.engine_thread import EngineThread, Started
 from refengine.worker.faults import Fault, fault_of
@@ -50,23 +50,22 @@ class Worker:
         self.closing = False
         self.stop_asked = asyncio.Event()
 
-    async def execute(self, wanted: Wanted, deadline: str | None) -> Job:
-        """A job that the engine has taken in, its `started` event queued. Raises Fault."""
+    def accept(self, wanted: Sequence[Wanted], deadline: str | None) -> list[Job]:
+        """A job for each, on its way to the engine; all of them, or none. Raises Fault."""
+        jobs: list[Job] = []
         try:
-            job = self._admit(wanted, deadline)
+            room = self.options.max_batch + self.options.max_queue
+            if len(wanted) > room:
+                raise Fault("INVALID_REQUEST", f"prompt: given {len(wanted)}, allowed {room} at once", "prompt")
+            for one in wanted:
+                jobs.append(self._admit(one, deadline))
         except Fault as e:
-            self.refused(e, wanted.job_id)
+            self.refused(e, wanted[len(jobs)].job_id)
+            self.disconnected(*jobs)
             raise
-        try:
-            await self._prepare(job, wanted)
-            await job.taken
-        except Exception as e:
-            fault = fault_of(e)
-            if not isinstance(e, Fault | RefengineError):
-                self.log.failure(e, job_id=job.job_id)
-            self.end(job, fault)
-            raise fault from None
-        return job
+        for job, one in zip(jobs, wanted, strict=True):
+            job.preparing = asyncio.create_task(self._prepare(job, one))
+        return jobs
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
@@ -102,22 +101,25 @@ class Worker:
         job = Job(wanted.job_id, limit if left is None else min(limit, left), wanted.answer_id)
         self._jobs[job.job_id] = job
         self._empty.clear()
+        params = wanted.params
+        job.params = params if params.seed is not None else replace(params, seed=choose_seed())
+        job.prompt_facts = wanted.prompt_facts
         job.timer = asyncio.get_running_loop().call_later(job.timeout_s, self._time_is_up, job)
         return job
 
     async def _prepare(self, job: Job, wanted: Wanted) -> None:
-        params = wanted.params
-        job.params = params if params.seed is not None else replace(params, seed=choose_seed())
-        job.prompt_facts = wanted.prompt_facts
-        job.ids = await self.aside(wanted.encode)
-        if len(job.ids) > self._max_tokens_in:
-            raise Fault(
-                "INVALID_REQUEST",
-                f"prompt: given {len(job.ids)} tokens, allowed 1 to {self._max_tokens_in} on this worker",
-                "prompt",
-            )
-        if job.alive:
+        try:
+            job.ids = await self.aside(wanted.encode)
+            if len(job.ids) > self._max_tokens_in:
+                given, allowed = len(job.ids), self._max_tokens_in
+                raise RequestError(f"given {given} tokens, allowed 1 to {allowed} on this worker")
             self._engine.submit(job)
+        except RefengineError as e:  # of this text
+            self.end(job, Fault("INVALID_REQUEST", f"{wanted.field}: {e}", wanted.field))
+        except Exception as e:
+            if not isinstance(e, Fault):
+                self.log.failure(e, job_id=job.job_id)
+            self.end(job, fault_of(e))
 
     async def aside(self, function: Callable[[], T]) -> T:
         """Its result, from the one thread for what would hold up the event loop: long prompts, answers about them."""
@@ -208,9 +210,10 @@ class Worker:
             if name in (job.job_id, job.answer_id):
                 self.end(job, Fault("CANCELLED", "the job was cancelled"))
 
-    def disconnected(self, job: Job) -> None:
-        """Nobody reads any more."""
-        self.end(job, Fault("CANCELLED", "the client has gone"), "disconnected")
+    def disconnected(self, *jobs: Job) -> None:
+        """Nobody reads any more. Harmless for a job that has ended."""
+        for job in jobs:
+            self.end(job, Fault("CANCELLED", "the client has gone"), "disconnected")
 
     def _time_is_up(self, job: Job) -> None:
         self.end(job, Fault("INFERENCE_TIMEOUT", f"not done after the {job.timeout_s:.3f} s it was given"))
