@@ -1,6 +1,7 @@
 """What POST /execute and /cancel refuse, over HTTP: nothing of it starts any work, and the next request is served."""
 
 import json
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from refengine.worker.faults import Fault
+from refengine.worker.openai import ChatRequest, CompletionRequest
 from refengine.worker.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, deadline_seconds, parse
 from tests.worker_server import HAIKU, Server, serving, text_of
 
@@ -61,7 +63,8 @@ REFUSED = {
     "logprobs above": (with_(logprobs=21), "logprobs"),
     "unknown field": (with_(best_of=2), "best_of"),
     "unknown field with strange characters": ('{"job_id": "v", "prompt": "x", "\\u00e9\\n": 1}', "é?"),
-    "unknown field of half a surrogate pair": ('{"job_id": "v", "prompt": "x", "\\ud800": 1}', None),
+    "unknown field of half a surrogate pair": ('{"job_id": "v", "prompt": "x", "\\ud800": 1}', "?"),
+    "that field twice": ('{"\\ud800": 1, "\\ud800": 2}', "?"),
     "a field twice": ('{"job_id": "v", "prompt": "x", "prompt": "y"}', "prompt"),
     "prompt over the worker's tokens": (with_(prompt="q z x " * 100), "prompt"),
     "no JSON": ("{", None),
@@ -157,6 +160,43 @@ def test_refusals_are_counted_and_logged_without_content(server: Server) -> None
         client.post("/execute", json={**OK, "armadillo": 1, "temperature": 9})
     assert server.metric("worker_requests_total", outcome="refused") == before + 2
     assert "armadillo" not in server.log_file.read_text()
+
+
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+WORDS = {
+    "a field of a message is missing": (ChatRequest, {"messages": [{"content": ""}]}, "messages[0].role: is missing"),
+    "another field": (
+        ChatRequest,
+        {"messages": [*CHAT["messages"], {"1": 0}]},
+        "messages[1].1: unknown field, allowed role, content",
+    ),
+    "no message": (ChatRequest, {"messages": [5]}, "messages[0]: given 5; Input should be an object"),
+    "a nested field": (
+        ChatRequest,
+        {**CHAT, "stream_options": {"x": 1}},
+        "stream_options.x: unknown field, allowed include_usage",
+    ),
+    "a value of the one kind of two": (
+        CompletionRequest,
+        {"prompt": "x", "stop": ["y", ""]},
+        "stop[1]: given a string of 0 characters; String should have at least 1 character",
+    ),
+    "a value of neither kind": (CompletionRequest, {"prompt": 5}, "prompt: given 5; Input should be a valid string"),
+    "ids in a list of lists": (
+        CompletionRequest,
+        {"prompt": [[1], [1, "x"]]},
+        "prompt[1][1]: given a string of 1 characters; Input should be a valid integer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_words_say_where_in_the_body_it_is(case: str) -> None:
+    kind, body, words = WORDS[case]
+    with pytest.raises(Fault) as caught:
+        parse(kind, json.dumps(body).encode())
+    assert caught.value.message.startswith(words)
+    assert caught.value.field == re.match(r"\w+", words)[0]  # type: ignore[index]
 
 
 def test_cancel_wants_a_job_id(server: Server) -> None:

@@ -23,6 +23,7 @@ STATUS = {
 RETRIABLE = {"VRAM_OOM", "CUDA_ERROR", "INFERENCE_TIMEOUT", "QUEUE_FULL", "SHUTTING_DOWN"}
 RETRY_AFTER_S = 1  # where a full queue or a worker that stops sends a client away
 MAX_MESSAGE = 400  # characters of a message that may quote what a client sent
+MAX_FIELD = 60  # characters of a field's name, which a client may have made up
 
 
 class Fault(Exception):
@@ -33,7 +34,8 @@ class Fault(Exception):
 
     def __init__(self, code: str, message: str, field: str | None = None, status: int | None = None) -> None:
         super().__init__(message)
-        self.code, self.field = code, field
+        self.code = code
+        self.field = None if field is None else "".join(c if c.isprintable() else "?" for c in field[:MAX_FIELD])
         self.message = one_line(message)[:MAX_MESSAGE]
         self.status = STATUS[code] if status is None else status
 

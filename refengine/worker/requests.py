@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_STOPS, SamplingParams
-from refengine.worker.faults import Fault
+from refengine.worker.faults import MAX_FIELD, Fault
 
 MAX_BODY_BYTES = 1 << 20  # a prompt of 32,768 characters, each as two escapes of six, takes 384 KiB
 MAX_PROMPT_CHARS = 32_768
@@ -24,6 +25,14 @@ MAX_ID_CHARS = 256  # it is logged with every event of the job
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_unknown_field(cls, value: Any) -> Any:
+        """Before anything else, since pydantic would go on and collect all of them."""
+        if isinstance(value, dict) and any(name not in cls.model_fields for name in value):
+            raise PydanticCustomError("unknown_field", "unknown field", {"kind": cls})
+        return value
 
 
 class ExecuteRequest(Strict):
@@ -94,7 +103,7 @@ def parse(kind: type[R], body: bytes) -> R:
     try:
         return kind.model_validate(value)
     except ValidationError as e:
-        raise _fault(e, kind) from None
+        raise _fault(e, value) from None
 
 
 def deadline_seconds(header: str | None, now: datetime) -> float | None:
@@ -140,23 +149,42 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twin = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise Fault("INVALID_REQUEST", f"{twin[:60]}: given more than once", twin[:60])
+        raise Fault("INVALID_REQUEST", f"{twin[:MAX_FIELD]}: given more than once", twin)
     return found
 
 
-def _fault(error: ValidationError, kind: type[Strict]) -> Fault:
-    """The first problem in words: the field, what was given (of text only its length), what is allowed."""
-    first = error.errors(include_url=False)[0]
-    location, problem = first["loc"], first["msg"]
-    if not location:
-        return Fault("INVALID_REQUEST", f"the body: a field's name was given that cannot be one; {problem}")
-    field = "".join(c if c.isprintable() else "?" for c in str(location[0])[:60])
-    if first["type"] == "extra_forbidden":
-        known = ", ".join(kind.model_fields)
-        return Fault("INVALID_REQUEST", f"{field}: unknown field, allowed {known}", field)
-    if first["type"] == "missing":
-        return Fault("INVALID_REQUEST", f"{field}: is missing", field)
-    return Fault("INVALID_REQUEST", f"{field}: given {_shown(first['input'])}; {problem}", field)
+def _fault(error: ValidationError, body: dict[str, Any]) -> Fault:
+    """One problem in words: where, what was given (of text only its length), what is allowed.
+
+    A value that may be of several kinds has a problem for each: the one that is deepest inside counts.
+    """
+    problems = error.errors(include_url=False)
+    problems = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
+    found = max(problems, key=lambda problem: (len(_path(problem, body)), not problem["type"].endswith("_type")))
+    path = _path(found, body)
+    where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+    if found["type"] == "unknown_field":
+        known = ", ".join(found["ctx"]["kind"].model_fields)
+        return Fault("INVALID_REQUEST", f"{where}: unknown field, allowed {known}", str(path[0]))
+    if found["type"] == "missing":
+        return Fault("INVALID_REQUEST", f"{where}: is missing", str(path[0]))
+    wanted = "Input should be an object" if found["type"] == "model_type" else found["msg"]
+    return Fault("INVALID_REQUEST", f"{where}: given {_shown(found['input'])}; {wanted}", str(path[0]))
+
+
+def _path(problem: ErrorDetails, body: dict[str, Any]) -> list[str | int]:
+    """Names and indexes that lead to a problem, without the kinds of value that pydantic puts between them."""
+    path: list[str | int] = []
+    value: Any = body
+    for step in problem["loc"]:
+        if isinstance(step, int) or (isinstance(value, dict) and step in value):
+            path.append(step)
+            value = value[step]
+    if problem["type"] == "missing":
+        path.append(problem["loc"][-1])
+    if problem["type"] == "unknown_field":
+        path.append(next(name for name in value if name not in problem["ctx"]["kind"].model_fields)[:MAX_FIELD])
+    return path
 
 
 def _shown(value: Any) -> str:
