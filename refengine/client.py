@@ -15,19 +15,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import random
 import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 import httpx
 from httpx_sse import EventSource, SSEError
 
 from refengine.client_events import (
+    RETRIABLE,
     Candidate,
     ChatDecoder,
     ChatEnd,
@@ -71,6 +73,7 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 READ_TIMEOUT_S = 60.0  # a stream is never silent for longer: the worker sends comments while a request waits
 CONNECT_TIMEOUT_S = 5.0
 MAX_PAUSE_S = 30.0  # before a repeated request, whatever the worker asks for
+LATE = "INFERENCE_TIMEOUT"
 
 Body = Mapping[str, Any]
 E = TypeVar("E")
@@ -144,11 +147,15 @@ class _Base:
             "trust_env": False,
         }
 
-    def _pause(self, error: ClientError, attempt: int) -> float:
-        """Seconds until the request is sent again; raises the error where it is not."""
+    def _pause(self, error: ClientError, attempt: int, left: float) -> float:
+        """Seconds until the request is sent again; raises where it is not. left: seconds to its deadline."""
         if not isinstance(error, WorkerError) or error.retry_after is None or attempt >= self._retries:
             raise error
-        return min(error.retry_after, MAX_PAUSE_S) * random.uniform(1.0, 1.25)  # so that not all come back at once
+        pause = min(error.retry_after, MAX_PAUSE_S) * random.uniform(1.0, 1.25)  # so that not all come back at once
+        if pause >= left:
+            message = f"the deadline comes before the request may be sent again, in {pause:.1f} s ({error})"
+            raise WorkerError(LATE, message, LATE in RETRIABLE, status=error.status, retry_after=error.retry_after)
+        return pause
 
     def _failure(self, error: httpx.HTTPError) -> ClientError:
         if isinstance(error, SSEError):
@@ -178,7 +185,7 @@ class _Base:
     def _json(response: httpx.Response) -> Fields:
         try:
             return Fields("answer", json.loads(response.content))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ProtocolError("the answer is no JSON") from None
 
 
@@ -201,9 +208,9 @@ class Client(_Base):
         deadline: float | datetime | None = None,
         **sampling: Unpack[Sampling],
     ) -> Stream[Event]:
-        """Events as they come. deadline: seconds from now, or a moment with its zone, after which the worker gives up.
+        """Events as they come. deadline: after so many seconds, or at a moment with its zone, the worker gives up.
 
-        Raises ClientError, when the events are asked for.
+        Seconds count from when the events are first asked for, retries and all. Raises ClientError, then or later.
         """
         job_id = uuid.uuid4().hex if job_id is None else job_id
         decoder = ExecuteDecoder(job_id)
@@ -272,11 +279,11 @@ class Client(_Base):
     def _stream(
         self, path: str, body: Body, deadline: float | datetime | None, decoder: Decoder[E]
     ) -> Generator[E, None, None]:
-        request = _content(body, deadline)
+        end = _Deadline(deadline)
         attempt = 0
         while True:
             try:
-                with self._http.stream("POST", path, **request) as response:
+                with self._http.stream("POST", path, **_content(body, end)) as response:
                     if response.status_code == 200:
                         for event in EventSource(response).iter_sse():
                             decoded = decoder.decode(event)
@@ -289,7 +296,7 @@ class Client(_Base):
                 if decoder.done:  # all there was has been read
                     return
                 raise self._failure(e) from None
-            time.sleep(self._pause(self._fault(response), attempt))
+            time.sleep(self._pause(self._fault(response), attempt, end.left()))
             attempt += 1
 
 
@@ -370,11 +377,11 @@ class AsyncClient(_Base):
     async def _stream(
         self, path: str, body: Body, deadline: float | datetime | None, decoder: Decoder[E]
     ) -> AsyncGenerator[E, None]:
-        request = _content(body, deadline)
+        end = _Deadline(deadline)
         attempt = 0
         while True:
             try:
-                async with self._http.stream("POST", path, **request) as response:
+                async with self._http.stream("POST", path, **_content(body, end)) as response:
                     if response.status_code == 200:
                         async with contextlib.aclosing(EventSource(response).aiter_sse()) as events:
                             async for event in events:
@@ -388,12 +395,32 @@ class AsyncClient(_Base):
                 if decoder.done:
                     return
                 raise self._failure(e) from None
-            await asyncio.sleep(self._pause(self._fault(response), attempt))
+            await asyncio.sleep(self._pause(self._fault(response), attempt, end.left()))
             attempt += 1
 
 
-def _content(body: Body | None, deadline: float | datetime | None = None) -> dict[str, Any]:
-    """The body and the headers of a request. Raises RequestError for what JSON, or a deadline, cannot be."""
+class _Deadline:
+    """When the worker is to give up; seconds count from here. Raises RequestError for a moment without a zone."""
+
+    def __init__(self, given: float | datetime | None) -> None:
+        if isinstance(given, datetime) and given.tzinfo is None:
+            raise RequestError(f"deadline: given {given}, which has no zone")
+        self._given, self._start = given, time.monotonic()
+
+    def left(self) -> float:
+        """Seconds; infinite without a deadline."""
+        if isinstance(self._given, datetime):
+            return (self._given - datetime.now(UTC)).total_seconds()
+        return math.inf if self._given is None else self._given - (time.monotonic() - self._start)
+
+    def headers(self) -> dict[str, str]:
+        if self._given is None:
+            return {}
+        return {"X-Deadline": self._given.isoformat() if isinstance(self._given, datetime) else repr(self.left())}
+
+
+def _content(body: Body | None, deadline: _Deadline | None = None) -> dict[str, Any]:
+    """The body and the headers of a request. Raises RequestError for what JSON cannot be."""
     if body is None:
         return {}
     try:
@@ -401,12 +428,8 @@ def _content(body: Body | None, deadline: float | datetime | None = None) -> dic
     except (ValueError, TypeError) as e:
         raise RequestError(f"the request cannot be sent as JSON: {e}") from None
     headers = {"Content-Type": "application/json"}
-    if isinstance(deadline, datetime):
-        if deadline.tzinfo is None:
-            raise RequestError(f"deadline: given {deadline}, which has no zone")
-        headers["X-Deadline"] = deadline.isoformat()
-    elif deadline is not None:
-        headers["X-Deadline"] = repr(float(deadline))
+    if deadline is not None:
+        headers |= deadline.headers()
     return {"content": content, "headers": headers}
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import itertools
 import json
 import re
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -332,14 +334,15 @@ END = event("end", END_DATA)
 REPLY = [STARTED, token(0), END]
 
 
-def read(url: str, twin: bool, **options: Any) -> list[Any]:
+def read(url: str, twin: bool, deadline: float | datetime | None = None, **options: Any) -> list[Any]:
     """All events of a job `j`, by one of the two clients."""
+    job: Any = {"job_id": "j", "deadline": deadline}
     if not twin:
         with Client(url, **options) as client:
-            return list(client.execute("p", job_id="j"))
+            return list(client.execute("p", **job))
 
     async def run() -> list[Any]:
-        async with AsyncClient(url, **options) as client, client.execute("p", job_id="j") as stream:
+        async with AsyncClient(url, **options) as client, client.execute("p", **job) as stream:
             return [e async for e in stream]
 
     return asyncio.run(run())
@@ -483,6 +486,46 @@ def test_retries_are_bounded(twin: bool) -> None:
         read(url, twin, retries=2)
 
 
+@contextmanager
+def refusing(retry_after: int) -> Iterator[tuple[str, list[str]]]:
+    """A server that has no room for anybody, and the deadlines that it was told."""
+    told: list[str] = []
+
+    class Full(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            told.append(self.headers["x-deadline"])
+            self.wfile.write(BUSY % f"Retry-After: {retry_after}\r\n".encode())
+            self.close_connection = True
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Full) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", told
+        server.shutdown()
+
+
+@both
+@pytest.mark.parametrize("as_time", [False, True], ids=["seconds", "moment"])
+def test_a_deadline_counts_from_the_first_request(twin: bool, as_time: bool) -> None:
+    moment = datetime.now(UTC) + timedelta(seconds=2.4)
+    with refusing(1) as (url, told):
+        start = time.monotonic()
+        with pytest.raises(WorkerError, match="QUEUE_FULL") as error:
+            read(url, twin, deadline=moment if as_time else 2.4, retries=9)
+        assert time.monotonic() - start < 2.4  # it does not wait for what comes too late
+    assert (error.value.code, error.value.retriable, error.value.status) == ("INFERENCE_TIMEOUT", True, 503)
+    assert 2 <= len(told) <= 3  # a pause is up to a quarter longer than asked for
+    if as_time:
+        assert set(told) == {moment.isoformat()}
+    else:
+        left = [float(seconds) for seconds in told]
+        assert 2.3 < left[0] <= 2.4
+        assert all(after <= before - 1 for before, after in itertools.pairwise(left))
+
+
 CHUNK: Any = {"id": "c", "choices": [{"delta": {"content": "x"}, "finish_reason": None}]}
 
 
@@ -502,7 +545,7 @@ def test_broken_chats(chunks: list[Any], kind: type[ClientError], message: str) 
         list(client.chat([{"role": "user", "content": "x"}]))
 
 
-@pytest.mark.parametrize("body", [b"no JSON", b"[1]", b'{"tokens": 1}'])
+@pytest.mark.parametrize("body", [b"no JSON", b"[1]", b'{"tokens": 1}', b'{"tokens": ' + b"[" * 100_000])
 def test_broken_answers(body: bytes) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
     with talking(answer) as url, Client(url) as client, pytest.raises(ProtocolError):
