@@ -199,6 +199,15 @@ def test_words_say_where_in_the_body_it_is(case: str) -> None:
     assert caught.value.field == re.match(r"\w+", words)[0]  # type: ignore[index]
 
 
+def test_long_stop_is_refused_before_the_engine_cuts_it_into_tokens() -> None:
+    stop = "x" * 4097
+    for kind, given in ((ExecuteRequest, [stop]), (CompletionRequest, [stop]), (CompletionRequest, stop)):
+        body = {"job_id": "v"} if kind is ExecuteRequest else {}
+        with pytest.raises(Fault, match="at most 4096 characters") as caught:
+            parse(kind, json.dumps({**body, "prompt": "x", "stop": given}).encode())
+        assert (caught.value.code, caught.value.field) == ("INVALID_REQUEST", "stop")
+
+
 def test_cancel_wants_a_job_id(server: Server) -> None:
     with server.client() as client:
         assert client.post("/cancel", json={}).json()["field"] == "job_id"

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from refengine.engine.generation import Score
-from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_STOPS, SamplingParams
+from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, SamplingParams
 from refengine.tokenizer import Tokenizer
 from refengine.worker.faults import Fault
 from refengine.worker.jobs import Event, scored
-from refengine.worker.requests import MAX_PROMPT_CHARS, Strict, sampling_of
+from refengine.worker.requests import MAX_PROMPT_CHARS, Stop, Stops, Strict, sampling_of
 
 MAX_PROMPT_IDS = 1 << 17
 MAX_PROMPTS = 64
@@ -27,7 +27,6 @@ FINISH_REASON = {"eos": "stop", "stop": "stop", "length": "length"}
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
 PromptIds = Annotated[list[int], Field(min_length=1, max_length=MAX_PROMPT_IDS)]
-Stop = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -47,7 +46,7 @@ class Common(Strict):
     repetition_penalty: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
     presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Stops | None = None
     seed: Annotated[int | None, Field(ge=0, le=2**64 - 1)] = None
     n: Literal[1] = 1
     stream: bool = False

@@ -21,6 +21,10 @@ from refengine.worker.faults import MAX_FIELD, Fault
 MAX_BODY_BYTES = 1 << 20  # a prompt of 32,768 characters, each as two escapes of six, takes 384 KiB
 MAX_PROMPT_CHARS = 32_768
 MAX_ID_CHARS = 256  # it is logged with every event of the job
+MAX_STOP_CHARS = 4096  # 32 tokens are allowed, and no vocabulary has longer ones than 128 characters
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 
 
 class Strict(BaseModel):
@@ -46,7 +50,7 @@ class ExecuteRequest(Strict):
     top_k: Annotated[int, Field(ge=0)] = 0
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] = []
+    stop: Stops = []
     seed: Annotated[int | None, Field(ge=0, le=2**64 - 1)] = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
 
