@@ -8,11 +8,13 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as LibraryTokenizer
 
+import refengine
 from refengine.errors import TokenizerError
 from refengine.gguf_file import GGUFFile
 from refengine.tokenizer import Tokenizer, load_tokenizer
 from tests.gguf_builder import STRING, GGUFBuilder
 from tests.tokenizer_builder import BYTE_CHARS, BYTE_TOKENS, CONTROL, NORMAL, USER_DEFINED, bpe_file, write_vocabulary
+from tools.make_model import write_model
 
 MERGES = ["a b", "ab c"]
 SPECIAL = {"<s>": CONTROL, "</s>": CONTROL, "<usr>": USER_DEFINED}
@@ -163,6 +165,43 @@ def test_padding_of_the_gguf_is_no_disagreement(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 270
     assert tokenizer.token_text(BOS) == "<s>"
     assert tokenizer.token_bytes(265) == b"[PAD265]"
+
+
+def bare_model(folder: Path, n_vocab: int) -> Path:
+    """Random weights without a vocabulary."""
+    write_model(folder / "bare.gguf", "llama", "F32", n_layer=1, vocab="none", n_vocab=n_vocab)
+    return folder / "bare.gguf"
+
+
+def test_rows_that_only_fill_the_embedding_up_are_no_text(tmp_path: Path) -> None:
+    """The model draws them as any other id; nothing of an answer may fail for it."""
+    byte_level_json(tmp_path / "tokenizer.json")
+    model = refengine.load(bare_model(tmp_path, 500))
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    assert tokenizer.vocab_size == model.config.n_vocab == 500
+    assert tokenizer.decode([97, 261, 98, 499]) == "ab"
+    assert tokenizer.token_text(261) == "[EMPTY_261]"
+    tokens = list(model.generate("abc", refengine.SamplingParams(temperature=2.0, max_tokens=50, seed=3, logprobs=5)))
+    drawn = [token.id for token in tokens]
+    assert any(i > USR for i in drawn)
+    assert "".join(token.text for token in tokens) == tokenizer.decode(drawn, skip_special=True)
+
+
+def test_file_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_path: Path) -> None:
+    byte_level_json(tmp_path / "tokenizer.json")
+    with pytest.raises(TokenizerError, match=r"has token id 260, but bare\.gguf has only 97 tokens; take"):
+        refengine.load(bare_model(tmp_path, 97))
+
+
+def test_ids_that_the_file_leaves_out_are_no_text(tmp_path: Path) -> None:
+    path = byte_level_json(tmp_path / "tokenizer.json", merges=[])
+    settings = json.loads(path.read_text())
+    settings["model"]["vocab"][BYTE_CHARS[255]] = 300
+    path.write_text(json.dumps(settings))
+    tokenizer = load(no_vocabulary(tmp_path / "m.gguf"))
+    assert tokenizer.token_text(255) == "[EMPTY_255]"
+    assert tokenizer.decode([97, 255, 98]) == "ab"
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1, 2]", '{"version": "1.0", "model": {"type": "Nonsense"}}'])

@@ -30,7 +30,8 @@ class HFJsonTokenizer(Tokenizer):
     """Tokenizer of a tokenizer.json.
 
     Raises TokenizerError if the library cannot read the file, if its decoder is neither byte-level nor
-    SentencePiece-like, or if the GGUF has a vocabulary and the two disagree about an ordinary token.
+    SentencePiece-like, if it has more ids than the model, or if the GGUF has a vocabulary and the two disagree about an
+    ordinary token. An id of the model that the file does not have, since the embedding is filled up, is no text.
     """
 
     kind = "hf-json"
@@ -51,19 +52,27 @@ class HFJsonTokenizer(Tokenizer):
         if not in_json:
             raise TokenizerError(f"{path}: the vocabulary is empty")
         in_gguf = gguf.get("tokenizer.ggml.tokens", "strs", default=[])
-        self.vocab_size = len(in_gguf) or max(in_json) + 1
-        types = read_types(gguf, self.vocab_size)
+        n_tokens = len(in_gguf) or max(in_json) + 1
+        self.vocab_size = len(in_gguf) or _embedding_rows(gguf) or n_tokens
+        if max(in_json) >= self.vocab_size:
+            raise TokenizerError(
+                f"{path}: has token id {max(in_json)}, but {gguf.path.name} has only {self.vocab_size} tokens; "
+                f"{_advice(path)}"
+            )
+        types = read_types(gguf, n_tokens)
         if in_gguf:
             _check_same_vocabulary(gguf, path, in_gguf, types, in_json)
+        else:
+            types = [kind if i in in_json else int(TokenType.UNUSED) for i, kind in enumerate(types)]
         for token_id, added in library.get_added_tokens_decoder().items():
             types[token_id] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
         self._types = types
-        self._tokens = [in_json.get(i) or (in_gguf[i] if in_gguf else f"[EMPTY_{i}]") for i in range(self.vocab_size)]
+        self._tokens = [in_json.get(i) or (in_gguf[i] if in_gguf else _no_token(i)) for i in range(n_tokens)]
 
         bos_ids, eos_ids = _added_around(library)
         in_post_processor = {"bos": bos_ids[0]} if bos_ids else {}
         in_post_processor |= {"eos": eos_ids[-1]} if eos_ids else {}
-        self._roles = read_roles(gguf, self.vocab_size, in_post_processor)
+        self._roles = read_roles(gguf, n_tokens, in_post_processor)
         ids = {text: i for i, text in enumerate(self._tokens)}
         name = gguf.get("general.name", str, default="")
         self._special = find_special_tokens(self._tokens, types, ids.get, self._roles, name)
@@ -77,7 +86,7 @@ class HFJsonTokenizer(Tokenizer):
 
     def token_text(self, token_id: int) -> str:
         self._check_id(token_id)
-        return self._tokens[token_id]
+        return self._tokens[token_id] if token_id < len(self._tokens) else _no_token(token_id)
 
     def _encode(self, text: str, parse_special: bool, mark: str = "") -> list[int]:
         with self._lock:
@@ -106,6 +115,8 @@ class HFJsonTokenizer(Tokenizer):
         return self._encode(text, parse_special=False)
 
     def _token_bytes(self, token_id: int) -> bytes:
+        if token_id >= len(self._tokens):  # rows that only fill the embedding up
+            return b""
         text = self._tokens[token_id]
         if token_id in self._special.cut_ids:
             return text.encode()
@@ -171,17 +182,26 @@ def _added_by_default(gguf: GGUFFile, has_bos: bool, has_eos: bool) -> tuple[boo
     return has_bos, has_eos
 
 
+def _embedding_rows(gguf: GGUFFile) -> int:
+    """0 in a file without weights."""
+    embedding = gguf.tensors.get("token_embd.weight")
+    return embedding.shape[0] if embedding is not None else 0
+
+
+def _no_token(token_id: int) -> str:
+    return f"[EMPTY_{token_id}]"
+
+
+def _advice(path: Path) -> str:
+    return f"take {path.name} away if it belongs to another model"
+
+
 def _check_same_vocabulary(
     gguf: GGUFFile, path: Path, in_gguf: list[str], types: list[int], in_json: dict[int, str]
 ) -> None:
     """Ordinary tokens must agree; GGUF files may pad the vocabulary or name special tokens their own way."""
-    advice = f"take {path.name} away if it belongs to another model"
-    if max(in_json) >= len(in_gguf):
-        raise TokenizerError(
-            f"{path}: has token id {max(in_json)}, but {gguf.path.name} has only {len(in_gguf)} tokens; {advice}"
-        )
     for token_id, (text, kind) in enumerate(zip(in_gguf, types, strict=False)):
         if kind in (TokenType.NORMAL, TokenType.BYTE) and in_json.get(token_id, text) != text:
             raise TokenizerError(
-                f"{path}: token {token_id} is {in_json[token_id]!r}, but {text!r} in {gguf.path.name}; {advice}"
+                f"{path}: token {token_id} is {in_json[token_id]!r}, but {text!r} in {gguf.path.name}; {_advice(path)}"
             )
