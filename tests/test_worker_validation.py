@@ -1,15 +1,20 @@
 """What POST /execute and /cancel refuse, over HTTP: nothing of it starts any work, and the next request is served."""
 
+import asyncio
 import json
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError, field_validator
 
+from refengine.worker import app
 from refengine.worker.faults import Fault
-from refengine.worker.openai import ChatRequest, CompletionRequest
+from refengine.worker.openai import ChatRequest, CompletionRequest, DetokenizeRequest
 from refengine.worker.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, deadline_seconds, parse
 from tests.worker_server import HAIKU, Server, serving, text_of
 
@@ -181,6 +186,11 @@ WORDS = {
         {"prompt": "x", "stop": ["y", ""]},
         "stop[1]: given a string of 0 characters; String should have at least 1 character",
     ),
+    "too many values": (
+        CompletionRequest,
+        {"prompt": [1] * 131073},
+        "prompt: given a list of 131073; List should have at most 131072 items",
+    ),
     "a value of neither kind": (CompletionRequest, {"prompt": 5}, "prompt: given 5; Input should be a valid string"),
     "ids in a list of lists": (
         CompletionRequest,
@@ -206,6 +216,44 @@ def test_long_stop_is_refused_before_the_engine_cuts_it_into_tokens() -> None:
         with pytest.raises(Fault, match="at most 4096 characters") as caught:
             parse(kind, json.dumps({**body, "prompt": "x", "stop": given}).encode())
         assert (caught.value.code, caught.value.field) == ("INVALID_REQUEST", "stop")
+
+
+MANY = {
+    "texts in lists": (CompletionRequest, {"prompt": [[""] * 5000] * 60}),
+    "texts for ids": (DetokenizeRequest, {"tokens": [""] * 131072}),
+    "numbers that are no ids": (CompletionRequest, {"prompt": [1.5] * 131072}),
+    "unknown fields": (CompletionRequest, {str(i): 0 for i in range(95_000)}),
+    "unknown fields of a message": (ChatRequest, {"messages": [{str(i): 0 for i in range(95_000)}]}),
+    "messages": (ChatRequest, {"messages": [{"role": "", "content": 0}] * 1024}),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_of_very_many_errors_only_a_few_are_collected(case: str) -> None:
+    kind, body = MANY[case]
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 10
+
+
+@pytest.mark.parametrize(("n_bytes", "is_aside"), [(65536, False), (65537, True)])
+def test_long_body_is_parsed_beside_the_event_loop(n_bytes: int, is_aside: bool) -> None:
+    threads: list[Any] = []
+
+    class Noted(CancelRequest):
+        @field_validator("job_id")
+        @classmethod
+        def note(cls, job_id: str) -> str:
+            threads.append(threading.current_thread())
+            return job_id
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield b'{"job_id":"a"}'.ljust(n_bytes)
+
+    worker: Any = SimpleNamespace(aside=asyncio.to_thread)
+    request: Any = SimpleNamespace(stream=stream)
+    assert asyncio.run(app.parsed(worker, request, Noted)).job_id == "a"
+    assert [thread is not threading.main_thread() for thread in threads] == [is_aside]
 
 
 def test_cancel_wants_a_job_id(server: Server) -> None:

@@ -22,10 +22,11 @@ from refengine.worker.jobs import Wanted
 from refengine.worker.log import prompt_facts
 from refengine.worker.metrics import CONTENT_TYPE
 from refengine.worker.openai import error_of
-from refengine.worker.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, parse
+from refengine.worker.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, R, parse
 from refengine.worker.stream import EventStream, sse, taken, watching
 from refengine.worker.worker import Worker
 
+LONG_BODY_BYTES = 1 << 16  # parsing 1 MiB takes up to 60 ms
 BODY_TIMEOUT_S = 10.0  # for a client to send all of its request
 OPEN_PATHS = {"/health"}  # answered without a key
 CHALLENGE = 'Basic realm="refengine", charset="UTF-8", Bearer realm="refengine"'
@@ -117,7 +118,7 @@ def make_app(worker: Worker) -> FastAPI:
         """Generate: answers with server-sent events: started, token (many), metrics (where asked for), end or error."""
         with worker.refusing():
             worker.check_open()
-            body = parse(ExecuteRequest, await read_body(request))
+            body = await parsed(worker, request, ExecuteRequest)
             params = body.sampling(worker.options.max_tokens_out)
         encode = partial(worker.tokenizer.encode, body.prompt)
         wanted = Wanted(body.job_id, encode, params, prompt_facts(body.prompt))
@@ -129,7 +130,7 @@ def make_app(worker: Worker) -> FastAPI:
     @app.post("/cancel", status_code=202, openapi_extra=body_of(CancelRequest))
     async def cancel(request: Request) -> dict[str, Any]:
         """End a job, or all jobs of an answer. Accepted also for one that has ended, or never was."""
-        job_id = parse(CancelRequest, await read_body(request)).job_id
+        job_id = (await parsed(worker, request, CancelRequest)).job_id
         worker.cancel(job_id)
         return {"job_id": job_id}
 
@@ -159,6 +160,12 @@ def answer(fault: Fault, path: str = "") -> Response:
     if path.startswith("/v1/"):
         body = {"error": error_of(fault.code, fault.message, fault.field)}
     return JSONResponse(body, fault.status, fault.headers())
+
+
+async def parsed(worker: Worker, request: Request, kind: type[R]) -> R:
+    """What a body asks for; a long one is not parsed in the event loop's thread. Raises Fault."""
+    body = await read_body(request)
+    return parse(kind, body) if len(body) <= LONG_BODY_BYTES else await worker.aside(partial(parse, kind, body))
 
 
 async def read_body(request: Request) -> bytes:

@@ -26,7 +26,7 @@ FINISH_REASON = {"eos": "stop", "stop": "stop", "length": "length"}
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
-PromptIds = Annotated[list[int], Field(min_length=1, max_length=MAX_PROMPT_IDS)]
+PromptIds = Annotated[list[int], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)]
 Count = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -77,8 +77,8 @@ class CompletionRequest(Common):
     prompt: (
         Prompt
         | PromptIds
-        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: Annotated[int | None, Field(ge=0, le=DEFAULT_MAX_TOKENS)] = None
     logprobs: Count | None = None
@@ -112,7 +112,7 @@ class Message(Strict):
 class ChatRequest(Common):
     """The body of POST /v1/chat/completions. Goes through the model's own template."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: bool = False
     top_logprobs: Count | None = None
 
@@ -146,7 +146,7 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """The body of POST /detokenize."""
 
-    tokens: Annotated[list[int], Field(max_length=MAX_PROMPT_IDS)]
+    tokens: Annotated[list[int], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]
     model: str | None = None
 
 

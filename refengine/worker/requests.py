@@ -24,16 +24,18 @@ MAX_ID_CHARS = 256  # it is logged with every event of the job
 MAX_STOP_CHARS = 4096  # 32 tokens are allowed, and no vocabulary has longer ones than 128 characters
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 
 
 class Strict(BaseModel):
+    """Lists in it fail fast: a body has room for hundreds of thousands of errors, and one is told."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _has_no_unknown_field(cls, value: Any) -> Any:
-        """Before anything else, since pydantic would go on and collect all of them."""
+        """Before all else, since pydantic would collect them all."""
         if isinstance(value, dict) and any(name not in cls.model_fields for name in value):
             raise PydanticCustomError("unknown_field", "unknown field", {"kind": cls})
         return value
@@ -160,11 +162,11 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _fault(error: ValidationError, body: dict[str, Any]) -> Fault:
     """One problem in words: where, what was given (of text only its length), what is allowed.
 
-    A value that may be of several kinds has a problem for each: the one that is deepest inside counts.
+    A value that may be of several kinds has a problem for each: one within its kind counts most, then the deepest.
     """
     problems = error.errors(include_url=False)
     problems = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
-    found = max(problems, key=lambda problem: (len(_path(problem, body)), not problem["type"].endswith("_type")))
+    found = max(problems, key=lambda problem: (not problem["type"].endswith("_type"), len(_path(problem, body))))
     path = _path(found, body)
     where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
     if found["type"] == "unknown_field":

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from refengine.engine.sampling import SamplingParams
 from refengine.errors import RefengineError
-from refengine.worker.app import body_of, read_body
+from refengine.worker.app import body_of, parsed
 from refengine.worker.faults import Fault
 from refengine.worker.jobs import Event, Job, Wanted
 from refengine.worker.log import prompt_facts
@@ -23,7 +23,6 @@ from refengine.worker.openai import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from refengine.worker.requests import parse
 from refengine.worker.stream import EventStream, events_of, json_of, taken, watching
 from refengine.worker.worker import Worker
 
@@ -76,14 +75,14 @@ def make_router(worker: Worker) -> APIRouter:
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
         """Token ids of a text."""
-        text, keywords = parse(TokenizeRequest, await read_body(request)).arguments()
+        text, keywords = (await parsed(worker, request, TokenizeRequest)).arguments()
         tokens = await worker.aside(partial(tokenizer.encode, text, **keywords))
         return {"tokens": tokens, "count": len(tokens), "max_model_len": facts.context_length}
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, Any]:
         """The text of token ids; under the two names that clients know."""
-        text = await text_of(parse(DetokenizeRequest, await read_body(request)).tokens, "tokens")
+        text = await text_of((await parsed(worker, request, DetokenizeRequest)).tokens, "tokens")
         return {"content": text, "prompt": text}
 
     @router.get("/tokenizer_info")
@@ -115,7 +114,7 @@ async def _read(worker: Worker, request: Request, kind: type[R]) -> tuple[R, Sam
     """A body, and how it wants to be sampled. Raises Fault."""
     with worker.refusing():
         worker.check_open()
-        body = parse(kind, await read_body(request))
+        body = await parsed(worker, request, kind)
         return body, body.sampling(worker.options.max_tokens_out)
 
 
