@@ -16,7 +16,7 @@ from refengine.worker import app
 from refengine.worker.faults import Fault
 from refengine.worker.openai import ChatRequest, CompletionRequest, DetokenizeRequest
 from refengine.worker.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, deadline_seconds, parse
-from tests.worker_server import HAIKU, Server, serving, text_of
+from tests.worker_server import HAIKU, Server, serving, text_of, until
 
 OK = {"job_id": "v", "prompt": "x"}
 HUGE = "9" * 5000
@@ -142,11 +142,20 @@ def test_deadline_that_is_none_is_refused(server: Server, deadline: str) -> None
     assert (response.status_code, response.json()["field"]) == (400, "X-Deadline")
 
 
-@pytest.mark.parametrize("deadline", ["0", "-3", "2001-01-01T00:00:00Z"])
+@pytest.mark.parametrize("deadline", ["0", "-3", "2001-01-01T00:00:00Z", "0001-01-01T00:00:00+14:00"])
 def test_deadline_that_has_passed_is_504(server: Server, deadline: str) -> None:
     with server.client() as client:
         response = client.post("/execute", json=OK, headers={"X-Deadline": deadline})
     assert (response.status_code, response.json()["code"]) == (504, "INFERENCE_TIMEOUT")
+
+
+@pytest.mark.parametrize("deadline", ["1e300", "9999-12-31T23:59:59-14:00"])
+def test_deadline_however_far_leaves_the_workers_limit(server: Server, deadline: str) -> None:
+    with server.client() as client:
+        response = client.post("/execute", json={**OK, "max_tokens": 1}, headers={"X-Deadline": deadline})
+    assert response.status_code == 200
+    until(lambda: server.events("execute_start"))
+    assert server.events("execute_start")[-1]["deadline_sec"] == 300
 
 
 def test_deadline_in_seconds_or_rfc3339() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -135,7 +135,7 @@ def _seconds_until(text: str, now: datetime) -> float:
         raise _bad_deadline(text) from None
     if moment.tzinfo is None:
         raise _bad_deadline(text)
-    return (moment.astimezone(UTC) - now).total_seconds()
+    return (moment - now).total_seconds()
 
 
 def _bad_deadline(text: str) -> Fault:
