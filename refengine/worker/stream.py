@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -41,25 +42,36 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await _soon(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for events in events_of(self._jobs, self._worker.options.heartbeat_sec):
+        sent = time.monotonic()
+
+        def left_s() -> float:
+            return sent + self._worker.options.heartbeat_sec - time.monotonic()
+
+        async for events in events_of(self._jobs, left_s):
             if any(name in SLOW for _, (name, _) in events):
                 body = await self._worker.aside(partial(self._rendered, events))
             else:
-                body = self._rendered(events) if events else HEARTBEAT
+                body = self._rendered(events)
+            if not body and left_s() <= 0:  # there may be events, of which nothing is to be sent
+                body = HEARTBEAT
             if body:
                 await _soon(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
+                sent = time.monotonic()
         await _soon(send, {"type": "http.response.body", "body": self._last.encode(), "more_body": False})
 
     def _rendered(self, events: Sequence[tuple[int, Event]]) -> str:
         return "".join(self._render(number, event) for number, event in events)
 
 
-async def events_of(jobs: Sequence[Job], silence_s: float | None = None) -> AsyncIterator[list[tuple[int, Event]]]:
-    """Events of all jobs, each with its job's number, as they come; nothing, once each time `silence_s` has passed."""
+async def events_of(
+    jobs: Sequence[Job], left_s: Callable[[], float] | None = None
+) -> AsyncIterator[list[tuple[int, Event]]]:
+    """Events of all jobs, each with its job's number, as they come; nothing where none comes in what `left_s` says."""
     waiting = {asyncio.create_task(job.events()): number for number, job in enumerate(jobs)}
     try:
         while waiting:
-            done, _ = await asyncio.wait(waiting, timeout=silence_s, return_when=asyncio.FIRST_COMPLETED)
+            timeout = None if left_s is None else left_s()
+            done, _ = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             ready: list[tuple[int, Event]] = []
             for task in done:
                 number, events = waiting.pop(task), task.result()
