@@ -1,11 +1,19 @@
 """What a stream sends, and when: without a worker, from events that a test makes."""
 
 import asyncio
+import json
 from types import SimpleNamespace
 from typing import Any
 
 from refengine.worker import stream
 from refengine.worker.jobs import Event, Job
+
+
+def test_json_is_on_one_line_for_every_client() -> None:
+    said = {"t": "".join(map(chr, range(0x3000))), "\u2028": ["\x85"]}
+    sent = stream.sse(0, ("token", said))
+    assert sent.splitlines() == sent.split("\n")[:-1]
+    assert json.loads(sent.splitlines()[1].removeprefix("data: ")) == said
 
 
 def test_events_of_which_nothing_is_sent_are_silence() -> None:

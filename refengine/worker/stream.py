@@ -20,6 +20,7 @@ from refengine.worker.worker import Worker
 SEND_TIMEOUT_S = 30.0  # for a client to read what was sent
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 SLOW = ("prompt",)  # events with something for each token of a prompt: not in the event loop's thread
+LINE_ENDS = "\x85\u2028\u2029"  # those that JSON lets into a text
 HEARTBEAT = ": nothing yet\n\n"  # a comment: clients drop it, proxies see that the connection is alive
 
 
@@ -121,7 +122,11 @@ def sse(_: int, event: Event) -> str:
 
 
 def json_of(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """On one line, also for clients that know more ends of a line than server-sent events do (`str.splitlines`)."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for end in LINE_ENDS:
+        text = text.replace(end, f"\\u{ord(end):04x}")
+    return text
 
 
 async def _soon(send: Send, message: Message) -> None:
