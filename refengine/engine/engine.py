@@ -149,6 +149,10 @@ class Engine:
         self.hook.on_start(generation)
         return generation
 
+    def queue_position(self, generation: Generation) -> int:
+        """0: it runs now, or from the next step on; else its place among those that wait for a sequence or blocks."""
+        return self.scheduler.position(generation)
+
     def fork(self, generation: Generation, params: SamplingParams | None = None) -> Generation:
         """Another sequence that goes on from where this one is, in the same blocks until one of them writes.
 
@@ -224,8 +228,8 @@ class Engine:
         generation.pending.clear()
 
     def abort(self, error: RefengineError) -> list[Generation]:
-        """End everything with an error (the device failed in the middle of a step); what was ended."""
-        ended = [*self.scheduler.running, *self.scheduler.waiting]
+        """End what runs with an error (the device failed in the middle of its step), not what waits; what was ended."""
+        ended = list(self.scheduler.running)
         for generation in ended:
             self._fail(generation, error)
         if self.prefix is not None:

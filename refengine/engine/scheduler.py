@@ -84,6 +84,19 @@ class Scheduler:
             self.running.remove(generation)
         self.cache.free(generation.progress.cached)
 
+    def position(self, generation: Generation) -> int:
+        """0: it runs in the next step; else its place in the queue then. A prefix that is cached may better it."""
+        if generation not in self.waiting:
+            return 0
+        slots, blocks = self.max_batch - len(self.running), self.cache.pool.n_free + self.cache.pool.n_reclaimable
+        for n_ahead, other in enumerate(self.waiting):
+            slots, blocks = slots - 1, blocks - KVCache.blocks_for(len(other.ids), self.cache.block_size)
+            if slots < 0 or blocks < 0:
+                return self.waiting.index(generation) - n_ahead + 1
+            if other is generation:
+                break
+        return 0
+
     def plan(self) -> tuple[list[Part], list[tuple[Generation, OutOfBlocks]]]:
         """The parts of the next step, their blocks reserved; and requests that no block was left for."""
         failed = self._make_room()

@@ -122,7 +122,6 @@ class EngineThread:
         return [job for command, job in commands if command == "submit" and job is not None]
 
     def _take(self, job: Job) -> None:
-        before = self._engine.facts()
         try:
             generation = self._engine.start(job.ids, job.params)
         except Exception as e:
@@ -132,8 +131,7 @@ class EngineThread:
             return
         self._jobs[generation], self._generations[job] = job, generation
         if self.listener is not None:
-            n_ahead = before.running + before.waiting
-            self._tell(self.listener.on_taken, job, Taken(max(0, n_ahead - self._engine.max_batch + 1)))
+            self._tell(self.listener.on_taken, job, Taken(self._engine.queue_position(generation)))
 
     def _drop(self, job: Job) -> None:
         generation = self._generations.pop(job, None)
@@ -155,7 +153,7 @@ class EngineThread:
                 self._state.faults["step"] = fault.message
             aborted = RefengineError(fault.message)
             self._engine.abort(aborted)
-            moved = list(self._jobs)  # all have ended: by this, or in the same step before it
+            moved = [generation for generation in self._jobs if generation.end is not None]
         for generation in moved:
             tokens = list(generation.pending)
             generation.pending.clear()
