@@ -15,6 +15,7 @@ from pydantic import Field
 from refengine.engine.generation import Score
 from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, SamplingParams
 from refengine.tokenizer import Tokenizer
+from refengine.tokenizer.stream import StreamDecoder
 from refengine.worker.faults import Fault
 from refengine.worker.jobs import Event, scored
 from refengine.worker.requests import MAX_PROMPT_CHARS, Stop, Stops, Strict, sampling_of
@@ -155,7 +156,7 @@ class Logprobs:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.offset = 0  # in the text of the choice, where the next token begins
+        self.offset = 0  # in the text of the choice, where the next token's begins
 
     def text_of(self, token_id: int) -> str:
         """Of a token; bytes that are no text by themselves, such as a part of a code point, in hexadecimal."""
@@ -165,14 +166,16 @@ class Logprobs:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
-    def of(self, entries: Sequence[dict[str, Any]], texts: Sequence[str]) -> dict[str, Any]:
-        """entries: of `jobs.scored`; texts: what each adds to the text of the choice."""
-        offsets = []
-        for text in texts:
-            offsets.append(self.offset)
+    def of(self, entries: Sequence[dict[str, Any]], decoder: StreamDecoder) -> dict[str, Any]:
+        """entries: of `jobs.scored`. decoder: of their text, part of which may be sent later than they are."""
+        tokens, offsets = [self.text_of(entry["id"]) for entry in entries], []
+        for token, entry in zip(tokens, entries, strict=True):
+            text = decoder.push(entry["id"])
+            before = len(text) - len(token) if text.endswith(token) else 0  # U+FFFD, for bytes that are no text
+            offsets.append(self.offset + before)
             self.offset += len(text)
         return {
-            "tokens": [self.text_of(entry["id"]) for entry in entries],
+            "tokens": tokens,
             "token_logprobs": [entry["logprob"] for entry in entries],
             "top_logprobs": [self._top(entry) for entry in entries],
             "text_offset": offsets,
@@ -201,6 +204,7 @@ class Choice:
     """Makes the parts of one choice of a job's events; a whole one is its parts put together.
 
     echo: the prompt's text, where it is to come first. silent: leave what was generated out.
+    prompt_ids: to be set before the first event.
     """
 
     def __init__(
@@ -215,12 +219,15 @@ class Choice:
         self._index, self._tokenizer, self._chat, self._silent = index, tokenizer, chat, silent
         self._logprobs = Logprobs(tokenizer) if logprobs else None
         self._echo = echo
+        self._decoder = tokenizer.stream()
+        self.prompt_ids: Sequence[int] = ()
         self.usage: dict[str, Any] | None = None  # once it has ended well
 
     def parts(self, event: Event) -> list[dict[str, Any]]:
         """What a stream sends for an event: maybe nothing."""
         name, data = event
         if name == "started":
+            self._decoder = self._tokenizer.stream(skip_special=True, prompt_ids=self.prompt_ids)
             if self._chat:
                 return [self._part({"role": "assistant", "content": ""})]
             return [self._part(self._echo)] if self._echo is not None and self._logprobs is None else []
@@ -261,14 +268,14 @@ class Choice:
     def _of_token(self, data: dict[str, Any]) -> dict[str, Any] | None:
         if self._logprobs is None:
             return None
-        return {"content": [self._logprobs.of_chat(data)]} if self._chat else self._logprobs.of([data], [data["t"]])
+        return {"content": [self._logprobs.of_chat(data)]} if self._chat else self._logprobs.of([data], self._decoder)
 
     def _of_prompt(self, ids: Sequence[int], scores: Sequence[Score | None]) -> dict[str, Any]:
         """Of a long prompt it takes its time."""
         assert self._logprobs is not None
         entries = [scored(i, score, self._tokenizer) for i, score in zip(ids, scores, strict=True)]
-        decoder = self._tokenizer.stream()
-        logprobs = self._logprobs.of(entries, [decoder.push(entry["id"]) for entry in entries])
+        with_special = self._tokenizer.decode(ids) == self._echo  # without the BOS that a text is given
+        logprobs = self._logprobs.of(entries, self._tokenizer.stream(skip_special=not with_special))
         self._logprobs.offset = len(self._echo or "")
         return logprobs
 

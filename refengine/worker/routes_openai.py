@@ -52,8 +52,8 @@ def make_router(worker: Worker) -> APIRouter:
         ]
         answer = Answer(False, facts.model, choices, body.with_usage)
         wanted = [
-            Wanted(answer.job_id(i), partial(ids_of, prompt), params, prompt_facts(words_of(prompt)), answer.id)
-            for i, prompt in enumerate(prompts)
+            Wanted(answer.job_id(i), partial(ids_of, prompt, choice), params, prompt_facts(words_of(prompt)), answer.id)
+            for i, (prompt, choice) in enumerate(zip(prompts, choices, strict=True))
         ]
         return await _answer(worker, request, body.stream, answer, wanted)
 
@@ -92,8 +92,9 @@ def make_router(worker: Worker) -> APIRouter:
         texts = {name: None if i is None else tokenizer.token_text(i) for name, i in roles.items()}
         return {"tokenizer_class": facts.tokenizer_kind, **texts, "chat_template": tokenizer.chat_template}
 
-    def ids_of(prompt: str | list[int]) -> list[int]:
-        return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    def ids_of(prompt: str | list[int], choice: Choice) -> list[int]:
+        choice.prompt_ids = ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return ids
 
     async def text_of(prompt: str | list[int], field: str = "prompt") -> str:
         if isinstance(prompt, str):
