@@ -173,3 +173,24 @@ def test_all_are_told_when_the_engines_thread_has_ended(talker: Path, tmp_path: 
         assert (response.status_code, response.json()["code"]) == (500, "INTERNAL")
         assert seconds < WITHIN_S
         assert client.get("/health").json()["status"] == "unhealthy"
+
+
+def test_what_is_refused_once_it_is_tokenized_was_no_job(talker: Path) -> None:
+    with serving("--model", talker, "--max-tokens-in", 8, "--max-batch", 2, "--max-queue", 1) as server:
+        for field, body in (
+            ("prompt", {"prompt": "go on and on and on"}),
+            ("stop", {"prompt": "go on", "stop": ["12345678" * 5]}),
+            ("top_k", {"prompt": "go on", "top_k": 1 << 20}),
+        ):
+            response, _ = post(server, "/execute", job_id=field, **body)
+            assert (response.status_code, response.json()["field"]) == (400, field)
+        response, _ = post(server, "/v1/completions", prompt=["a", "b", "c", "d"])
+        assert response.status_code == 400
+        assert "given 4 of them, allowed 3 on this worker" in response.json()["error"]["message"]
+        *jobs, answer = [line["job_id"] for line in server.events("error")]
+        assert jobs == ["prompt", "stop", "top_k"]
+        assert answer.startswith("cmpl-")
+        assert ends(server) == {}
+        assert server.metric("worker_requests_total", outcome="refused") == 4
+        assert server.metric("worker_inference_duration_ms_count") == 0
+        assert text_of(server.run(**SHORT))

@@ -87,6 +87,28 @@ def test_stop_string_across_tokens_is_not_sent(server: Server, stop: str) -> Non
     assert events[-1][1]["stop_reason"] == "stop"
 
 
+@pytest.mark.parametrize("stop", ["shader", "r\nthe w", "ast soft"])
+def test_tokens_of_a_stop_string_are_not_told(server: Server, model: refengine.Model, stop: str) -> None:
+    drawn = [data["id"] for name, data in server.run(**HAIKU, logprobs=1) if name == "token"]
+    events = server.run(**HAIKU, logprobs=1, stop=["never there", stop])
+    tokens = [data for name, data in events if name == "token"]
+    assert [data["i"] for data in tokens] == list(range(events[-1][1]["tokens_out"]))
+    told = [data["id"] for data in tokens if "id" in data]
+    assert 0 < len(told) < len(tokens)
+    assert told == drawn[: len(told)]
+    assert model.tokenizer is not None
+    assert model.tokenizer.decode(told).startswith(text_of(events))
+    assert stop not in model.tokenizer.decode(told)
+
+
+def test_tokens_that_were_no_stop_string_are_told_after_all(server: Server) -> None:
+    free = [data for name, data in server.run(**HAIKU, logprobs=3) if name == "token"]
+    text = "".join(data["t"] for data in free)
+    held = [data for name, data in server.run(**HAIKU, logprobs=3, stop=[text[8:18] + "ZZZ"]) if name == "token"]
+    assert [data["t"] for data in held] != [data["t"] for data in free]
+    assert [{**data, "t": ""} for data in held] == [{**data, "t": ""} for data in free]
+
+
 def test_logprobs_are_sent_where_asked_for(server: Server) -> None:
     for name, data in server.run(**HAIKU, logprobs=3):
         if name == "token":

@@ -76,8 +76,10 @@ def test_completion_streams(server: Server) -> None:
 
 
 def test_stop_and_length(server: Server) -> None:
-    choice = post(server, "/v1/completions", {**HAIKU, "stop": "shader"}).json()["choices"][0]
+    choice = post(server, "/v1/completions", {**HAIKU, "stop": "shader", "logprobs": 1}).json()["choices"][0]
     assert choice["finish_reason"] == "stop"
+    assert "".join(choice["logprobs"]["tokens"]).startswith(choice["text"])
+    assert "shader" not in "".join(choice["logprobs"]["tokens"])
     assert choice["text"].endswith("soft ")
     choice = post(server, "/v1/completions", {**HAIKU, "max_tokens": 2}).json()["choices"][0]
     assert choice["finish_reason"] == "length"

@@ -76,6 +76,7 @@ class Job:
         self.last_token = 0.0
         self.last_metrics: float | None = None  # when figures were last sent
         self._events: deque[Event] = deque()
+        self._silent: list[dict[str, Any]] = []  # scored tokens whose text is held back
         self._wake = asyncio.Event()
 
     @property
@@ -103,10 +104,17 @@ class Job:
             self.first_token = drawn
         self.last_token = drawn
         data: dict[str, Any] = {"t": token.text, "i": self.tokens_out}
-        if token.logprob is not None:
-            data |= scored(token.id, token, tokenizer)
         self.tokens_out += 1
-        self.emit("token", data)
+        if token.logprob is None:
+            self.emit("token", data)
+            return
+        self._silent.append({**data, **scored(token.id, token, tokenizer)})
+        stopped = token.stop_reason == "stop"
+        if self.params.stop and not token.text and token.stop_reason is None:
+            return  # it may be of a stop string, of which nothing is told: not even which tokens it was made of
+        for one in self._silent:
+            self.emit("token", {"t": "", "i": one["i"]} if stopped and not token.text else one)
+        self._silent.clear()
 
     async def events(self) -> list[Event] | None:
         """Everything that is ready to be sent, at least one event; None after the last."""

@@ -1,154 +1,18 @@
-"""What OpenAI's clients send and read: requests, checked as strictly as our own, and answers made of a job's events.
-
-What is not offered (several choices of one prompt, the two penalties, tools) is refused, not ignored.
-"""
+"""What OpenAI's clients read: answers, made of a job's events."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from refengine.engine.generation import Score
-from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, SamplingParams
 from refengine.tokenizer import Tokenizer
 from refengine.tokenizer.stream import StreamDecoder
-from refengine.worker.faults import Fault
 from refengine.worker.jobs import Event, scored
-from refengine.worker.requests import MAX_PROMPT_CHARS, Stop, Stops, Strict, sampling_of
 
-MAX_PROMPT_IDS = 1 << 17
-MAX_PROMPTS = 64
-MAX_MESSAGES = 1024
 FINISH_REASON = {"eos": "stop", "stop": "stop", "length": "length"}
-
-Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
-Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
-PromptIds = Annotated[list[int], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)]
-Count = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-
-
-class StreamOptions(Strict):
-    include_usage: bool = False
-
-
-class Common(Strict):
-    """model: any name, since a worker has one model. user: ignored. The two penalties: off is all there is."""
-
-    model: str | None = None
-    max_tokens: Annotated[int | None, Field(ge=1, le=DEFAULT_MAX_TOKENS)] = None
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
-    top_p: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
-    presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0
-    stop: Stop | Stops | None = None
-    seed: Annotated[int | None, Field(ge=0, le=2**64 - 1)] = None
-    n: Literal[1] = 1
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-
-    def sampling(self, max_tokens_out: int) -> SamplingParams:
-        """As the engine takes them. Raises RequestError, Fault."""
-        return self._sampling(max_tokens_out, None, None)
-
-    def _sampling(self, max_tokens_out: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return sampling_of(self, max_tokens_out, stops, logprobs, prompt_logprobs)
-
-    @property
-    def with_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-
-class CompletionRequest(Common):
-    """The body of POST /v1/completions.
-
-    prompt: text, or token ids that are taken as they are; or a list of either, which gives a choice for each.
-    echo: the prompt comes before its completion; with logprobs, its tokens' log-probabilities too.
-    max_tokens 0, with echo: nothing but the prompt.
-    """
-
-    prompt: (
-        Prompt
-        | PromptIds
-        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-        | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    )
-    max_tokens: Annotated[int | None, Field(ge=0, le=DEFAULT_MAX_TOKENS)] = None
-    logprobs: Count | None = None
-    echo: bool = False
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """At least one."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        of_one = isinstance(self.prompt[0], int)
-        return [self.prompt] if of_one else list(self.prompt)  # type: ignore[list-item, arg-type]
-
-    def sampling(self, max_tokens_out: int) -> SamplingParams:
-        """As the engine takes them; where no token is asked for it draws one all the same. Raises RequestError."""
-        if self.max_tokens == 0 and not self.echo:
-            raise Fault("INVALID_REQUEST", "max_tokens: given 0, allowed with echo only", "max_tokens")
-        asked = self.model_copy(update={"max_tokens": self.max_tokens if self.max_tokens != 0 else 1})
-        return asked._sampling(max_tokens_out, self.logprobs, self.logprobs if self.echo else None)
-
-
-# No other names: many templates make their special tokens of it, and `end` or `endoftext` would be one.
-Role = Literal["system", "developer", "user", "assistant", "tool", "function", "ipython"]
-
-
-class Message(Strict):
-    role: Role
-    content: Text
-
-
-class ChatRequest(Common):
-    """The body of POST /v1/chat/completions. Goes through the model's own template."""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    logprobs: bool = False
-    top_logprobs: Count | None = None
-
-    def sampling(self, max_tokens_out: int) -> SamplingParams:
-        """As the engine takes them. Raises RequestError."""
-        if self.top_logprobs is not None and not self.logprobs:
-            raise Fault("INVALID_REQUEST", "top_logprobs: given without logprobs: true", "top_logprobs")
-        return self._sampling(max_tokens_out, (self.top_logprobs or 0) if self.logprobs else None, None)
-
-
-class TokenizeRequest(Strict):
-    """The body of POST /tokenize: the text as llama.cpp's server names it (content), or as vLLM's (prompt)."""
-
-    content: Text | None = None
-    add_special: bool = True
-    parse_special: bool = False
-    prompt: Text | None = None
-    add_special_tokens: bool = True
-    model: str | None = None
-
-    def arguments(self) -> tuple[str, dict[str, bool]]:
-        """Text and keywords of `Tokenizer.encode`. Raises Fault unless one of the two texts is given."""
-        if (self.content is None) == (self.prompt is None):
-            given = "neither" if self.content is None else "both"
-            raise Fault("INVALID_REQUEST", f"content: given {given} of content and prompt, allowed one", "content")
-        if self.content is not None:
-            return self.content, {"add_special": self.add_special, "parse_special": self.parse_special}
-        return self.prompt or "", {"add_special": self.add_special_tokens, "parse_special": True}
-
-
-class DetokenizeRequest(Strict):
-    """The body of POST /detokenize."""
-
-    tokens: Annotated[list[int], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]
-    model: str | None = None
 
 
 class Logprobs:
@@ -266,7 +130,7 @@ class Choice:
         return {"index": self._index, **body, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _of_token(self, data: dict[str, Any]) -> dict[str, Any] | None:
-        if self._logprobs is None:
+        if self._logprobs is None or "id" not in data:  # a token of a stop string is not told
             return None
         return {"content": [self._logprobs.of_chat(data)]} if self._chat else self._logprobs.of([data], self._decoder)
 

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 from refengine.engine.generation import Score, Token
 from refengine.engine.sampling import choose_seed
-from refengine.errors import RefengineError, RequestError
+from refengine.errors import RefengineError
 from refengine.tokenizer import Tokenizer
 from refengine.worker.engine_thread import EngineThread, Started
 from refengine.worker.faults import Fault, fault_of
@@ -40,6 +41,7 @@ class Worker:
         model = started.engine.model
         assert model.tokenizer is not None  # a start-up sees to it
         self.tokenizer: Tokenizer = model.tokenizer
+        self._room = started.engine.max_batch + options.max_queue  # for jobs
         self._max_tokens_in = options.max_tokens_in or model.n_ctx
         self._engine = engine
         engine.listener = self
@@ -54,9 +56,9 @@ class Worker:
         """A job for each, on its way to the engine; all of them, or none. Raises Fault."""
         jobs: list[Job] = []
         try:
-            room = self.options.max_batch + self.options.max_queue
-            if len(wanted) > room:
-                raise Fault("INVALID_REQUEST", f"prompt: given {len(wanted)}, allowed {room} at once", "prompt")
+            if len(wanted) > self._room:
+                message = f"prompt: given {len(wanted)} of them, allowed {self._room} on this worker"
+                raise Fault("INVALID_REQUEST", message, "prompt")
             for one in wanted:
                 jobs.append(self._admit(one, deadline))
         except Fault as e:
@@ -95,8 +97,9 @@ class Worker:
             )
         if wanted.job_id in self._jobs:
             raise Fault("INVALID_REQUEST", "job_id: a job of this id is alive; ids must differ", "job_id", status=409)
-        if len(self._jobs) >= options.max_batch + options.max_queue:
-            raise Fault("QUEUE_FULL", f"{options.max_batch} requests run and {options.max_queue} wait: come back later")
+        if len(self._jobs) >= self._room:
+            n_wait = options.max_queue
+            raise Fault("QUEUE_FULL", f"{self._room - n_wait} requests run and {n_wait} wait: come back later")
         limit = options.inference_timeout_sec
         job = Job(wanted.job_id, limit if left is None else min(limit, left), wanted.answer_id)
         self._jobs[job.job_id] = job
@@ -109,17 +112,27 @@ class Worker:
 
     async def _prepare(self, job: Job, wanted: Wanted) -> None:
         try:
-            job.ids = await self.aside(wanted.encode)
-            if len(job.ids) > self._max_tokens_in:
-                given, allowed = len(job.ids), self._max_tokens_in
-                raise RequestError(f"given {given} tokens, allowed 1 to {allowed} on this worker")
+            job.ids = await self.aside(partial(self._encoded, wanted))
             self._engine.submit(job)
-        except RefengineError as e:  # of this text
-            self.end(job, Fault("INVALID_REQUEST", f"{wanted.field}: {e}", wanted.field))
         except Exception as e:
-            if not isinstance(e, Fault):
+            if not isinstance(e, Fault | RefengineError):
                 self.log.failure(e, job_id=job.job_id)
             self.end(job, fault_of(e))
+
+    def _encoded(self, wanted: Wanted) -> list[int]:
+        """The prompt's ids, checked, as the parameters are. Raises Fault, RequestError."""
+        wanted.params.check_for_model(self.state.facts.vocab_size, self._n_tokens)
+        try:
+            ids = wanted.encode()
+        except RefengineError as e:  # of this text
+            raise Fault("INVALID_REQUEST", f"{wanted.field}: {e}", wanted.field) from None
+        if len(ids) > self._max_tokens_in:
+            message = f"{wanted.field}: given {len(ids)} tokens, allowed 1 to {self._max_tokens_in} on this worker"
+            raise Fault("INVALID_REQUEST", message, wanted.field)
+        return ids
+
+    def _n_tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special=False))
 
     async def aside(self, function: Callable[[], T]) -> T:
         """Its result, from the one thread for what would hold up the event loop: long prompts, answers about them."""
@@ -202,7 +215,12 @@ class Worker:
             job.taken.set_exception(fault)
             job.taken.exception()  # whoever waits gets it; if nobody does, nobody is to be warned
         self._engine.cancel(job)
-        self._close(job, outcome or OUTCOME_OF.get(fault.code, "error"), code=fault.code)
+        outcome = outcome or OUTCOME_OF.get(fault.code, "error")
+        if outcome == "refused":
+            self._forget(job, outcome)
+            self.refused(fault, job.job_id)
+        else:
+            self._close(job, outcome, code=fault.code)
 
     def cancel(self, name: str) -> None:
         """End the job of this id, or all jobs of the answer of this id. Harmless where there is none."""
@@ -219,8 +237,7 @@ class Worker:
         self.end(job, Fault("INFERENCE_TIMEOUT", f"not done after the {job.timeout_s:.3f} s it was given"))
 
     def _close(self, job: Job, outcome: str, **fields: Any) -> None:
-        job.close(outcome)
-        self._jobs.pop(job.job_id, None)
+        self._forget(job, outcome)
         self.metrics.requests[outcome].inc()
         self.metrics.duration_ms.observe((time.perf_counter() - job.arrived) * 1000)
         self.log(
@@ -234,6 +251,10 @@ class Worker:
             first_token_ms=job.first_token_ms,
             decode_time_ms=job.decode_time_ms,
         )
+
+    def _forget(self, job: Job, outcome: str) -> None:
+        job.close(outcome)
+        self._jobs.pop(job.job_id, None)
         if not self._jobs:
             self._empty.set()
 
