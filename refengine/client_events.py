@@ -72,7 +72,7 @@ class Candidate:
 class Token:
     """text may be empty: it is held back until a code point, or a possible stop string, is complete.
 
-    id, logprob, top: only where logprobs were asked for.
+    id, logprob, top: only where logprobs were asked for, and never for a token of a stop string.
     """
 
     text: str

@@ -93,6 +93,8 @@ def _print_statistics(started: Started | None, end: End | ChatEnd, seconds: floa
 
 def _line(token: Token) -> str:
     """A token, its probability, and what else was likely; `text` is what could be printed then."""
+    if token.id is None:
+        return f"{token.index:5} (of a stop string)\n"
     others = "  ".join(f"{c.token!r} {_percent(c.logprob)}" for c in token.top)
     return f"{token.index:5} {token.id!s:>7} {_percent(token.logprob):>8}  {token.text!r:20} | {others}\n"
 

@@ -582,6 +582,13 @@ def test_ask_through_the_chat_template(server: Server) -> None:
     assert "stop: stop" in result.err
 
 
+def test_ask_tells_nothing_of_a_stop_string(server: Server) -> None:
+    result = asked(server, PROMPT, "--logprobs", 3, "--temperature", 0.7, "--seed", 42, "--stop", "shader")
+    last = result.out.splitlines()[-1].split(maxsplit=1)
+    assert last[1] == "(of a stop string)"
+    assert "shad" not in result.out
+
+
 def test_ask_prints_logprobs(server: Server) -> None:
     result = asked(server, PROMPT, "--logprobs", 3, "--temperature", 0.7, "--seed", 42, "--max-tokens", 4)
     lines = result.out.splitlines()
