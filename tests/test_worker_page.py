@@ -495,6 +495,8 @@ def test_version_3_0_says_the_same_in_its_own_words() -> None:
         "seed": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}], "title": "Seed"},
         "penalty": {"type": "number", "exclusiveMinimum": 0.0, "maximum": 2.0},
         "n": {"const": 1, "default": 1},
+        "best_of": {"anyOf": [{"const": 1, "type": "integer"}, {"type": "null"}], "default": 1},
+        "suffix": {"type": "null", "default": None},
         "options": {"anyOf": [{"$ref": "#/$defs/Options"}, {"type": "null"}]},
     }
     document = {"openapi": "3.1.0", "paths": {"/x": {"properties": said, "$defs": {"Options": {"type": "object"}}}}}
@@ -504,6 +506,8 @@ def test_version_3_0_says_the_same_in_its_own_words() -> None:
             "seed": {"type": "integer", "minimum": 0, "title": "Seed", "nullable": True},
             "penalty": {"type": "number", "minimum": 0.0, "exclusiveMinimum": True, "maximum": 2.0},
             "n": {"enum": [1], "default": 1},
+            "best_of": {"type": "integer", "nullable": True, "enum": [1, None], "default": 1},
+            "suffix": {"type": "string", "nullable": True, "enum": [None], "default": None},
             "options": {"anyOf": [{"$ref": "#/components/schemas/Options"}], "nullable": True},
         }}},
         "components": {"schemas": {"Options": {"type": "object"}}},

@@ -14,7 +14,7 @@ from pydantic import ValidationError, field_validator
 
 from refengine.worker import app
 from refengine.worker.faults import Fault
-from refengine.worker.openai import ChatRequest, CompletionRequest, DetokenizeRequest
+from refengine.worker.openai_requests import ChatRequest, CompletionRequest, DetokenizeRequest
 from refengine.worker.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, deadline_seconds, parse
 from tests.worker_server import HAIKU, Server, serving, text_of, until
 

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 
 DEFS, SCHEMAS = "#/$defs/", "#/components/schemas/"
+NULL = {"type": "null"}
 HAIKU = "Write a haiku about the sea"
 EXAMPLES: dict[str, dict[str, Any]] = {
     "/execute": {"job_id": "1", "prompt": HAIKU, "max_tokens": 64, "temperature": 0.7, "seed": 42, "logprobs": 3},
@@ -61,13 +62,18 @@ def _converted(value: Any) -> Any:
         return [_converted(item) for item in value]
     if not isinstance(value, dict):
         return value
-    found = {name: _converted(item) for name, item in value.items()}
-    if {"type": "null"} in found.get("anyOf", []):
-        kinds = [kind for kind in found.pop("anyOf") if kind != {"type": "null"}]
+    if NULL in value.get("anyOf", []):
+        kinds = [kind for kind in value["anyOf"] if kind != NULL]
         alone = len(kinds) == 1 and "$ref" not in kinds[0]  # beside a $ref nothing else is read
-        found = {**found, "nullable": True, **(kinds[0] if alone else {"anyOf": kinds})}
+        value = {name: item for name, item in value.items() if name != "anyOf"}
+        value |= {"nullable": True, **(kinds[0] if alone else {"anyOf": kinds})}
+    found = {name: _converted(item) for name, item in value.items()}
     if "const" in found:
         found["enum"] = [found.pop("const")]
+    if found.get("type") == "null":
+        found |= {"type": "string", "nullable": True, "enum": []}
+    if found.get("nullable") and "enum" in found:
+        found["enum"] = [*found["enum"], None]
     for exclusive, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if exclusive in found:
             found |= {limit: found[exclusive], exclusive: True}

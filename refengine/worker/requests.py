@@ -21,6 +21,7 @@ from refengine.worker.faults import MAX_FIELD, Fault
 MAX_BODY_BYTES = 1 << 20  # a prompt of 32,768 characters, each as two escapes of six, takes 384 KiB
 MAX_PROMPT_CHARS = 32_768
 MAX_ID_CHARS = 256  # it is logged with every event of the job
+WANTED = {"model_type": "Input should be an object", "none_required": "Input should be null"}  # not in Python's words
 MAX_STOP_CHARS = 4096  # 32 tokens are allowed, and no vocabulary has longer ones than 128 characters
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -68,15 +69,11 @@ def sampling_of(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """Of a request whose fields have the names of `SamplingParams`. Raises RequestError."""
+    """Of a request whose fields have the names of `SamplingParams`; None is the default. Raises RequestError."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
+    given = {name: value for name in names if (value := getattr(request, name)) is not None}
     return SamplingParams(
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=request.top_p,
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
-        seed=request.seed,
-        max_tokens=max_tokens_out if request.max_tokens is None else request.max_tokens,
+        **{"max_tokens": max_tokens_out, **given},
         stop=tuple(stop),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
@@ -174,7 +171,7 @@ def _fault(error: ValidationError, body: dict[str, Any]) -> Fault:
         return Fault("INVALID_REQUEST", f"{where}: unknown field, allowed {known}", str(path[0]))
     if found["type"] == "missing":
         return Fault("INVALID_REQUEST", f"{where}: is missing", str(path[0]))
-    wanted = "Input should be an object" if found["type"] == "model_type" else found["msg"]
+    wanted = WANTED.get(found["type"], found["msg"])
     return Fault("INVALID_REQUEST", f"{where}: given {_shown(found['input'])}; {wanted}", str(path[0]))
 
 

@@ -14,10 +14,9 @@ from refengine.worker.app import body_of, parsed
 from refengine.worker.faults import Fault
 from refengine.worker.jobs import Event, Job, Wanted
 from refengine.worker.log import prompt_facts
-from refengine.worker.openai import (
-    Answer,
+from refengine.worker.openai import Answer, Choice
+from refengine.worker.openai_requests import (
     ChatRequest,
-    Choice,
     Common,
     CompletionRequest,
     DetokenizeRequest,
@@ -34,10 +33,21 @@ def make_router(worker: Worker) -> APIRouter:
     router = APIRouter()
     tokenizer, facts = worker.tokenizer, worker.state.facts
 
+    entry = {"id": facts.model, "object": "model", "created": 0, "owned_by": "refengine"}
+    entry |= {"context_length": facts.context_length}
+
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": facts.model, "object": "model", "created": 0, "owned_by": "refengine"}
-        return {"object": "list", "data": [{**entry, "context_length": facts.context_length}]}
+        """The one model, in a list."""
+        return {"object": "list", "data": [entry]}
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        """The one model, by its name."""
+        if model != facts.model:
+            message = f"model: given {model[:80]!r}, this worker has {facts.model!r}"
+            raise Fault("INVALID_REQUEST", message, "model", status=404)
+        return entry
 
     @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
@@ -55,14 +65,14 @@ def make_router(worker: Worker) -> APIRouter:
             Wanted(answer.job_id(i), partial(ids_of, prompt, choice), params, prompt_facts(words_of(prompt)), answer.id)
             for i, (prompt, choice) in enumerate(zip(prompts, choices, strict=True))
         ]
-        return await _answer(worker, request, body.stream, answer, wanted)
+        return await _answer(worker, request, bool(body.stream), answer, wanted)
 
     @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat(request: Request) -> Response:
         """Answer a conversation, which goes through the model's own template."""
         body, params = await _read(worker, request, ChatRequest)
-        messages = [message.model_dump() for message in body.messages]
-        answer = Answer(True, facts.model, [Choice(0, tokenizer, True, body.logprobs)], body.with_usage)
+        messages = [message.for_template() for message in body.messages]
+        answer = Answer(True, facts.model, [Choice(0, tokenizer, True, bool(body.logprobs))], body.with_usage)
         wanted = Wanted(
             answer.id,
             partial(tokenizer.encode_chat, messages),
@@ -70,7 +80,7 @@ def make_router(worker: Worker) -> APIRouter:
             prompt_facts(json_of(messages)),
             field="messages",
         )
-        return await _answer(worker, request, body.stream, answer, [wanted])
+        return await _answer(worker, request, bool(body.stream), answer, [wanted])
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
