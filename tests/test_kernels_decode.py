@@ -211,7 +211,7 @@ def test_nothing_is_allocated_after_the_warm_up(place: str, tiny_model: Any) -> 
     started = model.ops.memory.accounted()["workspace"]
     decoding = Decoding(model, max_batch=3)
     sizes = {"max_batch": 3, "n_positions": decoding.fused.n_positions, "block_size": decoding.cache.block_size}
-    taken = DecodeStep.bytes_for(model.ops, model.config, **sizes)
+    taken = DecodeStep.bytes_for(place, model.config, **sizes)
     if place == "host":  # of a GPU, what the prompts' passes keep is accounted for as well
         assert model.ops.memory.accounted()["workspace"] == started + taken
     decoding.fused.warm_up(lambda done, total: progress.append((done, total)))

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+import refengine
 from refengine import device
 from refengine.errors import RequestError
 from refengine.model import PACKAGED_MODEL
 from refengine.worker import startup
 from refengine.worker.log import Log
 from refengine.worker.options import WorkerOptions
+from refengine.worker.room import Room
 from tests.cli_runner import ENVIRONMENT, ROOT, cli, write_no_vocab
 from tests.worker_server import HAIKU, Server, command, free_port, parsed, serving, until
 
@@ -150,15 +152,6 @@ def test_port_that_is_taken() -> None:
     assert f"127.0.0.1 port {port}: " in error["message"]
 
 
-def test_cache_with_no_room_for_a_block(tmp_path: Path) -> None:
-    options = WorkerOptions(UUID, PACKAGED_MODEL, "cpu", 8080, kv_cache_size_mb=1)
-    config = SimpleNamespace(n_layer=80, n_head_kv=64, head_dim=128)
-    model: Any = SimpleNamespace(config=config, ops=SimpleNamespace(numerics=SimpleNamespace(kv_dtype="f2")))
-    with pytest.raises(startup.StartFailed, match="room for 0 tokens") as caught:
-        startup.Startup(options, Log(UUID, "m", "cpu"))._cache_tokens(model)
-    assert caught.value.code == "INSUFFICIENT_VRAM"
-
-
 def test_too_little_memory_is_found_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU with a megabyte free: the error has the bytes, the device and the file; the model is not loaded."""
     runtime = SimpleNamespace(memGetInfo=lambda: (1_000_000, 2_000_000))
@@ -184,9 +177,10 @@ def test_switches_reach_the_engine() -> None:
     numbers = ["--max-step-tokens", "64", "--copy-chunk-kb", "64"]
     for given, on in ((basic, True), ([*basic, *switches, *numbers], False)):
         options = options_of(build_parser().parse_args(["serve", *given]))
-        model = SimpleNamespace(device=SimpleNamespace(name="cpu"))
-        engine = startup.Startup(options, Log(UUID, "m", "cpu"))._engine_options(model)  # type: ignore[arg-type]
+        room = Room(refengine.load().config, options, "cpu")
+        engine = startup.Startup(options, Log(UUID, "m", "cpu"))._engine_options(room, 3)
         assert (engine.batching, engine.prefix_cache, engine.graphs) == (on, on, on)
+        assert engine.cache_tokens == 3 * 64
         assert engine.max_step_tokens == (128 if on else 64)
         assert options.attention == ("flash" if on else "reference")
         assert options.copy_chunk_kb == (1024 if on else 64)

@@ -15,6 +15,7 @@ from refengine.config import ModelConfig
 from refengine.cuda.decode_models import BY_ARCHITECTURE, Trace, freq_factors, no_trace
 from refengine.cuda.decode_state import DecodeRow, DecodeState
 from refengine.cuda.fused import FusedOps
+from refengine.cuda.kernels import Kernels
 from refengine.cuda.layout import TILE_ROWS
 from refengine.cuda.memory import Layout
 from refengine.cuda.ops import HEAD_DIMS, TILE, KernelOps
@@ -71,10 +72,13 @@ class DecodeStep:
         )
 
     @staticmethod
-    def bytes_for(ops: KernelOps, cfg: ModelConfig, *, max_batch: int, n_positions: int, block_size: int) -> int:
-        """Device memory that a step takes; n_positions: the smaller of the context and what the whole cache holds."""
+    def bytes_for(place: str, cfg: ModelConfig, *, max_batch: int, n_positions: int, block_size: int) -> int:
+        """Device memory that a step takes; n_positions: the smaller of the context and what the whole cache holds.
+
+        place: `cuda` or `host`; no device is asked.
+        """
         of_sampling = Layout()
-        StepSampler(ops.kernels, cfg.n_vocab, n_positions + 1).want(of_sampling, max_batch)
+        StepSampler(Kernels(place), cfg.n_vocab, n_positions + 1).want(of_sampling, max_batch)
         return layout_for(cfg, max_batch, n_positions, block_size).n_bytes + of_sampling.n_bytes
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:

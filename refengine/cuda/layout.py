@@ -49,6 +49,15 @@ _SCALE_BYTES = {
     **dict.fromkeys((Type.Q4_1, Type.Q5_1), 32),
     Type.MXFP4: 8,
 }
+# Bytes for each weight that are there at once while `pack` works, at least, beside the stored ones.
+PACKING_BYTES = {
+    **dict.fromkeys((Type.Q4_0, Type.Q4_1, Type.Q4_K), 5),
+    **dict.fromkeys((Type.Q5_0, Type.Q5_1, Type.Q5_K), 9),
+    Type.Q6_K: 13,
+    Type.Q8_0: 1,
+    Type.MXFP4: 3,
+    Type.F16: 2,
+}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ def aligned(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
+def settled(n_bytes: int) -> int:
+    """What a pool that has taken so much keeps for later passes."""
+    return n_bytes * 5 // 4
+
+
 class Arena:
     """`n_bytes` of device memory, handed out once, from the start, at multiples of 256."""
 
@@ -114,7 +119,7 @@ class DeviceMemory:
     def settle(self) -> None:
         """Make one chunk of the pool's, a quarter larger: later passes like those before need no other, ever."""
         if self._pool is not None:
-            n_bytes = int(self._pool.total_bytes()) * 5 // 4
+            n_bytes = settled(int(self._pool.total_bytes()))
             self._pool.free_all_blocks()
             self._pool.malloc(n_bytes)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -240,8 +241,7 @@ class KernelOps:
 
     def kv_arrays(self, n: int, shape: tuple[int, ...]) -> list[PagedRows]:
         """Parts of a KV cache, all in one arena. Raises DeviceError where they do not fit."""
-        values, exponents = 2 * int(np.prod(shape)), int(np.prod(shape[:-1]))
-        arena = self.memory.arena("kv", n * (aligned(values) + aligned(exponents)))
+        arena = self.memory.arena("kv", kv_bytes(n, shape))
         return [PagedRows(arena.take(shape, np.float16), arena.take(shape[:-1], np.uint8), arena) for _ in range(n)]
 
     def kv_append(self, cache: PagedRows, new: Array, slots: np.ndarray) -> None:
@@ -395,6 +395,11 @@ class KernelOps:
 
     def _rows(self, x: Array) -> Array:
         return self.xp.ascontiguousarray(x, dtype=self.xp.float32)
+
+
+def kv_bytes(n: int, shape: tuple[int, ...]) -> int:
+    """What `kv_arrays` takes."""
+    return n * (aligned(2 * prod(shape)) + aligned(prod(shape[:-1])))
 
 
 WIDE = ("q8_0", "q4_k", "mxfp4")  # types of which 20 warps fit a multiprocessor; of the others, 16 do

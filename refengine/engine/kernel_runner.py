@@ -90,13 +90,15 @@ class KernelRunner:
         return results
 
 
-def step_bytes(model: Any, max_batch: int) -> int:
-    """Device memory that the fused step takes beside weights and cache; 0 where there is none."""
-    if not DecodeStep.supports(model.config) or model.ops.attention_by != "flash":
+def step_bytes(config: Any, place: str, attention_by: str, max_batch: int, n_positions: int) -> int:
+    """Device memory that the fused step takes beside weights and cache; 0 where there is none.
+
+    n_positions: the smaller of the context and what the cache holds.
+    """
+    if not DecodeStep.supports(config) or attention_by != "flash":
         return 0
-    return DecodeStep.bytes_for(
-        model.ops, model.config, max_batch=max_batch, n_positions=model.n_ctx, block_size=BLOCK_SIZE
-    )
+    sizes = {"max_batch": max_batch, "n_positions": n_positions, "block_size": BLOCK_SIZE}
+    return DecodeStep.bytes_for(place, config, **sizes)
 
 
 def checked_token(drawn: Any) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from refengine.config import ModelConfig
@@ -19,23 +18,19 @@ from refengine.cuda import weight_bytes
 from refengine.cuda.compile import compile_files, missing
 from refengine.cuda.loader import architecture
 from refengine.device import Device, open_device
-from refengine.engine.engine import DEFAULT_CACHE_TOKENS, Engine, EngineOptions
-from refengine.engine.kernel_runner import step_bytes
+from refengine.engine.engine import Engine, EngineOptions
 from refengine.errors import DeviceError, RefengineError, RequestError
 from refengine.gguf_file import GGUFFile
 from refengine.hub import fetch
 from refengine.hub_names import parse
-from refengine.kv_cache import BLOCK_SIZE, KVCache
+from refengine.kv_cache import BLOCK_SIZE
 from refengine.model import Model, load
 from refengine.worker.engine_thread import Started
 from refengine.worker.facts import ModelFacts, State, check_residency
 from refengine.worker.log import Log
 from refengine.worker.metrics import EngineHook, Metrics
 from refengine.worker.options import WorkerOptions
-
-GPU_KV_ITEM_BYTES = 2  # the kernels keep float16
-STEP_TOKENS = {"cpu": 128}  # a step of 512 there takes 0.1 s for a small model, and a prompt in smaller ones no longer
-WORKSPACE_SHARE = 0.1  # of what weights and the decode step leave: for the arrays of prompts
+from refengine.worker.room import Room, packing
 
 
 class StartFailed(Exception):
@@ -59,13 +54,16 @@ class Startup:
         facts = ModelFacts.of(model)
         state = State(facts)
         self.metrics = Metrics(state)
+        room, free = Room(model.config, self._options, device.name), _free_bytes(device)
+        n_blocks = _blocks(room, free)
         try:
-            engine = Engine(model, self._engine_options(model), EngineHook(self.metrics))
+            engine = Engine(model, self._engine_options(room, n_blocks), EngineHook(self.metrics))
             engine.warm_up()
         except DeviceError as e:
             raise _failed_on_device(e, "no room for the KV cache: ") from None
         except MemoryError as e:
-            raise StartFailed("INSUFFICIENT_VRAM", f"no room for the KV cache: {e}") from None
+            message = f"no room for a KV cache of {n_blocks} blocks and what steps take: {e}"
+            raise StartFailed("INSUFFICIENT_VRAM", message, room.needed(n_blocks), free) from None
         try:
             check_residency(model)
         except DeviceError as e:
@@ -80,12 +78,15 @@ class Startup:
 
     def _load(self, device: Device) -> Model:
         path = self._options.model
+        n_bytes: int | None = None
+        free = None
         self._log("model_load_start")
         start = time.perf_counter()
         try:
             path = self._fetched(path)
+            free = _free_bytes(device)
             with GGUFFile(path) as gguf:
-                self._check_room(device, gguf)
+                n_bytes = self._needed(device, gguf, free)
             self._compile(device)
             with _bar(self._log.for_people) as bar:
                 model = load(
@@ -99,7 +100,7 @@ class Startup:
         except DeviceError as e:
             raise _failed_on_device(e) from None
         except MemoryError as e:
-            raise StartFailed("INSUFFICIENT_VRAM", f"no room for the weights: {e}") from None
+            raise StartFailed("INSUFFICIENT_VRAM", f"no room for the weights: {e}", n_bytes, free) from None
         except OSError as e:
             raise StartFailed("MODEL_LOAD_FAILED", f"{path} cannot be read: {e.strerror or e}") from None
         except RefengineError as e:
@@ -147,55 +148,37 @@ class Startup:
             seconds = round(time.perf_counter() - start, 3)
             self._log("model_load_progress", phase="kernels", percent=100, seconds=seconds)
 
-    def _check_room(self, device: Device, gguf: GGUFFile) -> None:
-        """Before anything large is allocated: weights, and a cache for at least one sequence (W-1020)."""
-        if not device.name.startswith("cuda"):
-            return
-        weights = weight_bytes(gguf.tensors.values())
-        config = ModelConfig.from_gguf(gguf)
-        if self._options.kv_cache_size_mb is None:
-            kv = min(config.n_ctx_train, DEFAULT_CACHE_TOKENS) * token_bytes(config, GPU_KV_ITEM_BYTES)
-        else:
-            kv = self._options.kv_cache_size_mb << 20
-        available = int(device.xp.cuda.runtime.memGetInfo()[0])
-        if weights + kv > available:
+    def _needed(self, device: Device, gguf: GGUFFile, free: int | None) -> int:
+        """Bytes that the start needs at least. Raises StartFailed where they are not free (W-1020)."""
+        room = Room(ModelConfig.from_gguf(gguf), self._options, device.name)
+        _check_asked(room)
+        tensors = gguf.tensors.values()
+        if device.name == "cpu":
+            return sum(info.n_bytes for info in tensors) + room.needed(room.least_blocks)
+        weights, beside = weight_bytes(tensors), room.needed(room.least_blocks)
+        needed = weights + max(beside, packing(tensors))
+        if free is not None and needed > free:
             raise StartFailed(
                 "INSUFFICIENT_VRAM",
-                f"{gguf.path} on {device.name}: weights of {weights} bytes and a KV cache of {kv} do not fit into "
-                f"{available} bytes: take a smaller model, a smaller --kv-cache-size-mb or another device",
-                weights + kv,
-                available,
+                f"{gguf.path} on {device.name}: weights of {weights} bytes and {needed - weights} more for a KV cache "
+                f"of {room.least_blocks} blocks and what steps take do not fit into {free} bytes: take a smaller "
+                "model, a smaller --kv-cache-size-mb, --max-batch or --max-step-tokens, or another device",
+                needed,
+                free,
             )
+        return needed
 
-    def _engine_options(self, model: Model) -> EngineOptions:
+    def _engine_options(self, room: Room, n_blocks: int) -> EngineOptions:
         options = self._options
         return EngineOptions(
             max_batch=options.max_batch,
-            max_step_tokens=options.max_step_tokens or STEP_TOKENS.get(model.device.name, 512),
-            cache_tokens=self._cache_tokens(model),
+            max_step_tokens=room.step_tokens,
+            cache_tokens=n_blocks * BLOCK_SIZE,
             prefix_cache=options.prefix_cache,
             batching=options.batching,
             on_shortage=options.on_shortage,
             graphs=options.graphs,
         )
-
-    def _cache_tokens(self, model: Model) -> int | None:
-        """Positions of the KV cache; None leaves it to the engine, on the CPU."""
-        if self._options.kv_cache_size_mb is not None:
-            item_bytes = np.dtype(model.ops.numerics.kv_dtype).itemsize
-            n_tokens = (self._options.kv_cache_size_mb << 20) // token_bytes(model.config, item_bytes)
-        elif model.device.name.startswith("cuda"):
-            free = int(model.device.xp.cuda.runtime.memGetInfo()[0]) - step_bytes(model, self._options.max_batch)
-            wanted = self._options.max_batch * KVCache.blocks_for(model.n_ctx) * BLOCK_SIZE
-            room = int(free * (1 - WORKSPACE_SHARE)) // token_bytes(model.config, GPU_KV_ITEM_BYTES)
-            n_tokens = min(wanted, room)
-        else:
-            return None
-        if n_tokens < BLOCK_SIZE:
-            raise StartFailed(
-                "INSUFFICIENT_VRAM", f"the KV cache would have room for {n_tokens} tokens; a block takes {BLOCK_SIZE}"
-            )
-        return n_tokens // BLOCK_SIZE * BLOCK_SIZE
 
     def _progress(self, bar: Any) -> Callable[[int, int], None]:
         """Logs the quarters, and moves a bar on a terminal."""
@@ -227,9 +210,31 @@ def _failed_on_device(error: DeviceError, where_short: str = "") -> StartFailed:
     return StartFailed("INSUFFICIENT_VRAM", f"{where_short}{error}", error.required, error.available)
 
 
-def token_bytes(config: ModelConfig, item_bytes: int) -> int:
-    """Bytes of the KV cache for one position, in all layers."""
-    return 2 * config.n_layer * config.n_head_kv * config.head_dim * item_bytes
+def _free_bytes(device: Device) -> int | None:
+    """Of a GPU; None elsewhere, where nobody knows."""
+    return int(device.xp.cuda.runtime.memGetInfo()[0]) if device.name.startswith("cuda") else None
+
+
+def _check_asked(room: Room) -> None:
+    """Raises StartFailed for a cache of less than one block."""
+    if not room.least_blocks:
+        given = room.options.kv_cache_size_mb or 0
+        message = f"--kv-cache-size-mb: given {given}, and a block of {BLOCK_SIZE} tokens takes {room.kv(1)} bytes"
+        raise StartFailed("INSUFFICIENT_VRAM", message, room.kv(1), given << 20)
+
+
+def _blocks(room: Room, free: int | None) -> int:
+    """Of the KV cache, once the weights are loaded. Raises StartFailed where it has no room."""
+    n_blocks = room.blocks(free)
+    if not n_blocks:
+        least = room.least_blocks
+        raise StartFailed(
+            "INSUFFICIENT_VRAM",
+            f"no room for a KV cache of {least} blocks and what steps take: the weights leave {free} bytes",
+            room.needed(least),
+            free,
+        )
+    return n_blocks
 
 
 def _bar(shown: bool) -> Any:
