@@ -253,9 +253,10 @@ class Fuzz:
         """Most answers short; what was made otherwise stays as it is."""
         if not isinstance(body, dict) or not {"prompt", "messages"} & set(body) or self._random.random() < 0.05:
             return body
-        given = body.get("max_tokens")
+        name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+        given = body.get(name)
         if given is None or (isinstance(given, int) and not isinstance(given, bool) and given > FEW_TOKENS):
-            return {**body, "max_tokens": FEW_TOKENS} if given is None or given <= 2048 else body
+            return {**body, name: FEW_TOKENS} if given is None or given <= 2048 else body
         return body
 
     def _known(self, path: str) -> None:
