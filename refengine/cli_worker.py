@@ -11,7 +11,8 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Numbers stay text here: `commands_serve` checks them, and says what is allowed."""
     parser.epilog = """routes: POST /execute (answers with server-sent events), POST /cancel, POST /shutdown,
 GET /health, GET /metrics (Prometheus); for OpenAI's clients POST /v1/completions and /v1/chat/completions,
-GET /v1/models, /v1/models/NAME; POST /tokenize and /detokenize, GET /tokenizer_info; GET / (a page), /docs, /openapi.json.
+GET /v1/models, /v1/models/NAME; POST /tokenize and /detokenize, GET /tokenizer_info; GET / (a page), /docs,
+/openapi.json.
 SIGTERM and SIGINT end the worker as /shutdown does.
 
   curl -N http://127.0.0.1:8080/execute -d '{"job_id": "1", "prompt": "Write a haiku about GPU computing"}'

@@ -129,7 +129,11 @@ def test_a_shutdown_tells_those_whose_prompts_are_tokenized(slow: Server) -> Non
         tried = [pool.submit(post, slow, "/execute", job_id=f"{i}", prompt="slow") for i in range(3)]
         until(lambda: slow.metric("worker_requests_total") == 0 and len(tried) == 3)
         time.sleep(0.5)
-        slow.process.terminate()
+        assert post(slow, "/shutdown")[0].status_code == 202
+        for path, body in (("/tokenize", {"content": "a"}), ("/detokenize", {"tokens": [1]}), ("/execute", SHORT)):
+            response, seconds = post(slow, path, **body)
+            assert (response.status_code, response.json()["code"]) == (503, "SHUTTING_DOWN")
+            assert seconds < WITHIN_S
         for one in tried:
             response, _ = one.result()
             assert (response.status_code, response.json()["code"]) == (499, "CANCELLED")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from refengine.worker.stream import EventStream, events_of, json_of, taken, watc
 from refengine.worker.worker import Worker
 
 R = TypeVar("R", bound=Common)
+T = TypeVar("T")
 
 
 def make_router(worker: Worker) -> APIRouter:
@@ -85,14 +86,17 @@ def make_router(worker: Worker) -> APIRouter:
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
         """Token ids of a text."""
+        worker.check_open()
         text, keywords = (await parsed(worker, request, TokenizeRequest)).arguments()
-        tokens = await worker.aside(partial(tokenizer.encode, text, **keywords))
+        tokens = await aside(partial(tokenizer.encode, text, **keywords), "content")
         return {"tokens": tokens, "count": len(tokens), "max_model_len": facts.context_length}
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, Any]:
         """The text of token ids; under the two names that clients know."""
-        text = await text_of((await parsed(worker, request, DetokenizeRequest)).tokens, "tokens")
+        worker.check_open()
+        body = await parsed(worker, request, DetokenizeRequest)
+        text = await aside(partial(tokenizer.decode, body.tokens), "tokens")
         return {"content": text, "prompt": text}
 
     @router.get("/tokenizer_info")
@@ -106,11 +110,12 @@ def make_router(worker: Worker) -> APIRouter:
         choice.prompt_ids = ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return ids
 
-    async def text_of(prompt: str | list[int], field: str = "prompt") -> str:
-        if isinstance(prompt, str):
-            return prompt
+    async def text_of(prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else await aside(partial(tokenizer.decode, prompt), "prompt")
+
+    async def aside(work: Callable[[], T], field: str) -> T:
         try:
-            return await worker.aside(partial(tokenizer.decode, prompt))
+            return await worker.aside(work)
         except RefengineError as e:
             raise Fault("INVALID_REQUEST", f"{field}: {e}", field) from None
 
