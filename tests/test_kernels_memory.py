@@ -112,6 +112,7 @@ def test_on_a_gpu_what_does_not_fit_is_refused_first_and_what_is_there_is_device
     model.ops.memory.check_residency()
     model.forward(list(range(60)))
     model.ops.memory.settle()  # after that nothing more is allocated
+    model.ops.memory.check_residency()
     steady = model.ops.memory.accounted()
     for n in (60, 1, 33, 60, 7, 60):
         model.forward(list(range(n)))

@@ -1,7 +1,7 @@
 """Device memory by purpose, to the byte: one arena each for weights and KV cache, a pool for what a forward pass needs.
 
-Arenas are plain `cudaMalloc` (no managed memory, no host pages): `check_residency` asks the driver. On the CPU the same
-classes take NumPy memory, so that a host build is laid out as a GPU is.
+All of it is plain `cudaMalloc` (no managed memory, no host pages): `check_residency` asks the driver. On the CPU the
+same classes take NumPy memory, so that a host build is laid out as a GPU is.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class DeviceMemory:
         self._xp = xp
         self._arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
         self._weights: list[Arena] = []  # as long as the model; a cache's arena lives as long as the cache
-        # Chunks that the pool lacks come from cudaMalloc; what a pass gives back is kept for the next.
-        self._pool = None if xp is np else xp.cuda.MemoryPool(lambda n: xp.cuda.MemoryPointer(xp.cuda.Memory(n), 0))
+        self._chunks: weakref.WeakSet[Any] = weakref.WeakSet()  # that the pool has of the device
+        self._pool = None if xp is np else _pool(xp, self._chunks)
 
     def arena(self, purpose: str, n_bytes: int) -> Arena:
         """Raises DeviceError, naming both, where the device has less free than is asked for (W-1020)."""
@@ -132,12 +132,31 @@ class DeviceMemory:
         return found
 
     def check_residency(self) -> None:
-        """That every arena is device memory and nothing else (W-1012). Raises DeviceError."""
+        """That arenas and chunks are device memory and nothing else (W-1012). Raises DeviceError, naming the buffer."""
         if self._xp is np:
             return
-        for arena in self._arenas:
-            attributes = self._xp.cuda.runtime.pointerGetAttributes(arena.pointer)
+        buffers = [(f"{arena.purpose} arena", arena.pointer) for arena in self._arenas]
+        buffers += [("workspace chunk", int(chunk.ptr)) for chunk in self._chunks]
+        for what, pointer in buffers:
+            try:
+                attributes = self._xp.cuda.runtime.pointerGetAttributes(pointer)
+            except Exception as e:
+                kind = type(e).__name__
+                raise DeviceError(f"{what} at {pointer:#x}: the driver does not say what it is ({kind})") from None
             if attributes.type != 2 or attributes.hostPointer:  # cudaMemoryTypeDevice
-                raise DeviceError(
-                    f"{arena.purpose} arena at {arena.pointer:#x} is no plain device memory: {attributes}"
-                )
+                raise DeviceError(f"{what} at {pointer:#x} is no plain device memory: {attributes}")
+
+
+def _pool(xp: Any, chunks: weakref.WeakSet[Any]) -> Any:
+    """A pool that gets chunks it lacks from cudaMalloc, and keeps what a pass gives back for the next. chunks: those
+    that it has."""
+
+    class Chunk(xp.cuda.Memory):
+        __slots__ = ("__weakref__",)
+
+    def allocate(n_bytes: int) -> Any:
+        chunk = Chunk(n_bytes)
+        chunks.add(chunk)
+        return xp.cuda.MemoryPointer(chunk, 0)
+
+    return xp.cuda.MemoryPool(allocate)
