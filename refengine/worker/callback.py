@@ -6,6 +6,7 @@ import json
 import threading
 import time
 import urllib.request
+from http.client import HTTPException
 from typing import Any
 
 from refengine.worker.log import Log
@@ -26,14 +27,21 @@ def _announce(url: str, body: bytes, log: Log) -> None:
         try:
             _post(url, body)
             return
-        except (OSError, ValueError) as e:  # urllib's errors and timeouts are OSErrors
+        except (OSError, ValueError, HTTPException) as e:  # urllib's errors and timeouts are OSErrors
             message = f"ready callback failed: {type(e).__name__}, attempt {attempt} of {len(PAUSES_S) + 1}"
-            log("error", "WARNING", code="INTERNAL", message=message)
+            log("error", "WARNING", code="INTERNAL", message=message, status=getattr(e, "code", None))
         if pause is not None:
             time.sleep(pause)
 
 
+class _Direct(urllib.request.HTTPRedirectHandler):
+    """Where a redirect leads, a POST would come as a GET without its body: it is an error, as all but 2xx."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
 def _post(url: str, body: bytes) -> None:
+    """Done when a status of 2xx has come. Raises OSError, ValueError or HTTPException."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-        answer.read(1024)
+    urllib.request.build_opener(_Direct).open(request, timeout=TIMEOUT_S).close()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
+import socket
 import uuid
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -102,11 +105,13 @@ class WorkerOptions:
             return None
         return frozenset(name.lower() for name in (*LOOPBACK_NAMES, self.host, *self.allowed_hosts))
 
-    @property
+    @cached_property
     def url(self) -> str:
-        """Where others reach this worker."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        """Where others reach this worker. One that listens on all addresses is at a name that it answers to."""
+        host = self.host
+        if _is_unspecified(host):
+            host = self.allowed_hosts[0] if self.allowed_hosts else _own_address(host, self.callback_url)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 def device_of(device: str | None, gpu_device: str | None) -> str:
@@ -143,6 +148,26 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def _is_unspecified(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _own_address(listening: str, callback_url: str | None) -> str:
+    """This machine's on the way to the callback's address, or to the world; else its name. Nothing is sent or asked."""
+    families = {6: socket.AF_INET6, 4: socket.AF_INET} if ":" in listening else {4: socket.AF_INET}
+    called = [] if callback_url is None else [str(urlsplit(callback_url).hostname)]
+    for target in (*called, "2001:db8::1", "192.0.2.1"):  # the last two are nobody's
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no route, a name, a family that is not listened to
+            family = families[ipaddress.ip_address(target).version]
+            with socket.socket(family, socket.SOCK_DGRAM) as unconnected:
+                unconnected.connect((target, 9))
+                return str(unconnected.getsockname()[0])
+    return socket.gethostname()
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
