@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import logging
 import os
 import resource
 import signal
@@ -31,6 +30,7 @@ from refengine.worker.options import WorkerOptions
 from refengine.worker.routes_openai import make_router
 from refengine.worker.routes_page import make_page_router
 from refengine.worker.startup import StartFailed, Startup, failure_of
+from refengine.worker.stray import catch_strays
 from refengine.worker.worker import Worker
 
 LAST_BYTES_S = 1  # for clients to read their last event
@@ -42,7 +42,7 @@ BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  #
 def serve(options: WorkerOptions) -> int:
     """Run a worker until it is told to stop; the exit code."""
     log = Log(options.worker_id, str(options.model), options.device)
-    _route_uvicorn_to(log)
+    catch_strays(log)
     sys.setswitchinterval(SWITCH_S)
     _leave_a_core()
     return asyncio.run(_live(options, log))
@@ -211,21 +211,3 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.listening.set()
-
-
-class _ToLog(logging.Handler):
-    """What uvicorn says goes into the one log: warnings and worse, their words only."""
-
-    def __init__(self, log: Log) -> None:
-        super().__init__(logging.WARNING)
-        self._log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        kind = record.exc_info[0] if record.exc_info else None
-        self._log("error", record.levelname, source=record.name, message=str(record.msg), kind=kind and kind.__name__)
-
-
-def _route_uvicorn_to(log: Log) -> None:
-    for name in ("uvicorn", "uvicorn.error", "asyncio"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [_ToLog(log)], False
