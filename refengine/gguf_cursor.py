@@ -1,21 +1,24 @@
-"""Checked reading from a memory-mapped GGUF file: every length is compared with what is left before it is used.
+"""Checked reading from a GGUF file: every length is compared with what is left before it is used.
 
-Does: opening and mapping, integers, strings and names at a position, the form of an error about a malformed file.
+Does: opening, mapping and reading, integers, strings and names at a position, the form of an error about a malformed
+file.
 Does not know: what the fields of a GGUF file are (`gguf_parse.py`).
 """
 
+import contextlib
 import mmap
 import os
 import stat
 import struct
+import weakref
 from pathlib import Path
 
 from refengine.errors import GGUFError
 
 MAX_STRING_BYTES = 1 << 24  # the largest real string is a chat template
 INT64_MAX = (1 << 63) - 1
+WINDOW_BYTES = 1 << 20  # read at a time
 
-_U32 = struct.Struct("<I").unpack_from
 _U64 = struct.Struct("<Q").unpack_from
 
 
@@ -29,59 +32,102 @@ def quoted(text: str) -> str:
     return repr(text) if len(text) <= 80 else f"{text[:77]!r}..."
 
 
-def map_file(path: Path) -> tuple[mmap.mmap, int]:
-    """The read-only mapping of a regular file, and its size in bytes. Raises GGUFError where there is none to map."""
-    # O_NONBLOCK: opening a named pipe that nobody writes to must not hang; it has no effect on a regular file.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except (OSError, ValueError) as error:
-        if path.is_dir():  # where directories cannot be opened at all
-            raise GGUFError(f"{path}: is a directory; expected a GGUF file") from error
-        raise GGUFError(f"{path}: cannot open: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise GGUFError(f"{path}: is a directory; expected a GGUF file")
-        if not stat.S_ISREG(status.st_mode):
-            raise GGUFError(f"{path}: is not a regular file; expected a GGUF file")
-        if status.st_size == 0:
-            raise malformed(path, 0, "the file is empty; expected the magic 'GGUF'")
+class OpenFile:
+    """A regular file, read-only: mapped, and read without the mapping where it may shrink meanwhile.
+
+    To read a page of the mapping that the file has no more kills the process (SIGBUS); `read_into` raises.
+    """
+
+    size: int  # bytes, when it was opened
+    map: mmap.mmap
+
+    def __init__(self, path: Path) -> None:
+        """Raises GGUFError where there is no file to map."""
+        self.path = path
+        # O_NONBLOCK: opening a named pipe that nobody writes to must not hang; it has no effect on a regular file.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         try:
-            return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ), status.st_size
+            self._descriptor = os.open(path, flags)
+        except (OSError, ValueError) as error:
+            if path.is_dir():  # where directories cannot be opened at all
+                raise GGUFError(f"{path}: is a directory; expected a GGUF file") from error
+            raise GGUFError(f"{path}: cannot open: {getattr(error, 'strerror', None) or error}") from error
+        self._finalizer = weakref.finalize(self, os.close, self._descriptor)
+        try:
+            self.size, self.map = self._mapped()
+        except GGUFError:
+            self._finalizer()
+            raise
+
+    def _mapped(self) -> tuple[int, mmap.mmap]:
+        status = os.fstat(self._descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise GGUFError(f"{self.path}: is a directory; expected a GGUF file")
+        if not stat.S_ISREG(status.st_mode):
+            raise GGUFError(f"{self.path}: is not a regular file; expected a GGUF file")
+        if status.st_size == 0:
+            raise malformed(self.path, 0, "the file is empty; expected the magic 'GGUF'")
+        try:
+            return status.st_size, mmap.mmap(self._descriptor, status.st_size, access=mmap.ACCESS_READ)
         except (OSError, ValueError, OverflowError) as error:
-            raise GGUFError(f"{path}: cannot map {status.st_size} bytes into memory: {error}") from error
-    finally:
-        os.close(descriptor)
+            raise GGUFError(f"{self.path}: cannot map {status.st_size} bytes into memory: {error}") from error
+
+    def read_into(self, target: memoryview, offset: int, what: str) -> None:
+        """Fill `target`, of bytes, from `offset` on.
+
+        Raises GGUFError where the file has become shorter or cannot be read, ValueError where it is closed.
+        """
+        if not self._finalizer.alive:
+            raise ValueError(f"{self.path}: the file is closed")
+        done = 0
+        while done < len(target):
+            try:
+                n_bytes = os.preadv(self._descriptor, [target[done:]], offset + done)
+            except OSError as error:
+                raise malformed(self.path, offset + done, f"cannot read {what}: {error.strerror or error}") from error
+            if n_bytes == 0:
+                message = f"the file has shrunk while it was read: {what} has {done} bytes, expected {len(target)}"
+                raise malformed(self.path, offset, message)
+            done += n_bytes
+
+    def close(self) -> None:
+        """Unmap, or, while arrays still look into the mapping, leave that to the last of them."""
+        self._finalizer()
+        with contextlib.suppress(BufferError):
+            self.map.close()
 
 
 class Cursor:
-    """A position in the mapping; every read checks that the file goes on so far."""
+    """A position in the file, which only goes forward; every read checks that the file goes on so far."""
 
-    def __init__(self, path: Path, file_map: mmap.mmap, size: int) -> None:
-        self.path = path
-        self.map = file_map
-        self.size = size
+    def __init__(self, file: OpenFile) -> None:
+        self.path, self.size = file.path, file.size
         self.pos = 0
+        self._file = file
+        self._window, self._window_start = b"", 0  # what was read of the file, and where it lies
 
     def error(self, offset: int, message: str) -> GGUFError:
         return malformed(self.path, offset, message)
 
-    def advance(self, n_bytes: int, what: str) -> int:
-        """Step over `n_bytes`, and return where they begin."""
+    def read(self, n_bytes: int, what: str) -> bytes:
+        """Step over `n_bytes`, and return them."""
         start = self.pos
         if n_bytes > self.size - start:
             raise self.error(
                 start, f"the file ends inside {what}: {n_bytes} bytes needed, {self.size - start} are left"
             )
+        if start + n_bytes > self._window_start + len(self._window):
+            window = bytearray(min(max(n_bytes, WINDOW_BYTES), self.size - start))
+            self._file.read_into(memoryview(window), start, "the metadata")
+            self._window, self._window_start = bytes(window), start
         self.pos = start + n_bytes
-        return start
+        return self._window[start - self._window_start : self.pos - self._window_start]
 
     def u32(self, what: str) -> int:
-        return int(_U32(self.map, self.advance(4, what))[0])
+        return int.from_bytes(self.read(4, what), "little")
 
     def u64(self, what: str) -> int:
-        return int(_U64(self.map, self.advance(8, what))[0])
+        return int.from_bytes(self.read(8, what), "little")
 
     def count(self, what: str, limit: int, min_bytes: int) -> int:
         """A number of items, at most `limit`, each of which takes at least `min_bytes` of what is left."""
@@ -102,32 +148,37 @@ class Cursor:
         n_bytes = self.u64(f"the length of {what}")
         if n_bytes > limit:
             raise self.error(start, f"the length of {what} is {signed(n_bytes)} bytes; expected at most {limit}")
-        text_start = self.advance(n_bytes, what)
+        text = self.read(n_bytes, what)
         try:
-            return self.map[text_start : self.pos].decode()
+            return text.decode()
         except UnicodeDecodeError as error:
-            raise self.error(text_start + error.start, f"{what} is not valid UTF-8: {error.reason}") from None
+            raise self.error(start + 8 + error.start, f"{what} is not valid UTF-8: {error.reason}") from None
 
     def strings(self, n: int, what: str) -> list[str]:
-        """`n` strings, walked once; the vocabularies are the bulk of a file's metadata."""
-        file_map, size, pos = self.map, self.size, self.pos
+        """`n` strings; the vocabularies are the bulk of a file's metadata."""
         texts: list[str] = []
-        add = texts.append
+        while len(texts) < n:
+            self._strings_in_window(texts, n)
+            if len(texts) < n:  # the next goes on behind the window, or something is wrong with it
+                texts.append(self.string(f"element {len(texts)} of {what}"))
+        return texts
+
+    def _strings_in_window(self, texts: list[str], n: int) -> None:
+        """Add those that follow, up to `n` in all, as far as they lie there whole and well-formed."""
+        window, pos = self._window, self.pos - self._window_start
+        size, add = len(window), texts.append
         try:
-            for _ in range(n):
+            for _ in range(n - len(texts)):
                 start = pos + 8
-                n_bytes = _U64(file_map, pos)[0]
+                n_bytes = _U64(window, pos)[0]
                 end = start + n_bytes
                 if end > size or n_bytes > MAX_STRING_BYTES:
                     break
-                add(file_map[start:end].decode())
+                add(window[start:end].decode())
                 pos = end
         except (UnicodeDecodeError, struct.error):
-            pass  # the checked reader below meets the same string again and says what is wrong with it
-        self.pos = pos
-        while len(texts) < n:
-            texts.append(self.string(f"element {len(texts)} of {what}"))
-        return texts
+            pass
+        self.pos = self._window_start + pos
 
     def name(self, what: str, limit: int) -> str:
         """A key or a tensor name: not empty, no NUL (C code would cut it there)."""

@@ -4,8 +4,9 @@ Does: open, memory-map, check (`gguf_parse.py`, `gguf_split.py`), typed access t
 Does not know: arrays on a device, architectures, quantisation arithmetic.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
-from mmap import MADV_DONTNEED, PAGESIZE
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
@@ -14,11 +15,11 @@ import numpy as np
 from gguf import GGUFValueType
 
 from refengine.errors import GGUFError
-from refengine.gguf_cursor import malformed, quoted
+from refengine.gguf_cursor import OpenFile, malformed, quoted
 from refengine.gguf_parse import INTEGER_TYPES, METADATA_START, MetadataEntry, Shard, TensorInfo
 from refengine.gguf_split import open_all
 
-__all__ = ["REQUIRED", "GGUFFile", "TensorInfo"]
+__all__ = ["REQUIRED", "GGUFFile", "TensorInfo", "Unread"]
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -50,13 +51,35 @@ _ARRAY_KINDS: dict[Any, frozenset[GGUFValueType]] = {
 }
 
 
+class Unread:
+    """Bytes of an open file: (n,) u8. Slices are as unread; `np.asarray` reads, into memory of its own.
+
+    Reading raises GGUFError, with the place and both numbers of bytes, where the file has become shorter.
+    """
+
+    def __init__(self, file: OpenFile, what: str, offset: int, n_bytes: int) -> None:
+        self._file, self._what, self._offset = file, what, offset
+        self.shape, self.nbytes = (n_bytes,), n_bytes
+
+    def __getitem__(self, part: slice) -> Unread:
+        start, stop, step = part.indices(self.nbytes)
+        assert step == 1
+        return Unread(self._file, self._what, self._offset + start, max(0, stop - start))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        content = np.empty(self.shape, np.uint8)
+        self._file.read_into(content.data, self._offset, self._what)
+        return content
+
+
 class GGUFFile:
     """One model: metadata and tensors of a GGUF file or of all files of a split one.
 
     Opening maps the file and checks all of it except the values of the weights; anything malformed raises GGUFError,
     whose message begins with the path of the offending file and ends with the byte offset.
 
-    The file must not shrink while it is open: to read a page that it has no more kills the process (SIGBUS).
+    While views from `data` are in use the file must not shrink: to read a page that it has no more kills the process
+    (SIGBUS). What comes from `unread` is safe from that.
     """
 
     path: Path  # as given
@@ -76,7 +99,7 @@ class GGUFFile:
         self.paths = tuple(shard.path for shard in shards)
         self.version = shards[0].version
         self.alignment = shards[0].alignment
-        self.file_size = sum(shard.file_size for shard in shards)
+        self.file_size = sum(shard.file.size for shard in shards)
         self.metadata = {key: entry.value for key, entry in self._entries.items()}
         self.tensors = {
             info.name: replace(info, shard=index) for index, shard in enumerate(shards) for info in shard.tensors
@@ -133,20 +156,21 @@ class GGUFFile:
 
         Raises GGUFError if there is no such tensor, ValueError if the file is closed.
         """
+        file, info = self._place(name)
+        return np.frombuffer(file.map, np.uint8, info.n_bytes, info.offset)
+
+    def unread(self, name: str) -> Unread:
+        """The bytes of a tensor, to be read into memory of their own. Raises as `data` does."""
+        file, info = self._place(name)
+        return Unread(file, f"tensor {quoted(name)}", info.offset, info.n_bytes)
+
+    def _place(self, name: str) -> tuple[OpenFile, TensorInfo]:
         if self._shards is None:
             raise ValueError(f"{self.path}: the file is closed")
         if name not in self.tensors:
             raise GGUFError(f"{self.path}: there is no tensor {quoted(name)} among the {len(self.tensors)} of the file")
         info = self.tensors[name]
-        return np.frombuffer(self._shards[info.shard].map, np.uint8, info.n_bytes, info.offset)
-
-    def forget(self, name: str) -> None:
-        """Let go of the memory that reading a tensor took; what is read again comes from the file again."""
-        if self._shards is None:
-            raise ValueError(f"{self.path}: the file is closed")
-        info = self.tensors[name]
-        start = info.offset // PAGESIZE * PAGESIZE
-        self._shards[info.shard].map.madvise(MADV_DONTNEED, start, info.offset + info.n_bytes - start)
+        return self._shards[info.shard].file, info
 
     def close(self) -> None:
         """Give the mapping up; may be called twice.
@@ -155,7 +179,7 @@ class GGUFFile:
         Metadata and the tensor index stay usable.
         """
         for shard in self._shards or ():
-            shard.close()
+            shard.file.close()
         self._shards = None
 
     def __enter__(self) -> Self:

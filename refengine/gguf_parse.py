@@ -1,6 +1,6 @@
 """One GGUF file, read strictly: every count, length, offset and name is checked before it is used.
 
-Does: header, metadata and tensor index of one memory-mapped file of version 2 or 3.
+Does: header, metadata and tensor index of one file of version 2 or 3.
 Does not know: split files (`gguf_split.py`), arrays on a device, architectures, quantisation arithmetic.
 
 Format: the GGUF specification (ggml `docs/gguf.md`), and ggml `src/gguf.cpp` for what it leaves open.
@@ -11,9 +11,7 @@ places: data may have gaps or another order than the index (the specification al
 included, takes them; they are refused.
 """
 
-import contextlib
 import itertools
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from refengine.gguf_cursor import INT64_MAX, Cursor, map_file, quoted, signed
+from refengine.gguf_cursor import INT64_MAX, Cursor, OpenFile, quoted, signed
 
 MAX_TENSORS = 9_999  # a real model of 10,000 tensors does not exist
 MAX_KEYS = 1 << 16  # real files have fewer than 100
@@ -103,36 +101,33 @@ class MetadataEntry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One parsed file and its mapping."""
+    """One parsed file."""
 
-    path: Path
-    map: mmap.mmap
-    file_size: int
+    file: OpenFile
     version: int
     alignment: int
     entries: dict[str, MetadataEntry]
     tensors: tuple[TensorInfo, ...]  # in file order, `shard` 0
     tensor_info_offsets: dict[str, int]  # name -> byte offset of its entry in the index
 
-    def close(self) -> None:
-        """Unmap, or, while arrays still look into the mapping, leave that to the last of them."""
-        with contextlib.suppress(BufferError):
-            self.map.close()
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
 
 def open_shard(path: Path) -> Shard:
     """Map and check one file. Raises GGUFError for anything that is not well-formed GGUF of version 2 or 3."""
-    file_map, file_size = map_file(path)
+    file = OpenFile(path)
     try:
-        return _parse(path, file_map, file_size)
+        return parse(file)
     except BaseException:
-        with contextlib.suppress(BufferError):
-            file_map.close()
+        file.close()
         raise
 
 
-def _parse(path: Path, file_map: mmap.mmap, file_size: int) -> Shard:
-    cursor = Cursor(path, file_map, file_size)
+def parse(file: OpenFile) -> Shard:
+    """Check a file. Raises GGUFError as `open_shard` does."""
+    cursor = Cursor(file)
     version = _header_version(cursor)
     # The smallest tensor entry: name length, 1 byte, n_dims, 1 dimension, type, offset. The smallest pair: key
     # length, 1 byte, value type, 1 byte.
@@ -161,17 +156,16 @@ def _parse(path: Path, file_map: mmap.mmap, file_size: int) -> Shard:
     data_start = -(-cursor.pos // alignment) * alignment
     placed = tuple(TensorInfo(t.name, t.type, t.shape, data_start + t.offset, t.n_bytes, t.shard) for t in tensors)
     _check_extents(cursor, placed, info_offsets)
-    return Shard(path, file_map, file_size, version, alignment, entries, placed, info_offsets)
+    return Shard(file, version, alignment, entries, placed, info_offsets)
 
 
 def _header_version(cursor: Cursor) -> int:
-    magic = cursor.map[0:4]
+    magic = cursor.read(min(4, cursor.size), "the magic")
     if magic != b"GGUF":
         if b"GGUF".startswith(magic):
             raise cursor.error(0, f"the file ends inside the magic: 4 bytes needed, {len(magic)} are left")
         hint = _FOREIGN_MAGIC.get(magic)
         raise cursor.error(0, f"bad magic {magic!r}; expected b'GGUF'" + (f": {hint}" if hint else ""))
-    cursor.advance(4, "the magic")
     version = cursor.u32("the version")
     if version in (2, 3):
         return version
@@ -216,10 +210,10 @@ def _metadata_entry(cursor: Cursor, key: str, key_start: int) -> MetadataEntry:
 
 
 def _numbers(cursor: Cursor, value_type: GGUFValueType, n: int, what: str) -> np.ndarray:
-    """`n` numbers or bools, copied out of the mapping so that they outlive it; (n,) read-only."""
+    """`n` numbers or bools; (n,) read-only."""
     dtype = _SCALAR_DTYPES[value_type]
-    start = cursor.advance(n * dtype.itemsize, f"the value of {what}")
-    stored = np.frombuffer(cursor.map[start : cursor.pos], dtype)
+    start = cursor.pos
+    stored = np.frombuffer(cursor.read(n * dtype.itemsize, f"the value of {what}"), dtype)
     if value_type != GGUFValueType.BOOL:
         return stored
     not_bool = np.flatnonzero(stored > 1)

@@ -25,14 +25,14 @@ def open_all(path: Path) -> tuple[Shard, ...]:
     """
     with contextlib.ExitStack() as close_on_error:
         given = open_shard(path)
-        close_on_error.callback(given.close)
+        close_on_error.callback(given.file.close)
         number, count = _position(given)
         shards = [given]
         if count > 1:
             shards = []
             for index, shard_path in enumerate(_shard_paths(given, number, count)):
                 shard = given if index == number else open_shard(shard_path)
-                close_on_error.callback(shard.close)
+                close_on_error.callback(shard.file.close)
                 _check_position(shard, index, count)
                 shards.append(shard)
         _check_tensors(shards)

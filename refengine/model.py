@@ -89,7 +89,8 @@ def load(
     else:
         cache_bytes = default_cache_bytes(opened) if cpu_cache_mb is None else cpu_cache_mb << 20
         ops = Ops(opened.xp, rounding, cache_bytes)
-        weights = load_weights(gguf, specs, config.n_layer, ArrayPlacement(opened.xp, copied), progress)
+        place = ArrayPlacement(opened.xp, copied, copy_chunk_kb << 10)
+        weights = load_weights(gguf, specs, config.n_layer, place, progress)
     return Model(gguf, config, tokenizer, weights, ops, opened, n_ctx)
 
 

@@ -19,9 +19,11 @@ from gguf import GGMLQuantizationType
 
 from refengine import quants
 from refengine.errors import ModelError
-from refengine.gguf_file import GGUFFile, TensorInfo
+from refengine.gguf_file import GGUFFile, TensorInfo, Unread
 
 Array = Any
+
+CHUNK_BYTES = 1 << 20  # of a copy to a GPU; W-1222
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Matrix:
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
-    data: Array  # uint8, (n_bytes,)
+    data: Array | Unread  # uint8, (n_bytes,)
 
-    def rows(self, start: int, stop: int) -> Array:
+    def rows(self, start: int, stop: int) -> Array | Unread:
         """Raw bytes of rows start..stop, counted over all experts; a view."""
         row_bytes = self.data.shape[0] // int(np.prod(self.shape[:-1]))
         return self.data[start * row_bytes : stop * row_bytes]
@@ -74,7 +76,8 @@ class Weights:
 class Placement(Protocol):
     """Where tensors go. in_place: whether matrices stay views of the file.
 
-    matrix: a stored matrix on the host → as the device keeps it; done(n) after each part of n bytes.
+    matrix: a matrix on the host, or one that is not yet read → as the device keeps it; done(n) after each part of n
+    bytes.
     """
 
     in_place: bool
@@ -84,19 +87,29 @@ class Placement(Protocol):
 
 
 class ArrayPlacement:
-    """As the file stores them, on NumPy (a view of the mapping, or with `copied` a copy) or CuPy."""
+    """As the file stores them, on NumPy (a view of the mapping, or with `copied` read into memory) or CuPy."""
 
-    def __init__(self, xp: Any, copied: bool = False) -> None:
+    def __init__(self, xp: Any, copied: bool = False, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.in_place = xp is np and not copied
-        self._place = xp.asarray if self.in_place else xp.array
+        self._xp, self._chunk = xp, chunk_bytes
 
     def matrix(self, w: Matrix, done: Callable[[int], None]) -> Matrix:
-        placed = replace(w, data=self._place(w.data))
+        placed = replace(w, data=read(self._xp, w.data, self._chunk))
         done(w.data.nbytes)
         return placed
 
     def vector(self, values: np.ndarray) -> Array:
-        return self._place(values)
+        return self._xp.asarray(values)
+
+
+def read(xp: Any, stored: Array | Unread, chunk_bytes: int = CHUNK_BYTES) -> Array:
+    """Bytes (n,) in the memory of NumPy, or of a GPU, which takes no more than `chunk_bytes` of the host's."""
+    if xp is np:
+        return np.asarray(stored)
+    there = xp.empty(stored.shape, np.uint8)
+    for start in range(0, stored.nbytes, chunk_bytes):
+        there[start : start + chunk_bytes].set(np.asarray(stored[start : start + chunk_bytes]))
+    return there
 
 
 def load_weights(
@@ -109,7 +122,8 @@ def load_weights(
     """Check the file's tensors against `specs`, then put them where `place` says.
 
     progress(bytes_done, bytes_total) comes after each tensor, and after parts of a large one.
-    Raises `ModelError` for a missing, unexpected or wrongly shaped tensor or an unsupported type, all found first.
+    Raises `ModelError` for a missing, unexpected or wrongly shaped tensor or an unsupported type, all found first;
+    `GGUFError` where the file has become shorter, unless tensors stay in place.
     """
     check_tensors(gguf, specs)
     total = sum(info.n_bytes for info in gguf.tensors.values())
@@ -121,15 +135,14 @@ def load_weights(
         n_done += n_bytes
         if progress is not None:
             progress(n_done, total)
-        if not place.in_place:
-            gguf.forget(name)
 
     for name, info in gguf.tensors.items():
+        stored = gguf.data(name) if place.in_place else gguf.unread(name)
         if is_vector(info):
-            loaded[name] = place.vector(quants.dequantize(np, gguf.data(name), info.type, info.shape))
+            loaded[name] = place.vector(quants.dequantize(np, np.asarray(stored), info.type, info.shape))
             done(info.n_bytes)
         else:
-            loaded[name] = place.matrix(Matrix(name, info.type, info.shape, gguf.data(name)), done)
+            loaded[name] = place.matrix(Matrix(name, info.type, info.shape, stored), done)
     for name, spec in specs.items():
         if name not in loaded:
             loaded[name] = loaded[spec.same_as] if spec.same_as else None

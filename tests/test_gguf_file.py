@@ -1,5 +1,6 @@
 """GGUF files that are right: values, tensors, typed access, split files, closing."""
 
+import os
 import re
 import struct
 from pathlib import Path
@@ -9,10 +10,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+from refengine import gguf_cursor
 from refengine.errors import GGUFError
+from refengine.gguf_cursor import OpenFile
 from refengine.gguf_file import GGUFFile, TensorInfo
+from refengine.gguf_parse import parse
 from tests.gguf_builder import (
     BOOL,
+    STRING,
     TENSOR_F16,
     U32,
     GGUFBuilder,
@@ -231,6 +236,61 @@ def test_close_leaves_views_and_metadata_readable(tmp_path: Path) -> None:
     assert "vector" in file.tensors
     with pytest.raises(ValueError, match="is closed"):
         file.data("vector")
+
+
+def test_unread_bytes_are_those_of_the_view_in_memory_of_their_own(tiny: GGUFFile) -> None:
+    unread, view = tiny.unread("matrix"), tiny.data("matrix")
+    assert (unread.shape, unread.nbytes) == (view.shape, view.nbytes)
+    for part in (slice(None), slice(3, 200), slice(100, None)):
+        assert np.asarray(unread[part]).tobytes() == view[part].tobytes()
+    assert np.asarray(unread[10:90][5:20]).tobytes() == view[15:30].tobytes()
+    assert np.asarray(unread[90:10]).size == 0
+    assert not np.shares_memory(np.asarray(unread), view)
+    with pytest.raises(GGUFError, match="no tensor 'nope'"):
+        tiny.unread("nope")
+
+
+def test_file_that_shrinks_is_an_error_with_the_place_and_the_sizes(tmp_path: Path) -> None:
+    builder = tiny_builder()
+    path = builder.write(tmp_path / "tiny.gguf")
+    start = builder.at["data:matrix"]
+    with GGUFFile(path) as file:
+        os.truncate(path, start + 150)
+        unread = file.unread("matrix")
+        assert np.asarray(unread[:150]).tobytes() == counting_bytes(150, start=7)
+        for part, n, n_wanted, at in ((unread, 150, 204, start), (unread[100:180], 50, 80, start + 100)):
+            with pytest.raises(GGUFError) as caught:
+                np.asarray(part)
+            assert str(caught.value) == (
+                f"{path}: the file has shrunk while it was read: "
+                f"tensor 'matrix' has {n} bytes, expected {n_wanted} (byte {at})"
+            )
+    with pytest.raises(ValueError, match="is closed"):
+        np.asarray(unread)
+
+
+@pytest.mark.parametrize("left", [0, 3, 100, 700])
+def test_file_that_shrinks_while_its_metadata_is_read_is_an_error(tmp_path: Path, left: int) -> None:
+    path = tiny_builder().write(tmp_path / "tiny.gguf")
+    file = OpenFile(path)
+    os.truncate(path, left)
+    with pytest.raises(GGUFError, match=rf"has shrunk while it was read: the metadata has {left} bytes, expected \d+"):
+        parse(file)
+    file.close()
+
+
+@pytest.mark.parametrize("window", [1, 7, 8, 9, 50, 333])
+def test_metadata_is_the_same_however_much_is_read_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    words = ["", *("wörter und Wörter"[:i] for i in range(17)), "x" * 400, "", "語"]
+    path = tiny_builder().array("a.words", STRING, words).write(tmp_path / "tiny.gguf")
+    expected = GGUFFile(path)
+    monkeypatch.setattr(gguf_cursor, "WINDOW_BYTES", window)
+    file = GGUFFile(path)
+    assert file.get("a.words", "strs") == words
+    assert repr(file.metadata) == repr(expected.metadata)
+    assert file.tensors == expected.tensors
 
 
 def test_close_without_views_unmaps_at_once(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 from refengine.cuda.kernels import Kernels
 from refengine.cuda.memory import DeviceMemory
 from refengine.cuda.ops import KernelOps
-from refengine.cuda.upload import CHUNK_BYTES, Uploader, bytes_for
+from refengine.cuda.upload import Uploader, bytes_for
 from refengine.device import Device
-from refengine.weights import is_vector
+from refengine.weights import CHUNK_BYTES, is_vector
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ import numpy as np
 
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, pack, plane_bytes
 from refengine.cuda.memory import Arena, aligned
-from refengine.weights import Matrix
+from refengine.weights import CHUNK_BYTES, Matrix, read
 
 Array = Any
 
-CHUNK_BYTES = 1 << 20  # of a copy to the device; W-1222
 SLAB_BYTES = 16 << 20  # of a matrix re-ordered at a time
 
 
@@ -40,7 +39,7 @@ class Uploader:
         return place
 
     def matrix(self, w: Matrix, done: Callable[[int], None] = lambda n: None) -> PackedMatrix:
-        """w.data on the host (a view of the file) → planes on the device. Raises ModelError as `pack` does."""
+        """w.data on the host, or not yet read → planes on the device. Raises ModelError as `pack` does."""
         planes = {name: self._arena.take((n,), np.uint8) for name, n in plane_bytes(w.type, w.shape).items()}
         filled = dict.fromkeys(planes, 0)
         n_out = w.shape[-2]
@@ -49,18 +48,10 @@ class Uploader:
         for expert in range(int(np.prod(w.shape[:-2], dtype=np.int64))):
             for first in range(0, n_out, step):
                 stop = min(first + step, n_out)
-                raw = self._to_device(w.rows(expert * n_out + first, expert * n_out + stop))
+                raw = read(self._xp, w.rows(expert * n_out + first, expert * n_out + stop), self._chunk)
                 slab = pack(self._xp, Matrix(w.name, w.type, (stop - first, w.shape[-1]), raw))
                 for name, plane in slab.planes.items():
                     planes[name][filled[name] : filled[name] + plane.nbytes] = plane
                     filled[name] += plane.nbytes
                 done(int(raw.nbytes))
         return PackedMatrix(w.name, w.type, tuple(w.shape), planes)
-
-    def _to_device(self, raw: np.ndarray) -> Array:
-        if self._xp is np:
-            return raw
-        there = self._xp.empty(raw.shape, np.uint8)
-        for start in range(0, raw.nbytes, self._chunk):
-            there[start : start + self._chunk].set(np.ascontiguousarray(raw[start : start + self._chunk]))
-        return there
