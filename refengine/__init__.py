@@ -7,10 +7,35 @@ for token in model.generate("Once upon a time"):
     print(token.text, end="", flush=True)
 """
 
-from refengine.engine.sampling import SamplingParams
-from refengine.errors import RefengineError
-from refengine.model import Model, load
-from refengine.trace import Trace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refengine.engine.sampling import SamplingParams
+    from refengine.errors import RefengineError
+    from refengine.model import Model, load
+    from refengine.trace import Trace
 
 __all__ = ["Model", "RefengineError", "SamplingParams", "Trace", "load"]
 __version__ = "0.1.0"
+
+_PLACES = {
+    "Model": "refengine.model",
+    "RefengineError": "refengine.errors",
+    "SamplingParams": "refengine.engine.sampling",
+    "Trace": "refengine.trace",
+    "load": "refengine.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names and modules are imported when they are wanted: the command line reads its arguments before libraries."""
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
+    if not name.startswith("_"):
+        try:
+            return import_module(f"refengine.{name}")
+        except ModuleNotFoundError as e:
+            if e.name != f"refengine.{name}":
+                raise
+    raise AttributeError(f"module 'refengine' has no attribute {name!r}")

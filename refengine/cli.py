@@ -215,9 +215,7 @@ def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
 
         return validate
     if command == "serve":
-        from refengine.commands_serve import serve
-
-        return serve
+        return _serve
     if command == "compile":
         from refengine.commands_compile import compile_kernels
 
@@ -234,6 +232,16 @@ def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
 
     found: Callable[[argparse.Namespace], int | None] = getattr(commands, command)
     return found
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from refengine.worker.early import ending_on_signals
+
+    model, device = arguments.model or "packaged", arguments.device or f"cuda:{arguments.gpu_device}"
+    with ending_on_signals(arguments.worker_id, model, device):
+        from refengine.commands_serve import serve
+
+        return serve(arguments)
 
 
 def _discard_output() -> None:

@@ -106,6 +106,7 @@ ROOMS = {
             "errors",
             "cli_groups",
             "cli_worker",
+            "worker",  # what is to be there before libraries
             "commands",
             "commands_validate",
             "commands_serve",

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -318,6 +319,43 @@ def test_timeout_of_the_worker_is_a_limit_of_every_request(server: Server) -> No
         response = client.post("/execute", json={**HAIKU, "job_id": "brief"}, headers=headers)
     data = response.json() if response.status_code == 504 else list(parsed(iter(response.text.splitlines())))[-1][1]
     assert data["code"] == "INFERENCE_TIMEOUT"
+
+
+# `refengine serve` that stays where it begins to import what it needs, and says which libraries are there already.
+IMPORTING = """
+import sys, time
+class Slow:
+    def find_spec(self, name, *rest):
+        if name == "refengine.commands_serve":
+            print("importing", *sorted(sys.modules), file=sys.stderr, flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+sys.argv.pop(1)
+from refengine import cli
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_libraries_are_imported(number: signal.Signals) -> None:
+    line, _ = command("--gpu-device", 3, "--model", "m.gguf", script=(IMPORTING, ""))
+    process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    loaded = process.stderr.readline().split()
+    assert loaded[0] == "importing"
+    assert not {"numpy", "gguf", "tokenizers", "fastapi", "uvicorn"} & set(loaded)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    (found,) = [json.loads(text) for text in err.splitlines()]
+    assert (found["event"], found["reason"]) == ("shutdown", "stopped while it started")
+    assert (found["model_ref"], found["gpu_device"]) == ("m.gguf", "cuda:3")
+
+
+def test_the_command_line_leaves_signals_as_they_were() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert cli("serve", "--worker-id", "me", "--device", "cpu", "--port", "8080").code == 2
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_signal_while_it_starts() -> None:
