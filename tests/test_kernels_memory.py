@@ -3,7 +3,8 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -62,6 +63,40 @@ def test_weights_are_accounted_to_the_byte(name: str, tiny_model: Any) -> None:
     assert model.ops.memory.accounted()["kv"] >= cache.n_bytes
     del cache
     assert model.ops.memory.accounted()["kv"] == 0
+
+
+class OnDevice(np.ndarray):
+    """An array of another place, into which bytes are copied with `set`."""
+
+    copies: ClassVar[list[int]] = []
+
+    def set(self, values: np.ndarray) -> None:
+        self.copies.append(values.nbytes)
+        self[...] = values
+
+
+def test_copies_to_a_device_are_as_large_as_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    xp: Any = SimpleNamespace(empty=lambda shape, dtype: np.empty(shape, dtype).view(OnDevice))
+    w = random_matrix("F32", (10, 70), 1)
+    for chunk, expected in ((1000, [1000, 1000, 800]), (2800, [2800]), (1 << 20, [2800])):
+        monkeypatch.setattr(OnDevice, "copies", [])
+        packed = Uploader(xp, Arena(np, "weights", 4096), chunk).matrix(w)
+        assert OnDevice.copies == expected
+        np.testing.assert_array_equal(packed.planes["low"], w.data)
+
+
+def test_the_size_of_copies_reaches_the_uploader(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Seen(Uploader):
+        def __init__(self, xp: Any, arena: Arena, chunk_bytes: int) -> None:
+            sizes.append(chunk_bytes)
+            super().__init__(xp, arena, chunk_bytes)
+
+    monkeypatch.setattr("refengine.cuda.Uploader", Seen)
+    refengine.load(tiny_model("llama-q4_0"), "host", copy_chunk_kb=64)
+    refengine.load(tiny_model("llama-q4_0"), "host")
+    assert sizes == [64 << 10, 1 << 20]
 
 
 def test_progress_reaches_the_end(tiny_model: Any) -> None:

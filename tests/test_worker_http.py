@@ -3,11 +3,16 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import refengine
+from refengine.worker.facts import ModelFacts, State
 from refengine.worker.faults import STATUS, Fault, fault_of
+from tests.test_tokenizer_hf_json import byte_level_json
 from tests.worker_server import HAIKU, Server, parsed, serving, write_talker
+from tools.make_model import write_model
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,32 @@ def test_health_has_everything(server: Server) -> None:
         "cuda_runtime_version": None,
         "active_expert_count": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "active"),
+    [("llama-q4_0", "gguf-spm", None), ("qwen2-q4_k_m", "gguf-bpe", None), ("gpt-oss-mxfp4_moe", "gguf-bpe", 2)],
+)
+def test_health_tells_of_this_model(name: str, kind: str, active: int | None, tiny_model: Any) -> None:
+    model = refengine.load(tiny_model(name))
+    health = State(ModelFacts.of(model)).health()
+    assert (health["tokenizer_kind"], health["active_expert_count"]) == (kind, active)
+    assert (health["vocab_size"], health["context_length"]) == (model.config.n_vocab, model.config.n_ctx_train)
+    assert health["model"] == model.config.name
+
+
+def test_health_tells_of_a_tokenizer_beside_the_model(tmp_path: Path) -> None:
+    for arch, n_vocab in (("gpt2", 261), ("gpt-oss", 261)):
+        write_model(tmp_path / f"{arch}.gguf", arch, "F32", vocab="none", n_vocab=n_vocab, n_layer=1)
+        byte_level_json(tmp_path / "tokenizer.json")
+        facts = ModelFacts.of(refengine.load(tmp_path / f"{arch}.gguf"))
+        assert facts.tokenizer_kind == "hf-json"
+
+
+def test_limits_where_nothing_is_said(server: Server) -> None:
+    server.run(prompt="Write a haiku about rain", seed=1, job_id="plain")
+    (line,) = [line for line in server.events("execute_start") if line["job_id"] == "plain"]
+    assert (line["max_tokens"], line["deadline_sec"]) == (2048, 300.0)
 
 
 def test_metrics_are_all_there_and_labelled(server: Server) -> None:

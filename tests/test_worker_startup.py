@@ -1,6 +1,7 @@
 """`refengine serve` before it serves: arguments, the order of a start, failures that are logged, the ready callback."""
 
 import base64
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,8 @@ import pytest
 
 import refengine
 from refengine import device
+from refengine.cli import build_parser
+from refengine.commands_serve import options_of
 from refengine.errors import RequestError
 from refengine.model import PACKAGED_MODEL
 from refengine.worker import startup
@@ -170,9 +174,6 @@ def test_too_little_memory_is_found_before_anything_is_allocated(monkeypatch: py
 
 
 def test_switches_reach_the_engine() -> None:
-    from refengine.cli import build_parser
-    from refengine.commands_serve import options_of
-
     basic = [a for pair in GOOD.items() for a in pair]
     switches = ["--no-batching", "--no-prefix-cache", "--no-graphs", "--attention", "reference"]
     numbers = ["--max-step-tokens", "64", "--copy-chunk-kb", "64"]
@@ -185,6 +186,31 @@ def test_switches_reach_the_engine() -> None:
         assert engine.max_step_tokens == (128 if on else 64)
         assert options.attention == ("flash" if on else "reference")
         assert options.copy_chunk_kb == (1024 if on else 64)
+
+
+def test_what_is_not_said_is_the_same_on_the_command_line_and_in_python() -> None:
+    basic = [a for pair in GOOD.items() for a in pair]
+    options = options_of(build_parser().parse_args(["serve", *basic]))
+    assert options == WorkerOptions(UUID, PACKAGED_MODEL, "cpu", 8080)
+    assert (options.host, options.max_tokens_in, options.max_tokens_out) == ("127.0.0.1", None, 2048)
+    assert (options.inference_timeout_sec, options.kv_cache_size_mb, options.callback_url) == (300.0, None, None)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_is_shown_on_a_terminal_and_only_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(startup, "tqdm", partial(startup.tqdm, mininterval=0, miniters=1))  # it is over soon
+    options = WorkerOptions(UUID, PACKAGED_MODEL, "cpu", 8080)
+    for stream, shown in ((io.StringIO(), False), (Terminal(), True)):
+        startup.Startup(options, Log(UUID, "m", "cpu", stream))()
+        bar = capsys.readouterr().err
+        assert "loading: 100%" in bar if shown else bar == ""
+        assert stream.getvalue().count("model_load_progress") == 5
 
 
 def test_options_are_as_the_worker_is_to_be_reached() -> None:
@@ -282,9 +308,6 @@ def basic(text: str) -> str:
 
 
 def test_key_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from refengine.cli import build_parser
-    from refengine.commands_serve import options_of
-
     file = tmp_path / "key"
     file.write_text("key-in-a-file\n")
 
