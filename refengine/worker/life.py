@@ -42,6 +42,7 @@ BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  #
 def serve(options: WorkerOptions) -> int:
     """Run a worker until it is told to stop; the exit code."""
     log = Log(options.worker_id, str(options.model), options.device)
+    log.write_behind()
     catch_strays(log)
     sys.setswitchinterval(SWITCH_S)
     _leave_a_core()
@@ -59,6 +60,10 @@ def _leave_a_core() -> None:
 
 async def _live(options: WorkerOptions, log: Log) -> int:
     start = time.perf_counter()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
     n_connections = _room_for(options.connections)
     log(
         "startup",
@@ -67,10 +72,6 @@ async def _live(options: WorkerOptions, log: Log) -> int:
         max_queue=options.max_queue,
         max_connections=n_connections,
     )
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     startup = Startup(options, log)
     engine = EngineThread(startup, log, options.residency_check_sec)
     try:
