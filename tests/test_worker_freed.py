@@ -17,8 +17,13 @@ from typing import Any
 import httpx
 import pytest
 
+import refengine
 from refengine.engine.engine import Engine
+from refengine.engine.sampling import SamplingParams
 from refengine.worker import life, startup
+from refengine.worker.engine_thread import EngineThread, Started
+from refengine.worker.facts import ModelFacts, State
+from refengine.worker.jobs import Job
 from refengine.worker.log import Log
 from refengine.worker.metrics import EngineHook
 from refengine.worker.options import WorkerOptions
@@ -91,6 +96,28 @@ def test_a_shutdown_frees_all_of_it(talker: Path, taken: dict[str, weakref.ref[A
     assert "CANCELLED" in "".join(last)
     assert set(taken) == {"engine", "cache", "weights", "model", "generation"}
     assert_freed(taken)
+
+
+def test_the_engines_thread_frees_what_still_runs_when_it_stops(talker: Path) -> None:
+    def start() -> Started:
+        model = refengine.load(talker)
+        return Started(Engine(model), State(ModelFacts.of(model)))
+
+    async def run() -> None:
+        thread = EngineThread(start, Log(UUID, "m", "cpu", io.StringIO()), 60)
+        started = await thread.started
+        job = Job("j", 60)
+        job.ids, job.params = [5], SamplingParams(max_tokens=2000)
+        thread.submit(job)
+        async with asyncio.timeout(10):
+            while not started.state.load.engine.blocks_used:
+                await asyncio.sleep(0.005)
+        thread.stop()
+        assert thread.join(10)
+        assert started.engine.idle
+        assert started.engine.facts().blocks_used == 0
+
+    asyncio.run(run())
 
 
 @pytest.fixture(scope="module")
