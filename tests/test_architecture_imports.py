@@ -80,6 +80,7 @@ ROOMS = {
             "starlette",
             "uvicorn",
             "pydantic",
+            "pydantic_core",  # of the same project, for errors of our own
             "prometheus_client",
             "swagger_ui_bundle",
             "threadpoolctl",

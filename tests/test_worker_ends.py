@@ -1,5 +1,6 @@
 """Jobs that end where they are easily forgotten: before the engine has them, and where the engine fails around them."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,8 @@ import httpx
 import pytest
 
 from tests.worker_server import Event, Server, serving, text_of, until, write_talker
+from tools.make_model import write_model
+from tools.model_vocab import CHATML
 
 # `refengine serve` that takes its time to make tokens of a prompt with "slow" in it.
 SLOW_TO_ENCODE = """
@@ -62,7 +65,7 @@ sys.exit(cli.main())
 """
 
 WITHIN_S = 3.0  # for an end to be told, on a busy machine; tokenizing takes longer
-ENCODE_S = 6.0
+ENCODE_S = 8.0
 SHORT = {"prompt": "go on", "seed": 5, "max_tokens": 5}
 
 
@@ -129,6 +132,7 @@ def test_a_shutdown_tells_those_whose_prompts_are_tokenized(slow: Server) -> Non
         tried = [pool.submit(post, slow, "/execute", job_id=f"{i}", prompt="slow") for i in range(3)]
         until(lambda: slow.metric("worker_requests_total") == 0 and len(tried) == 3)
         time.sleep(0.5)
+        start = time.monotonic()
         assert post(slow, "/shutdown")[0].status_code == 202
         for path, body in (("/tokenize", {"content": "a"}), ("/detokenize", {"tokens": [1]}), ("/execute", SHORT)):
             response, seconds = post(slow, path, **body)
@@ -137,7 +141,8 @@ def test_a_shutdown_tells_those_whose_prompts_are_tokenized(slow: Server) -> Non
         for one in tried:
             response, _ = one.result()
             assert (response.status_code, response.json()["code"]) == (499, "CANCELLED")
-    slow.process.wait(timeout=20)
+    assert slow.process.wait(timeout=20) == 0
+    assert time.monotonic() - start < 5.5  # 5 s, and half a second for a busy machine; the last prompt takes longer
     assert set(ends(slow).values()) == {"cancelled"}
     assert "Traceback" not in slow.log_file.read_text()
 
@@ -198,3 +203,38 @@ def test_what_is_refused_once_it_is_tokenized_was_no_job(talker: Path) -> None:
         assert server.metric("worker_requests_total", outcome="refused") == 4
         assert server.metric("worker_inference_duration_ms_count") == 0
         assert text_of(server.run(**SHORT))
+
+
+def test_a_shutdown_waits_for_no_template(tmp_path: Path) -> None:
+    """Of a chat that is being rendered: its client is told, and nothing goes on afterwards."""
+    path = tmp_path / "endless.gguf"
+    write_model(path, "qwen2", "Q8_0")
+    data = path.read_bytes()
+    given = CHATML.encode()
+    endless = b"{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+    assert given in data
+    path.write_bytes(data.replace(given, endless.ljust(len(given))))
+    with serving("--model", path, "--shutdown-grace-sec", 0.2) as server, ThreadPoolExecutor() as pool:
+        messages = [{"role": "user", "content": "go on"}]
+        chat = pool.submit(post, server, "/v1/chat/completions", messages=messages)
+        until(lambda: renderers(server.process.pid))
+        (renderer,) = renderers(server.process.pid)
+        time.sleep(0.3)
+        start = time.monotonic()
+        server.process.terminate()
+        response, _ = chat.result()
+        assert (response.status_code, response.json()["error"]["code"]) == (499, "CANCELLED")
+        assert server.process.wait(timeout=20) == 0
+        assert time.monotonic() - start < WITHIN_S
+        assert not Path(f"/proc/{renderer}").exists()
+
+
+def renderers(worker: int) -> list[int]:
+    """Processes that render chat templates for this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == worker and b"chat_renderer.py" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found

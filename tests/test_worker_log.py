@@ -60,7 +60,7 @@ def test_lines_that_nobody_reads_are_lost_and_counted(
     found: list[dict[str, Any]] = []
     thread = threading.Thread(target=lambda: [found.append(json.loads(line)) for line in reader])
     thread.start()
-    writer: Any = log._write
+    writer: Any = log._writer
     writer.drain(10)
     log("shutdown")  # it moves again
     writer.drain(10)
@@ -81,7 +81,7 @@ def test_lines_that_nobody_reads_are_lost_and_counted(
 
 def test_the_end_waits_for_a_reader_and_not_for_ever(pipe: tuple[IO[bytes], Log]) -> None:
     reader, log = pipe
-    writer: Any = log._write
+    writer: Any = log._writer
     log("ready")
     writer.drain(10)
     assert b"ready" in os.read(reader.fileno(), 1000)

@@ -67,6 +67,11 @@ def render_chat_template(
     return reply["text"]
 
 
+def end_rendering() -> None:
+    """Kill the process that renders, whatever it is doing: who waits for its reply gets a TokenizerError."""
+    _RENDERER.kill()
+
+
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         raise RequestError(f"messages must be a list of objects, not {type(messages).__name__}")
@@ -95,6 +100,11 @@ class _Renderer:
                 raise TokenizerError("the chat template ended the process that renders it (memory?)")
             reply: dict[str, str] = json.loads(line)
             return reply
+
+    def kill(self) -> None:
+        process = self._process
+        if process is not None and self._owner == os.getpid():
+            process.kill()
 
     def close(self) -> None:
         with self._lock:

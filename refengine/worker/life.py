@@ -13,6 +13,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import uvicorn
 from threadpoolctl import threadpool_limits
 
+from refengine.tokenizer.chat import end_rendering
 from refengine.worker.app import make_app
 from refengine.worker.callback import announce
 from refengine.worker.connections import CHECK_S, RESERVED, Connection, limited
@@ -33,6 +35,7 @@ from refengine.worker.startup import StartFailed, Startup, failure_of
 from refengine.worker.stray import catch_strays
 from refengine.worker.worker import Worker
 
+HELD_UP_S = 0.1  # for threads to end
 LAST_BYTES_S = 1  # for clients to read their last event
 DESCRIPTORS = 100  # of files and pipes, besides the connections
 SWITCH_S = 0.0001  # between Python threads: the event loop waits so long for the engine, at every system call
@@ -46,7 +49,21 @@ def serve(options: WorkerOptions) -> int:
     catch_strays(log)
     sys.setswitchinterval(SWITCH_S)
     _leave_a_core()
-    return asyncio.run(_live(options, log))
+    code = asyncio.run(_live(options, log))
+    _leave_behind(log, code)
+    return code
+
+
+def _leave_behind(log: Log, code: int) -> None:
+    """End the process here where the interpreter would wait for a thread: it may be making tokens of a long prompt."""
+    end_rendering()
+    others = [t for t in threading.enumerate() if not t.daemon and t is not threading.current_thread()]
+    end = time.monotonic() + HELD_UP_S
+    for thread in others:
+        thread.join(max(0.0, end - time.monotonic()))
+    if any(thread.is_alive() for thread in others):
+        log.drain()
+        os._exit(code)
 
 
 def _leave_a_core() -> None:

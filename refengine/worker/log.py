@@ -47,7 +47,7 @@ class Log:
         self._stream = sys.stderr if stream is None else stream
         self._common = {"worker_id": worker_id, "model_ref": model_ref, "gpu_device": gpu_device}
         self._lock = threading.Lock()
-        self._write: Callable[[str], None] = self._write_at_once
+        self._writer: _Writer | None = None
         self.for_people = self._stream.isatty()
 
     def write_behind(self) -> None:
@@ -57,13 +57,21 @@ class Log:
         """
         if stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode):
             return
-        writer = _Writer(self._stream, self._lost)
-        atexit.register(writer.drain, LAST_LINES_S)
-        self._write = writer
+        self._writer = _Writer(self._stream, self._lost)
+        atexit.register(self.drain)
+
+    def drain(self) -> None:
+        """Wait until all is written, at most LAST_LINES_S."""
+        if self._writer is not None:
+            self._writer.drain(LAST_LINES_S)
 
     def __call__(self, event: str, level: str = "INFO", **fields: Any) -> None:
         """One line. level: INFO, WARNING, ERROR or CRITICAL."""
-        self._write(self._line(event, level, fields))
+        line = self._line(event, level, fields)
+        if self._writer is None:
+            self._write_at_once(line)
+        else:
+            self._writer(line)
 
     def _line(self, event: str, level: str, fields: dict[str, Any]) -> str:
         assert event in EVENTS, event
