@@ -208,7 +208,7 @@ def test_client_that_sends_on_and_on_while_it_is_answered(server: Server) -> Non
         connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         assert b"200" in connection.recv(100)
         drip_until_cut_off(connection, b"x" * (MAX_AHEAD_BYTES // 8))
-    assert outcome_of(server, "ahead") == "disconnected"
+    assert server.outcome_of("ahead") == "disconnected"
 
 
 def test_client_that_pipelines_and_goes_is_noticed(server: Server) -> None:
@@ -216,13 +216,7 @@ def test_client_that_pipelines_and_goes_is_noticed(server: Server) -> None:
     with closing(connect(server)) as connection:
         connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body + GET + b"\r\n")
         assert b"200" in connection.recv(100)
-    assert outcome_of(server, "gone") == "disconnected"
-
-
-def outcome_of(server: Server, job_id: str) -> str:
-    until(lambda: any(line.get("job_id") == job_id for line in server.events("execute_end")))
-    (end,) = [line for line in server.events("execute_end") if line["job_id"] == job_id]
-    return str(end["outcome"])
+    assert server.outcome_of("gone") == "disconnected"
 
 
 def test_client_that_does_not_read_its_stream_loses_it(server: Server) -> None:
@@ -230,7 +224,7 @@ def test_client_that_does_not_read_its_stream_loses_it(server: Server) -> None:
     with closing(connect(server, receive_buffer=2048)) as connection:
         connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         assert b"200" in connection.recv(100)
-        assert outcome_of(server, "deaf") == "disconnected"
+        assert server.outcome_of("deaf") == "disconnected"
         server.settled()  # while the client is still there
         until(lambda: len(sockets(server)) == 1)  # the one that listens
 

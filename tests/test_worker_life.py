@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.worker_server import FAULTY, Event, Server, free_port, serving, text_of, until, write_talker
+from tests.worker_server import FAULTY, Server, free_port, read, serving, text_of, until, write_talker
 
 LONG = {"prompt": "go on", "seed": 5, "temperature": 1.0}
 SHORT = {**LONG, "max_tokens": 5}
@@ -56,29 +57,14 @@ def _served_afterwards(server: Server, expected: str) -> Iterator[None]:
     assert server.process.poll() is None
 
 
-def read(events: Iterator[Event], n: int) -> list[Event]:
-    return [next(events) for _ in range(n)]
-
-
-def cancel(server: Server, job_id: str) -> None:
-    with server.client() as client:
-        assert client.post("/cancel", json={"job_id": job_id}).status_code == 202
-
-
-def outcome_of(server: Server, job_id: str) -> str:
-    until(lambda: any(line.get("job_id") == job_id for line in server.events("execute_end")))
-    (end,) = [line for line in server.events("execute_end") if line["job_id"] == job_id]
-    return str(end["outcome"])
-
-
 def test_cancel_while_it_decodes(server: Server) -> None:
     with server.client() as client, server.stream(client, **LONG, job_id="decoding") as events:
         assert [name for name, _ in read(events, 4)] == ["started", "token", "token", "token"]
-        cancel(server, "decoding")
+        server.cancel("decoding")
         *tokens, (name, data) = list(events)
     assert {name for name, _ in tokens} <= {"token"}
     assert (name, data["code"], data["retriable"]) == ("error", "CANCELLED", False)
-    assert outcome_of(server, "decoding") == "cancelled"
+    assert server.outcome_of("decoding") == "cancelled"
 
 
 def test_cancel_while_it_waits(server: Server) -> None:
@@ -87,12 +73,12 @@ def test_cancel_while_it_waits(server: Server) -> None:
         with server.client() as other, server.stream(other, **LONG, job_id="waits") as waiting:
             (started,) = read(waiting, 1)
             assert started[1]["queue_position"] == 1
-            assert server.metric("worker_queue_depth") == 1
+            until(lambda: server.metric("worker_queue_depth") == 1)
             assert server.metric("worker_batch_size") == 1
-            cancel(server, "waits")
+            server.cancel("waits")
             assert [(name, data["code"]) for name, data in waiting] == [("error", "CANCELLED")]
         read(running, 3)  # undisturbed
-        cancel(server, "runs")
+        server.cancel("runs")
 
 
 @pytest.fixture
@@ -100,23 +86,23 @@ def slowly(flag: Path) -> Iterator[None]:
     """With a step of at most 32 tokens, a prompt of a thousand takes a second."""
     flag.write_text("slow")
     yield
-    flag.unlink()
+    flag.unlink(missing_ok=True)
 
 
 @pytest.mark.usefixtures("slowly")
 def test_cancel_while_it_reads_the_prompt(server: Server) -> None:
     with server.client() as client, server.stream(client, prompt="ab " * 900, job_id="prefill") as events:
         read(events, 1)
-        cancel(server, "prefill")
+        server.cancel("prefill")
         assert [(name, data["code"]) for name, data in events] == [("error", "CANCELLED")]
-    assert outcome_of(server, "prefill") == "cancelled"
+    assert server.outcome_of("prefill") == "cancelled"
 
 
 def test_cancel_is_idempotent_and_knows_no_unknown_ids(server: Server) -> None:
-    cancel(server, "never there")
+    server.cancel("never there")
     server.run(**SHORT, job_id="done")
-    cancel(server, "done")
-    cancel(server, "done")
+    server.cancel("done")
+    server.cancel("done")
 
 
 def test_id_of_a_live_job_is_refused_with_409_and_free_afterwards(server: Server) -> None:
@@ -127,7 +113,7 @@ def test_id_of_a_live_job_is_refused_with_409_and_free_afterwards(server: Server
         assert (response.status_code, response.json()["field"]) == (409, "job_id")
         assert response.json()["code"] == "INVALID_REQUEST"
         assert next(events)[0] == "token"
-        cancel(server, "twin")
+        server.cancel("twin")
         assert list(events)[-1][0] == "error"
     assert server.run(**SHORT, job_id="twin")[-1][0] == "end"
 
@@ -148,24 +134,46 @@ def test_full_queue_gets_503_and_nothing_is_lost(server: Server) -> None:
     assert sorted(events[0][1]["queue_position"] for events in results) == [0, 1, 2]
 
 
+def test_without_batching_one_runs_and_no_more_wait_than_may(talker: Path, tmp_path: Path) -> None:
+    """Whatever --max-batch says."""
+    options = ("--model", talker, "--no-batching", "--max-batch", 8, "--max-queue", 2)
+    (tmp_path / "flag").write_text("slow")
+    with serving(*options, script=(FAULTY, tmp_path / "flag")) as server:
+        with ExitStack() as stack:
+            clients = [stack.enter_context(server.client()) for _ in range(3)]
+            streams = [stack.enter_context(server.stream(client, **LONG)) for client in clients]
+            assert [read(events, 1)[0][1]["queue_position"] for events in streams] == [0, 1, 2]
+            until(lambda: server.metric("worker_queue_depth") == 2)
+            assert server.metric("worker_batch_size") == 1
+            body = {**SHORT, "job_id": "one too many"}
+            with server.client() as client, client.stream("POST", "/execute", json=body) as response:
+                assert response.status_code == 503
+                assert b"QUEUE_FULL" in response.read()
+        server.settled()
+        with server.client() as client:
+            for n, status in ((3, 200), (4, 400)):
+                body = {"prompt": ["go on"] * n, "max_tokens": 2}
+                assert client.post("/v1/completions", json=body).status_code == status
+
+
 @pytest.mark.parametrize("waits", [False, True], ids=["decoding", "waiting"])
 def test_disconnect_ends_the_job(server: Server, waits: bool) -> None:
     job_id = f"left {waits}"
     with server.client() as client, server.stream(client, **LONG, job_id="first") as events:
         read(events, 2)
         if not waits:
-            cancel(server, "first")
+            server.cancel("first")
         with server.client() as other, server.stream(other, **LONG, job_id=job_id) as leaving:
             read(leaving, 1 if waits else 3)
-        assert outcome_of(server, job_id) == "disconnected"
-        cancel(server, "first")
+        assert server.outcome_of(job_id) == "disconnected"
+        server.cancel("first")
 
 
 @pytest.mark.usefixtures("slowly")
 def test_disconnect_while_it_reads_the_prompt(server: Server) -> None:
     with server.client() as client, server.stream(client, prompt="cd " * 900, job_id="left prefill") as events:
         read(events, 1)
-    assert outcome_of(server, "left prefill") == "disconnected"
+    assert server.outcome_of("left prefill") == "disconnected"
     (end,) = [line for line in server.events("execute_end") if line["job_id"] == "left prefill"]
     assert (end["tokens_in"] > 900, end["tokens_out"]) == (True, 0)
 
@@ -177,12 +185,12 @@ def test_deadline_passes_before_the_first_token(server: Server, where: str) -> N
     with server.client() as client, server.stream(client, **LONG, job_id="ahead") as ahead:
         read(ahead, 2)
         if where == "reading the prompt":
-            cancel(server, "ahead")
+            server.cancel("ahead")
         body = {**LONG, "prompt": prompt, "job_id": f"late {where}"}
         with server.client() as other, server.stream(other, {"X-Deadline": "0.2"}, **body) as late:
             assert [(name, data.get("code")) for name, data in late] == [("started", None), ("error", TOO_LATE)]
-        cancel(server, "ahead")
-    assert outcome_of(server, f"late {where}") == "timeout"
+        server.cancel("ahead")
+    assert server.outcome_of(f"late {where}") == "timeout"
 
 
 @pytest.mark.parametrize("as_time", [False, True], ids=["seconds", "RFC 3339"])
@@ -194,11 +202,12 @@ def test_deadline_is_enforced(server: Server, as_time: bool) -> None:
         name, data = list(events)[-1]
     assert (name, data["code"], data["retriable"]) == ("error", "INFERENCE_TIMEOUT", True)
     assert time.monotonic() - start < 5
-    assert outcome_of(server, f"late {as_time}") == "timeout"
+    assert server.outcome_of(f"late {as_time}") == "timeout"
     (line,) = [e for e in server.events("execute_start") if e["job_id"] == f"late {as_time}"]
     assert 0.1 < line["deadline_sec"] <= 0.5
 
 
+@pytest.mark.usefixtures("slowly")
 @pytest.mark.parametrize(("kind", "code"), [("memory", "VRAM_OOM"), ("device", "INTERNAL"), ("bug", "INTERNAL")])
 def test_step_that_fails_ends_its_requests_only(server: Server, flag: Path, kind: str, code: str) -> None:
     """On the CPU nothing can be a CUDA error, so that the device's failure is an internal one here."""
@@ -217,7 +226,7 @@ def test_health_answers_while_it_decodes(server: Server) -> None:
         with server.client() as other:
             answers = [other.get("/health").json()["status"] for _ in range(20)]
         assert set(answers) == {"healthy"}
-        cancel(server, "busy")
+        server.cancel("busy")
 
 
 def test_silent_and_broken_clients_harm_nobody(server: Server) -> None:

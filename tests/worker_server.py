@@ -30,11 +30,13 @@ from refengine import cli, model
 flag, step = pathlib.Path(sys.argv.pop(1)), model.Model.step
 class CUDARuntimeError(RuntimeError): pass
 def faulty(*arguments, **keywords):
-    if flag.exists():
+    try:
         kind = flag.read_text()
-        if kind == "slow":
-            time.sleep(0.03)
-            return step(*arguments, **keywords)
+    except FileNotFoundError:
+        kind = ""
+    if kind == "slow":
+        time.sleep(0.03)
+    elif kind:  # nothing: it is being written
         flag.unlink()
         raise {"memory": MemoryError, "device": CUDARuntimeError, "bug": ZeroDivisionError}[kind]("a secret")
     return step(*arguments, **keywords)
@@ -104,10 +106,29 @@ class Server:
             assert response.headers["content-type"].startswith("text/event-stream")
             yield parsed(response.iter_lines())
 
+    def cancel(self, job_id: str) -> None:
+        with self.client() as client:
+            assert client.post("/cancel", json={"job_id": job_id}).status_code == 202
+
+    def outcome_of(self, job_id: str) -> str:
+        """Wait for the end of a job."""
+        until(lambda: any(line.get("job_id") == job_id for line in self.events("execute_end")))
+        (end,) = [line for line in self.events("execute_end") if line["job_id"] == job_id]
+        return str(end["outcome"])
+
+    def health(self) -> dict[str, Any]:
+        with self.client() as client:
+            found: dict[str, Any] = client.get("/health").json()
+            return found
+
+    def metrics(self) -> str:
+        """All of them, as they are right now."""
+        with self.client() as client:
+            return client.get("/metrics").text
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples of this name that have these labels."""
-        with self.client() as client:
-            return metric(client.get("/metrics").text, name, **labels)
+        return metric(self.metrics(), name, **labels)
 
     def settled(self) -> None:
         """Wait until no sequence holds blocks, at most as long as the requirement allows and a busy machine needs."""
@@ -125,6 +146,11 @@ def parsed(lines: Iterator[str]) -> Iterator[Event]:
             event = line.removeprefix("event: ")
         elif line.startswith("data: "):
             yield event, json.loads(line.removeprefix("data: "))
+
+
+def read(events: Iterator[Event], n: int) -> list[Event]:
+    """The next n events."""
+    return [next(events) for _ in range(n)]
 
 
 def until(true: Any, seconds: float = 10.0) -> None:
