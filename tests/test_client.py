@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import itertools
 import json
 import re
 import signal
@@ -510,20 +509,26 @@ def refusing(retry_after: int) -> Iterator[tuple[str, list[str]]]:
 @both
 @pytest.mark.parametrize("as_time", [False, True], ids=["seconds", "moment"])
 def test_a_deadline_counts_from_the_first_request(twin: bool, as_time: bool) -> None:
-    moment = datetime.now(UTC) + timedelta(seconds=2.4)
-    with refusing(1) as (url, told):
+    moment = datetime.now(UTC) + timedelta(seconds=60)
+    with refusing(1) as (url, told), pytest.raises(WorkerError, match="QUEUE_FULL"):
+        read(url, twin, deadline=moment if as_time else 60, retries=2)
+    if as_time:
+        assert told == [moment.isoformat()] * 3
+    else:
+        first, second, third = map(float, told)
+        assert 60 >= first >= second + 1 >= third + 2  # less by the pauses, which are a second and more
+
+
+@both
+@pytest.mark.parametrize("as_time", [False, True], ids=["seconds", "moment"])
+def test_a_client_does_not_wait_past_its_deadline(twin: bool, as_time: bool) -> None:
+    with refusing(30) as (url, told):
         start = time.monotonic()
         with pytest.raises(WorkerError, match="QUEUE_FULL") as error:
-            read(url, twin, deadline=moment if as_time else 2.4, retries=9)
-        assert time.monotonic() - start < 2.4  # it does not wait for what comes too late
+            read(url, twin, deadline=datetime.now(UTC) + timedelta(seconds=25) if as_time else 25, retries=9)
+        assert time.monotonic() - start < 20  # at once, on a busy machine; the pause alone would be 30 s
     assert (error.value.code, error.value.retriable, error.value.status) == ("INFERENCE_TIMEOUT", True, 503)
-    assert 2 <= len(told) <= 3  # a pause is up to a quarter longer than asked for
-    if as_time:
-        assert set(told) == {moment.isoformat()}
-    else:
-        left = [float(seconds) for seconds in told]
-        assert 2.3 < left[0] <= 2.4
-        assert all(after <= before - 1 for before, after in itertools.pairwise(left))
+    assert len(told) == 1
 
 
 CHUNK: Any = {"id": "c", "choices": [{"delta": {"content": "x"}, "finish_reason": None}]}
