@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,20 +55,12 @@ class Worker:
 
     def accept(self, wanted: Sequence[Wanted], deadline: str | None) -> list[Job]:
         """A job for each, on its way to the engine; all of them, or none. Raises Fault."""
-        jobs: list[Job] = []
         try:
-            if len(wanted) > self._room:
-                message = f"prompt: given {len(wanted)} of them, allowed {self._room} on this worker"
-                raise Fault("INVALID_REQUEST", message, "prompt")
-            for one in wanted:
-                jobs.append(self._admit(one, deadline))
+            timeout_s = self._admit(wanted, deadline)
         except Fault as e:
-            self.refused(e, wanted[len(jobs)].job_id)
-            self.disconnected(*jobs)
+            self.refused(e, wanted[0].job_id)
             raise
-        for job, one in zip(jobs, wanted, strict=True):
-            job.preparing = asyncio.create_task(self._prepare(job, one))
-        return jobs
+        return [self._begin(one, timeout_s) for one in wanted]
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
@@ -85,29 +78,36 @@ class Worker:
         field = fault.field if fault.field in LOGGED_FIELDS else None  # not the name of an unknown one
         self.log("error", "WARNING", job_id=job_id, code=fault.code, field=field, status=fault.status)
 
-    def _admit(self, wanted: Wanted, deadline: str | None) -> Job:
-        options = self.options
+    def _admit(self, wanted: Sequence[Wanted], deadline: str | None) -> float:
+        """The seconds that jobs are given. Raises Fault where one of them may not come in."""
         self.check_open()
         left = deadline_seconds(deadline, datetime.now(UTC))
-        if wanted.params.max_tokens > options.max_tokens_out:
-            raise Fault(
-                "INVALID_REQUEST",
-                f"max_tokens: given {wanted.params.max_tokens}, allowed 1 to {options.max_tokens_out} on this worker",
-                "max_tokens",
-            )
-        if wanted.job_id in self._jobs:
-            raise Fault("INVALID_REQUEST", "job_id: a job of this id is alive; ids must differ", "job_id", status=409)
-        if len(self._jobs) >= self._room:
-            n_wait = options.max_queue
+        limit = self.options.max_tokens_out
+        for one in wanted:
+            given = one.params.max_tokens
+            if given > limit:
+                message = f"max_tokens: given {given}, allowed 1 to {limit} on this worker"
+                raise Fault("INVALID_REQUEST", message, "max_tokens")
+            if one.job_id in self._jobs:
+                message = "job_id: a job of this id is alive; ids must differ"
+                raise Fault("INVALID_REQUEST", message, "job_id", status=409)
+        if len(wanted) > self._room:
+            message = f"prompt: given {len(wanted)} of them, allowed {self._room} on this worker"
+            raise Fault("INVALID_REQUEST", message, "prompt")
+        if len(self._jobs) + len(wanted) > self._room:
+            n_wait = self.options.max_queue
             raise Fault("QUEUE_FULL", f"{self._room - n_wait} requests run and {n_wait} wait: come back later")
-        limit = options.inference_timeout_sec
-        job = Job(wanted.job_id, limit if left is None else min(limit, left), wanted.answer_id)
+        return min(self.options.inference_timeout_sec, math.inf if left is None else left)
+
+    def _begin(self, wanted: Wanted, timeout_s: float) -> Job:
+        job = Job(wanted.job_id, timeout_s, wanted.answer_id)
         self._jobs[job.job_id] = job
         self._empty.clear()
         params = wanted.params
         job.params = params if params.seed is not None else replace(params, seed=choose_seed())
         job.prompt_facts = wanted.prompt_facts
-        job.timer = asyncio.get_running_loop().call_later(job.timeout_s, self._time_is_up, job)
+        job.timer = asyncio.get_running_loop().call_later(timeout_s, self._time_is_up, job)
+        job.preparing = asyncio.create_task(self._prepare(job, wanted))
         return job
 
     async def _prepare(self, job: Job, wanted: Wanted) -> None:
