@@ -1,4 +1,4 @@
-"""The worker's pages in a real browser, on real workers: what is seen is what the API says."""
+"""The worker's page in a real browser, on real workers: what is seen is what the API says."""
 
 import json
 import math
@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 
-from refengine.worker.openapi import as_openapi_30, with_components
 from tests.chromium import chromium, prefer, texts
 from tests.worker_server import FAULTY, SCRIPTED, Server, serving, text_of, until, write_talker
 from tools.make_model import write_model
@@ -444,71 +443,3 @@ def test_a_worker_with_a_key(browser: Any) -> None:
         until(lambda: texts(browser, "#blocks dd"))
         generate(browser)
         assert status(browser).startswith("Done")
-
-
-def test_the_documents_operations_are_rendered(browser: Any, haiku: Server) -> None:
-    document = httpx.get(haiku.url + "/openapi.json").json()
-    operations = [f"{method.upper()} {path}" for path, item in document["paths"].items() for method in item]
-    browser.get(haiku.url + "/docs")
-    until(lambda: len(texts(browser, ".opblock-summary-path")) == len(operations))
-    paths = [path.replace("\u200b", "") for path in texts(browser, ".opblock-summary-path")]
-    found = zip(texts(browser, ".opblock-summary-method"), paths, strict=True)
-    assert sorted(f"{method} {path}" for method, path in found) == sorted(operations)
-    browser.find_element("css selector", "#operations-default-chat_v1_chat_completions_post button").click()
-    until(lambda: "messages" in "".join(texts(browser, ".opblock-body .highlight-code")))
-    assert texts(browser, ".errors-wrapper") == []
-    assert problems(browser) == []
-    assert httpx.get(haiku.url + "/docs/swagger-ui-bundle.js.map").status_code == 404
-
-
-def test_every_reference_of_the_document_leads_somewhere(haiku: Server) -> None:
-    for path, version in (("/openapi.json", "3.1"), ("/docs/openapi.json", "3.0")):
-        document = httpx.get(haiku.url + path).json()
-        assert document["openapi"].startswith(version)
-        found = list(references(document))
-        assert found
-        for reference in found:
-            target: Any = document
-            for name in reference.removeprefix("#/").split("/"):
-                target = target[name]
-
-
-def test_every_example_of_the_document_works(haiku: Server) -> None:
-    for path, item in httpx.get(haiku.url + "/openapi.json").json()["paths"].items():
-        for operation in item.values():
-            if "requestBody" in operation:
-                example = operation["requestBody"]["content"]["application/json"]["example"]
-                answered = httpx.post(haiku.url + path, json=example)
-                assert answered.is_success, (path, answered.text)
-
-
-def references(value: Any) -> Iterator[str]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, item in items:
-        if name == "$ref":
-            yield item
-        yield from references(item)
-
-
-def test_version_3_0_says_the_same_in_its_own_words() -> None:
-    said = {
-        "seed": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}], "title": "Seed"},
-        "penalty": {"type": "number", "exclusiveMinimum": 0.0, "maximum": 2.0},
-        "n": {"const": 1, "default": 1},
-        "best_of": {"anyOf": [{"const": 1, "type": "integer"}, {"type": "null"}], "default": 1},
-        "suffix": {"type": "null", "default": None},
-        "options": {"anyOf": [{"$ref": "#/$defs/Options"}, {"type": "null"}]},
-    }
-    document = {"openapi": "3.1.0", "paths": {"/x": {"properties": said, "$defs": {"Options": {"type": "object"}}}}}
-    assert as_openapi_30(with_components(document)) == {
-        "openapi": "3.0.3",
-        "paths": {"/x": {"properties": {
-            "seed": {"type": "integer", "minimum": 0, "title": "Seed", "nullable": True},
-            "penalty": {"type": "number", "minimum": 0.0, "exclusiveMinimum": True, "maximum": 2.0},
-            "n": {"enum": [1], "default": 1},
-            "best_of": {"type": "integer", "nullable": True, "enum": [1, None], "default": 1},
-            "suffix": {"type": "string", "nullable": True, "enum": [None], "default": None},
-            "options": {"anyOf": [{"$ref": "#/components/schemas/Options"}], "nullable": True},
-        }}},
-        "components": {"schemas": {"Options": {"type": "object"}}},
-    }  # fmt: skip

@@ -15,28 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 from tqdm import tqdm
 
-from refengine.bench.load import metric
-from refengine.bench.process import free_port
+from tools.fuzz_process import ANSWER_WITHIN_S, WorkerUnderTest, worker_under_test
 from tools.fuzz_raw import BODIES, raw_case
 
 HAIKU = {
@@ -49,66 +41,11 @@ HAIKU = {
 LEFT_OUT = {"/shutdown"}
 ALLOWED = {100, 200, 202, 400, 403, 404, 405, 408, 409, 413, 414, 421, 431, 499, 501, 503, 504, 505}
 FEW_TOKENS = 6  # of an answer, but for one request in twenty
-ANSWER_WITHIN_S = 60.0
 HEALTH_WITHIN_S = 5.0
 GIVEN_BACK_WITHIN_S = 20.0  # connections that nobody closed are, after 10 s
 PARTS = 10  # of a run, with a look at the memory after each
 MAX_GROWTH = 8 << 20  # bytes of resident memory in the second half: the first fills caches
 MAX_FINDINGS = 50
-
-
-class WorkerUnderTest:
-    """A worker with its log in a file. program: what runs in place of `-m refengine`."""
-
-    def __init__(self, folder: Path, arguments: Sequence[str], program: Sequence[str]) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._log = folder / "log"
-        line = [sys.executable, *program, "serve", "--worker-id", str(uuid.uuid4()), "--port", str(self.port)]
-        with open(self._log, "wb") as log:
-            self.process = subprocess.Popen([*line, *arguments], stderr=log, stdout=log)
-        end = time.monotonic() + 60
-        while b'"ready"' not in self._log.read_bytes():
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"the worker does not start:\n{self._log.read_text()}")
-            time.sleep(0.05)
-
-    def rss(self) -> int:
-        return int(self._proc("statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def n_descriptors(self) -> int:
-        return len(list(self._proc("fd").iterdir()))
-
-    def n_threads(self) -> int:
-        return len(list(self._proc("task").iterdir()))
-
-    def _proc(self, name: str) -> Path:
-        return Path(f"/proc/{self.process.pid}/{name}")
-
-    def metric(self, name: str, **labels: str) -> float:
-        return metric(httpx.get(f"{self.url}/metrics", timeout=ANSWER_WITHIN_S).text, name, **labels)
-
-    def unexpected(self) -> list[str]:
-        """Lines of the log that no request should cause."""
-        found = []
-        for line in self._log.read_text(errors="replace").splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                found.append(line)
-                continue
-            if event["level"] in ("ERROR", "CRITICAL") or event.get("kind"):
-                found.append(line)
-        return found
-
-    def end(self) -> int:
-        """SIGTERM; the exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
 
 
 @dataclass
@@ -403,18 +340,6 @@ def _problem(response: httpx.Response) -> str | None:
         last = [line for line in lines if line in ("event: end", "event: error")]
         return None if len(last) == 1 and lines[-3] == last[0] else "a stream without its one last event"
     return None if lines.count("data: [DONE]") == 1 else "a stream without [DONE]"
-
-
-@contextmanager
-def worker_under_test(arguments: Sequence[str], program: Sequence[str]) -> Iterator[WorkerUnderTest]:
-    with tempfile.TemporaryDirectory() as folder:
-        worker = WorkerUnderTest(Path(folder), arguments, program)
-        try:
-            yield worker
-        finally:
-            if worker.process.poll() is None:
-                worker.process.kill()
-                worker.process.wait()
 
 
 def fuzz(
