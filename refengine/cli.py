@@ -236,9 +236,10 @@ def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
 
 def _serve(arguments: argparse.Namespace) -> int:
     from refengine.worker.early import ending_on_signals
+    from refengine.worker.options import device_of
 
-    model, device = arguments.model or "packaged", arguments.device or f"cuda:{arguments.gpu_device}"
-    with ending_on_signals(arguments.worker_id, model, device):
+    device = device_of(arguments.device, arguments.gpu_device)
+    with ending_on_signals(arguments.worker_id, arguments.model or "packaged", device):
         from refengine.commands_serve import serve
 
         return serve(arguments)

@@ -12,12 +12,8 @@ import pytest
 
 from refengine.client import Client
 from tests.cli_runner import ENVIRONMENT, ROOT, cli, subprocess_cli
-from tests.worker_server import HAIKU, Server, free_port, serving, write_talker
-
-PROMPT = HAIKU["prompt"]
-SAMPLING: Any = {k: v for k, v in HAIKU.items() if k != "prompt"}
-LONG: Any = {"seed": 5, "temperature": 1.0}
-KEY = "a-key-of-sorts"
+from tests.test_client import KEY, LONG, PROMPT, SAMPLING
+from tests.worker_server import Server, free_port, serving, write_talker
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ class Engine:
         self.max_batch = max_batch = self.options.max_batch if self.options.batching else 1
         n_tokens = self.options.cache_tokens
         if n_tokens is None:
-            n_tokens = min(max_batch * model.n_ctx, DEFAULT_CACHE_TOKENS)
+            n_tokens = default_cache_tokens(max_batch, model.n_ctx)
         self.cache: KVCache = model.new_cache(n_tokens)
         self.prefix = None
         if self.options.prefix_cache:
@@ -267,6 +267,11 @@ class Engine:
             if length // self.cache.block_size > len(progress.prefix_keys):  # a block has become full
                 known = part.generation.ids[:length]
                 self.prefix.register(known, progress.cached.block_table, progress.prefix_keys)
+
+
+def default_cache_tokens(max_batch: int, n_ctx: int) -> int:
+    """Positions of the KV cache where nothing is said."""
+    return min(max_batch * n_ctx, DEFAULT_CACHE_TOKENS)
 
 
 def checked_limit(model: Any, ids: Sequence[int], params: SamplingParams) -> int:

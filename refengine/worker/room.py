@@ -18,7 +18,7 @@ from refengine.cuda.layout import PACKING_BYTES
 from refengine.cuda.memory import settled
 from refengine.cuda.ops import kv_bytes
 from refengine.cuda.upload import SLAB_BYTES
-from refengine.engine.engine import DEFAULT_CACHE_TOKENS
+from refengine.engine.engine import default_cache_tokens
 from refengine.engine.kernel_runner import step_bytes
 from refengine.kv_cache import BLOCK_SIZE, KVCache
 from refengine.ops import profile
@@ -84,7 +84,7 @@ class Room:
         if self.options.kv_cache_size_mb is not None:
             return least
         if free is None:
-            return KVCache.blocks_for(min(self.max_batch * self.config.n_ctx_train, DEFAULT_CACHE_TOKENS))
+            return KVCache.blocks_for(default_cache_tokens(self.max_batch, self.config.n_ctx_train))
         wanted = self.max_batch * KVCache.blocks_for(self.config.n_ctx_train)
 
         def with_reserve(n_blocks: int) -> int:
