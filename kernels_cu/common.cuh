@@ -1,7 +1,7 @@
 // Put in front of every kernel file: types, and the few instructions that C++ has no words for.
 //
 // Nothing is included: the sources compile with NVRTC alone. HOSTCUDA is set where they are built for the CPU
-// (tools/hostcuda), which has its own bodies for what is assembler here.
+// (kernels_cu/host), which has its own bodies for what is assembler here.
 #ifndef HOSTCUDA
 typedef unsigned char uint8_t;
 typedef signed char int8_t;

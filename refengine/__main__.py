@@ -2,6 +2,6 @@
 
 import sys
 
-from refengine.cli import main
+from refengine.cli.main import main
 
 sys.exit(main())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refengine.errors import ModelError
-from refengine.gguf_file import GGUFFile
+from refengine.gguf.file import GGUFFile
 
 SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gpt-oss", "gpt2")
 

@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from refengine.cache.paged import CacheSequence, KVCache
 from refengine.config import ModelConfig
 from refengine.cuda import open_kernels
 from refengine.device import Device, open_device
-from refengine.engine.engine import alone
+from refengine.engine.engine import single_sequence
 from refengine.engine.generation import Token
 from refengine.engine.sampling import SamplingParams
 from refengine.errors import RequestError
-from refengine.gguf_file import GGUFFile
-from refengine.hub import resolve
-from refengine.kv_cache import KVCache
-from refengine.kv_cache import Sequence as CacheSequence
+from refengine.gguf.file import GGUFFile
+from refengine.hub.files import resolve
 from refengine.models import BY_ARCHITECTURE
 from refengine.ops import Ops, profile
 from refengine.tokenizer import Tokenizer, load_tokenizer
@@ -167,7 +166,7 @@ class Model:
         `Token.text` is what may be printed: whole code points, nothing of a stop string. Ends at an end-of-generation
         token, a stop string, `params.max_tokens` or the end of the context; `Token.stop_reason` of the last says which.
         """
-        generation = alone(self, self.prompt_ids(prompt), params)
+        generation = single_sequence(self, self.prompt_ids(prompt), params)
         try:
             yield from generation
         finally:

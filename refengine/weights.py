@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType
 
 from refengine import quants
 from refengine.errors import ModelError
-from refengine.gguf_file import GGUFFile, TensorInfo, Unread
+from refengine.gguf.file import GGUFFile, TensorInfo, Unread
 
 Array = Any
 

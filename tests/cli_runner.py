@@ -8,7 +8,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from refengine.cli import main
+from refengine.cli.main import main
 from tools.make_model import write_model
 
 ROOT = Path(__file__).resolve().parents[1]

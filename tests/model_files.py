@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType
 
-from refengine.gguf_file import GGUFFile
+from refengine.gguf.file import GGUFFile
 from tests.gguf_builder import ARRAY, U16, GGUFBuilder
 
 Pair = tuple[int, Any]  # value type and value; of an array (ARRAY, (element type, values))

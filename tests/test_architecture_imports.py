@@ -8,7 +8,7 @@ under TYPE_CHECKING. Slow or optional libraries (cupy, llama_cpp) may be importe
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,9 @@ FACADE = "__init__"
 ARRAYS = {"numpy", "gguf"}
 
 
+TOP = {path.stem for path in PACKAGE.iterdir()}
+
+
 @dataclass(frozen=True)
 class Room:
     """What a room may import: rooms of refengine, and third-party libraries (anywhere, or inside functions only)."""
@@ -31,41 +34,47 @@ class Room:
     lazy_libraries: frozenset[str] = frozenset()
 
 
-# From the bottom up: a room may name only rooms that stand before it in this table.
+# From the bottom up: a room may name only rooms that stand before it in this table. A module is in the room with the
+# longest name that fits it: refengine/gguf/cursor.py is in `gguf.cursor`, refengine/gguf/file.py in `gguf`.
 BELOW_ENGINE = {
     "errors": Room(set(), set()),
     "device": Room({"errors"}, {"numpy"}, frozenset({"cupy"})),
-    # The GGUF rooms: no arrays on a GPU, no architectures, no quant arithmetic. Others know gguf_file only.
-    "gguf_cursor": Room({"errors"}, ARRAYS),
-    "gguf_parse": Room({"errors", "gguf_cursor"}, ARRAYS),
-    "gguf_split": Room({"errors", "gguf_cursor", "gguf_parse"}, ARRAYS),
-    "gguf_file": Room({"errors", "gguf_cursor", "gguf_parse", "gguf_split"}, ARRAYS),
+    # The GGUF rooms: no arrays on a GPU, no architectures, no quant arithmetic. Others know gguf.file only.
+    "gguf.cursor": Room({"errors"}, ARRAYS),
+    "gguf.parse": Room({"errors", "gguf.cursor"}, ARRAYS),
+    "gguf.split": Room({"errors", "gguf.cursor", "gguf.parse"}, ARRAYS),
+    "gguf": Room({"errors", "gguf.cursor", "gguf.parse", "gguf.split"}, ARRAYS),
     "quants": Room({"errors"}, ARRAYS),  # no files
-    "config": Room({"errors", "gguf_file"}, ARRAYS),
-    "weights": Room({"errors", "gguf_file", "quants", "config"}, {*ARRAYS, "tqdm"}),
+    "config": Room({"errors", "gguf"}, ARRAYS),
+    "weights": Room({"errors", "gguf", "quants", "config"}, {*ARRAYS, "tqdm"}),
     # no arrays
-    "tokenizer": Room({"errors", "gguf_file"}, {"gguf", "tokenizers", "sentencepiece", "jinja2"}),
-    "kv_cache": Room({"errors", "config"}, {"numpy"}),  # no attention arithmetic
-    "prefix_cache": Room({"errors", "kv_cache"}, {"numpy"}),
+    "tokenizer": Room({"errors", "gguf"}, {"gguf", "tokenizers", "sentencepiece", "jinja2"}),
+    "cache": Room({"errors", "config"}, {"numpy"}),  # no attention arithmetic
     "trace": Room({"errors"}, {"numpy", "safetensors"}),
     "ops": Room({"errors", "quants"}, ARRAYS),  # no config, cache, trace, CUDA
     # no HTTP, no files
-    "cuda": Room({"errors", "device", "quants", "config", "weights", "kv_cache", "ops"}, ARRAYS, frozenset({"cupy"})),
+    "cuda.runtime": Room({"errors"}, {"numpy"}, frozenset({"cupy"})),
+    "cuda": Room(
+        {"errors", "device", "quants", "config", "weights", "cache", "ops", "cuda.runtime"},
+        ARRAYS,
+        frozenset({"cupy"}),
+    ),
     # no files, sampling, HTTP; no cuda either: ops are handed in
-    "models": Room({"errors", "config", "weights", "kv_cache", "trace", "ops"}, {"numpy"}),
+    "models": Room({"errors", "config", "weights", "cache", "trace", "ops"}, {"numpy"}),
 }
-INSIDE_GGUF_FILE = {"gguf_cursor", "gguf_parse", "gguf_split"}
-BELOW = set(BELOW_ENGINE) - INSIDE_GGUF_FILE
+BELOW = set(BELOW_ENGINE) - {"gguf.cursor", "gguf.parse", "gguf.split"}
 ENGINE = {*BELOW, "engine"}
-HUB = {"hub_names", "hub"}
+HUB = {"hub.names", "hub"}
 MODEL = {*ENGINE, *HUB, "model"}
 ROOMS = {
     **BELOW_ENGINE,
     "engine": Room(BELOW, {"numpy"}),  # no HTTP
-    "hub_names": Room({"errors"}, set()),  # no network
-    "hub": Room({"errors", "hub_names"}, set(), frozenset({"huggingface_hub"})),  # no models: paths
+    "hub.names": Room({"errors"}, set()),  # no network
+    "hub": Room({"errors", "hub.names"}, set(), frozenset({"huggingface_hub"})),  # no models: paths
     "model": Room({*ENGINE, "hub"}, {*ARRAYS, "tqdm"}),
     FACADE: Room(MODEL, set()),
+    # pytest loads this in every suite where refengine is installed: light until the fixture is called.
+    "validate.pytest_plugin": Room({FACADE, *MODEL, "validate"}, {"pytest", "rich"}),
     # no HTTP
     "validate": Room(
         {FACADE, *MODEL}, {*ARRAYS, "safetensors", "yaml", "rich", "jinja2"}, frozenset({"cupy", "llama_cpp"})
@@ -86,34 +95,33 @@ ROOMS = {
             "threadpoolctl",
         },
     ),
-    "client_events": Room({"errors"}, {"httpx_sse"}),  # no connections
-    "client": Room({"errors", "client_events"}, {"httpx", "httpx_sse"}),
-    "bench": Room({FACADE, *MODEL, "worker", "client", "client_events"}, {"numpy", "rich"}),
-    "console": Room({FACADE, *MODEL, "validate"}, {*ARRAYS, "tqdm"}),
-    "commands": Room({FACADE, *MODEL, "validate", "console"}, {*ARRAYS, "safetensors"}),
-    "commands_validate": Room({FACADE, *MODEL, "validate", "console"}, {"tqdm", "rich"}),
-    "commands_serve": Room({FACADE, *MODEL, "worker"}, set()),
-    "commands_compile": Room({"errors", "device", "cuda"}, {"tqdm"}),
-    "commands_ask": Room({"errors", "client", "client_events", "console"}, set()),
-    "commands_bench": Room({"errors", "worker", "client", "bench", "console"}, {"rich"}),
-    # pytest loads this in every suite where refengine is installed: light until the fixture is called.
-    "pytest_plugin": Room({FACADE, *MODEL, "validate"}, {"pytest", "rich"}),
+    "client.events": Room({"errors"}, {"httpx_sse"}),  # no connections
+    "client": Room({"errors", "client.events"}, {"httpx", "httpx_sse"}),
+    "bench": Room({FACADE, *MODEL, "worker", "client", "client.events"}, {"numpy", "rich"}),
+    "cli.console": Room({FACADE, *MODEL, "validate"}, {*ARRAYS, "tqdm"}),
+    # One file a command.
+    "cli.commands": Room({FACADE, *MODEL, "validate", "cli.console"}, {*ARRAYS, "safetensors"}),
+    "cli.validate": Room({FACADE, *MODEL, "validate", "cli.console"}, {"tqdm", "rich"}),
+    "cli.serve": Room({FACADE, *MODEL, "worker"}, set()),
+    "cli.compile": Room({"errors", "device", "cuda", "cuda.runtime"}, {"tqdm"}),
+    "cli.ask": Room({"errors", "client", "client.events", "cli.console"}, set()),
+    "cli.bench": Room({"errors", "worker", "client", "bench", "cli.console"}, {"rich"}),
     # arguments only
-    "cli_groups": Room(set(), set()),
-    "cli_worker": Room({"cli_groups"}, set()),
+    "cli.arguments": Room(set(), set()),
+    "cli.worker_arguments": Room({"cli.arguments"}, set()),
     "cli": Room(
         {
             FACADE,
             "errors",
-            "cli_groups",
-            "cli_worker",
             "worker",  # what is to be there before libraries
-            "commands",
-            "commands_validate",
-            "commands_serve",
-            "commands_ask",
-            "commands_bench",
-            "commands_compile",
+            "cli.arguments",
+            "cli.worker_arguments",
+            "cli.commands",
+            "cli.validate",
+            "cli.serve",
+            "cli.ask",
+            "cli.bench",
+            "cli.compile",
         },
         set(),
     ),
@@ -123,20 +131,7 @@ ROOMS = {
 # Standard modules that only some rooms may know; every other one is free.
 HTTP_ROOMS = {"worker", "bench"}
 RESERVED_STDLIB = {
-    # All but those of the command line: for the type of what the parser gives.
-    "argparse": {
-        "cli",
-        "cli_groups",
-        "cli_worker",
-        "console",
-        "commands",
-        "commands_validate",
-        "commands_serve",
-        "commands_ask",
-        "commands_bench",
-        "commands_compile",
-    },
-    "mmap": {"gguf_file", *INSIDE_GGUF_FILE},
+    "mmap": {name for name in ROOMS if name.startswith("gguf")},
     "http": HTTP_ROOMS,
     "urllib": HTTP_ROOMS,
     "socket": HTTP_ROOMS,
@@ -155,8 +150,17 @@ class Import:
 
 
 def room_of(path: Path) -> str:
-    """The room of a file of refengine/: refengine/ops/norm.py is in `ops`, refengine/cli.py in `cli`."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """The room of a file of refengine/."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return room_of_module(parts if parts == (FACADE,) or parts[-1] != "__init__" else parts[:-1])
+
+
+def room_of_module(parts: Sequence[str]) -> str:
+    """The longest name of a room that fits a module below refengine; else its first part, or the facade."""
+    for n in range(len(parts), 0, -1):
+        if ".".join(parts[:n]) in ROOMS:
+            return ".".join(parts[:n])
+    return parts[0] if parts and (parts[0] in TOP or parts[0] == FACADE) else FACADE
 
 
 def imports_of(source: str, path: Path) -> Iterator[Import]:
@@ -202,7 +206,7 @@ def violations(source: str, path: Path) -> list[str]:
         names = {imported.name, ".".join([top, *rest[:1]]), top}
         if top == "refengine":
             # `from refengine import load` reaches the facade, `from refengine import errors` a room.
-            target = rest[0] if rest and rest[0] in {*ROOMS, *room_names()} else FACADE
+            target = room_of_module(rest)
             if target != room_name and target not in room.rooms:
                 found.append(f"{where} (rooms it may: {', '.join(sorted(room.rooms)) or 'none'})")
         elif top in sys.stdlib_module_names:
@@ -218,10 +222,6 @@ def violations(source: str, path: Path) -> list[str]:
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
-
-
-def room_names() -> set[str]:
-    return {room_of(path) for path in modules()}
 
 
 def test_every_import_is_in_the_table():
@@ -240,28 +240,28 @@ def test_the_table_points_one_way():
 
 
 PLANTED = {
-    "a later room": ("gguf_file.py", "from refengine.quants import SUPPORTED"),
-    "a later room, as a module": ("kv_cache.py", "import refengine.ops.attention"),
-    "a later room, from the package": ("models/llama.py", "from refengine import gguf_file"),
+    "a later room": ("gguf/file.py", "from refengine.quants import SUPPORTED"),
+    "a later room, as a module": ("cache/paged.py", "import refengine.ops.attention"),
+    "a later room, from the package": ("models/llama.py", "from refengine.gguf.file import GGUFFile"),
     "a later room, relative": ("ops/norm.py", "from ..trace import Trace"),
     "a later room, relative to the package": ("ops/norm.py", "from .. import config"),
-    "a later room, in a function": ("engine/scheduler.py", "def step():\n    from refengine.worker import http"),
+    "a later room, in a function": ("engine/scheduler.py", "def step():\n    from refengine.worker.http import app"),
     "a later room, for types only": (
         "trace.py",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from refengine.models import llama",
     ),
-    "a later room, by name": ("quants.py", "import importlib\nimportlib.import_module('refengine.gguf_file')"),
+    "a later room, by name": ("quants.py", "import importlib\nimportlib.import_module('refengine.gguf.file')"),
     "the facade": ("models/llama.py", "from refengine import load"),
-    "the other wing": ("validate/report.py", "from refengine.worker.jobs import Job"),
+    "the other wing": ("validate/report.py", "from refengine.worker.jobs.job import Job"),
     "the other wing, back": ("worker/jobs.py", "from refengine.validate import compare"),
     "arguments": ("bench/latency.py", "import argparse"),
     "files in a model": ("models/llama.py", "import mmap"),
     "HTTP in the engine": ("engine/scheduler.py", "from http.server import HTTPServer"),
     "arrays in a tokenizer": ("tokenizer/bpe.py", "import numpy as np"),
-    "work in the arguments": ("cli.py", "from refengine.gguf_file import GGUFFile"),
+    "work in the arguments": ("cli.py", "from refengine.gguf.file import GGUFFile"),
     "a library of another room": ("ops/norm.py", "import safetensors.numpy"),
     "a namespace's other package": ("tokenizer/spm.py", "from google.cloud import storage"),
-    "cupy at import": ("cuda/loader.py", "import cupy as cp"),
+    "cupy at import": ("cuda/runtime/nvrtc.py", "import cupy as cp"),
     "cupy at import, guarded": ("device.py", "try:\n    import cupy\nexcept ImportError:\n    cupy = None"),
     "cupy in a class body": ("cuda/ops.py", "class Ops:\n    import cupy"),
     "cupy in ops": ("ops/norm.py", "def f():\n    import cupy"),
@@ -269,11 +269,14 @@ PLANTED = {
     "llama.cpp in the engine": ("engine/step.py", "def f():\n    import llama_cpp"),
 }
 ALLOWED = {
-    "rooms above": ("weights.py", "from refengine import quants\nfrom refengine.gguf_file import GGUFFile"),
+    "rooms above": ("weights.py", "from refengine import quants\nfrom refengine.gguf.file import GGUFFile"),
     "its own room": ("ops/__init__.py", "from . import norm\nfrom .rope import rope\nimport refengine.ops.moe"),
-    "cupy in a function": ("cuda/loader.py", "def compile():\n    import cupy.cuda\n    from cupy import RawModule"),
+    "cupy in a function": (
+        "cuda/runtime/nvrtc.py",
+        "def compile():\n    import cupy.cuda\n    from cupy import RawModule",
+    ),
     "cupy for types only": ("cuda/ops.py", "import typing\nif typing.TYPE_CHECKING:\n    import cupy"),
-    "the facade in the command line": ("cli.py", "import argparse\nimport refengine\nfrom refengine import load"),
+    "the facade in the command line": ("cli/main.py", "import argparse\nimport refengine\nfrom refengine import load"),
     "the standard library": ("errors.py", "import os.path\nfrom collections.abc import Sequence"),
 }
 

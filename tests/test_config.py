@@ -11,7 +11,7 @@ import pytest
 
 from refengine.config import SUPPORTED_ARCHITECTURES, ModelConfig, RopeConfig
 from refengine.errors import GGUFError, ModelError
-from refengine.gguf_file import GGUFFile
+from refengine.gguf.file import GGUFFile
 from tests.gguf_builder import ARRAY, BOOL, F32, F64, I32, STRING, U32, U64, GGUFBuilder
 from tests.model_files import Pair, add_pair
 

@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType
 
 from refengine.config import SUPPORTED_ARCHITECTURES, ModelConfig
 from refengine.errors import ModelError
-from refengine.gguf_file import GGUFFile
+from refengine.gguf.file import GGUFFile
 from refengine.models import BY_ARCHITECTURE
 from refengine.weights import ArrayPlacement, Matrix, TensorSpec, Weights, check_tensors, load_weights, quant_kind
 from tests.gguf_builder import STRING, TENSOR_F16, TENSOR_F32, TENSOR_MXFP4, TENSOR_Q8_0, U32, GGUFBuilder

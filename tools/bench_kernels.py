@@ -22,9 +22,9 @@ from gguf import GGMLQuantizationType
 
 from refengine import quants
 from refengine.cuda.layout import PackedMatrix, pack
-from refengine.cuda.loader import DeviceModule
 from refengine.cuda.ops import rows8_launch
-from refengine.cuda.source import read_source
+from refengine.cuda.runtime.nvrtc import DeviceModule
+from refengine.cuda.runtime.source import read_source
 from refengine.device import open_device
 from refengine.weights import Matrix
 

@@ -61,13 +61,13 @@ Engine = tuple[Callable[[], None], Callable[[list[int]], None]]
 
 def _refengine(path: str, numerics: str) -> Engine:
     import refengine
-    from refengine.kv_cache import KVCache, Sequence
+    from refengine.cache.paged import CacheSequence, KVCache
 
     model = refengine.load(path, numerics=numerics)
     state: dict[str, Any] = {}
 
     def begin() -> None:
-        state["cache"], state["sequence"] = model.new_cache(4096), Sequence()
+        state["cache"], state["sequence"] = model.new_cache(4096), CacheSequence()
 
     def run(ids: list[int]) -> None:
         cache: KVCache = state["cache"]

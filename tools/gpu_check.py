@@ -36,7 +36,7 @@ SANITIZED = (
     "memory",
     "fused",
     "decode",
-)  # tests/test_kernels_*
+)  # tests/kernels/test_*.py
 
 
 def card() -> dict[str, str]:
@@ -93,7 +93,7 @@ def time_model(path: Path, numerics: str, rounds: int = 5, n_prompt: int = 256, 
     import cupy
 
     import refengine
-    from refengine.kv_cache import Sequence
+    from refengine.cache.paged import CacheSequence
 
     def used() -> int:
         free, total = cupy.cuda.runtime.memGetInfo()
@@ -109,7 +109,7 @@ def time_model(path: Path, numerics: str, rounds: int = 5, n_prompt: int = 256, 
     loaded, grown = used() - before, resident_bytes() - resident
     prefill, decode = [], []
     for _ in range(rounds + 1):
-        cache, sequence = model.new_cache(n_prompt + n_decode), Sequence()
+        cache, sequence = model.new_cache(n_prompt + n_decode), CacheSequence()
         start = time.perf_counter()
         model.step([(sequence, list(range(3, 3 + n_prompt)))], cache, [n_prompt - 1])
         cupy.cuda.Device().synchronize()
@@ -200,7 +200,7 @@ def main() -> int:
     }
     if args.sanitizer:
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        files = [f"tests/test_kernels_{name}.py" for name in SANITIZED]
+        files = [f"tests/kernels/test_{name}.py" for name in SANITIZED]
         prefix = (tool, "--target-processes", "all", "--error-exitcode", "9")
         parts["sanitizer"] = lambda: run_tests(*files, prefix=prefix)
     for name in set(parts) - set(args.only or parts):

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from refengine.config import ModelConfig
-from refengine.gguf_file import GGUFFile
+from refengine.gguf.file import GGUFFile
 from refengine.model import PACKAGED_MODEL, load
 from refengine.validate.capture import LOGITS
 from refengine.validate.dump import manifest_of

@@ -12,7 +12,7 @@ from typing import Any
 
 from gguf import GGUFValueType, TokenType
 
-from refengine.gguf_file import GGUFFile
+from refengine.gguf.file import GGUFFile
 
 V = GGUFValueType
 

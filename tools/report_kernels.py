@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from refengine.cuda.loader import ARCHITECTURES, compile_source, nvrtc_version
-from refengine.cuda.source import names, read_source
+from refengine.cuda.runtime.nvrtc import ARCHITECTURES, compile_source, nvrtc_version
+from refengine.cuda.runtime.source import names, read_source
 
 RECORD = Path(__file__).resolve().parents[1] / "golden" / "kernels.json"
 FIELDS = ("registers", "shared", "stack", "spilled")

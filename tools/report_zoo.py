@@ -2,8 +2,8 @@
 
     python -m tools.report_zoo > golden/zoo.md
 
-Each of `tests/zoo.py`'s engines is broken in one place; its verdict comes from its tensors alone. Then llama.cpp on the
-same models. Needs '.[validate]'.
+Each of `tests/validate/zoo.py`'s engines is broken in one place; its verdict comes from its tensors alone. Then
+llama.cpp on the same models. Needs '.[validate]'.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from refengine.validate.judge import judge
 from refengine.validate.peers import capture_peer
 from refengine.validate.run import validate
-from tests.zoo import FAULTS, Fault, capture, load
+from tests.validate.zoo import FAULTS, Fault, capture, load
 from tools.make_model import TINY, write_spec
 
 

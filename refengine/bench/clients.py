@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from refengine.client import AsyncClient
-from refengine.client_events import ClientError, End, Event, Started, Token, WorkerError
+from refengine.client.client import AsyncClient
+from refengine.client.events import ClientError, End, Event, Started, Token, WorkerError
 from refengine.errors import RefengineError
 
 TEMPERATURE = 0.8

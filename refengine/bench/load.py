@@ -18,8 +18,8 @@ from refengine.bench.figures import Figure
 from refengine.bench.probe import Probe
 from refengine.bench.process import WorkerProcess
 from refengine.bench.prompts import topics
-from refengine.client import Client
-from refengine.client_events import ClientError
+from refengine.client.client import Client
+from refengine.client.events import ClientError
 from refengine.errors import RefengineError
 
 SEEDS = 4  # for each prompt

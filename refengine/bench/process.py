@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refengine.client import Client
+from refengine.client.client import Client
 from refengine.errors import RefengineError, RequestError
 
 KEPT = ("model_load_complete", "ready", "error", "shutdown")  # events of the log

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from refengine.client import Client
+from refengine.client.client import Client
 
 WORDS = [
     *("the", "sea", "a", "light", "over", "warm", "stones", "small", "boats", "drift", "where", "old", "wind", "salt"),

@@ -21,9 +21,9 @@ from refengine.bench.figures import Figure
 from refengine.bench.load import metric, run_load
 from refengine.bench.process import WorkerProcess
 from refengine.bench.prompts import prompt_of, topics
-from refengine.client import Client, Stream
-from refengine.client_events import ClientError, End, Event, Started, Token, WorkerError
-from refengine.worker.requests import MAX_PROMPT_CHARS, ExecuteRequest, parse
+from refengine.client.client import Client, Stream
+from refengine.client.events import ClientError, End, Event, Started, Token, WorkerError
+from refengine.worker.http.requests import MAX_PROMPT_CHARS, ExecuteRequest, parse
 
 PROMPT_TOKENS = 512
 LONG_TEMPERATURE = 2.0  # near to noise: hardly any answer ends by itself

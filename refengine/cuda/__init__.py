@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from refengine.cuda.kernels import Kernels
 from refengine.cuda.memory import DeviceMemory
 from refengine.cuda.ops import KernelOps
+from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.upload import Uploader, bytes_for
 from refengine.device import Device
 from refengine.weights import CHUNK_BYTES, is_vector

@@ -18,9 +18,9 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from refengine.cuda import reference
-from refengine.cuda.kernels import Kernels
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.memory import Arena, DeviceMemory, aligned
+from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
 from refengine.ops import rope
 from refengine.ops.numerics import PROFILES

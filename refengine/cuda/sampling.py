@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from refengine.cuda.kernels import Kernels
 from refengine.cuda.memory import Layout
+from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError, RefengineError
 
 Array = Any

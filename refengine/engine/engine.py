@@ -18,16 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from refengine.cache.paged import KVCache
+from refengine.cache.prefix import PrefixCache, PrefixStats
 from refengine.cuda import KernelOps
 from refengine.engine.generation import Generation, Token
 from refengine.engine.hooks import EngineFacts, MetricsHook, StepFacts
 from refengine.engine.kernel_runner import KernelRunner
-from refengine.engine.runner import ArrayRunner, Drawn, Runner
+from refengine.engine.runner import ArrayRunner, Runner, SampledToken
 from refengine.engine.sampling import SamplingParams
-from refengine.engine.scheduler import Part, Scheduler
+from refengine.engine.scheduler import ScheduledChunk, Scheduler
 from refengine.errors import RefengineError, RequestError
-from refengine.kv_cache import KVCache
-from refengine.prefix_cache import PrefixCache, PrefixStats
 from refengine.trace import Tracer, no_trace
 
 DEFAULT_CACHE_TOKENS = 8192  # of the KV cache, where nothing is said
@@ -236,7 +236,7 @@ class Engine:
             self.prefix.clear()  # what was half written is not to be trusted
         return ended
 
-    def _accept(self, generation: Generation, drawn: Drawn) -> None:
+    def _accept(self, generation: Generation, drawn: SampledToken) -> None:
         now = time.perf_counter()
         token = generation.accept(drawn.id, drawn.logprob, drawn.top)
         if generation.first_token_s is None:
@@ -258,7 +258,7 @@ class Engine:
             generation.end = reason
             self.hook.on_end(generation, reason)
 
-    def _register(self, parts: Sequence[Part]) -> None:
+    def _register(self, parts: Sequence[ScheduledChunk]) -> None:
         if self.prefix is None:
             return
         for part in parts:
@@ -291,7 +291,7 @@ def checked_limit(model: Any, ids: Sequence[int], params: SamplingParams) -> int
     return int(min(params.max_tokens, model.n_ctx - len(ids)))
 
 
-def alone(
+def single_sequence(
     model: Any,
     ids: Sequence[int],
     params: SamplingParams | None = None,

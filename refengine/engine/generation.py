@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from refengine.cache.paged import CacheSequence
 from refengine.engine.sampling import SamplingParams, choose_seed
 from refengine.engine.stop import StopMatcher
 from refengine.errors import RefengineError
-from refengine.kv_cache import Sequence as CacheSequence
 
 if TYPE_CHECKING:
     from refengine.engine.engine import Engine

@@ -4,17 +4,17 @@ The same bits as `model.step` for all of them together. Knows nothing of schedul
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from refengine.cuda.decode import DecodeRow, DecodeStep
+from refengine.cache.paged import BLOCK_SIZE, CacheSequence, KVCache
+from refengine.cuda.decode.step import DecodeRow, DecodeStep
 from refengine.cuda.sampling import checked_tokens, sample_rows
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
-from refengine.engine.scheduler import Part
-from refengine.kv_cache import BLOCK_SIZE, KVCache, Sequence
+from refengine.engine.scheduler import ScheduledChunk
 from refengine.trace import to_numpy
 
 
@@ -32,12 +32,12 @@ class KernelRunner:
         if self._step is not None:
             self._step.warm_up()
         if n_prompt:
-            sequence = Sequence()
+            sequence = CacheSequence()
             self._model.step([(sequence, [0] * n_prompt)], self._cache, [n_prompt - 1])
             self._cache.free(sequence)
             self._model.ops.memory.settle()
 
-    def run(self, parts: SequenceOf[Part]) -> list[Result]:
+    def run(self, parts: Sequence[ScheduledChunk]) -> list[Result]:
         """As `ArrayRunner.run`."""
         fused = self._step is not None
         decoding = [part for part in parts if fused and part.decodes]
@@ -55,7 +55,7 @@ class KernelRunner:
         self._cache.commit([(part.generation.progress.cached, part.ids) for part in decoding])
         return [found[id(part)] for part in parts]
 
-    def _draw(self, parts: SequenceOf[Part], logits: Any) -> Any:
+    def _draw(self, parts: Sequence[ScheduledChunk], logits: Any) -> Any:
         """Of the parts that draw, one row each: see `sample_rows`."""
         drawing = [part.generation for part in parts if part.draws]
         if not drawing:
@@ -77,7 +77,7 @@ class KernelRunner:
         return to_numpy(drawn)
 
     @staticmethod
-    def _results(parts: SequenceOf[Part], drawn: Any, logits: Any) -> dict[int, Result]:
+    def _results(parts: Sequence[ScheduledChunk], drawn: Any, logits: Any) -> dict[int, Result]:
         """Logits come to the host only where somebody asks for log-probabilities."""
         results, n_seen, n_drawn = {}, 0, 0
         for part in parts:
@@ -107,7 +107,7 @@ def checked_token(drawn: Any) -> int:
     return token
 
 
-def row_of(part: Part) -> DecodeRow:
+def row_of(part: ScheduledChunk) -> DecodeRow:
     g = part.generation
     cached = g.progress.cached
     return DecodeRow(

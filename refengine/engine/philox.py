@@ -2,7 +2,7 @@
 
 A draw reads no state, so neighbours in a batch, chunking or a restart cannot change it. The generator
 is that of Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011);
-`tests/test_philox.py` holds the known-answer vectors its authors publish with Random123.
+`tests/engine/test_philox.py` holds the known-answer vectors its authors publish with Random123.
 
 How refengine fills it:
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from refengine.cache.paged import KVCache
 from refengine.engine.generation import Score
 from refengine.engine.sampling import logprobs, sample
-from refengine.engine.scheduler import Part
+from refengine.engine.scheduler import ScheduledChunk
 from refengine.errors import RefengineError
-from refengine.kv_cache import KVCache
 from refengine.trace import Tracer, no_trace, to_numpy
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledToken:
     """A token that was drawn."""
 
     id: int
@@ -29,20 +29,20 @@ class Result:
     """What came of a part: what was drawn after it, where it draws; of its ids that are scored, their next ids' scores;
     or why there is neither."""
 
-    drawn: Drawn | None = None
+    drawn: SampledToken | None = None
     scores: tuple[Score, ...] = ()
     error: RefengineError | None = None
 
 
 class Runner(Protocol):
-    def run(self, parts: Sequence[Part]) -> list[Result]:
+    def run(self, parts: Sequence[ScheduledChunk]) -> list[Result]:
         """Feed the parts; one result for each, in order."""
 
     def warm_up(self, n_prompt: int) -> None:
         """Compile and allocate what the first request would wait for; with a prompt of so many tokens, if any."""
 
 
-def wanted_rows(parts: Sequence[Part]) -> list[int]:
+def wanted_rows(parts: Sequence[ScheduledChunk]) -> list[int]:
     """Batch rows whose logits are wanted: of each part those that are scored, then the one that it draws from."""
     rows: list[int] = []
     start = 0
@@ -54,7 +54,7 @@ def wanted_rows(parts: Sequence[Part]) -> list[int]:
     return rows
 
 
-def n_rows(part: Part) -> int:
+def n_rows(part: ScheduledChunk) -> int:
     """How many of `wanted_rows` are a part's."""
     return part.n_scored + part.draws
 
@@ -68,7 +68,7 @@ class ArrayRunner:
     def warm_up(self, n_prompt: int) -> None:
         """Nothing: arrays are allocated as they are wanted."""
 
-    def run(self, parts: Sequence[Part]) -> list[Result]:
+    def run(self, parts: Sequence[ScheduledChunk]) -> list[Result]:
         given = [(part.generation.progress.cached, part.ids) for part in parts]
         logits = self._model.step(given, self._cache, wanted_rows(parts), self._trace)
         rows = iter(to_numpy(logits) if any(map(n_rows, parts)) else ())
@@ -79,7 +79,7 @@ class ArrayRunner:
         return results
 
 
-def result_of(part: Part, rows: Sequence[Any], draw: Callable[[], int]) -> Result:
+def result_of(part: ScheduledChunk, rows: Sequence[Any], draw: Callable[[], int]) -> Result:
     """On the host, from the part's wanted rows of logits, (n_vocab,) each. draw: gives its token."""
     generation, params = part.generation, part.generation.params
     try:
@@ -94,17 +94,17 @@ def result_of(part: Part, rows: Sequence[Any], draw: Callable[[], int]) -> Resul
         return Result(error=e)
 
 
-def draw(row: Any, part: Part) -> int:
+def draw(row: Any, part: ScheduledChunk) -> int:
     """On the host, from logits (n_vocab,)."""
     generation = part.generation
     return sample(row, generation.params, generation.ids, generation.seed, generation.n_generated)
 
 
-def with_logprobs(token: int, row: Any, n_top: int | None) -> Drawn:
+def with_logprobs(token: int, row: Any, n_top: int | None) -> SampledToken:
     if n_top is None:
-        return Drawn(token)
+        return SampledToken(token)
     score = score_of(row, token, n_top)
-    return Drawn(token, score.logprob, score.top)
+    return SampledToken(token, score.logprob, score.top)
 
 
 def score_of(row: Any, token: int, n_top: int) -> Score:

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from refengine.cache.paged import KVCache, OutOfBlocks
+from refengine.cache.prefix import PrefixCache
 from refengine.engine.generation import Generation
-from refengine.kv_cache import KVCache, OutOfBlocks
-from refengine.prefix_cache import PrefixCache
 
 # Attention to so many positions takes a token about as long as all else: gpt-oss-20b on an H100, 512 tokens at a time,
 # 80 ms at position 0 and 2.2 ms more for each 1,000 before them.
@@ -24,7 +24,7 @@ DEPTH_STEP = 4096
 
 
 @dataclass(frozen=True)
-class Part:
+class ScheduledChunk:
     """Ids of one request to feed in a step.
 
     start: position of the first. draws: whether a token is drawn after them. n_scored: of how many ids, from the first,
@@ -97,14 +97,14 @@ class Scheduler:
                 break
         return 0
 
-    def plan(self) -> tuple[list[Part], list[tuple[Generation, OutOfBlocks]]]:
+    def plan(self) -> tuple[list[ScheduledChunk], list[tuple[Generation, OutOfBlocks]]]:
         """The parts of the next step, their blocks reserved; and requests that no block was left for."""
         failed = self._make_room()
         self._admit()
         parts, budget = [], self.max_step_tokens
         for generation in self.running:
             if self._n_left(generation) == 1:
-                parts.append(Part(generation, generation.ids[-1:], len(generation.ids) - 1, True))
+                parts.append(ScheduledChunk(generation, generation.ids[-1:], len(generation.ids) - 1, True))
                 budget -= 1
         budget = max(budget, 1)  # however many decode, prompts go on
         scored_budget = self._max_scored
@@ -118,7 +118,7 @@ class Scheduler:
                 n = n_scored = min(n, n_scored, scored_budget)
                 scored_budget -= n_scored
             if n > 0:
-                parts.append(Part(generation, generation.ids[start : start + n], start, n == left, n_scored))
+                parts.append(ScheduledChunk(generation, generation.ids[start : start + n], start, n == left, n_scored))
                 budget -= n
         return parts, failed
 

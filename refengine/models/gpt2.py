@@ -9,8 +9,8 @@ import math
 from functools import partial
 from typing import Any
 
+from refengine.cache.paged import Batch, KVCache
 from refengine.config import ModelConfig
-from refengine.kv_cache import Batch, KVCache
 from refengine.ops import Ops
 from refengine.trace import Tracer
 from refengine.weights import TensorSpec, Weights

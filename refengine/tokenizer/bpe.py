@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 
 from refengine.errors import TokenizerError
-from refengine.gguf_file import GGUFFile
+from refengine.gguf.file import GGUFFile
 from refengine.tokenizer.base import Tokenizer
 from refengine.tokenizer.byte_level import BYTE_TO_CHAR, byte_level_to_bytes
 from refengine.tokenizer.pretokenizers import PRE_TOKENIZERS, PreTokenizer

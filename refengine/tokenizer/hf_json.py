@@ -18,7 +18,7 @@ from tokenizers.normalizers import Replace
 from tokenizers.normalizers import Sequence as Normalizers
 
 from refengine.errors import TokenizerError
-from refengine.gguf_file import GGUFFile
+from refengine.gguf.file import GGUFFile
 from refengine.tokenizer.base import SpacePrefix, Tokenizer
 from refengine.tokenizer.byte_level import SPACE, byte_level_to_bytes, sentencepiece_to_bytes
 from refengine.tokenizer.pretokenizers import PRE_TOKENIZERS

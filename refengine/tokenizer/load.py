@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from refengine.errors import RequestError, TokenizerError
-from refengine.gguf_file import GGUFFile
+from refengine.gguf.file import GGUFFile
 from refengine.tokenizer.base import Tokenizer
 
 _NO_VOCABULARY = ("no_vocab", "none")

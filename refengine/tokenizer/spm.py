@@ -13,7 +13,7 @@ from gguf import TokenType
 from sentencepiece import SentencePieceProcessor
 
 from refengine.errors import TokenizerError
-from refengine.gguf_file import GGUFFile
+from refengine.gguf.file import GGUFFile
 from refengine.tokenizer.base import Tokenizer
 from refengine.tokenizer.byte_level import BYTE_FALLBACK, sentencepiece_to_bytes
 from refengine.tokenizer.spm_proto import build_model_proto

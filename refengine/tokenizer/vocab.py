@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gguf import TokenType
 
 from refengine.errors import GGUFError, TokenizerError
-from refengine.gguf_file import GGUFFile
+from refengine.gguf.file import GGUFFile
 from refengine.tokenizer.special import SpecialTokens, find_special_tokens
 
 _PREFIX = "tokenizer.ggml."

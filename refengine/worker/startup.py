@@ -13,24 +13,24 @@ from typing import Any
 
 from tqdm import tqdm
 
+from refengine.cache.paged import BLOCK_SIZE
 from refengine.config import ModelConfig
 from refengine.cuda import weight_bytes
-from refengine.cuda.compile import compile_files, missing
-from refengine.cuda.loader import architecture
+from refengine.cuda.runtime.compile import compile_files, missing
+from refengine.cuda.runtime.nvrtc import architecture
 from refengine.device import Device, open_device
 from refengine.engine.engine import Engine, EngineOptions
 from refengine.errors import DeviceError, RefengineError, RequestError
-from refengine.gguf_file import GGUFFile
-from refengine.hub import fetch
-from refengine.hub_names import parse
-from refengine.kv_cache import BLOCK_SIZE
+from refengine.gguf.file import GGUFFile
+from refengine.hub.files import fetch
+from refengine.hub.names import parse
 from refengine.model import Model, load
-from refengine.worker.engine_thread import Started
-from refengine.worker.facts import ModelFacts, State, check_residency
-from refengine.worker.log import Log
-from refengine.worker.metrics import EngineHook, Metrics
+from refengine.worker.capacity import Room, packing
+from refengine.worker.jobs.engine_thread import Started
 from refengine.worker.options import WorkerOptions
-from refengine.worker.room import Room, packing
+from refengine.worker.telemetry.log import Log
+from refengine.worker.telemetry.metrics import EngineHook, Metrics
+from refengine.worker.telemetry.status import ModelFacts, State, check_residency
 
 
 class StartFailed(Exception):

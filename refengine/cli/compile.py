@@ -1,0 +1,44 @@
+"""What `refengine compile` does: the kernels' machine code is made before the first start wants it. Needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+
+from tqdm import tqdm
+
+from refengine.cuda.runtime.compile import compile_files, missing
+from refengine.cuda.runtime.cubin_cache import cache_folder
+from refengine.cuda.runtime.nvrtc import ARCHITECTURES, architecture
+from refengine.device import open_device
+from refengine.errors import DeviceError, RequestError
+
+
+def compile_kernels(arguments: argparse.Namespace) -> None:
+    wanted = arguments.arch or [_own()]
+    unknown = [arch for arch in wanted if re.fullmatch(r"sm_\d{2,3}a?|all", arch) is None]
+    if unknown:
+        raise RequestError(
+            f"--arch: given {unknown[0][:40]!r}, allowed {', '.join(ARCHITECTURES)} and the like, or all"
+        )
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise RequestError(f"--jobs: given {arguments.jobs}, allowed 1 and more")
+    for arch in ARCHITECTURES if "all" in wanted else dict.fromkeys(wanted):
+        with tqdm(desc=arch, unit=" files", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+
+            def show(done: int, total: int, bar: tqdm = bar) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            files = missing(arch)
+            compile_files(arch, files, show, arguments.jobs)
+        print(f"{arch}: {len(files)} kernel files compiled, the others were there ({cache_folder()})", file=sys.stderr)
+
+
+def _own() -> str:
+    try:
+        return architecture(open_device("cuda").xp)
+    except DeviceError as e:
+        known = ", ".join(ARCHITECTURES)
+        raise RequestError(f"no --arch, and no GPU here to ask for it ({e}): give {known} or all") from None

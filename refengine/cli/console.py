@@ -1,0 +1,126 @@
+"""What all commands share: the model and the prompt of the arguments, files that appear whole, words for people."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from refengine.errors import RequestError, one_line
+from refengine.hub.files import resolve
+from refengine.model import PACKAGED_MODEL, Model, load
+from refengine.validate.capture import sha256_of_file
+from refengine.weights import quant_kind
+
+
+def parse_ids(text: str) -> list[int]:
+    """`1,2,3`, `1 2 3` or `[1, 2, 3]`. Raises `RequestError`."""
+    try:
+        return [int(word) for word in text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()]
+    except ValueError:
+        raise RequestError(f"{text[:60]!r} is not a list of token ids; write them as 1,2,3") from None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, with a progress bar where it takes long."""
+    with progress_bar("hashing", path.stat().st_size) as bar:
+        return sha256_of_file(path, bar.update)
+
+
+def prompt_of(arguments: argparse.Namespace) -> tuple[str | None, list[int]]:
+    """The prompt as text, or None and ids. Exactly one way of giving it is allowed."""
+    given = [v for v in (getattr(arguments, "text", None), arguments.prompt, arguments.ids) if v is not None]
+    if len(given) != 1:
+        raise RequestError(f"give the prompt once: as text or with --ids ({len(given)} were given)")
+    if arguments.ids is not None:
+        return None, parse_ids(arguments.ids)
+    return sys.stdin.read() if given[0] == "-" else given[0], []
+
+
+def model_path(given: str | None) -> Path:
+    """The file given, by its path or its name on the hub, or the packaged one, of which the user is told."""
+    if given is not None:
+        return resolve(given, say)
+    say("no --model given: using the packaged haiku model (try: Write a haiku about the ocean)")
+    return PACKAGED_MODEL
+
+
+def load_model(arguments: argparse.Namespace) -> Model:
+    path = model_path(arguments.model)
+    start = time.perf_counter()
+    with progress_bar("loading", None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        model = load(
+            path,
+            arguments.device,
+            arguments.numerics,
+            kv_type=arguments.kv_type,
+            n_ctx=arguments.ctx,
+            cpu_cache_mb=arguments.cpu_cache_mb,
+            attention=getattr(arguments, "attention", "flash"),
+            progress=progress,
+        )
+    reason = f" ({model.device.reason})" if arguments.device in ("auto", "host") else ""
+    say(
+        f"{model.config.name[:100]}: {model.config.arch} {quant_kind(model.gguf)}, device {model.device.name}{reason}, "
+        f"numerics {numerics_of(model)}, loaded in {time.perf_counter() - start:.2f} s"
+    )
+    return model
+
+
+def numerics_of(model: Model) -> str:
+    numerics = model.ops.numerics
+    return f"{numerics.name}, KV cache {np.dtype(numerics.kv_dtype).name}"
+
+
+def output_path(given: str, suffix: str, option: str = "--output") -> Path:
+    """Checked before the work starts, not after it."""
+    path = Path(given)
+    if path.suffix != suffix:
+        raise RequestError(f"{option} {given} must end in {suffix}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RequestError(f"{option} {given}: folder {path.parent} does not exist or cannot be written")
+    return path
+
+
+@contextmanager
+def written(path: Path) -> Iterator[str]:
+    """A temporary file beside `path` that takes its place when it is complete; an interruption leaves nothing."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def progress_bar(what: str, total: int | None) -> Any:
+    """A progress bar on a terminal, shown once the work has taken a second."""
+    return tqdm(
+        desc=what, total=total, unit="B", unit_scale=True, delay=1.0, leave=False, disable=None, file=sys.stderr
+    )
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    print(f"refengine: {one_line(text)}", file=sys.stderr)

@@ -1,0 +1,254 @@
+"""The `refengine` command: arguments only. What each command does is in the modules `refengine.cli.commands…`."""
+
+from __future__ import annotations
+
+import argparse
+import bdb
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from refengine.cli.arguments import (
+    HUB_HELP,
+    Help,
+    command,
+    kernel_switches,
+    model_arguments,
+    prompt_arguments,
+    sampling_arguments,
+    trace_arguments,
+)
+from refengine.cli.worker_arguments import ask_arguments, bench_arguments, serve_arguments
+from refengine.errors import RefengineError, one_line
+
+DESCRIPTION = """Run GGUF language models as readable array code that matches llama.cpp to its rounding noise."""
+
+EPILOG = """examples:
+  refengine generate "Write a haiku about GPU computing"
+  refengine generate "Once upon a time" --model stories260K.gguf --temperature 0
+  refengine generate "Hello" --model hf:OWNER/REPO:Q4_K_M        (downloaded once)
+  refengine inspect --model model.gguf
+  refengine logits --model model.gguf --prompt "Hello" --numerics llamacpp --output logits.npz
+  refengine trace --model model.gguf --prompt "Hello" --filter 'Qcur-[01]$' --output qcur.safetensors
+  refengine validate --model model.gguf        (against llama.cpp)
+  refengine validate --model model.gguf --peer my_dump --html report.html        (against tensors of your own engine)
+  refengine serve --worker-id $(uuidgen) --model model.gguf --gpu-device 0 --port 8080
+  refengine ask "Write a haiku about the sea" --seed 7        (a worker that serves)
+  refengine bench worker --quick        (every speed of the worker beside its target)
+  refengine compile --arch sm_90a        (when building an image for GPUs; serve then starts in seconds)
+  refengine generate "Hello" --model model.gguf --break Qcur-3     (stops in pdb at that tensor)
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from refengine import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="refengine", description=DESCRIPTION, epilog=EPILOG, formatter_class=Help, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"refengine {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    generate = command(commands, "generate", "continue a prompt, streaming text to stdout and statistics to stderr")
+    generate.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt (or --prompt, --ids)")
+    model_arguments(generate)
+    prompt_arguments(generate)
+    sampling_arguments(generate)
+    trace_arguments(generate)
+    generate.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="put the prompt through the model's chat template (default: if it has one)",
+    )
+    generate.add_argument(
+        "--echo",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="print the prompt before its continuation (default: unless it went through a chat template)",
+    )
+
+    kernel_switches(generate.add_argument_group("kernels, to compare (cuda and host)"))
+
+    logits = command(commands, "logits", "write the logits of every position of a prompt to an .npz file")
+    model_arguments(logits)
+    prompt_arguments(logits)
+    trace_arguments(logits)
+    logits.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE.npz",
+        help="where `ids` (n,) int64 and `logits` (n, n_vocab) float32 go (float64 under --numerics exact64)",
+    )
+
+    trace = command(commands, "trace", "write named intermediate tensors of a prompt to a safetensors file")
+    model_arguments(trace)
+    prompt_arguments(trace)
+    trace_arguments(trace)
+    trace.add_argument(
+        "--output",
+        metavar="FILE.safetensors",
+        help="where the tensors go; their manifest goes beside it as FILE.manifest.json",
+    )
+    trace.add_argument("--filter", default="", metavar="RE", help="regular expression on tensor names; all by default")
+    trace.add_argument("--list", action="store_true", help="print names, shapes and value ranges, write nothing")
+
+    validate = command(
+        commands, "validate", "compare with llama.cpp or a dump: which tensor goes wrong first, and is it its own error"
+    )
+    validate.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt (default: a sentence of our own)")
+    # Every weight is used in two passes only: keeping it would cost more memory than it saves time.
+    model_arguments(validate, numerics="llamacpp", cache_mb=0, several=True)
+    prompt_arguments(validate, chunk=False)
+    group = validate.add_argument_group("the other engine")
+    group.add_argument(
+        "--peer",
+        default="llama.cpp",
+        metavar="PEER",
+        help="llama.cpp (live, through llama-cpp-python), the folder or manifest of a dump, or refengine itself under "
+        "other settings: refengine:exact64, refengine:cuda,f16",
+    )
+    group.add_argument("--names", metavar="FILE", help="YAML or JSON list of [expression, llama.cpp's name] for a dump")
+    group.add_argument("--any-model", action="store_true", help="accept a dump made with another model file")
+    group.add_argument("--threads", type=int, default=2, metavar="N", help="of llama.cpp")
+    group.add_argument("--ubatch", type=int, metavar="N", help="llama.cpp's micro-batch in tokens (default: all)")
+    group.add_argument("--flash-attention", action="store_true", help="let llama.cpp fuse attention")
+    group.add_argument("--repack", action="store_true", help="let llama.cpp re-order weights for its fastest kernels")
+    group = validate.add_argument_group("verdict")
+    group.add_argument(
+        "--tolerance",
+        action="append",
+        default=[],
+        metavar="RE=NMSE",
+        help="allowed error on own inputs of the tensors that match, instead of the measured floor; repeatable",
+    )
+    group.add_argument("--all", action="store_true", help="show every tensor")
+    group.add_argument("--json", metavar="FILE.json", help="also write the verdict with every figure there")
+    group.add_argument("--html", metavar="FILE.html", help="also write it as one page to open in a browser, offline")
+    group = validate.add_argument_group("many prompts, many models")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help='a prompt a line: "text", [1, 2, 3], or {"id": …, "prompt": "text"}; --model may be given several times',
+    )
+    group.add_argument("--output", metavar="FILE.jsonl", help="where results are added; started again, it goes on")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="processes side by side")
+
+    tokenize = command(commands, "tokenize", "print the token ids of a text as JSON, or the text of ids")
+    tokenize.add_argument("text", nargs="?", metavar="TEXT", help="the text, or with --decode the ids as JSON or 1,2,3")
+    tokenize.add_argument("--model", metavar="FILE", help=f"GGUF file; {HUB_HELP} (default: the packaged haiku model)")
+    tokenize.add_argument("--decode", action="store_true", help="print the text of ids instead")
+    tokenize.add_argument(
+        "--special",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add BOS and EOS as the metadata says",
+    )
+    tokenize.add_argument(
+        "--parse-special", action="store_true", help="read special tokens in the text (<|im_start|>…) as such"
+    )
+    tokenize.add_argument("--debug", action="store_true", help="show a traceback on errors")
+
+    inspect = command(commands, "inspect", "print metadata, tensor types, sizes and the kind of quantisation")
+    inspect.add_argument("file", nargs="?", metavar="FILE", help=f"GGUF file; {HUB_HELP} (default: the packaged model)")
+    inspect.add_argument("--model", metavar="FILE", help="the same as FILE")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object, with every tensor")
+    inspect.add_argument("--debug", action="store_true", help="show a traceback on errors")
+
+    compile_kernels = command(
+        commands, "compile", "compile the kernels ahead of a first start on a GPU (into $REFENGINE_CACHE); needs no GPU"
+    )
+    compile_kernels.add_argument(
+        "--arch", action="append", metavar="SM", help="sm_80, sm_86, sm_89, sm_90a or all (default: this machine's GPU)"
+    )
+    compile_kernels.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
+    compile_kernels.add_argument("--debug", action="store_true", help="show a traceback on errors")
+
+    serve = command(commands, "serve", "serve one model on one device over HTTP")
+    serve_arguments(serve)
+
+    ask = command(commands, "ask", "send a prompt to a worker, streaming its answer to stdout and statistics to stderr")
+    ask_arguments(ask)
+
+    bench = command(commands, "bench", "start a worker and measure it over HTTP, as its clients see it")
+    bench_arguments(bench)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 2 wrong use or unusable input, 130 interrupted.
+
+    `validate`: 0 agrees, 1 diverges, 3 nothing was compared.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        code = _function(arguments.command)(arguments) or 0
+        sys.stdout.flush()
+    except (RefengineError, OSError, MemoryError, UnicodeError) as e:
+        if isinstance(e, BrokenPipeError):  # the reader of our output has gone; not an error of ours
+            _discard_output()
+            return 0
+        if arguments.debug:
+            raise
+        message = str(e) if isinstance(e, RefengineError) else f"{type(e).__name__}: {e}"
+        if isinstance(e, UnicodeError):  # standard input or output, in this locale's encoding
+            message += "; set PYTHONIOENCODING=utf-8"
+        print(f"refengine: error: {one_line(message)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was the output that failed
+            _discard_output()
+        return 2
+    except bdb.BdbQuit:
+        print("refengine: stopped in the debugger", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("\nrefengine: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
+    """What a command does; imported when it is wanted, since libraries take their time."""
+    if command == "validate":
+        from refengine.cli.validate import validate
+
+        return validate
+    if command == "serve":
+        return _serve
+    if command == "compile":
+        from refengine.cli.compile import compile_kernels
+
+        return compile_kernels
+    if command == "ask":
+        from refengine.cli.ask import ask
+
+        return ask
+    if command == "bench":
+        from refengine.cli.bench import bench
+
+        return bench
+    from refengine.cli import commands
+
+    found: Callable[[argparse.Namespace], int | None] = getattr(commands, command)
+    return found
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from refengine.worker.options import device_of
+    from refengine.worker.signals import ending_on_signals
+
+    device = device_of(arguments.device, arguments.gpu_device)
+    with ending_on_signals(arguments.worker_id, arguments.model or "packaged", device):
+        from refengine.cli.serve import serve
+
+        return serve(arguments)
+
+
+def _discard_output() -> None:
+    """Standard output goes nowhere from here on: the interpreter flushes it at exit, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Kernels on the CPU: the unchanged sources, built with g++ against kernels_cu/host and called through ctypes.
+
+For tests and for stepping through a kernel in gdb, not for speed. Built once and kept in a cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refengine.cuda.runtime.cubin_cache import cache_folder, digest
+from refengine.cuda.runtime.source import Source, check_arguments, folder, three
+from refengine.errors import KernelError
+
+_MODES = {
+    # Every access is checked: about ten times slower.
+    "checked": ("-O1", "-g", "-fsanitize=thread"),
+    "plain": ("-O2",),
+    "debug": ("-O0", "-g"),  # for gdb
+}
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("start", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("writable", ctypes.c_int),
+    )
+
+
+class HostModule:
+    """One kernel file on the CPU. mode: `checked`, `plain` or `debug` (see `_MODES`).
+
+    Raises KernelError where no compiler is there, or the source does not compile (with its messages).
+    """
+
+    def __init__(self, source: Source, mode: str = "checked") -> None:
+        self.source, self.mode = source, mode
+        self._library = ctypes.CDLL(str(_build(source, mode)))
+        self._launch = self._library.hostcuda_launch
+        self._launch.restype = ctypes.c_char_p
+
+    def launch(
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[Any],
+        shared_bytes: int = 0,
+        overlap: bool = False,
+        *,
+        order: int = 0,
+    ) -> None:
+        """Run a kernel. arguments: NumPy arrays (as device buffers) and scalars, as its signature wants them.
+
+        overlap: as `DeviceModule.launch`; here one kernel runs after another.
+        order: 0 runs the threads of a block forwards, 1 backwards, more shuffles them: results must not change.
+        Raises KernelError for what does not fit, and for what a GPU would call undefined: accesses out of bounds,
+        misaligned or to a read-only buffer, divergent barriers, reads of uninitialised shared memory.
+        """
+        parameters = check_arguments(self.source, kernel, arguments)
+        buffers: list[_Buffer] = []
+        values: list[Any] = []
+        for parameter, value in zip(parameters, arguments, strict=True):
+            if not parameter.pointer:
+                values.append(np.array(value))
+                continue
+            address = 0 if value is None else value.ctypes.data
+            values.append(np.array(address, dtype=np.uint64))
+            if value is not None:
+                buffers.append(_Buffer(parameter.name.encode(), address, value.nbytes, int(parameter.writable)))
+        pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
+        given = (_Buffer * max(len(buffers), 1))(*buffers)
+        error = self._launch(
+            kernel.encode(),
+            ctypes.cast(self._library[f"hostcuda_call_{kernel}"], ctypes.c_void_p),
+            pointers,
+            (ctypes.c_uint * 3)(*three(grid)),
+            (ctypes.c_uint * 3)(*three(block)),
+            ctypes.c_size_t(shared_bytes),
+            given,
+            len(buffers),
+            order,
+            int(self.mode == "checked"),
+        )
+        if error is not None:
+            raise KernelError(error.decode(errors="replace"))
+
+
+def toolchain() -> Path:
+    """The folder of hostcuda.h and runtime.cpp."""
+    return folder() / "host"
+
+
+def _build(source: Source, mode: str) -> Path:
+    """The shared library of a source, compiled where the cache lacks it. Two processes may build at once."""
+    compiler, tools = os.environ.get("CXX", "g++"), toolchain()
+    if shutil.which(compiler) is None:
+        raise KernelError(f"kernels on the CPU need a C++ compiler, and there is no {compiler}; set CXX to another")
+    exports = "".join(f"HOSTCUDA_EXPORT({kernel})\n" for kernel in source.kernels)
+    header, runtime = tools / "hostcuda.h", tools / "runtime.cpp"
+    key = digest(source.text, exports, mode, compiler, header.read_text("utf-8"), runtime.read_text("utf-8"))
+    library = cache_folder() / f"host-{source.name}-{mode}-{key}.so"
+    if library.exists():
+        return library
+    flags = [compiler, "-std=c++17", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        code = Path(folder) / f"{source.name}.cpp"
+        # The text names its own files by #line; those must be found by the debugger.
+        code.write_text(f'{source.text}#line 1 "exports"\n{exports}', encoding="utf-8")
+        objects = [f"{folder}/kernel.o", f"{folder}/runtime.o"]
+        _run([*flags, *_MODES[mode], "-include", str(header), "-c", str(code), "-o", objects[0]], source.name)
+        _run([*flags, "-O2", "-c", str(runtime), "-o", objects[1]], "hostcuda")
+        _run([compiler, "-shared", "-Wl,-Bsymbolic", *objects, "-o", f"{folder}/library.so"], source.name)
+        os.replace(f"{folder}/library.so", library)
+    return library
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise KernelError(f"{what} does not compile:\n{done.stderr.strip()[:4000]}")

@@ -1,0 +1,1 @@
+"""Reading GGUF files: bytes, metadata, the tensor index, split files."""

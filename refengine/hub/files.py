@@ -1,0 +1,434 @@
+"""Models by name: `hf:OWNER/REPO[@REVISION][:QUANT or FILE.gguf]` becomes a file in the hub's cache.
+
+The library huggingface_hub knows the protocol, the token and the cache, which is shared with all its users (HF_HOME).
+Done here, because it does not: which file of a repo is meant, and downloads that go on where an earlier run stopped.
+The latter are plain HTTP; only files too large for that go through the library's own way, and start over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from refengine.errors import HubError, one_line
+from refengine.hub.names import COMMIT, SPLIT_NAME, Reference, RepoFile, choose, models_of, parse, size_text
+
+MAX_HTTP_BYTES = 50 * 10**9  # the hub serves larger files in chunks only
+PATIENCE_S = 0.5  # with another process that downloads the same, before it is said
+DIGEST_TOLD_BYTES = 2**30  # checking takes a while from here on: it is said
+
+_NETWORK_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+
+Tell = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """path: of the only or the first part. pinned: the name that means this very file for good."""
+
+    path: Path
+    commit: str
+    pinned: str
+    n_downloaded: int
+
+
+def resolve(name: str | os.PathLike[str], tell: Tell | None = None) -> Path:
+    """A path as it is; a name of the hub as the path of its file, which is downloaded where it is not in the cache."""
+    reference = parse(name) if isinstance(name, str) else None
+    return Path(name) if reference is None else fetch(reference, tell).path
+
+
+def fetch(reference: Reference, tell: Tell | None = None, progress: Progress | None = None) -> Found:
+    """tell: words for people. progress: called with the bytes there and the bytes in all while files come.
+
+    Raises HubError.
+    """
+    tell = tell or (lambda text: None)
+    with _log_of_library(tell):
+        try:
+            return _fetch(reference, tell, progress or (lambda done, total: None))
+        except HubError:
+            raise
+        except Exception as e:
+            explained = _explained(reference, e)
+            if explained is None:
+                raise
+            raise HubError(_without_secrets(f"{reference.text}: {explained}")) from None
+
+
+def _fetch(reference: Reference, tell: Tell, progress: Progress) -> Found:
+    pinned = _pinned_in_cache(reference)
+    if pinned is not None:
+        tell(f"{pinned.pinned} is in the cache")
+        return pinned
+    try:
+        commit, files = _listing(reference)
+    except Exception as e:
+        why = _unreachable(e)
+        if why is None:
+            raise
+        return _from_cache(reference, _without_secrets(why), tell)
+    chosen = choose(reference, files)
+    for file in chosen:
+        if {"", ".", ".."} & set(re.split(r"[/\\]", file.name)):
+            raise HubError(f"{reference.text}: the repo's file name {file.name!r} is not allowed")
+    name = _pinned_name(reference, commit, chosen)
+    total = sum(file.size or 0 for file in chosen)
+    missing = [file for file in chosen if _cached(reference, commit, file.name) is None]
+    if missing:
+        _check_space(reference, missing)
+        parts = f", {len(missing)} of {len(chosen)} parts" if len(chosen) > 1 else ""
+        tell(f"downloading {name}{parts}, {size_text(sum(file.size or 0 for file in missing))}")
+    else:
+        tell(f"{name} is in the cache")
+    done = total - sum(file.size or 0 for file in missing)
+    for file in missing:
+        _download(reference, commit, file, tell, _after(done, total, progress))
+        done += file.size or 0
+    _remember(reference, commit)
+    paths = [_checked(reference, commit, file) for file in chosen]
+    return Found(paths[0], commit, name, sum(file.size or 0 for file in missing))
+
+
+def _checked(reference: Reference, commit: str, file: RepoFile) -> Path:
+    """The file in the cache, of the size that the hub announced."""
+    path = _cached(reference, commit, file.name)
+    if path is None:
+        raise HubError(f"{reference.text}: the cache has lost {file.name}: give the command again")
+    size = path.stat().st_size
+    if file.size not in (None, size):
+        raise HubError(f"{reference.text}: {path} has {size} bytes, not {file.size}: delete it, then start again")
+    return path
+
+
+def _after(before: int, total: int, progress: Progress) -> Callable[[int], None]:
+    return lambda done: progress(before + done, total)
+
+
+def _pinned_in_cache(reference: Reference) -> Found | None:
+    """A file of a commit never changes: where it is in the cache, nobody needs to be asked."""
+    commit, name = reference.revision, reference.choice
+    if commit is None or name is None or not COMMIT.fullmatch(commit) or not name.lower().endswith(".gguf"):
+        return None
+    split = SPLIT_NAME.fullmatch(name)
+    names = [name]
+    if split:
+        count = int(split["count"])
+        names = [f"{split['prefix']}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
+    paths = [_cached(reference, commit, name) for name in names]
+    if not paths or paths[0] is None or None in paths:
+        return None
+    return Found(paths[0], commit, _pinned_name(reference, commit, [RepoFile(names[0])]), 0)
+
+
+def _listing(reference: Reference) -> tuple[str, list[RepoFile]]:
+    """The commit that the revision stands for now, and its files."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        info = HfApi().model_info(
+            reference.repo, revision=reference.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+        commit = info.sha
+        files = [RepoFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None) for s in info.siblings or []]
+    except (HFValidationError, UnicodeError):
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError):
+        commit, files = None, []
+    if commit is None or not COMMIT.fullmatch(commit):
+        raise HubError(f"{reference.text}: what answers at {_endpoint()} is not a hub")
+    return commit, files
+
+
+def _from_cache(reference: Reference, why: str, tell: Tell) -> Found:
+    """What earlier runs left, where the hub cannot be asked."""
+    folder = _repo_folder(reference)
+    revision = reference.revision or "main"
+    with contextlib.suppress(OSError):
+        if not COMMIT.fullmatch(revision):
+            revision = (folder / "refs" / revision).read_text(encoding="utf-8").strip()
+    try:
+        chosen = choose(reference, _snapshot(folder / "snapshots" / revision))
+    except HubError:
+        there = [
+            f"{_pinned_name(reference, snapshot.name, model.files)} ({size_text(model.size)})"
+            for snapshot in sorted(folder.glob("snapshots/*"))
+            for model in models_of(_snapshot(snapshot))
+            if len(model.files) == model.n_parts
+        ]
+        has = f"what the cache has of this repo does not fit: {', '.join(there)}" if there else "the cache has nothing"
+        raise HubError(
+            f"{reference.text}: the hub at {_endpoint()} cannot be reached ({why}), and {has}"
+            f"{'' if there else f' of this repo ({folder.parent})'}"
+        ) from None
+    name = _pinned_name(reference, revision, chosen)
+    tell(f"the hub cannot be reached ({why}): {name} is in the cache and is taken")
+    return Found(folder / "snapshots" / revision / chosen[0].name, revision, name, 0)
+
+
+def _snapshot(folder: Path) -> list[RepoFile]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return [RepoFile(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]
+
+
+def _repo_folder(reference: Reference) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=reference.repo, repo_type="model")
+
+
+def _cached(reference: Reference, commit: str, name: str) -> Path | None:
+    """Raises ValueError for a name that would lead out of the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(reference.repo, name, revision=commit)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _pinned_name(reference: Reference, commit: str, files: Sequence[RepoFile]) -> str:
+    return f"hf:{reference.repo}@{commit}:{files[0].name}"
+
+
+def _check_space(reference: Reference, missing: Sequence[RepoFile]) -> None:
+    folder = _repo_folder(reference)
+    partial = sum(_partial(folder, file.sha256).stat().st_size for file in missing if _is_begun(folder, file))
+    needed = sum(file.size or 0 for file in missing) - partial
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise HubError(f"{reference.text}: {_no_space(f'{size_text(needed)} are needed, {size_text(free)} are free')}")
+
+
+def _is_begun(folder: Path, file: RepoFile) -> bool:
+    return file.sha256 is not None and _partial(folder, file.sha256).is_file()
+
+
+def _partial(folder: Path, etag: str | None) -> Path:
+    """Where a file grows: older versions of the library look there too."""
+    return folder / "blobs" / f"{etag}.incomplete"
+
+
+def _download(reference: Reference, commit: str, file: RepoFile, tell: Tell, progress: Callable[[int], None]) -> None:
+    """Put a file into the cache: its content under its ETag here, its name beside it by the library."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import WeakFileLock
+
+    url = hf_hub_url(reference.repo, file.name, revision=commit)
+    metadata = get_hf_file_metadata(url)
+    etag = metadata.etag
+    if etag is None or metadata.commit_hash is None or re.fullmatch(r"[\w-]{1,200}", etag, re.ASCII) is None:
+        raise HubError(f"{reference.text}: what answers at {_endpoint()} is not a hub")
+    size = metadata.size if file.size is None else file.size
+    if size is None or size <= MAX_HTTP_BYTES:
+        folder = _repo_folder(reference)
+        blob, partial = folder / "blobs" / etag, _partial(folder, etag)
+        lock = folder.parent / ".locks" / folder.name / f"{etag}.lock"  # the library's
+        for parent in (blob.parent, lock.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(WeakFileLock(lock, timeout=PATIENCE_S))
+            except TimeoutError:
+                tell(f"{file.name}: another process downloads it; waiting for that")
+                held.enter_context(WeakFileLock(lock))
+            if not blob.exists():
+                digest = file.sha256 or (etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
+                _complete(reference, RepoFile(file.name, size, digest), url, partial, tell, progress)
+                os.replace(partial, blob)
+        path = hf_hub_download(reference.repo, file.name, revision=commit)
+        if not os.path.islink(path):  # a file system without links: the library has made a copy
+            blob.unlink(missing_ok=True)
+    else:
+        hf_hub_download(reference.repo, file.name, revision=commit)
+
+
+class _Counted(io.BufferedWriter):
+    """A file that grows, and says how large it is."""
+
+    def __init__(self, path: Path, progress: Callable[[int], None]) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self._progress = progress
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        n_written = super().write(data)
+        self._progress(self.tell())
+        return n_written
+
+
+def _complete(
+    reference: Reference, file: RepoFile, url: str, partial: Path, tell: Tell, progress: Callable[[int], None]
+) -> None:
+    """Download what is missing at the end of `partial`, and check all of it."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    done = partial.stat().st_size if partial.exists() else 0
+    if file.size is not None and done > file.size:
+        partial.unlink()
+        done = 0
+    if done:
+        tell(f"{file.name}: {size_text(done)} are there from an earlier run; it goes on from there")
+    progress(done)
+    try:
+        with _Counted(partial, progress) as target:
+            http_get(
+                url,
+                target,
+                resume_size=done,
+                headers=build_hf_headers(),
+                expected_size=file.size,
+                displayed_filename=file.name,
+            )
+    except Exception as e:
+        n_there = partial.stat().st_size if partial.exists() else 0
+        if file.size is not None and n_there > file.size:  # not this file's bytes
+            partial.unlink()
+            n_there = 0
+        why = _unreachable(e) or ("it ended too early" if type(e) is OSError and e.errno is None else None)
+        if why is None:
+            raise
+        why = _without_secrets(why)
+        then = (
+            f"{size_text(n_there)} are there, and the same command goes on from them" if n_there else "try again later"
+        )
+        raise HubError(f"{reference.text}: the download of {file.name} broke off ({why}); {then}") from None
+    if file.size is not None and file.size >= DIGEST_TOLD_BYTES:
+        tell(f"{file.name}: checking its SHA-256")
+    if file.sha256 is not None and _sha256(partial) != file.sha256:
+        partial.unlink()
+        if done:
+            tell(f"{file.name}: what the earlier run left was damaged; the download starts over")
+            _complete(reference, file, url, partial, tell, progress)
+            return
+        raise HubError(
+            f"{reference.text}: what came as {file.name} does not have the SHA-256 that the hub announced, and was "
+            "thrown away: give the command again"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remember(reference: Reference, commit: str) -> None:
+    """Note which commit the revision stands for, as the library does: without a network it is looked up there."""
+    revision = reference.revision or "main"
+    if COMMIT.fullmatch(revision):
+        return
+    note = _repo_folder(reference) / "refs" / revision
+    with contextlib.suppress(OSError):  # a cache that can only be read
+        if note.is_file() and note.read_text(encoding="utf-8") == commit:
+            return
+        note.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=note.parent)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(commit)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, note)
+
+
+class _ToTell(logging.Handler):
+    """What the library warns of, in one line, without the signatures of its URLs."""
+
+    def __init__(self, tell: Tell) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(one_line(re.sub(r" from https?://\S+:", ":", _without_secrets(record.getMessage()))))
+
+
+@contextlib.contextmanager
+def _log_of_library(tell: Tell) -> Iterator[None]:
+    from huggingface_hub.utils import logging as _  # noqa: F401  its import adds a handler that writes to stderr
+
+    logger = logging.getLogger("huggingface_hub")
+    handlers, propagate = list(logger.handlers), logger.propagate
+    logger.handlers, logger.propagate = [_ToTell(tell)], False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+
+
+def _without_secrets(text: str) -> str:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token:
+        text = text.replace(token, "…")
+    return re.sub(r"(https?://[^\s?]*)\?[^\s'\"]*", r"\1?…", text)
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
+
+
+def _unreachable(error: Exception) -> str | None:
+    """Why the hub cannot be asked now; None where it answered, or where the error is another."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        return f"it answers with HTTP status {status}" if status in (408, 429) or status >= 500 else None
+    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    if isinstance(error, ConnectionError | TimeoutError | LocalEntryNotFoundError) or libraries & _NETWORK_LIBRARIES:
+        return one_line(str(error))[:200] or type(error).__name__
+    return None
+
+
+def _no_space(figures: str) -> str:
+    from huggingface_hub import constants
+
+    return f"no room in {constants.HF_HUB_CACHE}: {figures}; make room, or set HF_HOME to a folder on another disk"
+
+
+def _explained(reference: Reference, error: Exception) -> str | None:
+    """Words for an error of the library; None for one that nobody expects."""
+    from huggingface_hub import constants, errors, get_token
+
+    has_token = get_token() is not None
+    give_token = "with a token that may read it" if has_token else "with a token in HF_TOKEN (there is none)"
+    why = _unreachable(error)
+    if why is not None:
+        return f"the hub at {_endpoint()} cannot be reached ({why})"
+    if isinstance(error, errors.GatedRepoError):
+        return f"this repo is gated: ask for access on its page, and come again {give_token}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{_endpoint()} has no such repo, or it is private: check the name, or come again {give_token}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"this repo has no revision {reference.revision}"
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return f"the hub refuses this (HTTP status {status}): come again {give_token}"
+        return f"the hub refuses this with HTTP status {status}"
+    if isinstance(error, errors.FileMetadataError):
+        return f"what answers at {_endpoint()} is not a hub"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _no_space("it is full")
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"the cache {constants.HF_HUB_CACHE} cannot be used: {error.strerror} ({error.filename})"
+    if isinstance(error, UnicodeError):
+        return "the token that is set (HF_TOKEN) has characters that no token has"
+    if isinstance(error, ValueError):  # a name of a repo or a file that is not allowed
+        return one_line(str(error))[:300]
+    return None

@@ -1,0 +1,135 @@
+"""Answers that stream: events of one or several jobs as they come, comments while nothing comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from fastapi import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from refengine.worker.errors import Fault
+from refengine.worker.jobs.job import Event, Job
+from refengine.worker.jobs.worker import Worker
+
+SEND_TIMEOUT_S = 30.0  # for a client to read what was sent
+HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+SLOW = ("prompt",)  # events with something for each token of a prompt: not in the event loop's thread
+LINE_ENDS = "\x85\u2028\u2029"  # those that JSON lets into a text
+HEARTBEAT = ": nothing yet\n\n"  # a comment: clients drop it, proxies see that the connection is alive
+
+
+class EventStream(Response):
+    """Sends the jobs' events. A client that goes away ends its jobs at once, also while nothing is sent.
+
+    render: from an event and the number of its job to what is sent. last: sent at the end.
+    """
+
+    def __init__(
+        self, worker: Worker, jobs: Sequence[Job], render: Callable[[int, Event], str], last: str = ""
+    ) -> None:
+        super().__init__(None, headers=HEADERS)
+        del self.headers["content-length"]
+        self._worker, self._jobs, self._render, self._last = worker, jobs, render, last
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(OSError), watching(self._worker, self._jobs, receive):
+            await self._send(send)
+
+    async def _send(self, send: Send) -> None:
+        await _soon(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        sent = time.monotonic()
+
+        def left_s() -> float:
+            return sent + self._worker.options.heartbeat_sec - time.monotonic()
+
+        async for events in events_of(self._jobs, left_s):
+            if any(name in SLOW for _, (name, _) in events):
+                body = await self._worker.aside(partial(self._rendered, events))
+            else:
+                body = self._rendered(events)
+            if not body and left_s() <= 0:  # there may be events, of which nothing is to be sent
+                body = HEARTBEAT
+            if body:
+                await _soon(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
+                sent = time.monotonic()
+        await _soon(send, {"type": "http.response.body", "body": self._last.encode(), "more_body": False})
+
+    def _rendered(self, events: Sequence[tuple[int, Event]]) -> str:
+        return "".join(self._render(number, event) for number, event in events)
+
+
+async def events_of(
+    jobs: Sequence[Job], left_s: Callable[[], float] | None = None
+) -> AsyncIterator[list[tuple[int, Event]]]:
+    """Events of all jobs, each with its job's number, as they come; nothing where none comes in what `left_s` says."""
+    waiting = {asyncio.create_task(job.events()): number for number, job in enumerate(jobs)}
+    try:
+        while waiting:
+            timeout = None if left_s is None else left_s()
+            done, _ = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            ready: list[tuple[int, Event]] = []
+            for task in done:
+                number, events = waiting.pop(task), task.result()
+                if events is not None:
+                    ready += [(number, event) for event in events]
+                    waiting[asyncio.create_task(jobs[number].events())] = number
+            if ready or not done:
+                yield ready
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+@contextlib.contextmanager
+def watching(worker: Worker, jobs: Sequence[Job], receive: Receive) -> Iterator[None]:
+    """Inside, the jobs end as soon as their client goes away; they also do where an exception leaves."""
+
+    async def until_gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        worker.disconnected(*jobs)
+
+    gone = asyncio.create_task(until_gone())
+    try:
+        yield
+    except Fault:  # of one of them
+        for job in jobs:
+            worker.cancel(job.job_id)
+        raise
+    except BaseException:
+        worker.disconnected(*jobs)
+        raise
+    finally:
+        gone.cancel()
+
+
+async def taken(jobs: Sequence[Job]) -> None:
+    """Until the engine has all of them. Raises the Fault that ended one before."""
+    for job in jobs:
+        await asyncio.shield(job.taken)
+
+
+def sse(_: int, event: Event) -> str:
+    """An event as /execute sends it."""
+    name, data = event
+    return f"event: {name}\ndata: {json_of(data)}\n\n"
+
+
+def json_of(data: Any) -> str:
+    """On one line, also for clients that know more ends of a line than server-sent events do (`str.splitlines`)."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for end in LINE_ENDS:
+        text = text.replace(end, f"\\u{ord(end):04x}")
+    return text
+
+
+async def _soon(send: Send, message: Message) -> None:
+    """Raises TimeoutError, an OSError, for a client that has stopped reading."""
+    async with asyncio.timeout(SEND_TIMEOUT_S):
+        await send(message)

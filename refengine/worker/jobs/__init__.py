@@ -1,0 +1,1 @@
+"""Jobs, and the thread in which the engine runs them."""

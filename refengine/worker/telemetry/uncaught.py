@@ -1,0 +1,59 @@
+"""What would reach stderr past the log, as lines of it: libraries' loggers, warnings, exceptions that nobody catches.
+
+Kind and place, not the words, which may quote a request: asyncio's have the arguments of a callback. Only those of
+uvicorn, without what it puts into them, and our own are known to be harmless.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import warnings
+from typing import Any
+
+from refengine.worker.telemetry.log import Log
+
+
+class _ToLog(logging.Handler):
+    """Warnings and worse."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        fields = {"source": record.name, "message": _harmless(record)}
+        if error is not None:
+            self._log.failure(error, **fields)
+        else:
+            where = [f"{record.filename}:{record.lineno} {record.funcName}"]
+            self._log("error", record.levelname, **fields, where=where)
+
+
+def _harmless(record: logging.LogRecord) -> str | None:
+    library = record.name.partition(".")[0]
+    if library == "refengine":
+        return record.getMessage()
+    return record.msg.strip() if library == "uvicorn" and isinstance(record.msg, str) else None
+
+
+def catch_strays(log: Log) -> None:
+    """From here on, in the whole process."""
+    logging.getLogger().handlers = [_ToLog(log)]
+
+    def unhandled(error: BaseException | None, source: str) -> None:
+        if error is not None and not isinstance(error, SystemExit):
+            log.failure(error, source=source)
+
+    def warning(
+        message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        where = [f"{filename.rsplit('/', 1)[-1]}:{lineno}"]
+        log("error", "WARNING", source="warnings", kind=category.__name__, where=where)
+
+    sys.excepthook = lambda kind, error, traceback: unhandled(error, "main thread")
+    threading.excepthook = lambda failed: unhandled(failed.exc_value, failed.thread.name if failed.thread else "thread")
+    sys.unraisablehook = lambda failed: unhandled(failed.exc_value, "unraisable")
+    warnings.showwarning = warning

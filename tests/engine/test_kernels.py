@@ -1,0 +1,162 @@
+"""The engine on raw kernels: each feature switched off gives the same tokens and logits, bit for bit."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import refengine
+from refengine.engine.engine import Engine, EngineOptions, single_sequence
+from refengine.engine.generation import Generation
+from refengine.engine.kernel_runner import KernelRunner
+from refengine.engine.sampling import SamplingParams, logprobs
+from refengine.errors import DeviceError, RequestError
+from refengine.model import Model
+from tests.engine.models import logits_alone, random_ids
+
+ONE_EACH = ("llama3-q4_k_m", "qwen2-q4_k_m", "qwen3-q4_k_m", "phi3-mostly_q4_0", "gpt-oss-mxfp4_moe", "gpt2-q5_1")
+
+
+def loaded(path: Any, place: str, **options: Any) -> Model:
+    try:
+        return refengine.load(path, place, "fast", **options)
+    except DeviceError as e:
+        pytest.skip(f"no GPU: {e}")
+
+
+@pytest.fixture(scope="module", params=ONE_EACH)
+def model(request: pytest.FixtureRequest, place: str, tiny_model: Any) -> Model:
+    return loaded(tiny_model(request.param), place)
+
+
+def requests(model: Model) -> list[tuple[list[int], SamplingParams]]:
+    """Greedy and not, with penalties and without, two that begin alike, one of more than a block."""
+    rng = np.random.default_rng(5)
+    n_vocab = model.config.n_vocab
+    common = rng.integers(0, n_vocab, 70).tolist()
+    settings = [
+        {"temperature": 0},
+        {"temperature": 0.9, "top_k": 40, "top_p": 0.9},
+        {"temperature": 1.3, "min_p": 0.02, "repetition_penalty": 1.3},
+        {"temperature": 0, "repetition_penalty": 1.2},
+        {"temperature": 1.0},
+    ]
+    lengths = [5, 71, 75, 1, 20]
+    return [
+        (
+            (common if n > 70 else []) + rng.integers(0, n_vocab, n - 70 if n > 70 else n).tolist(),
+            SamplingParams(**setting, seed=i, max_tokens=3 + i),
+        )
+        for i, (n, setting) in enumerate(zip(lengths, settings, strict=True))
+    ]
+
+
+class Recorded:
+    """Logits that tokens were drawn from, by sequence."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: dict[int, list[np.ndarray]] = {}
+        original = KernelRunner._results
+
+        def spy(parts: Any, tokens: Any, logits: Any) -> Any:
+            for part, row in zip([part for part in parts if part.draws], logits, strict=True):
+                row = row if isinstance(row, np.ndarray) else row.get()
+                self.rows.setdefault(id(part.generation), []).append(row.copy())
+            return original(parts, tokens, logits)
+
+        monkeypatch.setattr(KernelRunner, "_results", staticmethod(spy))
+
+
+OPTIONS = {
+    "all on": {},
+    "no graphs": {"graphs": False},
+    "no prefix cache": {"prefix_cache": False},
+    "no batching": {"batching": False},
+    "all off, in chunks of 7": {"graphs": False, "prefix_cache": False, "batching": False, "max_step_tokens": 7},
+}
+
+
+def test_scores_of_a_prompt_are_those_of_its_logits_whatever_runs_beside_it(model: Model) -> None:
+    ids = np.random.default_rng(3).integers(0, model.config.n_vocab, 150).tolist()
+    logits = model.forward(ids)
+    expected = [logprobs(row, token, 2) for row, token in zip(logits, ids[1:], strict=False)]
+    for name, options in OPTIONS.items():
+        engine = Engine(model, EngineOptions(**{"max_batch": 3, "max_step_tokens": 80, "cache_tokens": 640, **options}))
+        list(engine.start(ids[:100], SamplingParams(max_tokens=2)))  # fills the prefix cache
+        running = [
+            engine.start(ids, SamplingParams(max_tokens=1, prompt_logprobs=2)),
+            engine.start(ids[:70], SamplingParams(max_tokens=3, seed=1)),
+            engine.start(ids[:70], SamplingParams(max_tokens=3, prompt_logprobs=0, logprobs=1)),
+        ]
+        for g in running:
+            list(g)
+        whole, _, without_top = (g.prompt_scores for g in running)
+        assert running[1].prompt_scores == []
+        assert whole[0] is without_top[0] is None
+        assert [(s.logprob, list(s.top)) for s in whole[1:] if s] == expected, name
+        assert [s.logprob for s in without_top[1:] if s] == [own for own, _ in expected[:69]], name
+
+
+def test_switches_change_no_bit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch)
+    expected: list[np.ndarray] = []
+    for name, options in OPTIONS.items():
+        engine = Engine(model, EngineOptions(**{"max_batch": 3, "max_step_tokens": 80, "cache_tokens": 640, **options}))
+        assert isinstance(engine.runner, KernelRunner)
+        if not expected:
+            engine.warm_up()
+        given = requests(model)
+        running: list[Generation] = []
+        while given or not engine.idle:
+            if given:
+                running.append(engine.start(*given.pop(0)))  # they join one after another
+            engine.step()
+        if not expected:
+            expected = [logits_alone(model, g) for g in running]
+            assert sum(g.progress.prefix_tokens for g in running) == 64
+        for g, rows in zip(running, expected, strict=True):
+            np.testing.assert_array_equal(np.stack(recorded.rows[id(g)]), rows, err_msg=name)
+        recorded.rows.clear()
+
+
+def test_reference_attention_is_as_near_but_not_the_same(place: str, tiny_model: Any) -> None:
+    path = tiny_model("gpt-oss-mxfp4_moe")
+    flash, reference = loaded(path, place), loaded(path, place, attention="reference")
+    ids = random_ids(np.random.default_rng(1), 70)
+    exact = refengine.load(path).forward(ids)
+    a, b = flash.forward(ids), reference.forward(ids)
+    assert (a != b).any()
+    for logits in (a, b):
+        # As tests/kernels/test_models.py: rounding of 2^-11 over three layers.
+        assert ((logits - exact) ** 2).mean() / (exact**2).mean() < 1e-5
+    params = SamplingParams(temperature=0, max_tokens=4)
+    assert len(list(single_sequence(reference, ids, params))) == 4
+    with pytest.raises(RequestError, match="attention 'tiled': choose flash or reference"):
+        refengine.load(path, attention="tiled")
+
+
+def test_draws_are_those_of_the_host(model: Model) -> None:
+    from refengine.engine.sampling import sample
+
+    for ids, params in requests(model)[1:3]:
+        generation = single_sequence(model, ids, params)
+        list(generation)
+        for i, row in enumerate(logits_alone(model, generation)):
+            history = generation.ids[: generation.n_prompt + i]
+            assert sample(row, params, history, generation.seed, i) == generation.ids[generation.n_prompt + i]
+
+
+def test_nothing_is_allocated_after_warm_up(place: str, tiny_model: Any) -> None:
+    model = loaded(tiny_model("qwen2-q4_k_m"), place)
+    engine = Engine(model, EngineOptions(max_batch=4, max_step_tokens=64, cache_tokens=640))
+    engine.warm_up()
+    accounted, free = model.ops.memory.accounted(), engine.cache.pool.n_free
+    for round_ in range(3):
+        running = [engine.start(ids, params) for ids, params in requests(model)]
+        running[round_].free()
+        while not engine.idle:
+            engine.step()
+    assert engine.prefix is not None
+    engine.prefix.clear()
+    assert model.ops.memory.accounted() == accounted
+    assert engine.cache.pool.n_free == free

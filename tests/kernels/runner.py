@@ -1,0 +1,47 @@
+"""One kernel file on the CPU (host build) or on the GPU, called with NumPy arrays either way."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refengine.cuda.runtime.host import HostModule
+from refengine.cuda.runtime.source import read_source
+from refengine.device import open_device
+from refengine.errors import DeviceError
+
+
+class Kernels:
+    """`launch` as the modules of refengine.cuda have it; on the GPU, arrays go there and those written come back."""
+
+    def __init__(self, name: str, place: str) -> None:
+        self.place = place
+        if place == "host":
+            self.module: Any = HostModule(read_source(name))
+            return
+        try:
+            self._xp = open_device("cuda").xp
+        except DeviceError as e:
+            pytest.skip(f"no GPU: {e}")
+        from refengine.cuda.runtime.nvrtc import DeviceModule
+
+        self.module = DeviceModule(read_source(name))
+
+    def launch(
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[Any],
+        shared_bytes: int = 0,
+        order: int = 0,
+    ) -> None:
+        if self.place == "host":
+            self.module.launch(kernel, grid, block, arguments, shared_bytes, order=order)
+            return
+        there = [self._xp.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        self.module.launch(kernel, grid, block, there, shared_bytes)
+        for parameter, here, device in zip(self.module.source.kernels[kernel], arguments, there, strict=True):
+            if parameter.writable and isinstance(here, np.ndarray):
+                here[...] = device.get()

@@ -1,0 +1,273 @@
+"""The fused decode step is the model file bit for bit, at every l_out and the logits, and draws what sampling draws."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import refengine
+from refengine.cache.paged import CacheSequence, KVCache
+from refengine.cuda.decode.step import DecodeRow, DecodeStep
+from refengine.engine.sampling import SamplingParams, sample
+from refengine.errors import KernelError
+from refengine.model import Model
+from refengine.trace import to_numpy
+from tests.kernels.test_models import ONE_EACH, ids_for, loaded
+
+# Ways in which files are mixed that those do not have: floats, heads that share K or do not, frequency factors, ties.
+MORE = (
+    "llama-bf16",
+    "llama-f32-wide-heads",
+    "llama-q8_0-896",
+    "phi3-q4_0-gqa",
+    "phi3-f32-longrope",
+    "gpt-oss-f32-three-of-five",
+    "gpt2-f32-untied",
+)
+PARAMS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.3),
+    SamplingParams(temperature=0.8, top_p=0.7),
+    SamplingParams(temperature=0.0, repetition_penalty=1.7),
+    SamplingParams(),
+)
+
+
+class Decoding:
+    """Sequences of one cache, decoded by the fused step; each step is compared with the model file and the host's draw.
+
+    The model file runs after the fused step on the same sequences, and writes the same places of the cache.
+    """
+
+    def __init__(self, model: Model, max_batch: int, n_tokens: int = 80, shuffle: int | None = None) -> None:
+        self.model = model
+        self.cache: KVCache = model.new_cache(n_tokens, max_batch)
+        if shuffle is not None:
+            take = iter(np.random.default_rng(shuffle).permutation(self.cache.pool.n_blocks).tolist())
+            self.cache.pool.allocate = lambda n: [next(take) for _ in range(n)]  # type: ignore[method-assign]
+        self.fused = DecodeStep(model.ops, model.config, model.weights, self.cache, max_batch=max_batch)
+        self.fused.warm_up()
+        self.sequences: list[CacheSequence] = []
+        self.histories: list[list[int]] = []
+        self.params: list[SamplingParams] = []
+
+    def join(self, ids: Sequence[int], params: SamplingParams = PARAMS[0], at: int | None = None) -> None:
+        """A sequence with a prompt: all of it but the last id is in the cache."""
+        sequence = CacheSequence()
+        if len(ids) > 1:
+            self.model.step([(sequence, ids[:-1])], self.cache, rows=[])
+        where = len(self.sequences) if at is None else at
+        self.sequences.insert(where, sequence)
+        self.histories.insert(where, list(ids))
+        self.params.insert(where, params)
+
+    def leave(self, i: int) -> None:
+        for of_rows in (self.sequences, self.histories, self.params):
+            del of_rows[i]
+
+    def rows(self) -> list[DecodeRow]:
+        parts = [(s, h[-1:]) for s, h in zip(self.sequences, self.histories, strict=True)]
+        self.cache.batch(parts)  # reserves
+        return [
+            DecodeRow(id(s), h[-1], s.length, s.block_table, p, 7 + i, len(h), h)
+            for i, (s, h, p) in enumerate(zip(self.sequences, self.histories, self.params, strict=True))
+        ]
+
+    def contents(self) -> list[np.ndarray]:
+        return [to_numpy(part).copy() for kv in (*self.cache.k, *self.cache.v) for part in (kv.values, kv.exponents)]
+
+    def step(self, traced: bool = True) -> int:
+        """One token for each. traced: layers are compared (without a graph). Returns the number of uploads."""
+        layers: dict[int, np.ndarray] = {}
+        rows, before = self.rows(), self.fused.state.n_uploads
+        trace = (lambda name, il, x: layers.__setitem__(il, to_numpy(x).copy())) if traced else None
+        drawn, on_device = self.fused.run(rows, trace)
+        logits, written = to_numpy(on_device).copy(), self.contents()
+        expected: dict[int, np.ndarray] = {}
+
+        def seen(name: str, il: int | None, x: Any, *_: Any) -> Any:
+            if name == "l_out":
+                expected[il] = to_numpy(x)
+            return x
+
+        parts = [(s, h[-1:]) for s, h in zip(self.sequences, self.histories, strict=True)]
+        wanted = to_numpy(self.model.step(parts, self.cache, trace=seen))
+        for il in range(self.model.config.n_layer if traced else 0):
+            np.testing.assert_array_equal(layers[il][: len(rows)], expected[il], err_msg=f"l_out-{il}")
+        np.testing.assert_array_equal(logits, wanted)
+        for fused, reference in zip(written, self.contents(), strict=True):
+            np.testing.assert_array_equal(fused.view(np.uint8), reference.view(np.uint8))
+        for i, row in enumerate(rows):
+            assert drawn[i].tolist() == [sample(wanted[i], row.params, row.history, row.seed, row.index), 0, 0]
+            self.histories[i].append(int(drawn[i, 0]))
+        return self.fused.state.n_uploads - before
+
+
+def prompts(model: Model, n: int, seed: int) -> list[list[int]]:
+    lengths = np.random.default_rng(seed).integers(2, 14, n)
+    return [ids_for(model, int(length), seed=seed + i) for i, length in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module", params=ONE_EACH)
+def model(request: pytest.FixtureRequest, place: str, tiny_model: Any) -> Model:
+    return loaded(tiny_model(request.param), place)
+
+
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_steps_are_the_model_files_bit_for_bit(n: int, model: Model) -> None:
+    decoding = Decoding(model, max_batch=n, shuffle=n)
+    for i, ids in enumerate(prompts(model, n, seed=n)):
+        decoding.join(ids, PARAMS[i % len(PARAMS)])
+    decoding.step()
+    # The device has what it needs for the next: nothing is uploaded while the same sequences go on.
+    assert decoding.step(traced=False) == 0
+    if n == 1:
+        assert decoding.step() == 0
+
+
+def test_a_window_slides_over_more_than_it_holds(model: Model) -> None:
+    """Positions around the end of a block and beyond the window of gpt-oss's sliding layers (16)."""
+    decoding = Decoding(model, max_batch=1, shuffle=3)
+    decoding.join(ids_for(model, 64))
+    uploads = [decoding.step(traced=i % 2 == 0) for i in range(3)]
+    assert uploads[1:] == [1, 0]  # the block table, when the sequence gets its second block
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_other_files_bit_for_bit(name: str, place: str, tiny_model: Any) -> None:
+    model = loaded(tiny_model(name), place)
+    decoding = Decoding(model, max_batch=12, shuffle=1, n_tokens=30)
+    for ids in prompts(model, 2, seed=5):
+        decoding.join(ids)
+    decoding.step()
+    if name.startswith(("llama-q8_0", "gpt-oss", "phi3-q4")):  # more rows than the kernels for few take
+        for ids in prompts(model, 7, seed=9):
+            decoding.join(ids[:1], PARAMS[1])
+        decoding.step()
+
+
+@pytest.mark.parametrize("name", ["llama3-q4_k_m", "gpt-oss-mxfp4_moe"])
+def test_long_sequences_of_several_splits(name: str, place: str, tiny_model: Any) -> None:
+    """The cache is filled at random: what matters is which of it is read, and in which order it is added up."""
+    model = refengine.load(loaded(tiny_model(name), place).gguf.path, "host" if place == "host" else "cuda", n_ctx=2048)
+    decoding = Decoding(model, max_batch=3, n_tokens=1664, shuffle=2)
+    rng = np.random.default_rng(3)
+    for kv in (*decoding.cache.k, *decoding.cache.v):
+        xp = model.ops.xp
+        kv.values[...] = xp.asarray(rng.standard_normal(kv.values.shape).astype(np.float16))
+        kv.exponents[...] = xp.asarray(rng.integers(125, 129, kv.exponents.shape).astype(np.uint8))
+    for length in (511, 1535, 1027):
+        decoding.join(ids_for(model, 1))
+        sequence = decoding.sequences[-1]
+        decoding.cache.batch([(sequence, [0] * length)])
+        sequence.length = length
+    decoding.step()
+    decoding.step(traced=False)
+
+
+def test_seventeen_sequences_and_what_joins_and_leaves(place: str, tiny_model: Any) -> None:
+    model = loaded(tiny_model("llama-q4_0"), place)
+    decoding = Decoding(model, max_batch=17, shuffle=4)
+    assert decoding.fused.buckets == (1, 2, 4, 8, 16, 17)
+    given = prompts(model, 20, seed=30)
+    for i in range(17):
+        decoding.join(given[i], PARAMS[i % len(PARAMS)])
+    decoding.step()
+    for _ in range(13):
+        decoding.leave(2)
+    assert decoding.step(traced=False) > 0
+    assert decoding.step() == 0
+    decoding.join(given[17], PARAMS[1], at=1)
+    decoding.step()
+    decoding.leave(4)
+    decoding.leave(0)
+    decoding.step(traced=False)
+    decoding.join(given[18], PARAMS[3])
+    decoding.step()
+
+
+def test_rows_that_are_not_there_change_nothing(place: str, tiny_model: Any) -> None:
+    model = loaded(tiny_model("gpt-oss-mxfp4_moe"), place)
+    decoding = Decoding(model, max_batch=4)
+    for ids in prompts(model, 3, seed=40):
+        decoding.join(ids)
+    before = decoding.contents()
+    decoding.fused.warm_up()
+    for was, now in zip(before, decoding.contents(), strict=True):
+        np.testing.assert_array_equal(was.view(np.uint8), now.view(np.uint8))
+    rows = decoding.rows()
+    decoding.fused.run(rows)
+    block_size = decoding.cache.block_size
+    slots = [r.block_table[r.position // block_size] * block_size + r.position % block_size for r in rows]
+    for was, now in zip(before, decoding.contents(), strict=True):
+        changed = (was.view(np.uint8) != now.view(np.uint8)).reshape(was.shape[0] * was.shape[1], -1).any(axis=1)
+        assert set(np.flatnonzero(changed)) <= set(slots)
+
+
+def test_nothing_is_allocated_after_the_warm_up(place: str, tiny_model: Any) -> None:
+    model = loaded(tiny_model("llama-q4_0"), place)
+    progress: list[tuple[int, int]] = []
+    started = model.ops.memory.accounted()["workspace"]
+    decoding = Decoding(model, max_batch=3)
+    sizes = {"max_batch": 3, "n_positions": decoding.fused.n_positions, "block_size": decoding.cache.block_size}
+    taken = DecodeStep.bytes_for(place, model.config, **sizes)
+    if place == "host":  # of a GPU, what the prompts' passes keep is accounted for as well
+        assert model.ops.memory.accounted()["workspace"] == started + taken
+    decoding.fused.warm_up(lambda done, total: progress.append((done, total)))
+    assert progress == [(1, 3), (2, 3), (3, 3)]
+    for ids in prompts(model, 2, seed=50):
+        decoding.join(ids)
+    memory, xp = model.ops.memory, model.ops.xp
+    before = memory.accounted(), 0 if xp is np else xp.get_default_memory_pool().total_bytes()
+    decoding.fused.run(decoding.rows())
+    assert (memory.accounted(), 0 if xp is np else xp.get_default_memory_pool().total_bytes()) == before
+
+
+# Launches a layer: of up to 8 rows, of more. Q, K and V of one type are one launch, or V is another.
+LAUNCHES = {
+    "llama3-q4_k_m": (12, 15),
+    "qwen2-q4_k_m": (12, 15),
+    "qwen3-q4_k_m": (12, 15),
+    "phi3-mostly_q4_0": (11, 13),
+    "gpt-oss-mxfp4_moe": (15, 17),
+    "gpt2-q5_1": (11, 12),
+}
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_layer_is_few_launches(name: str, place: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(tiny_model(name), place)
+    decoding = Decoding(model, max_batch=9, n_tokens=64)
+    n_launches, ends = 0, []
+    launch = model.ops.kernels.launch
+
+    def counted(*given: Any, **named: Any) -> None:
+        nonlocal n_launches
+        n_launches += 1
+        launch(*given, **named)
+
+    monkeypatch.setattr(model.ops.kernels, "launch", counted)
+    for bucket in (8, 9):
+        decoding.fused._launch(bucket, lambda name, il, x: ends.append(n_launches))
+    each = np.diff(np.array(ends).reshape(2, -1), axis=1)  # of the layers after the first
+    assert tuple(each.max(axis=1).tolist()) == LAUNCHES[name]
+
+
+def test_what_does_not_fit_is_refused(place: str, tiny_model: Any) -> None:
+    model = loaded(tiny_model("llama-q4_0"), place)
+    decoding = Decoding(model, max_batch=2)
+    decoding.join(ids_for(model, 4))
+    (row,) = decoding.rows()
+    given = row.__dict__
+    for wrong, message in (
+        ({"token": model.config.n_vocab}, "outside the vocabulary"),
+        ({"position": 64}, "position 64, and a block table of 64 positions"),
+        ({"position": 256}, "position 256, 4 ids; 256 positions fit"),
+        ({"params": PARAMS[1], "history": [1, -1]}, "ids -1 to 1 in its history"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            decoding.fused.run([DecodeRow(**{**given, **wrong})])
+    with pytest.raises(KernelError, match="decode: 3 rows, of 1 to 2"):
+        decoding.fused.run([row] * 3)
+    decoding.step()

@@ -1,0 +1,248 @@
+"""What a start needs of a device's memory: reckoned before it is taken, right, and told where it lacks."""
+
+import gc
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import refengine
+from refengine.cache.paged import BLOCK_SIZE, CacheSequence, KVCache
+from refengine.config import ModelConfig
+from refengine.cuda import weight_bytes
+from refengine.cuda.layout import PACKING_BYTES, pack
+from refengine.cuda.memory import settled
+from refengine.device import Device
+from refengine.engine.engine import Engine, EngineOptions
+from refengine.gguf.file import GGUFFile
+from refengine.model import PACKAGED_MODEL, Model
+from refengine.worker import startup
+from refengine.worker.capacity import Room, packing
+from refengine.worker.options import WorkerOptions
+from refengine.worker.telemetry.log import Log
+from tests.kernels.matrices import TILED, random_matrix
+from tests.worker.test_startup import UUID, error_of, failed
+from tools.make_model import write_model
+
+DEVICE = "cuda:3"
+OPTIONS = WorkerOptions(UUID, PACKAGED_MODEL, DEVICE, 8080)
+SEVEN_BILLION = ModelConfig(
+    arch="llama",
+    name="7B",
+    n_vocab=32000,
+    n_ctx_train=4096,
+    n_layer=32,
+    n_embd=4096,
+    n_head=32,
+    n_head_kv=32,
+    head_dim=128,
+    n_ff=11008,
+    norm_eps=1e-5,
+    rope=None,
+)
+ROOM = Room(SEVEN_BILLION, OPTIONS, DEVICE)
+ARCHITECTURES = ("llama-q4_0", "qwen2-q4_k_m", "qwen3-q4_k_m", "phi3-mostly_q4_0", "gpt2-q5_1", "gpt-oss-mxfp4_moe")
+
+
+def peak_of(function: Callable[[], object]) -> int:
+    """Bytes of arrays that are there at once, the second time."""
+    function()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_reckoned_is_what_is_taken(name: str, tiny_model: Any) -> None:
+    """The cache and the decode step's buffers to the byte."""
+    model = refengine.load(tiny_model(name), "host")
+    room = Room(model.config, replace(OPTIONS, max_batch=3), "host")
+    engine = Engine(model, EngineOptions(3, cache_tokens=5 * BLOCK_SIZE))
+    assert engine.cache.pool.n_blocks == 5
+    assert model.ops.memory.accounted() == {
+        "weights": weight_bytes(model.gguf.tensors.values()),
+        "kv": room.kv(5),
+        "workspace": room.step(5),
+    }
+    assert Room(model.config, replace(OPTIONS, max_batch=3, batching=False), "host").step(5) < room.step(5)
+    assert Room(model.config, replace(OPTIONS, attention="reference"), "host").step(5) == 0
+
+
+def test_the_cache_of_the_cpu_is_reckoned_too() -> None:
+    model = refengine.load()
+    assert Room(model.config, OPTIONS, "cpu").kv(3) == model.new_cache(3 * BLOCK_SIZE).n_bytes
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_prompt_takes_what_is_reckoned_or_somewhat_more(name: str, tiny_model: Any) -> None:
+    model = refengine.load(tiny_model(name), "host")
+    cache = model.new_cache(2 * BLOCK_SIZE)
+    n_tokens = 2 * BLOCK_SIZE
+
+    def prompt() -> None:
+        sequence = CacheSequence()
+        model.step([(sequence, [1] * n_tokens)], cache, [n_tokens - 1])
+        cache.free(sequence)
+
+    reckoned = Room(model.config, replace(OPTIONS, max_step_tokens=n_tokens), "host").prompt(2)
+    assert 0.5 * settled(peak_of(prompt)) <= reckoned <= settled(peak_of(prompt))
+
+
+@pytest.mark.parametrize("kind", TILED)
+def test_packing_takes_what_is_reckoned_or_somewhat_more(kind: str) -> None:
+    w = random_matrix(kind, (256, 4096), 1)
+    info = SimpleNamespace(name="m.weight", type=w.type, shape=w.shape, n_bytes=int(w.data.nbytes))
+    peak = w.data.nbytes + peak_of(lambda: pack(np, w))
+    assert 0.8 * peak <= packing([info]) <= peak
+    assert w.type in PACKING_BYTES
+    many = SimpleNamespace(name="m.weight", type=w.type, shape=(9, *w.shape), n_bytes=9 * int(w.data.nbytes))
+    assert packing([many, info]) == packing([info])  # one expert at a time
+
+
+def test_the_cache_is_what_free_memory_allows() -> None:
+    """Never more than there is; from the least start that works to what all sequences can use."""
+    least, wanted = ROOM.needed(1), 8 * KVCache.blocks_for(SEVEN_BILLION.n_ctx_train)
+    assert ROOM.blocks(least - 1) == 0
+    assert ROOM.blocks(least) == 1
+    found = {gib: ROOM.blocks(gib << 30) for gib in (1, 2, 4, 8, 16, 32)}
+    for gib, n_blocks in found.items():
+        free = gib << 30
+        assert ROOM.needed(n_blocks) <= free
+        assert ROOM.kv(n_blocks) <= 0.9 * (free - ROOM.step(n_blocks))  # prompts of later requests have a tenth
+        assert n_blocks == wanted or ROOM.kv(n_blocks + 1) > 0.9 * free - ROOM.step(n_blocks) - ROOM.prompt(n_blocks)
+    assert list(found.values()) == sorted(set(found.values()))
+    assert ROOM.blocks(1 << 40) == wanted
+    alone = Room(SEVEN_BILLION, replace(OPTIONS, batching=False), DEVICE)
+    assert alone.blocks(1 << 40) == wanted // 8
+
+
+def test_a_cache_of_a_given_size_is_as_large_or_none() -> None:
+    room = Room(SEVEN_BILLION, replace(OPTIONS, kv_cache_size_mb=1000), DEVICE)
+    n_blocks = room.least_blocks
+    assert room.kv(n_blocks) <= 1000 << 20 < room.kv(n_blocks + 1)
+    assert room.blocks(room.needed(n_blocks)) == room.blocks(1 << 40) == n_blocks
+    assert room.blocks(room.needed(n_blocks) - 1) == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "host"])
+def test_a_cache_of_less_than_a_block_is_refused_before_loading(device: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "deep.gguf", "llama", "Q4_0", n_layer=60, n_head=8, n_head_kv=8, head_dim=32)
+    log = failed("--model", tmp_path / "deep.gguf", "--kv-cache-size-mb", 1, device=device)
+    assert not [line for line in log if line["event"] in ("model_load_progress", "model_load_complete")]
+    error = error_of(log)
+    assert error["code"] == "INSUFFICIENT_VRAM"
+    assert "--kv-cache-size-mb: given 1, and a block of 64 tokens takes" in error["message"]
+    values = 2 * 60 * 64 * 8 * 32
+    assert error["bytes_required"] == (4 * values if device == "cpu" else 2 * values + values // 32)
+    assert error["bytes_available"] == 1 << 20
+
+
+class Loaded(Exception):
+    """The start has gone on to load the model."""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A device whose driver says that `free` bytes are free: a start does all but load the model."""
+    found = SimpleNamespace(free=0)
+    runtime = SimpleNamespace(memGetInfo=lambda: (found.free, 1 << 40))
+    opened = Device(SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)), DEVICE, "for a test")
+    monkeypatch.setattr(startup, "open_device", lambda spec: opened)
+    monkeypatch.setattr(startup, "architecture", lambda xp: "sm_90a")
+    monkeypatch.setattr(startup, "missing", lambda arch: [])
+
+    def load(*arguments: object, **keywords: object) -> Model:
+        raise Loaded
+
+    monkeypatch.setattr(startup, "load", load)
+    return found
+
+
+def start(**changes: Any) -> startup.Started:
+    return startup.Startup(replace(OPTIONS, **changes), Log(UUID, "m", DEVICE))()
+
+
+def needed(**changes: Any) -> int:
+    with GGUFFile(PACKAGED_MODEL) as gguf:
+        room = Room(ModelConfig.from_gguf(gguf), replace(OPTIONS, **changes), DEVICE)
+        tensors = gguf.tensors.values()
+        return weight_bytes(tensors) + max(room.needed(room.least_blocks), packing(tensors))
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv_cache_size_mb": 40}, {"max_batch": 64, "max_step_tokens": 4096}], ids=str)
+def test_a_start_is_refused_for_want_of_a_byte(gpu: SimpleNamespace, changes: dict[str, Any]) -> None:
+    """Weights, a block of the cache or what was asked for, the decode step, a prompt: no less, and no more."""
+    gpu.free = needed(**changes)
+    with pytest.raises(Loaded):
+        start(**changes)
+    gpu.free -= 1
+    with pytest.raises(startup.StartFailed) as caught:
+        start(**changes)
+    error = caught.value
+    assert (error.code, error.required, error.available) == ("INSUFFICIENT_VRAM", gpu.free + 1, gpu.free)
+    assert DEVICE in error.message
+    assert str(PACKAGED_MODEL) in error.message
+
+
+def test_more_that_is_asked_for_needs_more() -> None:
+    assert needed(kv_cache_size_mb=40) > needed() + (30 << 20)
+    assert needed(kv_cache_size_mb=40, max_batch=64) > needed(kv_cache_size_mb=40)
+    assert needed(kv_cache_size_mb=40, max_step_tokens=100) < needed(kv_cache_size_mb=40)
+
+
+def test_the_engine_has_the_cache_that_there_is_room_for(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "load", lambda *a, **k: refengine.load(device="host"))
+    monkeypatch.setattr(Engine, "warm_up", lambda engine: None)
+    room = Room(refengine.load().config, OPTIONS, DEVICE)
+    for free in (needed(), needed() + (4 << 20)):
+        gpu.free = free
+        found = start().engine
+        assert 1 < found.cache.pool.n_blocks == room.blocks(free) < 64
+        assert found.options.max_step_tokens == room.step_tokens
+
+
+def test_memory_that_others_take_meanwhile(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: object, **keywords: object) -> Model:
+        gpu.free = 1000
+        return refengine.load(device="host")
+
+    monkeypatch.setattr(startup, "load", load)
+    gpu.free = 1 << 30
+    with pytest.raises(startup.StartFailed, match="the weights leave 1000 bytes") as caught:
+        start()
+    error = caught.value
+    assert (error.code, error.available) == ("INSUFFICIENT_VRAM", 1000)
+    assert error.required == Room(refengine.load().config, OPTIONS, DEVICE).needed(1)
+
+
+@pytest.mark.parametrize("device", [DEVICE, "cpu"])
+@pytest.mark.parametrize("where", ["load", "Engine"])
+def test_an_allocation_that_fails_is_told_with_bytes(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, where: str, device: str
+) -> None:
+    def fails(*arguments: object, **keywords: object) -> None:
+        raise MemoryError("out of memory")
+
+    if device == "cpu":
+        monkeypatch.undo()
+    gpu.free = 1 << 30
+    monkeypatch.setattr(startup, "load", lambda *a, **k: refengine.load())
+    monkeypatch.setattr(startup, where, fails)
+    with pytest.raises(startup.StartFailed, match="out of memory") as caught:
+        start(device=device)
+    error = caught.value
+    assert error.code == "INSUFFICIENT_VRAM"
+    assert error.available == (None if device == "cpu" else 1 << 30)
+    assert error.required is not None
+    assert error.required > 1 << 20
+    if where == "load" and device == DEVICE:
+        assert error.required == needed()
