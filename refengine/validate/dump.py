@@ -17,8 +17,8 @@ A folder with `manifest.json` and data files. The manifest is one JSON object:
         file        data file in the same folder: raw little-endian ".bin" (with `offset` in bytes, default 0), ".npy",
                     or ".safetensors" (with `key`, default the full name)
 
-`Qcur-3#0` is the full name of tensor Qcur, layer 3, occurrence 0. `refengine_dump.h`, beside this file, writes this format
-from C++.
+`Qcur-3#0` is the full name of tensor Qcur, layer 3, occurrence 0. `refengine_dump.h`, beside this file, writes this
+format from C++.
 A dump comes from somebody else's program: every path, size and type in it is checked before it is used.
 """
 

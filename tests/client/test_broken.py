@@ -26,7 +26,7 @@ from refengine.client.events import (
     Token,
     WorkerError,
 )
-from refengine.worker import faults
+from refengine.worker import errors as faults
 
 
 def caught(client: Client, prompt: str = "go on", **options: Any) -> WorkerError:

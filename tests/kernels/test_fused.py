@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType
 
 from refengine.cache.paged import CacheSequence
 from refengine.config import ModelConfig, RopeConfig
-from refengine.cuda import fused
+from refengine.cuda.decode import ops as fused
 from refengine.cuda.decode.buffers import QKV, Rows
 from refengine.cuda.decode.ops import FusedOps
 from refengine.cuda.layout import PackedMatrix

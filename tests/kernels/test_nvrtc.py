@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from refengine.cuda import compile
+from refengine.cuda.runtime import compile
 from refengine.cuda.runtime.compile import compile_files
 from refengine.cuda.runtime.nvrtc import ARCHITECTURES, compile_source, nvrtc_version
 from refengine.cuda.runtime.source import names, read_source, source_of

@@ -24,7 +24,7 @@ LIMIT = 12  # connections
 HURRIED = """
 import json, sys
 from refengine.cli import main as cli
-from refengine.worker import app, connections, stream
+from refengine.worker.http import app, connections, stream
 for name, value in json.loads(sys.argv.pop(1)).items():
     (owner,) = [module for module in (app, connections, stream) if hasattr(module, name)]
     setattr(owner, name, value)

@@ -20,7 +20,8 @@ import pytest
 import refengine
 from refengine.engine.engine import Engine
 from refengine.engine.sampling import SamplingParams
-from refengine.worker import life, startup
+from refengine.worker import server as life
+from refengine.worker import startup
 from refengine.worker.jobs.engine_thread import EngineThread, Started
 from refengine.worker.jobs.job import Job
 from refengine.worker.options import WorkerOptions

@@ -15,7 +15,7 @@ from typing import IO, Any
 import httpx
 import pytest
 
-from refengine.worker import log as log_module
+from refengine.worker.telemetry import log as log_module
 from refengine.worker.telemetry.log import Log
 from tests.cli_runner import ENVIRONMENT, ROOT
 from tests.worker.server import command, until

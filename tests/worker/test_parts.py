@@ -11,10 +11,12 @@ import pytest
 import refengine
 from refengine.engine.engine import Engine
 from refengine.errors import DeviceError
-from refengine.worker import app, engine_thread, facts, stream
 from refengine.worker.errors import Fault
+from refengine.worker.http import app, stream
+from refengine.worker.jobs import engine_thread
 from refengine.worker.jobs.engine_thread import EngineThread, Started
 from refengine.worker.jobs.job import Job
+from refengine.worker.telemetry import status as facts
 from refengine.worker.telemetry.log import Log
 
 

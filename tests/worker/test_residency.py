@@ -17,8 +17,9 @@ from refengine.cuda.memory import DeviceMemory
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import DeviceError
 from refengine.model import PACKAGED_MODEL
-from refengine.worker import facts, startup
+from refengine.worker import startup
 from refengine.worker.options import WorkerOptions
+from refengine.worker.telemetry import status as facts
 from refengine.worker.telemetry.log import Log
 from tests.worker.server import serving, until
 

@@ -5,7 +5,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-from refengine.worker import stream
+from refengine.worker.http import stream
 from refengine.worker.jobs.job import Event, Job
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError, field_validator
 
-from refengine.worker import app
 from refengine.worker.errors import Fault
+from refengine.worker.http import app
 from refengine.worker.http.openai_requests import ChatRequest, CompletionRequest, DetokenizeRequest
 from refengine.worker.http.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, deadline_seconds, parse
 from tests.worker.server import HAIKU, Server, serving, text_of, until
