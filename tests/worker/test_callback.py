@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 from refengine.model import PACKAGED_MODEL
-from refengine.worker import callback, options
+from refengine.worker import options
+from refengine.worker.http import callback
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from tests.cli_runner import ENVIRONMENT, ROOT
@@ -128,7 +129,8 @@ def test_a_worker_on_all_addresses_tells_one_that_others_can_use(monkeypatch: py
 LATE = """
 import pathlib, sys, time
 from refengine.cli import main as cli
-from refengine.worker import engine_thread, startup
+from refengine.worker import startup
+    from refengine.worker.jobs import engine_thread
 flag, load = pathlib.Path(sys.argv.pop(1)), startup.load
 def late(*arguments, **keywords):
     while not flag.exists():

@@ -14,7 +14,8 @@ from tests.worker.server import FAULTY, Server, read, serving, text_of, until, w
 
 ON_GPU = """
 import dataclasses
-from refengine.worker import engine_thread, facts
+from refengine.worker.jobs import engine_thread
+from refengine.worker.telemetry import status as facts
 of = facts.ModelFacts.of
 facts.ModelFacts.of = staticmethod(lambda model: dataclasses.replace(of(model), device="cuda:0"))
 engine_thread.vram_of = lambda model: {"weights": 3_000_000, "kv": 200_000, "workspace": 10_000}

@@ -182,7 +182,7 @@ MOVED = """
 import pathlib, sys
 from refengine.cli import main as cli
 from refengine.errors import DeviceError
-from refengine.worker import engine_thread
+from refengine.worker.jobs import engine_thread
 flag = pathlib.Path(sys.argv.pop(1))
 def check(model):
     if flag.exists():
