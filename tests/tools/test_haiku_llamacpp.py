@@ -49,7 +49,7 @@ def test_greedy_text_is_llamacpps(haiku_file, name: str, group: int) -> None:
             ids = model.tokenizer.encode(chat(prompt), add_special=False, parse_special=True)
             peer.reset()
             theirs = greedy(lambda new, peer=peer: peer.logits(new, last_only=True)[-1], ids)
-            cache, sequence = model.new_cache(len(ids) + TOKENS), refengine.cache.paged.Sequence()
+            cache, sequence = model.new_cache(len(ids) + TOKENS), refengine.cache.paged.CacheSequence()
 
             def ours(new: list[int], cache=cache, sequence=sequence) -> np.ndarray:
                 return model.step([(sequence, new)], cache)[-1]

@@ -130,7 +130,7 @@ LATE = """
 import pathlib, sys, time
 from refengine.cli import main as cli
 from refengine.worker import startup
-    from refengine.worker.jobs import engine_thread
+from refengine.worker.jobs import engine_thread
 flag, load = pathlib.Path(sys.argv.pop(1)), startup.load
 def late(*arguments, **keywords):
     while not flag.exists():

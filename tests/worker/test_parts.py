@@ -49,7 +49,7 @@ def test_failure_tells_where_and_not_what() -> None:
         Log("id", "model", "cpu", stream).failure(e, job_id="j")
     line = json.loads(stream.getvalue())
     assert (line["kind"], line["job_id"], line["level"]) == ("ValueError", "j", "ERROR")
-    assert "test_worker_parts.py" in line["where"][-1]
+    assert "test_parts.py" in line["where"][-1]
     assert "a prompt" not in stream.getvalue()
 
 
