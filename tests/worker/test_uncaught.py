@@ -24,6 +24,7 @@ def in_loop(function):
     loop.call_soon(function, Token(id=7, text="secret"))
     loop.call_soon(loop.stop)
     loop.run_forever()
+    loop.close()
 async def lost():
     async def task(text):
         fails(text)
