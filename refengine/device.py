@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from refengine.errors import DeviceError, RequestError
+from refengine.errors import DeviceError, RequestError, install_hint
 
-INSTALL_HINT = "install refengine[cuda13] (or refengine[cuda12] for an older driver)"
+INSTALL_HINT = f"{install_hint('cuda13')}; cuda12 instead of cuda13 serves an older driver"
 
 
 @dataclass(frozen=True)

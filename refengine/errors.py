@@ -4,9 +4,18 @@ Every message names what was given, what was expected and what to do. The comman
 message on one line and exits with code 2; anything that is not a `RefengineError` is a bug in refengine.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class RefengineError(Exception):
     """Base of all errors that are about the user's file, arguments or machine."""
+
+
+class MissingLibraryError(RefengineError):
+    """A library that this part of refengine needs is not installed. The message names the extra that brings it."""
 
 
 class GGUFError(RefengineError):
@@ -51,6 +60,26 @@ class DumpError(RefengineError):
 
 class KernelError(RefengineError):
     """A kernel does not compile, is called wrongly, or does what it must not."""
+
+
+def install_hint(*extras: str) -> str:
+    """How to install extras of this package, from a checkout or from a wheel: it is in no package index."""
+    names = ",".join(extras)
+    return (
+        f"install it with pip install '.[{names}]' in a checkout of refengine "
+        f"(or pip install 'FILE.whl[{names}]' with its wheel)"
+    )
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Around imports: a library that is missing raises MissingLibraryError, which names it and the extra to install."""
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] == "refengine":
+            raise  # a fault of our own
+        raise MissingLibraryError(f"{what} needs {e.name}, which is not installed; {install_hint(extra)}") from None
 
 
 def one_line(text: str) -> str:

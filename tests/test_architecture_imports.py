@@ -106,6 +106,7 @@ ROOMS = {
     "cli.compile": Room({"errors", "device", "cuda", "cuda.runtime"}, {"tqdm"}),
     "cli.ask": Room({"errors", "client", "client.events", "cli.console"}, set()),
     "cli.bench": Room({"errors", "worker", "client", "bench", "cli.console"}, {"rich"}),
+    "cli.dump_header": Room(set(), set()),
     # arguments only
     "cli.arguments": Room(set(), set()),
     "cli.worker_arguments": Room({"cli.arguments"}, set()),
@@ -121,6 +122,7 @@ ROOMS = {
             "cli.serve",
             "cli.ask",
             "cli.bench",
+            "cli.dump_header",
             "cli.compile",
         },
         set(),

@@ -62,7 +62,7 @@ def test_cuda_without_cupy_says_what_to_install(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(DeviceError, match=r"needs CuPy") as caught:
         open_device(spec)
     assert INSTALL_HINT in str(caught.value)
-    assert "refengine[cuda13]" in INSTALL_HINT
+    assert "pip install '.[cuda13]'" in INSTALL_HINT
 
 
 FAILURES = {

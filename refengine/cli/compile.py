@@ -11,6 +11,7 @@ from tqdm import tqdm
 from refengine.cuda.runtime.compile import compile_files, missing
 from refengine.cuda.runtime.cubin_cache import cache_folder
 from refengine.cuda.runtime.nvrtc import ARCHITECTURES, architecture
+from refengine.cuda.runtime.source import names
 from refengine.device import open_device
 from refengine.errors import DeviceError, RequestError
 
@@ -24,6 +25,9 @@ def compile_kernels(arguments: argparse.Namespace) -> None:
         )
     if arguments.jobs is not None and arguments.jobs < 1:
         raise RequestError(f"--jobs: given {arguments.jobs}, allowed 1 and more")
+    if arguments.file:
+        for unknown_file in set(arguments.file) - set(names()):
+            raise RequestError(f"--file: given {unknown_file[:40]!r}, allowed {', '.join(names())}")
     for arch in ARCHITECTURES if "all" in wanted else dict.fromkeys(wanted):
         with tqdm(desc=arch, unit=" files", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
 
@@ -31,7 +35,7 @@ def compile_kernels(arguments: argparse.Namespace) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            files = missing(arch)
+            files = [name for name in missing(arch) if not arguments.file or name in arguments.file]
             compile_files(arch, files, show, arguments.jobs)
         print(f"{arch}: {len(files)} kernel files compiled, the others were there ({cache_folder()})", file=sys.stderr)
 

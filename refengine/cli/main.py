@@ -19,7 +19,7 @@ from refengine.cli.arguments import (
     trace_arguments,
 )
 from refengine.cli.worker_arguments import ask_arguments, bench_arguments, serve_arguments
-from refengine.errors import RefengineError, one_line
+from refengine.errors import RefengineError, needs_extra, one_line
 
 DESCRIPTION = """Run GGUF language models as readable array code that matches llama.cpp to its rounding noise."""
 
@@ -161,8 +161,17 @@ def build_parser() -> argparse.ArgumentParser:
     compile_kernels.add_argument(
         "--arch", action="append", metavar="SM", help="sm_80, sm_86, sm_89, sm_90a or all (default: this machine's GPU)"
     )
+    compile_kernels.add_argument(
+        "--file", action="append", metavar="NAME", help="compile only this kernel file (repeatable; default: all)"
+    )
     compile_kernels.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
     compile_kernels.add_argument("--debug", action="store_true", help="show a traceback on errors")
+
+    header = command(
+        commands, "dump-header", "print the path of the C++ header with which an engine dumps its tensors for validate"
+    )
+    header.add_argument("--output", metavar="FILE.h", help="copy the header there instead of printing its path")
+    header.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
     serve = command(commands, "serve", "serve one model on one device over HTTP")
     serve_arguments(serve)
@@ -221,13 +230,19 @@ def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
 
         return compile_kernels
     if command == "ask":
-        from refengine.cli.ask import ask
+        with needs_extra("client", "refengine ask"):
+            from refengine.cli.ask import ask
 
         return ask
     if command == "bench":
-        from refengine.cli.bench import bench
+        with needs_extra("serve", "refengine bench"):
+            from refengine.cli.bench import bench
 
         return bench
+    if command == "dump-header":
+        from refengine.cli.dump_header import dump_header
+
+        return dump_header
     from refengine.cli import commands
 
     found: Callable[[argparse.Namespace], int | None] = getattr(commands, command)
@@ -240,7 +255,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     device = device_of(arguments.device, arguments.gpu_device)
     with ending_on_signals(arguments.worker_id, arguments.model or "packaged", device):
-        from refengine.cli.serve import serve
+        with needs_extra("serve", "refengine serve"):
+            from refengine.cli.serve import serve
 
         return serve(arguments)
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from refengine.errors import HubError, one_line
+from refengine.errors import HubError, needs_extra, one_line
 from refengine.hub.names import COMMIT, SPLIT_NAME, Reference, RepoFile, choose, models_of, parse, size_text
 
 MAX_HTTP_BYTES = 50 * 10**9  # the hub serves larger files in chunks only
@@ -55,6 +55,8 @@ def fetch(reference: Reference, tell: Tell | None = None, progress: Progress | N
     Raises HubError.
     """
     tell = tell or (lambda text: None)
+    with needs_extra("hub", f"{reference.text[:200]}, a model's name on the hub,"):
+        import huggingface_hub  # noqa: F401
     with _log_of_library(tell):
         try:
             return _fetch(reference, tell, progress or (lambda done, total: None))

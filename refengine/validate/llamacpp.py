@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from refengine.errors import ModelError, RefengineError, RequestError
+from refengine.errors import ModelError, RefengineError, RequestError, install_hint
 from refengine.validate.alignment import SCORES, row_axis
 from refengine.validate.capture import Capture
 
-INSTALL_HINT = "install refengine[validate], which builds llama-cpp-python (it needs a C++ compiler and a few minutes)"
+INSTALL_HINT = f"{install_hint('validate')}: that builds llama.cpp, with a C++ compiler, in a few minutes"
 GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_I32 = 0, 1, 26
 _NUMPY_TYPES = {GGML_TYPE_F32: np.float32, GGML_TYPE_F16: np.float16, GGML_TYPE_I32: np.int32}
 _VIEW_OPS = {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}

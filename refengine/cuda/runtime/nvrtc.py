@@ -18,7 +18,7 @@ import numpy as np
 from refengine.cuda.runtime.cubin_cache import cache_folder, digest, write_whole
 from refengine.cuda.runtime.overlap import launch_overlapping
 from refengine.cuda.runtime.source import Source, check_arguments, three
-from refengine.errors import DeviceError, KernelError
+from refengine.errors import DeviceError, KernelError, install_hint
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
 # Sums are written as they are meant: no contraction of a·b + c, denormals kept, division and root rounded to nearest.
@@ -89,7 +89,8 @@ def _nvrtc() -> tuple[Any, str]:
         return nvrtc, ".".join(map(str, nvrtc.getVersion()))
     except (ImportError, RuntimeError, OSError) as e:
         raise DeviceError(
-            f"kernels need CuPy and NVRTC, which cannot be loaded ({e}); install refengine[cuda13] or refengine[nvrtc]"
+            f"kernels need CuPy and NVRTC, which cannot be loaded ({e}); {install_hint('cuda13')}; without a GPU, "
+            "nvrtc instead of cuda13"
         ) from None
 
 
