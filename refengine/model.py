@@ -19,7 +19,7 @@ from refengine.engine.sampling import SamplingParams
 from refengine.errors import RequestError
 from refengine.gguf.file import GGUFFile
 from refengine.hub.files import resolve
-from refengine.models import BY_ARCHITECTURE
+from refengine.models import BY_ARCHITECTURE, read_config
 from refengine.ops import Ops, profile
 from refengine.tokenizer import Tokenizer, load_tokenizer
 from refengine.trace import Tracer, no_trace, to_numpy
@@ -72,7 +72,7 @@ def load(
     if opened.name == "host" and not rounding.half_rows:
         raise RequestError(f"device host runs the kernels, whose numerics are fast; {rounding.name} runs on cpu")
     gguf = GGUFFile(PACKAGED_MODEL if path is None else resolve(path))
-    config = ModelConfig.from_gguf(gguf)
+    config = read_config(gguf)
     if n_ctx is not None and n_ctx > config.n_ctx_train and config.rope is None:
         raise RequestError(f"n_ctx {n_ctx}: {config.arch} has learned positions, only {config.n_ctx_train} of them")
     tokenizer = load_tokenizer(gguf)
@@ -116,7 +116,9 @@ class Model:
         self.gguf, self.config, self.tokenizer = gguf, config, tokenizer
         self.weights, self.ops, self.device = weights, ops, device
         self.n_ctx = n_ctx or config.n_ctx_train
-        self._forward = BY_ARCHITECTURE[config.arch].forward
+        architecture = BY_ARCHITECTURE[config.arch]
+        self._forward = architecture.forward
+        self.decode = getattr(architecture, "decode", None)  # its fused step, where it has one
 
     def new_cache(self, n_tokens: int, n_sequences: int = 1) -> KVCache:
         """A KV cache with room for `n_sequences` sequences of `n_tokens` tokens each."""

@@ -5,6 +5,7 @@ Of arrays that come and go, what is there at once is reckoned, and no more: a st
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from refengine.cuda.ops import kv_bytes
 from refengine.cuda.upload import SLAB_BYTES
 from refengine.engine.engine import default_cache_tokens
 from refengine.engine.kernel_runner import step_bytes
+from refengine.models import BY_ARCHITECTURE
 from refengine.ops import profile
 from refengine.weights import is_vector
 from refengine.worker.options import WorkerOptions
@@ -29,13 +31,14 @@ STEP_TOKENS = {"cpu": 128}  # a step of 512 there takes 0.1 s for a small model,
 RESERVE = 0.1  # of what weights and the decode step leave: for passes that take more than the first prompt's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Room:
     """Bytes that a worker takes beside its weights, with a KV cache of so many blocks. device: its name."""
 
     config: ModelConfig
     options: WorkerOptions
     device: str
+    weights: Any  # of which the decode step's plan looks at names, types and shapes
 
     @property
     def max_batch(self) -> int:
@@ -58,7 +61,13 @@ class Room:
             return 0
         place = "host" if self.device == "host" else "cuda"
         n_positions = min(self.config.n_ctx_train, n_blocks * BLOCK_SIZE)
-        return step_bytes(self.config, place, self.options.attention, self.max_batch, n_positions)
+        return self._step(place, n_positions)
+
+    @functools.cache  # noqa: B019  a start asks for the same few again and again, and forgets all of it
+    def _step(self, place: str, n_positions: int) -> int:
+        decode = getattr(BY_ARCHITECTURE[self.config.arch], "decode", None)
+        given = (self.options.attention, self.max_batch, n_positions)
+        return step_bytes(self.config, decode, self.weights, place, *given)
 
     def prompt(self, n_blocks: int) -> int:
         """The arrays of a layer for the longest part of a prompt, as the pool keeps them."""

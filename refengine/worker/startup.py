@@ -14,10 +14,10 @@ from typing import Any
 from tqdm import tqdm
 
 from refengine.cache.paged import BLOCK_SIZE
-from refengine.config import ModelConfig
 from refengine.cuda import weight_bytes
 from refengine.cuda.runtime.compile import compile_files, missing
 from refengine.cuda.runtime.nvrtc import architecture
+from refengine.cuda.upload import Described
 from refengine.device import Device, open_device
 from refengine.engine.engine import Engine, EngineOptions
 from refengine.errors import DeviceError, RefengineError, RequestError
@@ -25,6 +25,8 @@ from refengine.gguf.file import GGUFFile
 from refengine.hub.files import fetch
 from refengine.hub.names import parse
 from refengine.model import Model, load
+from refengine.models import BY_ARCHITECTURE, read_config
+from refengine.weights import load_weights
 from refengine.worker.capacity import Room, packing
 from refengine.worker.jobs.engine_thread import Started
 from refengine.worker.options import WorkerOptions
@@ -54,7 +56,7 @@ class Startup:
         facts = ModelFacts.of(model)
         state = State(facts)
         self.metrics = Metrics(state)
-        room, free = Room(model.config, self._options, device.name), _free_bytes(device)
+        room, free = Room(model.config, self._options, device.name, model.weights), _free_bytes(device)
         n_blocks = _blocks(room, free)
         try:
             engine = Engine(model, self._engine_options(room, n_blocks), EngineHook(self.metrics))
@@ -150,7 +152,10 @@ class Startup:
 
     def _needed(self, device: Device, gguf: GGUFFile, free: int | None) -> int:
         """Bytes that the start needs at least. Raises StartFailed where they are not free (W-1020)."""
-        room = Room(ModelConfig.from_gguf(gguf), self._options, device.name)
+        config = read_config(gguf)
+        specs = BY_ARCHITECTURE[config.arch].tensors(config)
+        shapes = None if device.name == "cpu" else load_weights(gguf, specs, config.n_layer, Described())
+        room = Room(config, self._options, device.name, shapes)
         _check_asked(room)
         tensors = gguf.tensors.values()
         if device.name == "cpu":

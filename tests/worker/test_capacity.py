@@ -21,6 +21,7 @@ from refengine.device import Device
 from refengine.engine.engine import Engine, EngineOptions
 from refengine.gguf.file import GGUFFile
 from refengine.model import PACKAGED_MODEL, Model
+from refengine.models import read_config
 from refengine.worker import startup
 from refengine.worker.capacity import Room, packing
 from refengine.worker.options import WorkerOptions
@@ -173,7 +174,7 @@ def start(**changes: Any) -> startup.Started:
 
 def needed(**changes: Any) -> int:
     with GGUFFile(PACKAGED_MODEL) as gguf:
-        room = Room(ModelConfig.from_gguf(gguf), replace(OPTIONS, **changes), DEVICE)
+        room = Room(read_config(gguf), replace(OPTIONS, **changes), DEVICE)
         tensors = gguf.tensors.values()
         return weight_bytes(tensors) + max(room.needed(room.least_blocks), packing(tensors))
 
