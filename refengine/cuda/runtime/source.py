@@ -60,9 +60,10 @@ class Struct:
 
     @property
     def packed(self) -> np.ndarray:
-        """The struct's bytes: the pointers, as uint64."""
+        """The struct's bytes, an array of one element: CuPy passes such an array by value."""
         if self._packed is None:
-            self._packed = np.array([0 if a is None else address_of(a) for a in self.arrays], np.uint64)
+            pointers = np.array([0 if a is None else address_of(a) for a in self.arrays], np.uint64)
+            self._packed = pointers.view(f"V{pointers.nbytes}")
         return self._packed
 
 
