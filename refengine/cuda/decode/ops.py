@@ -125,8 +125,8 @@ class StepOps:
         assert gate.x is not None
         assert gate.w is not None
         assert up.w is not None
+        groups, of_groups = self._groups(gate, gate.x)  # the router first: it wants floats of the norm as well
         rows, of_rows = self._rows(gate.x, gate.w)
-        groups, of_groups = self._groups(gate, gate.x)
         self._use(*of_rows, *of_groups)
         y = self._new(gate.n_rows, gate.width)
         biases = (gate.bias, up.bias)
