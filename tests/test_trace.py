@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refengine.api import load
 from refengine.config import SUPPORTED_ARCHITECTURES
 from refengine.errors import TraceError
-from refengine.model import Model, load
+from refengine.model import Model
 from refengine.trace import Trace, no_trace, tensor_name
 from tests.cli_runner import ENVIRONMENT
 from tests.model_files import float_bytes, read_floats, rewrite

@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from refengine.api import load
 from refengine.config import ModelConfig
 from refengine.gguf.file import GGUFFile
-from refengine.model import PACKAGED_MODEL, load
+from refengine.model import PACKAGED_MODEL
 from refengine.validate.capture import LOGITS
 from refengine.validate.dump import manifest_of
 from refengine.validate.llamacpp import LlamaCpp

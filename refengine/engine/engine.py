@@ -2,7 +2,7 @@
 
     engine = Engine(model, EngineOptions(max_batch=8))
     seq = engine.start(ids, params)
-    for token in seq:  # or engine.next_token(seq), until its stop_reason is set
+    for token in engine.tokens(seq):  # or engine.next_token(seq), until its stop_reason is set
         print(token.text)
     engine.free(seq)
 
@@ -14,16 +14,14 @@ tokens do not depend on what runs beside it: on kernels bit for bit, on arrays u
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from refengine.cache.paged import KVCache
 from refengine.cache.prefix import PrefixCache, PrefixStats
-from refengine.cuda import KernelOps
 from refengine.engine.generation import Generation, Token
 from refengine.engine.hooks import EngineFacts, MetricsHook, StepFacts
-from refengine.engine.kernel_runner import KernelRunner
 from refengine.engine.runner import ArrayRunner, Runner, SampledToken
 from refengine.engine.sampling import SamplingParams
 from refengine.engine.scheduler import ScheduledChunk, Scheduler
@@ -94,11 +92,9 @@ class Engine:
             self.options.on_shortage == "preempt",
             max(1, min(SCORED_ROWS, SCORED_LOGITS // model.config.n_vocab)),
         )
-        self.runner: Runner
-        if isinstance(model.ops, KernelOps) and trace is no_trace:
-            self.runner = KernelRunner(model, self.cache, max_batch, self.options.graphs)
-        else:
-            self.runner = ArrayRunner(model, self.cache, trace)
+        # Only the model file shows its tensors to a trace, whatever the model's own runner does.
+        make_runner = model.make_runner if trace is no_trace and model.make_runner else ArrayRunner
+        self.runner: Runner = make_runner(model, self.cache, max_batch, self.options.graphs, trace)
 
     def warm_up(self) -> None:
         """Compile and allocate what the first requests would wait for: the longest part of a prompt, every bucket."""
@@ -144,7 +140,7 @@ class Engine:
                 f"cache has {self.cache.pool.n_blocks}: ask for fewer (max_tokens) or give it more (cache_tokens)",
                 "prompt",
             )
-        generation = Generation(self, ids, params, n_limit)
+        generation = Generation(ids, params, n_limit, self.model.tokenizer)
         self.scheduler.add(generation)
         self.hook.on_start(generation)
         return generation
@@ -184,6 +180,11 @@ class Engine:
             self.step()
         return generation.pending.popleft()
 
+    def tokens(self, generation: Generation) -> Iterator[Token]:
+        """The sequence's tokens to its last one, each computed when it is asked for. Raises as `next_token`."""
+        while generation.end is None or generation.pending or generation.error is not None:
+            yield self.next_token(generation)
+
     def step(self) -> list[Generation]:
         """Advance every running sequence by one token, prompts by up to a budget; those that got a token, or ended."""
         start = time.perf_counter()
@@ -194,6 +195,7 @@ class Engine:
             return [generation for generation, _ in failed]
         prefill_tokens = sum(len(part.ids) for part in parts if not part.decodes)
         results = self.runner.run(parts)
+        self.cache.commit([(part.generation.progress.cached, part.ids) for part in parts])
         seconds = time.perf_counter() - start
         self._register(parts)
         for part in parts:
@@ -299,11 +301,11 @@ def single_sequence(
     chunk: int = 512,
     trace: Tracer = no_trace,
     graphs: bool = True,
-) -> Generation:
-    """One sequence on an engine of its own, whose cache is just large enough. Raises as `Engine.start`."""
+) -> tuple[Engine, Generation]:
+    """An engine whose cache is just large enough for one sequence, and that sequence. Raises as `Engine.start`."""
     params = params or SamplingParams()
     n_tokens = len(ids) + checked_limit(model, ids, params)
     options = EngineOptions(1, chunk, n_tokens, prefix_cache=False, graphs=graphs)
     engine = Engine(model, options, trace=trace)
-    engine.runner.warm_up(0)  # its one prompt comes at once
-    return engine.start(ids, params)
+    engine.runner.warm_up(0)  # The only prompt follows at once, so nothing is gained by a prompt of zeros before it.
+    return engine, engine.start(ids, params)

@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:
-    from refengine.engine.generation import Generation, Token
-
-
-class InferenceStep(Protocol):
-    """start → next_token → free: what batching, serving and generating stand on. See `engine.Engine`."""
-
-    def start(self, ids: Any, params: Any = None) -> Generation: ...
-    def next_token(self, generation: Generation) -> Token: ...
-    def free(self, generation: Generation) -> None: ...
+from refengine.engine.generation import Generation, Token
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,14 @@ def n_rows(part: ScheduledChunk) -> int:
 
 
 class ArrayRunner:
-    """`model.step` for all parts together, draws on the host: every device and profile can."""
+    """All chunks through `model.evaluate` together, draws on the host: every device and profile can.
 
-    def __init__(self, model: Any, cache: KVCache, trace: Tracer = no_trace) -> None:
+    max_batch and graphs make no difference here; every runner is made with the same arguments.
+    """
+
+    def __init__(
+        self, model: Any, cache: KVCache, max_batch: int = 1, graphs: bool = False, trace: Tracer = no_trace
+    ) -> None:
         self._model, self._cache, self._trace = model, cache, trace
 
     def warm_up(self, n_prompt: int) -> None:
@@ -70,7 +75,7 @@ class ArrayRunner:
 
     def run(self, parts: Sequence[ScheduledChunk]) -> list[Result]:
         given = [(part.generation.progress.cached, part.ids) for part in parts]
-        logits = self._model.step(given, self._cache, wanted_rows(parts), self._trace)
+        logits = self._model.evaluate(given, self._cache, wanted_rows(parts), self._trace)
         rows = iter(to_numpy(logits) if any(map(n_rows, parts)) else ())
         results = []
         for part in parts:

@@ -5,6 +5,7 @@ What fails is a StartFailed with a stable code and, where memory is short, the b
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from refengine.api import load
 from refengine.cache.paged import BLOCK_SIZE
 from refengine.config import ModelConfig
 from refengine.cuda import weight_bytes
@@ -24,7 +26,7 @@ from refengine.errors import DeviceError, RefengineError, RequestError
 from refengine.gguf.file import GGUFFile
 from refengine.hub.files import fetch
 from refengine.hub.names import parse
-from refengine.model import Model, load
+from refengine.model import Model
 from refengine.worker.capacity import Room, packing
 from refengine.worker.jobs.engine_thread import Started
 from refengine.worker.options import WorkerOptions
@@ -85,18 +87,20 @@ class Startup:
         try:
             path = self._fetched(path)
             free = _free_bytes(device)
-            with GGUFFile(path) as gguf:
+            with contextlib.ExitStack() as on_failure:
+                gguf = on_failure.enter_context(GGUFFile(path))
                 n_bytes = self._needed(device, gguf, free)
-            self._compile(device)
-            with _bar(self._log.for_people) as bar:
-                model = load(
-                    path,
-                    self._options.device,
-                    attention=self._options.attention,
-                    progress=self._progress(bar),
-                    copy_chunk_kb=self._options.copy_chunk_kb,
-                    copied=True,  # a file that shrinks under its mapping would kill the process
-                )
+                self._compile(device)
+                with _bar(self._log.for_people) as bar:
+                    model = load(
+                        gguf,
+                        self._options.device,
+                        attention=self._options.attention,
+                        progress=self._progress(bar),
+                        copy_chunk_kb=self._options.copy_chunk_kb,
+                        copied=True,  # a file that shrinks under its mapping would kill the process
+                    )
+                on_failure.pop_all()  # The model keeps the file open.
         except DeviceError as e:
             raise _failed_on_device(e) from None
         except MemoryError as e:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from refengine.api import load
 from refengine.cache.paged import BlockPool, CacheSequence, KVCache, OutOfBlocks
 from refengine.config import SUPPORTED_ARCHITECTURES
-from refengine.model import Model, load
+from refengine.model import Model
 from tests.model_files import zeros_of
 from tools.make_model import write_model
 

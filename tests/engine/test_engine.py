@@ -40,7 +40,8 @@ def run_all(engine: Engine) -> int:
 
 
 def ids_alone(model: Any, ids: list[int], params: SamplingParams) -> list[int]:
-    return [token.id for token in single_sequence(model, ids, params)]
+    engine, generation = single_sequence(model, ids, params)
+    return [token.id for token in engine.tokens(generation)]
 
 
 def greedy(n: int) -> SamplingParams:
@@ -51,11 +52,11 @@ def test_next_token_advances_all_and_loses_none(model: SmallBlocks) -> None:
     engine = engine_with(model)
     params = [SamplingParams(temperature=0.9, seed=i, max_tokens=6 + i) for i in range(3)]
     running = [engine.start(prompt(5 + i, i), p) for i, p in enumerate(params)]
-    last = [token.id for token in running[2]]  # the others run along
+    last = [token.id for token in engine.tokens(running[2])]  # the others run along
     assert len(last) == 8
     assert [len(g.pending) for g in running] == [6, 7, 0]
     for i, g in enumerate(running):
-        tokens = list(g)
+        tokens = list(engine.tokens(g))
         assert [t.id for t in tokens] == ([] if i == 2 else ids_alone(model, prompt(5 + i, i), params[i]))
         assert g.ids[g.n_prompt :] == ids_alone(model, prompt(5 + i, i), params[i])
         assert g.end == "length"
@@ -159,8 +160,8 @@ def test_cancelling_frees_everything_at_once(when: str, model: SmallBlocks) -> N
         assert run_all(engine)
         assert other.end == "length"
     assert ended.count("cancelled") == (when != "ended")
-    g.free()
-    assert list(g) == []
+    engine.free(g)
+    assert list(engine.tokens(g)) == []
 
 
 def test_forks_share_blocks_until_they_write(model: SmallBlocks) -> None:
@@ -299,7 +300,7 @@ def test_hooks_hear_of_everything(model: SmallBlocks) -> None:
 def test_log_probabilities_are_reported_where_asked_for(model: SmallBlocks) -> None:
     engine = engine_with(model)
     g = engine.start(prompt(4), SamplingParams(temperature=0, max_tokens=3, logprobs=5))
-    tokens = list(g)
+    tokens = list(engine.tokens(g))
     logits = model.forward(g.ids)
     for i, token in enumerate(tokens):
         row = logits[3 + i].astype(np.float64)
@@ -307,7 +308,7 @@ def test_log_probabilities_are_reported_where_asked_for(model: SmallBlocks) -> N
         assert token.logprob == pytest.approx(expected[token.id], abs=1e-5)  # float32 logits, other chunks
         assert len(token.top) == 5
         assert token.top[0] == (token.id, token.logprob)
-    assert next(engine.start(prompt(4), greedy(1))).logprob is None
+    assert engine.next_token(engine.start(prompt(4), greedy(1))).logprob is None
     with pytest.raises(RequestError, match="logprobs"):
         SamplingParams(logprobs=21)
 
@@ -316,7 +317,7 @@ def test_logits_that_cannot_be_used_end_one_sequence_only(model: SmallBlocks, mo
     engine = engine_with(model)
     bad, good = engine.start(prompt(3, 1), greedy(4)), engine.start(prompt(3, 2), greedy(4))
     engine.step()
-    original = model._model.step
+    original = model._model.evaluate
 
     def spoilt(parts: Any, *rest: Any, **named: Any) -> Any:
         logits = original(parts, *rest, **named)
@@ -325,12 +326,12 @@ def test_logits_that_cannot_be_used_end_one_sequence_only(model: SmallBlocks, mo
                 logits[row, 7] = np.nan
         return logits
 
-    monkeypatch.setattr(model._model, "step", spoilt)
+    monkeypatch.setattr(model._model, "evaluate", spoilt)
     run_all(engine)
     assert (bad.end, good.end) == ("error", "length")
-    assert next(bad).id == bad.ids[3]
+    assert engine.next_token(bad).id == bad.ids[3]
     with pytest.raises(RefengineError, match="logits\\[7\\] is NaN"):
-        next(bad)
+        engine.next_token(bad)
 
 
 def test_an_abort_ends_what_runs_and_the_engine_goes_on(model: SmallBlocks) -> None:
@@ -344,8 +345,8 @@ def test_an_abort_ends_what_runs_and_the_engine_goes_on(model: SmallBlocks) -> N
     for g in running:
         g.pending.clear()
         with pytest.raises(RefengineError, match="the device is gone"):
-            next(g)
-    assert [t.id for t in waiting] == ids_alone(model, prompt(9, 2), GREEDY)
+            next(engine.tokens(g))
+    assert [t.id for t in engine.tokens(waiting)] == ids_alone(model, prompt(9, 2), GREEDY)
     assert engine.idle
 
 
@@ -382,13 +383,13 @@ def test_scores_of_a_prompt(model: SmallBlocks) -> None:
 
 def test_a_prompt_that_is_scored_takes_nothing_from_the_prefix_cache(model: SmallBlocks) -> None:
     engine = engine_with(model)
-    list(engine.start(prompt(21), greedy(1)))
+    list(engine.tokens(engine.start(prompt(21), greedy(1))))
     g = engine.start(prompt(21), SamplingParams(max_tokens=1, prompt_logprobs=0))
-    list(g)
+    list(engine.tokens(g))
     assert g.progress.prefix_tokens == 0
     assert all(score is not None for score in g.prompt_scores[1:])
     again = engine.start(prompt(21), greedy(1))
-    list(again)
+    list(engine.tokens(again))
     assert again.progress.prefix_tokens > 0
 
 

@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_haiku_alone_and_in_company(server: Server)
         assert all(other.result()[-1][0] == "end" for other in others)
     model = refengine.load(device=DEVICE)
     params = refengine.SamplingParams(temperature=0.7, seed=42, max_tokens=50)
-    assert "".join(token.text for token in model.generate(HAIKU["prompt"], params)) == text_of(alone[0])
+    assert "".join(token.text for token in refengine.generate(model, HAIKU["prompt"], params)) == text_of(alone[0])
 
 
 def test_a_hundred_requests_leave_the_memory_as_it_was(server: Server) -> None:

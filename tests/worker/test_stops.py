@@ -32,11 +32,11 @@ import sys, time
 from refengine import model
 from refengine.cli import main as cli
 from refengine.worker.jobs.engine_thread import EngineThread
-seconds, step, join = float(sys.argv.pop(1)), model.Model.step, EngineThread.join
+seconds, step, join = float(sys.argv.pop(1)), model.Model.evaluate, EngineThread.join
 def slow(*arguments, **keywords):
     time.sleep(seconds)
     return step(*arguments, **keywords)
-model.Model.step = slow
+model.Model.evaluate = slow
 EngineThread.join = lambda self, timeout_s: join(self, 20 * timeout_s)
 sys.exit(cli.main())
 """
@@ -116,13 +116,13 @@ def test_what_waits_is_forgotten(server: Server, how: str) -> None:
 
 def test_what_a_shutdown_cuts_is_stopped(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the engine is told to end: one job decodes, one reads its prompt, one waits."""
-    step = Model.step
+    step = Model.evaluate
 
     def slow(*arguments: Any, **keywords: Any) -> Any:
         time.sleep(STEP_S)
         return step(*arguments, **keywords)
 
-    monkeypatch.setattr(Model, "step", slow)
+    monkeypatch.setattr(Model, "evaluate", slow)
     options = WorkerOptions(str(uuid.uuid4()), talker, "cpu", 8080, max_batch=2, max_step_tokens=9, prefix_cache=False)
     log = Log("id", "talker", "cpu", io.StringIO())
 

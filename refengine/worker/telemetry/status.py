@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from refengine.cuda.ops import KernelOps
 from refengine.engine.hooks import EngineFacts
 from refengine.model import Model
 from refengine.tokenizer import Tokenizer
@@ -99,15 +98,13 @@ class State:
 
 def vram_of(model: Model) -> dict[str, int]:
     """Bytes of device memory by purpose; none on the CPU."""
-    if not model.device.name.startswith("cuda") or not isinstance(model.ops, KernelOps):
-        return {}
-    return model.ops.memory.accounted()
+    return model.memory.accounted() if model.memory is not None and model.device.is_gpu else {}
 
 
 def check_residency(model: Model) -> None:
     """Raises DeviceError for a buffer that is not plain device memory. On the CPU there is nothing to check."""
-    if model.device.name.startswith("cuda") and isinstance(model.ops, KernelOps):
-        model.ops.memory.check_residency()
+    if model.memory is not None and model.device.is_gpu:
+        model.memory.check_residency()
 
 
 def _tokenizer_kind(tokenizer: Tokenizer | None) -> str | None:
