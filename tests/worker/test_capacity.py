@@ -17,12 +17,12 @@ from refengine.config import ModelConfig
 from refengine.cuda import weight_bytes
 from refengine.cuda.layout import PACKING_BYTES, pack
 from refengine.cuda.memory import settled
+from refengine.cuda.workspace import packing_bytes
 from refengine.device import Device
 from refengine.engine.engine import Engine, EngineOptions
 from refengine.gguf.file import GGUFFile
 from refengine.model import PACKAGED_MODEL, Model
 from refengine.worker import startup
-from refengine.worker.capacity import Room, packing
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from tests.kernels.matrices import TILED, random_matrix
@@ -45,7 +45,7 @@ SEVEN_BILLION = ModelConfig(
     norm_eps=1e-5,
     rope=None,
 )
-ROOM = Room(SEVEN_BILLION, OPTIONS, DEVICE)
+CAPACITY = startup.capacity_of(SEVEN_BILLION, OPTIONS, DEVICE)
 ARCHITECTURES = ("llama-q4_0", "qwen2-q4_k_m", "qwen3-q4_k_m", "phi3-mostly_q4_0", "gpt2-q5_1", "gpt-oss-mxfp4_moe")
 
 
@@ -65,21 +65,22 @@ def peak_of(function: Callable[[], object]) -> int:
 def test_what_is_reckoned_is_what_is_taken(name: str, tiny_model: Any) -> None:
     """The cache and the decode step's buffers to the byte."""
     model = refengine.load(tiny_model(name), "host")
-    room = Room(model.config, replace(OPTIONS, max_batch=3), "host")
+    capacity = startup.capacity_of(model.config, replace(OPTIONS, max_batch=3), "host")
     engine = Engine(model, EngineOptions(3, cache_tokens=5 * BLOCK_SIZE))
     assert engine.cache.pool.n_blocks == 5
     assert model.ops.memory.accounted() == {
         "weights": weight_bytes(model.gguf.tensors.values()),
-        "kv": room.kv(5),
-        "workspace": room.step(5),
+        "kv": capacity.cache_bytes(5),
+        "workspace": capacity.decode_bytes(5),
     }
-    assert Room(model.config, replace(OPTIONS, max_batch=3, batching=False), "host").step(5) < room.step(5)
-    assert Room(model.config, replace(OPTIONS, attention="reference"), "host").step(5) == 0
+    alone = startup.capacity_of(model.config, replace(OPTIONS, max_batch=3, batching=False), "host")
+    assert alone.decode_bytes(5) < capacity.decode_bytes(5)
+    assert startup.capacity_of(model.config, replace(OPTIONS, attention="reference"), "host").decode_bytes(5) == 0
 
 
 def test_the_cache_of_the_cpu_is_reckoned_too() -> None:
     model = refengine.load()
-    assert Room(model.config, OPTIONS, "cpu").kv(3) == model.new_cache(3 * BLOCK_SIZE).n_bytes
+    assert startup.capacity_of(model.config, OPTIONS, "cpu").cache_bytes(3) == model.new_cache(3 * BLOCK_SIZE).n_bytes
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -93,7 +94,7 @@ def test_a_prompt_takes_what_is_reckoned_or_somewhat_more(name: str, tiny_model:
         model.step([(sequence, [1] * n_tokens)], cache, [n_tokens - 1])
         cache.free(sequence)
 
-    reckoned = Room(model.config, replace(OPTIONS, max_step_tokens=n_tokens), "host").prompt(2)
+    reckoned = startup.capacity_of(model.config, replace(OPTIONS, max_step_tokens=n_tokens), "host").prompt_bytes(2)
     assert 0.5 * settled(peak_of(prompt)) <= reckoned <= settled(peak_of(prompt))
 
 
@@ -102,35 +103,36 @@ def test_packing_takes_what_is_reckoned_or_somewhat_more(kind: str) -> None:
     w = random_matrix(kind, (256, 4096), 1)
     info = SimpleNamespace(name="m.weight", type=w.type, shape=w.shape, n_bytes=int(w.data.nbytes))
     peak = w.data.nbytes + peak_of(lambda: pack(np, w))
-    assert 0.8 * peak <= packing([info]) <= peak
+    assert 0.8 * peak <= packing_bytes([info]) <= peak
     assert w.type in PACKING_BYTES
     many = SimpleNamespace(name="m.weight", type=w.type, shape=(9, *w.shape), n_bytes=9 * int(w.data.nbytes))
-    assert packing([many, info]) == packing([info])  # one expert at a time
+    assert packing_bytes([many, info]) == packing_bytes([info])  # one expert at a time
 
 
 def test_the_cache_is_what_free_memory_allows() -> None:
     """Never more than there is; from the least start that works to what all sequences can use."""
-    least, wanted = ROOM.needed(1), 8 * KVCache.blocks_for(SEVEN_BILLION.n_ctx_train)
-    assert ROOM.blocks(least - 1) == 0
-    assert ROOM.blocks(least) == 1
-    found = {gib: ROOM.blocks(gib << 30) for gib in (1, 2, 4, 8, 16, 32)}
+    least, wanted = CAPACITY.needed_bytes(1), 8 * KVCache.blocks_for(SEVEN_BILLION.n_ctx_train)
+    assert CAPACITY.blocks(least - 1) == 0
+    assert CAPACITY.blocks(least) == 1
+    found = {gib: CAPACITY.blocks(gib << 30) for gib in (1, 2, 4, 8, 16, 32)}
     for gib, n_blocks in found.items():
         free = gib << 30
-        assert ROOM.needed(n_blocks) <= free
-        assert ROOM.kv(n_blocks) <= 0.9 * (free - ROOM.step(n_blocks))  # prompts of later requests have a tenth
-        assert n_blocks == wanted or ROOM.kv(n_blocks + 1) > 0.9 * free - ROOM.step(n_blocks) - ROOM.prompt(n_blocks)
+        assert CAPACITY.needed_bytes(n_blocks) <= free
+        decode, prompt = CAPACITY.decode_bytes(n_blocks), CAPACITY.prompt_bytes(n_blocks)
+        assert CAPACITY.cache_bytes(n_blocks) <= 0.9 * (free - decode)  # prompts of later requests have a tenth
+        assert n_blocks == wanted or CAPACITY.cache_bytes(n_blocks + 1) > 0.9 * free - decode - prompt
     assert list(found.values()) == sorted(set(found.values()))
-    assert ROOM.blocks(1 << 40) == wanted
-    alone = Room(SEVEN_BILLION, replace(OPTIONS, batching=False), DEVICE)
+    assert CAPACITY.blocks(1 << 40) == wanted
+    alone = startup.capacity_of(SEVEN_BILLION, replace(OPTIONS, batching=False), DEVICE)
     assert alone.blocks(1 << 40) == wanted // 8
 
 
 def test_a_cache_of_a_given_size_is_as_large_or_none() -> None:
-    room = Room(SEVEN_BILLION, replace(OPTIONS, kv_cache_size_mb=1000), DEVICE)
-    n_blocks = room.least_blocks
-    assert room.kv(n_blocks) <= 1000 << 20 < room.kv(n_blocks + 1)
-    assert room.blocks(room.needed(n_blocks)) == room.blocks(1 << 40) == n_blocks
-    assert room.blocks(room.needed(n_blocks) - 1) == 0
+    capacity = startup.capacity_of(SEVEN_BILLION, replace(OPTIONS, kv_cache_size_mb=1000), DEVICE)
+    n_blocks = capacity.min_blocks
+    assert capacity.cache_bytes(n_blocks) <= 1000 << 20 < capacity.cache_bytes(n_blocks + 1)
+    assert capacity.blocks(capacity.needed_bytes(n_blocks)) == capacity.blocks(1 << 40) == n_blocks
+    assert capacity.blocks(capacity.needed_bytes(n_blocks) - 1) == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "host"])
@@ -173,9 +175,9 @@ def start(**changes: Any) -> startup.Started:
 
 def needed(**changes: Any) -> int:
     with GGUFFile(PACKAGED_MODEL) as gguf:
-        room = Room(ModelConfig.from_gguf(gguf), replace(OPTIONS, **changes), DEVICE)
+        capacity = startup.capacity_of(ModelConfig.from_gguf(gguf), replace(OPTIONS, **changes), DEVICE)
         tensors = gguf.tensors.values()
-        return weight_bytes(tensors) + max(room.needed(room.least_blocks), packing(tensors))
+        return weight_bytes(tensors) + max(capacity.needed_bytes(capacity.min_blocks), packing_bytes(tensors))
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv_cache_size_mb": 40}, {"max_batch": 64, "max_step_tokens": 4096}], ids=str)
@@ -202,12 +204,12 @@ def test_more_that_is_asked_for_needs_more() -> None:
 def test_the_engine_has_the_cache_that_there_is_room_for(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "load", lambda *a, **k: refengine.load(device="host"))
     monkeypatch.setattr(Engine, "warm_up", lambda engine: None)
-    room = Room(refengine.load().config, OPTIONS, DEVICE)
+    capacity = startup.capacity_of(refengine.load().config, OPTIONS, DEVICE)
     for free in (needed(), needed() + (4 << 20)):
         gpu.free = free
         found = start().engine
-        assert 1 < found.cache.pool.n_blocks == room.blocks(free) < 64
-        assert found.options.max_step_tokens == room.step_tokens
+        assert 1 < found.cache.pool.n_blocks == capacity.blocks(free) < 64
+        assert found.options.max_step_tokens == capacity.options.max_step_tokens
 
 
 def test_memory_that_others_take_meanwhile(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +223,7 @@ def test_memory_that_others_take_meanwhile(gpu: SimpleNamespace, monkeypatch: py
         start()
     error = caught.value
     assert (error.code, error.available) == ("INSUFFICIENT_VRAM", 1000)
-    assert error.required == Room(refengine.load().config, OPTIONS, DEVICE).needed(1)
+    assert error.required == startup.capacity_of(refengine.load().config, OPTIONS, DEVICE).needed_bytes(1)
 
 
 @pytest.mark.parametrize("device", [DEVICE, "cpu"])
