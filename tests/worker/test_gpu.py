@@ -61,6 +61,7 @@ def used_by_driver() -> int:
     return seen[-1]
 
 
+@pytest.mark.gpu_alone
 def test_what_is_accounted_for_is_what_the_driver_says() -> None:
     """A process also has its context, which the driver counts and nobody can see into: differences are compared."""
     before = used_by_driver()

@@ -10,6 +10,7 @@ import pytest
 
 import refengine
 from refengine.engine.engine import Engine
+from refengine.engine.sampling import SamplingParams
 from refengine.errors import DeviceError
 from refengine.worker.errors import Fault
 from refengine.worker.http import app, stream
@@ -92,7 +93,7 @@ def test_residency_is_checked_again_and_again(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_thread_that_ends_by_a_bug_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    listener: Any = SimpleNamespace(on_taken=lambda *a: None, on_tokens=lambda *a: told.append(a))
+    listener: Any = SimpleNamespace(on_start=lambda *a: None, on_error=lambda *a: told.append(a))
 
     def broken(model: object) -> dict[str, int]:
         raise ZeroDivisionError
@@ -102,12 +103,12 @@ def test_a_thread_that_ends_by_a_bug_leaves_nobody_waiting(monkeypatch: pytest.M
         state = (await thread.started).state
         thread.listener = listener
         monkeypatch.setattr(engine_thread, "vram_of", broken)
-        job = Job("j", 10)
+        job = Job("j", lambda: [5], SamplingParams(), {})
         job.ids = [5]
         thread.submit(job)
-        await until(lambda: any(arguments[3] is not None for arguments in told))
+        await until(lambda: told)
         assert told[-1][0] is job
-        assert told[-1][3].fault.code == "INTERNAL"
+        assert told[-1][1].code == "INTERNAL"
         assert state.health()["status"] == "unhealthy"
         assert thread.join(5)
         with pytest.raises(Fault):
@@ -156,7 +157,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
     worker: Any = SimpleNamespace(disconnected=left.append, options=SimpleNamespace(heartbeat_sec=60))
 
     async def run() -> None:
-        job = Job("j", 10)
+        job = Job("j", lambda: [5], SamplingParams(), {})
         await stream.EventStream(worker, [job], stream.sse)({"type": "http"}, Slow().receive, Slow().send)
         assert left == [job]
 

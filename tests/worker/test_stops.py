@@ -18,7 +18,7 @@ from refengine.bench.load import metric
 from refengine.engine.sampling import SamplingParams
 from refengine.model import Model
 from refengine.worker.jobs.engine_thread import EngineThread
-from refengine.worker.jobs.job import JobSpec
+from refengine.worker.jobs.job import Job
 from refengine.worker.jobs.worker import Worker
 from refengine.worker.options import WorkerOptions
 from refengine.worker.startup import Startup
@@ -141,8 +141,9 @@ def test_what_a_shutdown_cuts_is_stopped(talker: Path, monkeypatch: pytest.Monke
         for body in (TALKS, READS, TALKS):
             ids = worker.tokenizer.encode(str(body["prompt"]))
             params = SamplingParams(seed=5, max_tokens=int(body["max_tokens"]))
-            jobs += worker.accept([JobSpec(f"{len(jobs)}", lambda ids=ids: ids, params, {})], None)
-            await jobs[-1].taken
+            jobs.append(Job(f"{len(jobs)}", lambda ids=ids: ids, params, {}))
+            worker.accept(jobs[-1:], None)
+            await jobs[-1].queue_position
         await soon(lambda: (state.load.engine.running, state.load.engine.waiting) == (2, 1) and jobs[0].tokens_out > 2)
         assert jobs[1].tokens_out == 0
         assert await worker.finish(0) == 3

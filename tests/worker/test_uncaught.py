@@ -81,8 +81,8 @@ from refengine.cli import main as cli
 from refengine.worker.jobs.worker import Worker
 sys.argv.pop(1)
 on_tokens = Worker.on_tokens
-def careless(self, job, tokens, drawn, ended):
-    on_tokens(self, job, tokens, drawn, ended)
+def careless(self, job, tokens, drawn):
+    on_tokens(self, job, tokens, drawn)
     raise ValueError(f"{tokens}")
 Worker.on_tokens = careless
 sys.exit(cli.main())

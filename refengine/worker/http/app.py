@@ -21,7 +21,7 @@ from refengine.worker.errors import Fault, fault_of
 from refengine.worker.http.openai import error_of
 from refengine.worker.http.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, R, parse
 from refengine.worker.http.stream import EventStream, sse, taken, watching
-from refengine.worker.jobs.job import JobSpec
+from refengine.worker.jobs.job import Job
 from refengine.worker.jobs.worker import Worker
 from refengine.worker.telemetry.log import prompt_facts
 from refengine.worker.telemetry.metrics import CONTENT_TYPE
@@ -121,8 +121,8 @@ def make_app(worker: Worker) -> FastAPI:
             body = await parsed(worker, request, ExecuteRequest)
             params = body.sampling(worker.options.max_tokens_out)
         encode = partial(worker.tokenizer.encode, body.prompt)
-        wanted = JobSpec(body.job_id, encode, params, prompt_facts(body.prompt))
-        jobs = worker.accept([wanted], request.headers.get("x-deadline"))
+        jobs = [Job(body.job_id, encode, params, prompt_facts(body.prompt))]
+        worker.accept(jobs, request.headers.get("x-deadline"))
         with watching(worker, jobs, request.receive):
             await taken(jobs)
         return EventStream(worker, jobs, sse)

@@ -21,7 +21,7 @@ from refengine.worker.http.openai_requests import (
     TokenizeRequest,
 )
 from refengine.worker.http.stream import EventStream, events_of, json_of, taken, watching
-from refengine.worker.jobs.job import Event, Job, JobSpec
+from refengine.worker.jobs.job import Event, Job
 from refengine.worker.jobs.worker import Worker
 from refengine.worker.telemetry.log import prompt_facts
 
@@ -62,13 +62,11 @@ def make_router(worker: Worker) -> APIRouter:
             for i, text in enumerate(texts)
         ]
         answer = Answer(False, facts.model, choices, body.with_usage)
-        wanted = [
-            JobSpec(
-                answer.job_id(i), partial(ids_of, prompt, choice), params, prompt_facts(words_of(prompt)), answer.id
-            )
+        jobs = [
+            Job(answer.job_id(i), partial(ids_of, prompt, choice), params, prompt_facts(words_of(prompt)), answer.id)
             for i, (prompt, choice) in enumerate(zip(prompts, choices, strict=True))
         ]
-        return await _answer(worker, request, bool(body.stream), answer, wanted)
+        return await _answer(worker, request, bool(body.stream), answer, jobs)
 
     @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat(request: Request) -> Response:
@@ -76,14 +74,14 @@ def make_router(worker: Worker) -> APIRouter:
         body, params = await _read(worker, request, ChatRequest)
         messages = [message.for_template() for message in body.messages]
         answer = Answer(True, facts.model, [Choice(0, tokenizer, True, bool(body.logprobs))], body.with_usage)
-        wanted = JobSpec(
+        job = Job(
             answer.id,
             partial(tokenizer.encode_chat, messages),
             params,
             prompt_facts(json_of(messages)),
             field="messages",
         )
-        return await _answer(worker, request, bool(body.stream), answer, [wanted])
+        return await _answer(worker, request, bool(body.stream), answer, [job])
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
@@ -136,10 +134,8 @@ async def _read(worker: Worker, request: Request, kind: type[R]) -> tuple[R, Sam
         return body, body.sampling(worker.options.max_tokens_out)
 
 
-async def _answer(
-    worker: Worker, request: Request, stream: bool, answer: Answer, wanted: Sequence[JobSpec]
-) -> Response:
-    jobs = worker.accept(wanted, request.headers.get("x-deadline"))
+async def _answer(worker: Worker, request: Request, stream: bool, answer: Answer, jobs: Sequence[Job]) -> Response:
+    worker.accept(jobs, request.headers.get("x-deadline"))
     with watching(worker, jobs, request.receive):
         await taken(jobs)
         if not stream:

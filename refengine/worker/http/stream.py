@@ -112,7 +112,7 @@ def watching(worker: Worker, jobs: Sequence[Job], receive: Receive) -> Iterator[
 async def taken(jobs: Sequence[Job]) -> None:
     """Until the engine has all of them. Raises the Fault that ended one before."""
     for job in jobs:
-        await asyncio.shield(job.taken)
+        await asyncio.shield(job.queue_position)
 
 
 def sse(_: int, event: Event) -> str:

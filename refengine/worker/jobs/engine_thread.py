@@ -19,7 +19,7 @@ from refengine.engine.engine import Engine
 from refengine.engine.generation import Generation, Score, Token
 from refengine.errors import DeviceError, RefengineError
 from refengine.worker.errors import Fault, fault_of
-from refengine.worker.jobs.job import Ended, Job, Taken
+from refengine.worker.jobs.job import Job
 from refengine.worker.telemetry.log import Log
 from refengine.worker.telemetry.status import Load, State, check_residency, vram_of
 
@@ -35,9 +35,11 @@ class Started:
 class Listener(Protocol):
     """Who is told what happens; in the event loop's thread."""
 
-    def on_taken(self, job: Job, taken: Taken) -> None: ...
+    def on_start(self, job: Job, queue_position: int) -> None: ...
     def on_scores(self, job: Job, scores: list[Score | None]) -> None: ...
-    def on_tokens(self, job: Job, tokens: list[Token], drawn: float, ended: Ended | None) -> None: ...
+    def on_tokens(self, job: Job, tokens: list[Token], drawn: float) -> None: ...
+    def on_end(self, job: Job, stop_reason: str, prefix_tokens_reused: int) -> None: ...
+    def on_error(self, job: Job, error: Fault) -> None: ...
 
 
 class EngineThread:
@@ -97,7 +99,7 @@ class EngineThread:
             self._fault = fault_of(e, self._on_gpu)
             self._state.faults["engine"] = "the engine's thread has ended"
             for job in [*self._generations, *self._unread()]:
-                self._report(job, [], Ended(None, fault=self._fault))
+                self._report_error(job, self._fault)
 
     def _obey(self) -> bool:
         """Take all commands; where there is nothing to do, wait for one. False: stop."""
@@ -127,11 +129,11 @@ class EngineThread:
         except Exception as e:
             if not isinstance(e, RefengineError):
                 self._log.failure(e, job_id=job.job_id)
-            self._report(job, [], Ended(None, fault=fault_of(e, self._on_gpu)))
+            self._report_error(job, fault_of(e, self._on_gpu))
             return
         self._jobs[generation], self._generations[job] = job, generation
         if self.listener is not None:
-            self._tell(self.listener.on_taken, job, Taken(self._engine.queue_position(generation)))
+            self._tell(self.listener.on_start, job, self._engine.queue_position(generation))
 
     def _drop(self, job: Job) -> None:
         generation = self._generations.pop(job, None)
@@ -159,22 +161,25 @@ class EngineThread:
             generation.pending.clear()
             if generation.prompt_scores and generation.n_generated == 1 and self.listener is not None:
                 self._tell(self.listener.on_scores, self._jobs[generation], generation.prompt_scores)
-            if generation.end is None:
-                self._report(self._jobs[generation], tokens, None)
-            elif generation.error is None:
-                self._end(generation, tokens, None)
-            else:
-                self._end(generation, tokens, fault if generation.error is aborted else fault_of(generation.error))
+            if tokens and self.listener is not None:
+                self._tell(self.listener.on_tokens, self._jobs[generation], tokens, time.perf_counter())
+            if generation.end is not None:
+                of_step = fault if generation.error is aborted else None
+                self._end(generation, of_step)
 
-    def _end(self, generation: Generation, tokens: list[Token], fault: Fault | None) -> None:
+    def _end(self, generation: Generation, fault: Fault | None) -> None:
+        """Free a sequence that has ended and report how. fault: the step's, which says more than the sequence's own."""
         job = self._jobs.pop(generation)
         del self._generations[job]
         self._engine.free(generation)
-        self._report(job, tokens, Ended(generation.end, generation.progress.prefix_tokens, fault))
+        if generation.error is not None:
+            self._report_error(job, fault or fault_of(generation.error))
+        elif self.listener is not None:
+            self._tell(self.listener.on_end, job, str(generation.end), generation.progress.prefix_tokens)
 
-    def _report(self, job: Job, tokens: list[Token], ended: Ended | None) -> None:
+    def _report_error(self, job: Job, fault: Fault) -> None:
         if self.listener is not None:
-            self._tell(self.listener.on_tokens, job, tokens, time.perf_counter(), ended)
+            self._tell(self.listener.on_error, job, fault)
 
     def _tell(self, function: Callable[..., Any], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to be told
