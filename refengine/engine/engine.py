@@ -20,9 +20,9 @@ from typing import Any
 
 from refengine.cache.paged import KVCache
 from refengine.cache.prefix import PrefixCache, PrefixStats
-from refengine.engine.generation import Generation, Token
-from refengine.engine.hooks import EngineFacts, MetricsHook, StepFacts
-from refengine.engine.runner import ArrayRunner, Runner, SampledToken
+from refengine.engine.generation import Generation, Score, Token
+from refengine.engine.hooks import EngineStats, MetricsHook, StepStats
+from refengine.engine.runner import ArrayRunner, Runner
 from refengine.engine.sampling import SamplingParams
 from refengine.engine.scheduler import ScheduledChunk, Scheduler
 from refengine.errors import RefengineError, RequestError
@@ -118,10 +118,10 @@ class Engine:
         """Zeros where there is no prefix cache."""
         return PrefixStats() if self.prefix is None else self.prefix.stats
 
-    def facts(self) -> EngineFacts:
-        """What it holds right now."""
+    def stats(self) -> EngineStats:
+        """What the engine holds right now."""
         pool, stats, scheduler = self.cache.pool, self.prefix_stats, self.scheduler
-        return EngineFacts(
+        return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             blocks_used=pool.n_used,
@@ -216,14 +216,14 @@ class Engine:
             generation = part.generation
             if result.error is not None:
                 self._fail(generation, result.error)
-            for position, score in enumerate(result.scores, part.start + 1):
+            for position, score in enumerate(result.prompt_scores, part.start + 1):
                 generation.prompt_scores[position] = score
-            if result.drawn is not None:
-                self._accept(generation, result.drawn)
+            if result.token is not None:
+                self._accept(generation, result.token, result.score)
             if part.draws or result.error is not None:
                 moved.append(generation)
         batch_size = sum(part.draws for part in parts)
-        self.hook.on_step(StepFacts(self.facts(), batch_size, prefill_tokens, seconds))
+        self.hook.on_step(StepStats(self.stats(), batch_size, prefill_tokens, seconds))
         return moved
 
     def cancel(self, generation: Generation) -> None:
@@ -245,9 +245,9 @@ class Engine:
             self.prefix.clear()  # what was half written is not to be trusted
         return ended
 
-    def _accept(self, generation: Generation, drawn: SampledToken) -> None:
+    def _accept(self, generation: Generation, token_id: int, score: Score | None) -> None:
         now = time.perf_counter()
-        token = generation.accept(drawn.id, drawn.logprob, drawn.top)
+        token = generation.accept(token_id, score)
         if generation.first_token_s is None:
             generation.first_token_s = now - generation.started
             self.hook.on_first_token(generation, generation.first_token_s)

@@ -82,15 +82,16 @@ class Generation:
 
     @property
     def wants_scores(self) -> bool:
-        """Of its prompt; they are all there before its first token."""
+        """True while prompt log-probabilities are still pending."""
         return self.params.prompt_logprobs is not None and self.n_generated == 0
 
-    def accept(self, token_id: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> Token:
-        """The drawn token joins the ids; what may be printed, and whether it is the last."""
+    def accept(self, token_id: int, score: Score | None = None) -> Token:
+        """Append the drawn token to the ids; gives its text that may be printed, and the reason if it is the last."""
         self.ids.append(token_id)
         text, reason = self._text_of(token_id)
         self.end = reason
-        token = Token(token_id, text, reason, logprob, top)
+        scored = () if score is None else (score.logprob, score.top)
+        token = Token(token_id, text, reason, *scored)
         self.pending.append(token)
         return token
 

@@ -33,7 +33,7 @@ from refengine.worker.jobs.engine_thread import Started
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from refengine.worker.telemetry.metrics import EngineHook, Metrics
-from refengine.worker.telemetry.status import ModelFacts, State, check_residency
+from refengine.worker.telemetry.status import ModelInfo, State, check_residency
 
 
 class StartFailed(Exception):
@@ -54,7 +54,7 @@ class Startup:
     def __call__(self) -> Started:
         device = self._open_device()
         model = self._load(device)
-        facts = ModelFacts.of(model)
+        facts = ModelInfo.of(model)
         state = State(facts)
         self.metrics = Metrics(state)
         capacity, free = capacity_of(model.config, self._options, device.name), _free_bytes(device)

@@ -8,7 +8,7 @@ import pytest
 from refengine.cache.paged import OutOfBlocks
 from refengine.engine.engine import Engine, EngineOptions, single_sequence
 from refengine.engine.generation import Generation, Token
-from refengine.engine.hooks import MetricsHook, StepFacts
+from refengine.engine.hooks import MetricsHook, StepStats
 from refengine.engine.sampling import SamplingParams, logprobs
 from refengine.engine.scheduler import affordable
 from refengine.errors import RefengineError, RequestError
@@ -65,11 +65,11 @@ def test_next_token_advances_all_and_loses_none(model: SmallBlocks) -> None:
 
 
 def test_a_long_prompt_holds_no_stream_up_for_more_than_a_budget(model: SmallBlocks) -> None:
-    facts: list[StepFacts] = []
+    steps: list[StepStats] = []
 
     class Watching(MetricsHook):
-        def on_step(self, f: StepFacts) -> None:
-            facts.append(f)
+        def on_step(self, f: StepStats) -> None:
+            steps.append(f)
 
     engine = Engine(model, EngineOptions(max_batch=4, max_step_tokens=16, cache_tokens=512), Watching())
     streams = [engine.start(prompt(3, i), greedy(40)) for i in range(2)]
@@ -79,8 +79,8 @@ def test_a_long_prompt_holds_no_stream_up_for_more_than_a_budget(model: SmallBlo
         before = [g.n_generated for g in streams]
         engine.step()
         assert [g.n_generated for g in streams] == [n + 1 for n in before]
-    assert max(f.prefill_tokens for f in facts) == 14  # 16, less one for each stream
-    assert sum(f.prefill_tokens for f in facts) == 3 + 3 + 200
+    assert max(f.prefill_tokens for f in steps) == 14  # 16, less one for each stream
+    assert sum(f.prefill_tokens for f in steps) == 3 + 3 + 200
 
 
 def test_prompts_go_on_however_many_decode(model: SmallBlocks) -> None:
@@ -261,7 +261,7 @@ def test_hooks_hear_of_everything(model: SmallBlocks) -> None:
     class Recording(MetricsHook):
         def __init__(self) -> None:
             self.events: list[tuple[str, Any]] = []
-            self.facts: list[StepFacts] = []
+            self.steps: list[StepStats] = []
 
         def on_start(self, generation: Generation) -> None:
             self.events.append(("start", generation.n_prompt))
@@ -277,9 +277,9 @@ def test_hooks_hear_of_everything(model: SmallBlocks) -> None:
         def on_end(self, generation: Generation, reason: str) -> None:
             self.events.append(("end", reason))
 
-        def on_step(self, facts: StepFacts) -> None:
-            assert facts.engine.blocks_used + facts.engine.blocks_cached + facts.engine.blocks_free == 16
-            self.facts.append(facts)
+        def on_step(self, stats: StepStats) -> None:
+            assert stats.engine.blocks_used + stats.engine.blocks_cached + stats.engine.blocks_free == 16
+            self.steps.append(stats)
 
     hook = Recording()
     engine = Engine(model, EngineOptions(max_batch=2, cache_tokens=64), hook)
@@ -288,13 +288,13 @@ def test_hooks_hear_of_everything(model: SmallBlocks) -> None:
     names = [name for name, _ in hook.events]
     assert names == ["start", "first", "token", "token", "token", "end"]
     assert [value for name, value in hook.events if name == "token"] == g.ids[9:]
-    assert [f.prefill_tokens for f in hook.facts] == [9, 0, 0]
-    assert hook.facts[0].engine.prefix_misses == 2
-    assert hook.facts[-1].engine.blocks_cached == 2
+    assert [f.prefill_tokens for f in hook.steps] == [9, 0, 0]
+    assert hook.steps[0].engine.prefix_misses == 2
+    assert hook.steps[-1].engine.blocks_cached == 2
     again = engine.start(prompt(9), greedy(1))
     run_all(engine)
     assert again.progress.prefix_tokens == 8
-    assert hook.facts[-1].engine.prefix_hits == 2
+    assert hook.steps[-1].engine.prefix_hits == 2
 
 
 def test_log_probabilities_are_reported_where_asked_for(model: SmallBlocks) -> None:

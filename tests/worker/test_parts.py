@@ -12,7 +12,7 @@ import refengine
 from refengine.engine.engine import Engine
 from refengine.engine.sampling import SamplingParams
 from refengine.errors import DeviceError
-from refengine.worker.errors import Fault
+from refengine.worker.errors import WorkerError
 from refengine.worker.http import app, stream
 from refengine.worker.jobs import engine_thread
 from refengine.worker.jobs.engine_thread import EngineThread, Started
@@ -56,7 +56,7 @@ def test_failure_tells_where_and_not_what() -> None:
 
 def started() -> Started:
     model = refengine.load()
-    return Started(Engine(model), facts.State(facts.ModelFacts.of(model)))
+    return Started(Engine(model), facts.State(facts.ModelInfo.of(model)))
 
 
 async def until(true: Any) -> None:
@@ -111,7 +111,7 @@ def test_a_thread_that_ends_by_a_bug_leaves_nobody_waiting(monkeypatch: pytest.M
         assert told[-1][1].code == "INTERNAL"
         assert state.health()["status"] == "unhealthy"
         assert thread.join(5)
-        with pytest.raises(Fault):
+        with pytest.raises(WorkerError):
             thread.submit(job)
 
     asyncio.run(run())
@@ -146,7 +146,7 @@ class Slow:
 def test_a_body_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "BODY_TIMEOUT_S", 0.02)
     request: Any = Slow()
-    with pytest.raises(Fault, match="was not there within") as caught:
+    with pytest.raises(WorkerError, match="was not there within") as caught:
         asyncio.run(app.read_body(request))
     assert caught.value.status == 408
 

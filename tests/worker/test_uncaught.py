@@ -15,8 +15,8 @@ STRAYS = """
 import asyncio, logging, sys, threading, warnings
 from refengine.engine.generation import Token
 from refengine.worker.telemetry.log import Log
-from refengine.worker.telemetry.uncaught import catch_strays
-catch_strays(Log("id", "model", "cpu"))
+from refengine.worker.telemetry.uncaught import log_uncaught
+log_uncaught(Log("id", "model", "cpu"))
 def fails(*arguments):
     raise ValueError("secret")
 def in_loop(function):

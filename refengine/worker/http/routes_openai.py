@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from refengine.engine.sampling import SamplingParams
 from refengine.errors import RefengineError
-from refengine.worker.errors import Fault
+from refengine.worker.errors import WorkerError
 from refengine.worker.http.app import body_of, parsed
 from refengine.worker.http.openai import Answer, Choice
 from refengine.worker.http.openai_requests import (
@@ -32,7 +32,7 @@ T = TypeVar("T")
 def make_router(worker: Worker) -> APIRouter:
     """All of them, for one worker."""
     router = APIRouter()
-    tokenizer, facts = worker.tokenizer, worker.state.facts
+    tokenizer, facts = worker.tokenizer, worker.state.model
 
     entry = {"id": facts.model, "object": "model", "created": 0, "owned_by": "refengine"}
     entry |= {"context_length": facts.context_length}
@@ -47,7 +47,7 @@ def make_router(worker: Worker) -> APIRouter:
         """The one model, by its name."""
         if model != facts.model:
             message = f"model: given {model[:80]!r}, this worker has {facts.model!r}"
-            raise Fault("INVALID_REQUEST", message, "model", status=404)
+            raise WorkerError("INVALID_REQUEST", message, "model", status=404)
         return entry
 
     @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
@@ -115,9 +115,9 @@ def make_router(worker: Worker) -> APIRouter:
 
     async def aside(work: Callable[[], T], field: str) -> T:
         try:
-            return await worker.aside(work)
+            return await worker.run_aside(work)
         except RefengineError as e:
-            raise Fault("INVALID_REQUEST", f"{field}: {e}", field) from None
+            raise WorkerError("INVALID_REQUEST", f"{field}: {e}", field) from None
 
     return router
 
@@ -127,7 +127,7 @@ def words_of(prompt: str | list[int]) -> str:
 
 
 async def _read(worker: Worker, request: Request, kind: type[R]) -> tuple[R, SamplingParams]:
-    """A body, and how it wants to be sampled. Raises Fault."""
+    """A body, and how it wants to be sampled. Raises WorkerError."""
     with worker.refusing():
         worker.check_open()
         body = await parsed(worker, request, kind)
@@ -140,7 +140,7 @@ async def _answer(worker: Worker, request: Request, stream: bool, answer: Answer
         await taken(jobs)
         if not stream:
             events = await _all_events(jobs)
-            body = await worker.aside(lambda: json_of(answer.whole(events)))
+            body = await worker.run_aside(lambda: json_of(answer.whole(events)))
             return Response(body, media_type="application/json")
 
     def render(number: int, event: Event) -> str:
@@ -150,11 +150,11 @@ async def _answer(worker: Worker, request: Request, stream: bool, answer: Answer
 
 
 async def _all_events(jobs: Sequence[Job]) -> list[list[Event]]:
-    """Until the jobs have ended well. Raises Fault where one has not."""
+    """Until the jobs have ended well. Raises WorkerError where one has not."""
     found: list[list[Event]] = [[] for _ in jobs]
     async for events in events_of(jobs):
         for number, (name, data) in events:
             if name == "error":
-                raise Fault(data["code"], data["message"])
+                raise WorkerError(data["code"], data["message"])
             found[number].append((name, data))
     return found

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from refengine.engine.engine import Engine
 from refengine.engine.generation import Generation, Score, Token
 from refengine.errors import DeviceError, RefengineError
-from refengine.worker.errors import Fault, fault_of
+from refengine.worker.errors import WorkerError, to_worker_error
 from refengine.worker.jobs.job import Job
 from refengine.worker.telemetry.log import Log
 from refengine.worker.telemetry.status import Load, State, check_residency, vram_of
@@ -39,7 +39,7 @@ class Listener(Protocol):
     def on_scores(self, job: Job, scores: list[Score | None]) -> None: ...
     def on_tokens(self, job: Job, tokens: list[Token], drawn: float) -> None: ...
     def on_end(self, job: Job, stop_reason: str, prefix_tokens_reused: int) -> None: ...
-    def on_error(self, job: Job, error: Fault) -> None: ...
+    def on_error(self, job: Job, error: WorkerError) -> None: ...
 
 
 class EngineThread:
@@ -53,12 +53,12 @@ class EngineThread:
         self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._jobs: dict[Generation, Job] = {}
         self._generations: dict[Job, Generation] = {}
-        self._fault: Fault | None = None  # what ended the thread
+        self._fault: WorkerError | None = None  # what ended the thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Raises Fault where the thread has ended."""
+        """Raises WorkerError where the thread has ended."""
         self._commands.put(("submit", job))
         if self._fault is not None:  # looked at afterwards: what was put before, the thread itself still finds
             raise self._fault
@@ -83,7 +83,7 @@ class EngineThread:
             self._tell(_settle, self.started, None, e)
             return
         self._engine, self._state = started.engine, started.state
-        self._on_gpu = started.state.facts.device.startswith("cuda")
+        self._on_gpu = started.state.model.device.startswith("cuda")
         self._next_check = time.monotonic() + self._residency_check_s
         self._look()
         self._tell(_settle, self.started, started, None)
@@ -96,7 +96,7 @@ class EngineThread:
                 self._engine.free(generation)
         except BaseException as e:  # a bug; without this thread nothing can be served
             self._log.failure(e)
-            self._fault = fault_of(e, self._on_gpu)
+            self._fault = to_worker_error(e, self._on_gpu)
             self._state.faults["engine"] = "the engine's thread has ended"
             for job in [*self._generations, *self._unread()]:
                 self._report_error(job, self._fault)
@@ -129,7 +129,7 @@ class EngineThread:
         except Exception as e:
             if not isinstance(e, RefengineError):
                 self._log.failure(e, job_id=job.job_id)
-            self._report_error(job, fault_of(e, self._on_gpu))
+            self._report_error(job, to_worker_error(e, self._on_gpu))
             return
         self._jobs[generation], self._generations[job] = job, generation
         if self.listener is not None:
@@ -150,7 +150,7 @@ class EngineThread:
             self._state.faults.pop("step", None)
         except Exception as e:  # the device failed, or we have a bug: this step's requests end, the worker goes on
             self._log.failure(e)
-            fault = fault_of(e, self._on_gpu)
+            fault = to_worker_error(e, self._on_gpu)
             if fault.code == "CUDA_ERROR":
                 self._state.faults["step"] = fault.message
             aborted = RefengineError(fault.message)
@@ -167,17 +167,17 @@ class EngineThread:
                 of_step = fault if generation.error is aborted else None
                 self._end(generation, of_step)
 
-    def _end(self, generation: Generation, fault: Fault | None) -> None:
+    def _end(self, generation: Generation, fault: WorkerError | None) -> None:
         """Free a sequence that has ended and report how. fault: the step's, which says more than the sequence's own."""
         job = self._jobs.pop(generation)
         del self._generations[job]
         self._engine.free(generation)
         if generation.error is not None:
-            self._report_error(job, fault or fault_of(generation.error))
+            self._report_error(job, fault or to_worker_error(generation.error))
         elif self.listener is not None:
             self._tell(self.listener.on_end, job, str(generation.end), generation.progress.prefix_tokens)
 
-    def _report_error(self, job: Job, fault: Fault) -> None:
+    def _report_error(self, job: Job, fault: WorkerError) -> None:
         if self.listener is not None:
             self._tell(self.listener.on_error, job, fault)
 
@@ -187,7 +187,7 @@ class EngineThread:
 
     def _look(self) -> None:
         """What /health and /metrics will say."""
-        self._state.load = Load(vram_of(self._engine.model), self._engine.facts())
+        self._state.load = Load(vram_of(self._engine.model), self._engine.stats())
 
     def _check_residency(self) -> None:
         if time.monotonic() < self._next_check:

@@ -28,7 +28,7 @@ class Job:
     field: the request's field that holds the prompt, for error messages.
     ids, timeout_s: set before the engine sees the job.
     preparing: the task that makes the ids and hands the job to the engine.
-    queue_position: done when the engine has the job (0 runs at once); failed with the Fault that ended it before.
+    queue_position: done when the engine has the job (0 runs at once); failed with the WorkerError that ended it before.
     outcome: None while the job is alive, then one of metrics.OUTCOMES.
     """
 

@@ -21,7 +21,7 @@ from refengine.engine.generation import Score, Token
 from refengine.engine.sampling import choose_seed
 from refengine.errors import RefengineError
 from refengine.tokenizer import Tokenizer
-from refengine.worker.errors import Fault, fault_of
+from refengine.worker.errors import WorkerError, to_worker_error
 from refengine.worker.http.requests import ExecuteRequest, deadline_seconds
 from refengine.worker.jobs.engine_thread import EngineThread, Started
 from refengine.worker.jobs.job import Job
@@ -42,7 +42,7 @@ class Worker:
         model = started.engine.model
         assert model.tokenizer is not None  # a start-up sees to it
         self.tokenizer: Tokenizer = model.tokenizer
-        self._room = started.engine.max_batch + options.max_queue  # for jobs
+        self._max_jobs = started.engine.max_batch + options.max_queue
         self._max_tokens_in = options.max_tokens_in or model.n_ctx
         self._engine = engine
         engine.listener = self
@@ -54,10 +54,10 @@ class Worker:
         self.stop_asked = asyncio.Event()
 
     def accept(self, jobs: Sequence[Job], deadline: str | None) -> None:
-        """Send jobs on their way to the engine: all of them, or none. Raises Fault if one may not come in."""
+        """Send jobs on their way to the engine: all of them, or none. Raises WorkerError if one may not come in."""
         try:
             timeout_s = self._admit(jobs, deadline)
-        except Fault as e:
+        except WorkerError as e:
             self.refused(e, jobs[0].job_id)
             raise
         for job in jobs:
@@ -65,22 +65,22 @@ class Worker:
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
-        """What is refused inside is counted and logged. Raises Fault."""
+        """What is refused inside is counted and logged. Raises WorkerError."""
         try:
             yield
-        except (Fault, RefengineError) as e:
-            fault = fault_of(e)
+        except (WorkerError, RefengineError) as e:
+            fault = to_worker_error(e)
             self.refused(fault)
             raise fault from None
 
-    def refused(self, fault: Fault, job_id: str | None = None) -> None:
+    def refused(self, fault: WorkerError, job_id: str | None = None) -> None:
         """Count and log a request that never became a job."""
         self.metrics.requests["refused"].inc()
         field = fault.field if fault.field in LOGGED_FIELDS else None  # not the name of an unknown one
         self.log("error", "WARNING", job_id=job_id, code=fault.code, field=field, status=fault.status)
 
     def _admit(self, jobs: Sequence[Job], deadline: str | None) -> float:
-        """The seconds that new jobs are given. Raises Fault if one of them may not come in."""
+        """The seconds that new jobs are given. Raises WorkerError if one of them may not come in."""
         self.check_open()
         left = deadline_seconds(deadline, datetime.now(UTC))
         limit = self.options.max_tokens_out
@@ -88,16 +88,17 @@ class Worker:
             given = job.params.max_tokens
             if given > limit:
                 message = f"max_tokens: given {given}, allowed 1 to {limit} on this worker"
-                raise Fault("INVALID_REQUEST", message, "max_tokens")
+                raise WorkerError("INVALID_REQUEST", message, "max_tokens")
             if job.job_id in self._jobs:
                 message = "job_id: a job of this id is alive; ids must differ"
-                raise Fault("INVALID_REQUEST", message, "job_id", status=409)
-        if len(jobs) > self._room:
-            message = f"prompt: given {len(jobs)} of them, allowed {self._room} on this worker"
-            raise Fault("INVALID_REQUEST", message, "prompt")
-        if len(self._jobs) + len(jobs) > self._room:
+                raise WorkerError("INVALID_REQUEST", message, "job_id", status=409)
+        if len(jobs) > self._max_jobs:
+            message = f"prompt: given {len(jobs)} of them, allowed {self._max_jobs} on this worker"
+            raise WorkerError("INVALID_REQUEST", message, "prompt")
+        if len(self._jobs) + len(jobs) > self._max_jobs:
             n_wait = self.options.max_queue
-            raise Fault("QUEUE_FULL", f"{self._room - n_wait} requests run and {n_wait} wait: come back later")
+            message = f"{self._max_jobs - n_wait} requests run and {n_wait} wait: come back later"
+            raise WorkerError("QUEUE_FULL", message)
         return min(self.options.inference_timeout_sec, math.inf if left is None else left)
 
     def _begin(self, job: Job, timeout_s: float) -> None:
@@ -111,29 +112,29 @@ class Worker:
 
     async def _prepare(self, job: Job) -> None:
         try:
-            job.ids = await self.aside(partial(self._encoded, job))
+            job.ids = await self.run_aside(partial(self._encoded, job))
             self._engine.submit(job)
         except Exception as e:
-            if not isinstance(e, Fault | RefengineError):
+            if not isinstance(e, WorkerError | RefengineError):
                 self.log.failure(e, job_id=job.job_id)
-            self.end(job, fault_of(e))
+            self.end(job, to_worker_error(e))
 
     def _encoded(self, job: Job) -> list[int]:
-        """The prompt's ids, checked, as the parameters are. Raises Fault, RequestError."""
-        job.params.check_for_model(self.state.facts.vocab_size, self._n_tokens)
+        """The prompt's ids, checked, as the parameters are. Raises WorkerError, RequestError."""
+        job.params.check_for_model(self.state.model.vocab_size, self._n_tokens)
         try:
             ids = job.encode()
         except RefengineError as e:  # of this text
-            raise Fault("INVALID_REQUEST", f"{job.field}: {e}", job.field) from None
+            raise WorkerError("INVALID_REQUEST", f"{job.field}: {e}", job.field) from None
         if len(ids) > self._max_tokens_in:
             message = f"{job.field}: given {len(ids)} tokens, allowed 1 to {self._max_tokens_in} on this worker"
-            raise Fault("INVALID_REQUEST", message, job.field)
+            raise WorkerError("INVALID_REQUEST", message, job.field)
         return ids
 
     def _n_tokens(self, text: str) -> int:
         return len(self.tokenizer.encode(text, add_special=False))
 
-    async def aside(self, function: Callable[[], T]) -> T:
+    async def run_aside(self, function: Callable[[], T]) -> T:
         """Its result, from the one thread for what would hold up the event loop: long prompts, answers about them."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
@@ -142,7 +143,7 @@ class Worker:
             return
         started = {
             "job_id": job.job_id,
-            "model": self.state.facts.model,
+            "model": self.state.model.model,
             "started_at": now_rfc3339(),
             "seed": job.params.seed,
             "queue_position": queue_position,
@@ -172,7 +173,7 @@ class Worker:
             job.emit_token(token, drawn, self.tokenizer)
         self._emit_metrics(job, drawn)
 
-    def on_error(self, job: Job, error: Fault) -> None:
+    def on_error(self, job: Job, error: WorkerError) -> None:
         self.end(job, error)
 
     def on_end(self, job: Job, stop_reason: str, prefix_tokens_reused: int) -> None:
@@ -206,7 +207,7 @@ class Worker:
         }
         job.emit("metrics", figures)
 
-    def end(self, job: Job, fault: Fault, outcome: str | None = None) -> None:
+    def end(self, job: Job, fault: WorkerError, outcome: str | None = None) -> None:
         """End a job with an error. Harmless for one that has ended."""
         if not job.alive:
             return
@@ -227,15 +228,15 @@ class Worker:
         """End the job of this id, or all jobs of the answer of this id. Harmless where there is none."""
         for job in list(self._jobs.values()):
             if name in (job.job_id, job.answer_id):
-                self.end(job, Fault("CANCELLED", "the job was cancelled"))
+                self.end(job, WorkerError("CANCELLED", "the job was cancelled"))
 
     def disconnected(self, *jobs: Job) -> None:
         """Nobody reads any more. Harmless for a job that has ended."""
         for job in jobs:
-            self.end(job, Fault("CANCELLED", "the client has gone"), "disconnected")
+            self.end(job, WorkerError("CANCELLED", "the client has gone"), "disconnected")
 
     def _time_is_up(self, job: Job) -> None:
-        self.end(job, Fault("INFERENCE_TIMEOUT", f"not done after the {job.timeout_s:.3f} s it was given"))
+        self.end(job, WorkerError("INFERENCE_TIMEOUT", f"not done after the {job.timeout_s:.3f} s it was given"))
 
     def _close(self, job: Job, outcome: str, **fields: Any) -> None:
         self._forget(job, outcome)
@@ -260,9 +261,9 @@ class Worker:
             self._empty.set()
 
     def check_open(self) -> None:
-        """Raises Fault once the worker is closing."""
+        """Raises WorkerError once the worker is closing."""
         if self.closing:
-            raise Fault("SHUTTING_DOWN", "this worker is shutting down: ask another")
+            raise WorkerError("SHUTTING_DOWN", "this worker is shutting down: ask another")
 
     async def finish(self, grace_s: float) -> int:
         """Take nothing new in; the jobs that live finish, or are cut after `grace_s`. How many were cut."""
@@ -271,7 +272,7 @@ class Worker:
             await asyncio.wait_for(self._empty.wait(), grace_s)
         cut = list(self._jobs.values())
         for job in cut:
-            self.end(job, Fault("CANCELLED", "the worker is shutting down"))
+            self.end(job, WorkerError("CANCELLED", "the worker is shutting down"))
         return len(cut)
 
     def close(self) -> None:
