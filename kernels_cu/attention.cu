@@ -1,6 +1,6 @@
 // Causal attention over the paged KV cache, the score matrix never written (FlashAttention-2, Dao 2023).
 //
-// Twin: refengine.ops.attention.attention; of kv_append_f16, cuda.reference.kv_rows. q (n_tokens, n_head, head_dim) and
+// Twin: refengine.ops.attention.attention; of kv_append_f16, refengine.ops.halves. q (n_tokens, n_head, head_dim) and
 // y (n_tokens, n_head * head_dim) float32. Cache: k, v (n_slots, n_head_kv, head_dim) halves, each row times a power of two,
 // whose exponent + 127 is in k_exponents, v_exponents (n_slots, n_head_kv): rows of 1e6 and of 1e-6 keep eleven bits.
 // sinks (n_head,) float32 or null. spans (n_spans, 4): first token, tokens, positions filled after them, where its block

@@ -4,6 +4,7 @@
 // Grid: x tokens, y 32-column blocks in groups of 8; block: 32 threads, thread 4·b + c has lane c's columns of block b.
 // Moves the row once, 4 bytes out for each column. No sums.
 // Precondition: every id is below n_out; below zero, of a row that is not there, is 0. F32 and BF16 matrices are rows as in the file.
+#include "arguments.cuh"
 #include "quants.cuh"
 
 template <class Q>
@@ -33,10 +34,9 @@ __device__ __forceinline__ void embed(const Planes& w, const int* ids, float* ou
   }
 }
 
-#define EMBEDDING(name, Q)                                                                                          \
-  extern "C" __global__ void name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, \
-                                  const unsigned char* d, const int* ids, float* out, int n_in) {                   \
-    embed<Q>(planes_of(low, high, scales, d, n_in), ids, out, n_in);                                                \
+#define EMBEDDING(name, Q)                                                                   \
+  extern "C" __global__ void name(Matrix w, const int* ids, float* out, int n_in) {          \
+    embed<Q>(planes_of(w, n_in), ids, out, n_in);                                            \
   }
 EMBEDDING(embedding_q4_0, Q4_0)
 EMBEDDING(embedding_q4_1, Q4_1)

@@ -6,15 +6,16 @@
 // Twins: rows8_* of matmul.cu and the activations of activation.cu one after another: the same bits. Arguments, groups of
 // experts, launch and order of additions are those of rows8_*, with both matrices of one shape and type; dynamic shared
 // memory of gate_up_*: 2048 bytes a segment. Saves writing gate and up and reading them again.
+#include "arguments.cuh"
 #include "quants.cuh"
 #include "activation.cuh"
 #include "matmul.cuh"
 
 template <class Q>
-__device__ __forceinline__ void gate_up(const Planes& gate, const Planes& up, const Activations& x, const int* groups,
-                                        const int* x_rows, const int* y_rows, int n_rows, const float* gate_bias,
-                                        const float* up_bias, float* y, int n_out, int clamped) {
-  rows8<Q>(SideBySide<2>{{gate, up}}, x, groups, x_rows, y_rows, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[2]) {
+__device__ __forceinline__ void gate_up(const Planes& gate, const Planes& up, const Activations& x, const Groups& groups,
+                                        int n_rows, const float* gate_bias, const float* up_bias, float* y, int n_out,
+                                        int clamped) {
+  rows8<Q>(SideBySide<2>{{gate, up}}, x, groups, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[2]) {
     for_sums(rows, tile, 0, n_out, [&](int i, int number, int out) {
       float g = scaled_sum(total[0].x[i], x, rows, number, gate_bias, out, n_out);
       float u = scaled_sum(total[1].x[i], x, rows, number, up_bias, out, n_out);
@@ -26,7 +27,7 @@ __device__ __forceinline__ void gate_up(const Planes& gate, const Planes& up, co
 template <class Q>
 __device__ __forceinline__ void up_gelu(const Planes& up, const Activations& x, int n_rows, const float* up_bias, float* y,
                                         int n_out) {
-  rows8<Q>(SideBySide<1>{{up}}, x, nullptr, nullptr, nullptr, n_rows, n_out,
+  rows8<Q>(SideBySide<1>{{up}}, x, Groups{}, n_rows, n_out,
               [&](const Rows& rows, int tile, const MmaD (&total)[1]) {
                 for_sums(rows, tile, 0, n_out, [&](int i, int number, int out) {
                   y[rows.of_y(number) * static_cast<long long>(n_out) + out] =
@@ -35,16 +36,12 @@ __device__ __forceinline__ void up_gelu(const Planes& up, const Activations& x, 
               });
 }
 
-#define GATE_UP(name, THREADS, Q)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                             \
-      name(const unsigned char* gate_low, const unsigned char* gate_high, const unsigned char* gate_scales,            \
-           const unsigned char* gate_d, const unsigned char* up_low, const unsigned char* up_high,                     \
-           const unsigned char* up_scales, const unsigned char* up_d, const f16* x, const unsigned* x_sums,            \
-           const float* x_scale, const int* groups, const int* x_rows, const int* y_rows, const float* gate_bias,      \
-           const float* up_bias, float* y, int n_out, int n_in, int n_rows, int clamped) {                             \
-    gate_up<Q>(planes_of(gate_low, gate_high, gate_scales, gate_d, n_in),                                              \
-               planes_of(up_low, up_high, up_scales, up_d, n_in), Activations{x, x_sums, x_scale}, groups, x_rows,     \
-               y_rows, n_rows, gate_bias, up_bias, y, n_out, clamped);                                                 \
+#define GATE_UP(name, THREADS, Q)                                                                                \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                       \
+      name(Matrix gate, Matrix up, Activations x, Groups groups, const float* gate_bias, const float* up_bias,   \
+           float* y, int n_out, int n_in, int n_rows, int clamped) {                                             \
+    gate_up<Q>(planes_of(gate, n_in), planes_of(up, n_in), x, groups, n_rows, gate_bias, up_bias, y, n_out,      \
+               clamped);                                                                                         \
   }
 GATE_UP(gate_up_q4_0, 256, Q4_0)
 GATE_UP(gate_up_q4_1, 256, Q4_1)
@@ -57,12 +54,10 @@ GATE_UP(gate_up_q6_k, 256, Q6_K)
 GATE_UP(gate_up_mxfp4, 256, MXFP4)
 GATE_UP(gate_up_f16, 256, F16)
 
-#define UP_GELU(name, THREADS, Q)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                             \
-      name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, const unsigned char* d,   \
-           const f16* x, const unsigned* x_sums, const float* x_scale, const float* up_bias, float* y, int n_out,      \
-           int n_in, int n_rows) {                                                                                     \
-    up_gelu<Q>(planes_of(low, high, scales, d, n_in), Activations{x, x_sums, x_scale}, n_rows, up_bias, y, n_out);     \
+#define UP_GELU(name, THREADS, Q)                                                                             \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                    \
+      name(Matrix up, Activations x, const float* up_bias, float* y, int n_out, int n_in, int n_rows) {       \
+    up_gelu<Q>(planes_of(up, n_in), x, n_rows, up_bias, y, n_out);                                            \
   }
 UP_GELU(up_gelu_q4_0, 256, Q4_0)
 UP_GELU(up_gelu_q4_1, 256, Q4_1)

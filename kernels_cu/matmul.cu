@@ -1,7 +1,7 @@
 // Products with quantised weights: y[t, o] = Σ_k W[o, k] x[t, k] + bias[o] + residual[t, o], for one row or thousands, one
 // order of sums.
 //
-// Twins: refengine.ops.linear.linear and linear_experts. Activations come from `activations_f16` (activations.cu): halves
+// Twins: refengine.ops.linear.linear and linear_experts. Activations come from `quantize_rows_f16` (quantize_rows.cu): halves
 // in the order of layout.activation_order, each row multiplied by a power of two 1 / x_scale[t]; x_sums[t, b] is 1/32 of
 // the sum of block b's 32 halves, as two halves that add up to it. Weights are planes as in layout.py. y (n_rows, n_out)
 // float32; bias (n_out,) and residual (n_rows, n_out) float32 or null.
@@ -23,29 +23,27 @@
 // rows64_*: 64 rows a warp: grid x groups of n_warps tiles, y groups of 64 rows; a warp walks all segments of its tile.
 // Weights are read once for 8 (64) rows.
 //
-// Experts: with `groups` (from group_experts, moe.cu), group blockIdx.y is (expert, first slot, number of slots), slot s
+// Experts: with groups (from group_experts, moe.cu), group blockIdx.y is (expert, first slot, number of slots), slot s
 // takes row x_rows[s] of the activations and goes to row y_rows[s] of y; bias is (n_expert, n_out). Without, slots are
 // rows in their order.
+#include "arguments.cuh"
 #include "quants.cuh"
 #include "matmul.cuh"
 
 template <class Q>
-__device__ __forceinline__ void one_of_rows8(const Planes& w, const Activations& x, const int* groups, const int* x_rows,
-                                             const int* y_rows, int n_rows, const float* bias,
-                                             const float* residual, float* y, int n_out) {
-  rows8<Q>(SideBySide<1>{{w}}, x, groups, x_rows, y_rows, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[1]) {
+__device__ __forceinline__ void one_of_rows8(const Planes& w, const Activations& x, const Groups& groups, int n_rows,
+                                             const float* bias, const float* residual, float* y, int n_out) {
+  rows8<Q>(SideBySide<1>{{w}}, x, groups, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[1]) {
     store<1>(x, rows, tile, total, bias, residual, y, n_out);
   });
 }
 
-// Threads of a block, and blocks on a multiprocessor, bound the registers of each (cuda/ops.py launches as many).
-#define MATMUL(name, kernel, THREADS, BLOCKS, Q)                                                                       \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                         \
-      name(const unsigned char* low, const unsigned char* high, const unsigned char* scales, const unsigned char* d,   \
-           const f16* x, const unsigned* x_sums, const float* x_scale, const int* groups, const int* x_rows,           \
-           const int* y_rows, const float* bias, const float* residual, float* y, int n_out, int n_in, int n_rows) {   \
-    kernel<Q>(planes_of(low, high, scales, d, n_in), Activations{x, x_sums, x_scale}, groups, x_rows, y_rows, n_rows,  \
-              bias, residual, y, n_out);                                                                               \
+// Threads of a block, and blocks on a multiprocessor, bound the registers of each (cuda/kernels/matmul.py launches as many).
+#define MATMUL(name, kernel, THREADS, BLOCKS, Q)                                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                    \
+      name(Matrix w, Activations x, Groups groups, const float* bias, const float* residual, float* y, int n_out,  \
+           int n_in, int n_rows) {                                                                                 \
+    kernel<Q>(planes_of(w, n_in), x, groups, n_rows, bias, residual, y, n_out);                                    \
   }
 MATMUL(rows8_q4_0, one_of_rows8, 256, 2, Q4_0)
 MATMUL(rows8_q4_1, one_of_rows8, 256, 2, Q4_1)

@@ -1,11 +1,5 @@
 // How products are formed: what matmul.cu, gate_up.cu and qkv.cu share. The order of additions is told in matmul.cu.
 
-struct Activations {
-  const f16* x;
-  const f16x2* sums;
-  const float* scale;
-};
-
 // The rows of activations that a block of threads has: numbers 0 … count - 1.
 struct Rows {
   int expert, first, count;
@@ -14,10 +8,10 @@ struct Rows {
   __device__ __forceinline__ int of_y(int i) const { return y_rows ? y_rows[first + i] : first + i; }
 };
 
-__device__ __forceinline__ Rows rows_of(const int* groups, const int* x_rows, const int* y_rows, int n_rows, int size) {
-  if (groups) {
-    const int* group = groups + 3 * blockIdx.y;
-    return {group[0], group[1], group[2], x_rows, y_rows};
+__device__ __forceinline__ Rows rows_of(const Groups& groups, int n_rows, int size) {
+  if (groups.group) {
+    const int* group = groups.group + 3 * blockIdx.y;
+    return {group[0], group[1], group[2], groups.x_rows, groups.y_rows};
   }
   int first = blockIdx.y * size;
   return {0, first, min(size, n_rows - first), nullptr, nullptr};
@@ -208,8 +202,8 @@ struct Stacked {
 // Products of a block of threads' tiles: finish(rows, tile, sums) is called for every lane of one warp with the tile's N
 // sums of 16 x 8.
 template <class Q, class W, class Finish>
-__device__ __forceinline__ void rows8(const W& w, const Activations& x, const int* groups, const int* x_rows,
-                                      const int* y_rows, int n_rows, int n_out, const Finish& finish) {
+__device__ __forceinline__ void rows8(const W& w, const Activations& x, const Groups& groups, int n_rows, int n_out,
+                                      const Finish& finish) {
   constexpr int M = W::N;
   DYNAMIC_SHARED(float, partial);  // (2, M * n_segments, 4, 32): of one tile, and of the one before it
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_tiles = (n_out + 15) / 16;
@@ -227,16 +221,16 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const in
     now.load_scales(w.of(warp, blockIdx.x), first_tile + w.within(blockIdx.x), segment_of(warp));
   };
   let_next_begin();
-  if (!groups) begin();
+  if (!groups.group) begin();
   wait_for_previous();
   int x_row;
   {
-    Rows rows = rows_of(groups, x_rows, y_rows, n_rows, 8);
+    Rows rows = rows_of(groups, n_rows, 8);
     if (!rows.count) return;
     first_tile = static_cast<long long>(rows.expert) * n_tiles;
     x_row = rows.of_x(min(lane / 4, rows.count - 1));
   }
-  if (groups) begin();
+  if (groups.group) begin();
   const f16* row = columns_of(x, x_row, 0, n_blocks);
   now.columns = row + segment_of(warp) * SEGMENT * 32;
   uint4 columns[COLUMNS_AHEAD] = {};
@@ -278,15 +272,14 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const in
           total[m].x[i] =
               __fadd_rn(total[m].x[i], sums_of_tile[((m * n_segments + segment) * 4 + i) * 32 + lane]);
     }
-    finish(rows_of(groups, x_rows, y_rows, n_rows, 8), tile, total);  // looked up again: it would take registers
+    finish(rows_of(groups, n_rows, 8), tile, total);  // looked up again: it would take registers
   }
 }
 
 template <class Q>
-__device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const int* groups, const int* x_rows,
-                                       const int* y_rows, int n_rows, const float* bias,
-                                       const float* residual, float* y, int n_out) {
-  Rows rows = rows_of(groups, x_rows, y_rows, n_rows, 64);
+__device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const Groups& groups, int n_rows,
+                                       const float* bias, const float* residual, float* y, int n_out) {
+  Rows rows = rows_of(groups, n_rows, 64);
   int lane = threadIdx.x % 32, r = lane / 4, n_tiles = (n_out + 15) / 16;
   int out_tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (out_tile >= n_tiles || !rows.count) return;

@@ -2,12 +2,17 @@
 //
 //   rms_norm_f32    y = x · 1/√(mean(x²) + eps) · weight
 //   layer_norm_f32  y = (x - mean) · 1/√(mean((x - mean)²) + eps) · weight + bias
+//   rms_norm_f16, layer_norm_f16  the same, then quantize_rows_f16 (quantize_rows.cu): rows as products take them; the same
+//                   bits as the two kernels one after another
 //
 // x, y (n_rows, n) float32; weight, bias (n,) float32. Grid: x rows; block: 256 threads, one row.
-// Order of additions, of n alone: thread t adds elements t, t + 256, … in float32, then the block by block_sum. The row
-// is read twice (layer_norm: three times), the later times from cache; 4 bytes an element out.
+// Of the kernels *_f16, y may be null; out, scale and sums are as in quantize_rows.cu, or out is null. Dynamic shared
+// memory: 4 n bytes. They may be launched to overlap with the kernel before them, and read a row once.
+// Order of additions, of n alone: thread t adds elements t, t + 256, … in float32, then the block by block_sum. The kernels
+// *_f32 read the row twice (layer_norm: three times), the later times from cache; 4 bytes an element out.
 // A NaN or infinity in a row stays in that row.
 #include "norm.cuh"
+#include "quantize_rows.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
     rms_norm_f32(const float* x, const float* weight, float* y, int n, float eps) {
@@ -25,4 +30,39 @@ extern "C" __global__ void __launch_bounds__(256)
   float* out = y + static_cast<long long>(blockIdx.x) * n;
   Moments of = layer_moments(row, n, eps, scratch);
   for (int i = threadIdx.x; i < n; i += THREADS) out[i] = (row[i] - of.mean) * of.scale * weight[i] + bias[i];
+}
+
+// Elements i, i + 256, … are thread i's until all are there.
+__device__ __forceinline__ void finish_norm(float* row, float* y, f16* out, float* scale, unsigned* sums, int n,
+                                            float* scratch) {
+  if (y)
+    for (int i = threadIdx.x; i < n; i += THREADS) y[static_cast<long long>(blockIdx.x) * n + i] = row[i];
+  if (!out) return;
+  __syncthreads();
+  row_as_halves(row, blockIdx.x, out, scale, sums, n, scratch);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    rms_norm_f16(const float* x, const float* weight, float* y, f16* out, float* scale, unsigned* sums, int n, float eps) {
+  DYNAMIC_SHARED(float, row);
+  __shared__ float scratch[THREADS / 32];
+  let_next_begin();
+  wait_for_previous();
+  for (int i = threadIdx.x; i < n; i += THREADS) row[i] = x[static_cast<long long>(blockIdx.x) * n + i];
+  float factor = rms_scale(row, n, eps, scratch);
+  for (int i = threadIdx.x; i < n; i += THREADS) row[i] = row[i] * factor * weight[i];
+  finish_norm(row, y, out, scale, sums, n, scratch);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    layer_norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out, float* scale, unsigned* sums,
+                   int n, float eps) {
+  DYNAMIC_SHARED(float, row);
+  __shared__ float scratch[THREADS / 32];
+  let_next_begin();
+  wait_for_previous();
+  for (int i = threadIdx.x; i < n; i += THREADS) row[i] = x[static_cast<long long>(blockIdx.x) * n + i];
+  Moments of = layer_moments(row, n, eps, scratch);
+  for (int i = threadIdx.x; i < n; i += THREADS) row[i] = (row[i] - of.mean) * of.scale * weight[i] + bias[i];
+  finish_norm(row, y, out, scale, sums, n, scratch);
 }

@@ -1,4 +1,4 @@
-// What a row is multiplied by in a norm, by a block of 256 threads: what norm.cu and fused.cu share. scratch: a float a warp.
+// What a row is multiplied by in a norm, by a block of 256 threads. scratch has a float for each warp.
 constexpr int THREADS = 256;
 
 __device__ __forceinline__ float rms_scale(const float* row, int n, float eps, float* scratch) {

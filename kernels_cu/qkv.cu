@@ -5,13 +5,14 @@
 // additions are those of rows8_*; matrices have n_q, n_k and n_out - n_q - n_k outputs (0: there is no third one); biases
 // or null. y (n_rows, n_out) float32. Precondition: n_q and n_k are multiples of 16. Saves launches, which for so few
 // outputs cost more than their weights.
+#include "arguments.cuh"
 #include "quants.cuh"
 #include "matmul.cuh"
 
 template <class Q>
 __device__ __forceinline__ void qkv(const Stacked& w, const Activations& x, int n_rows, const float* q_bias,
                                     const float* k_bias, const float* v_bias, float* y, int n_out) {
-  rows8<Q>(w, x, nullptr, nullptr, nullptr, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[1]) {
+  rows8<Q>(w, x, Groups{}, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[1]) {
     const float* bias = tile >= w.third ? v_bias : tile >= w.second ? k_bias : q_bias;
     for_sums(rows, tile, 0, n_out, [&](int i, int number, int out) {
       y[static_cast<uint32_t>(rows.of_y(number)) * n_out + out] =
@@ -20,18 +21,12 @@ __device__ __forceinline__ void qkv(const Stacked& w, const Activations& x, int 
   });
 }
 
-#define QKV(name, THREADS, Q)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                             \
-      name(const unsigned char* q_low, const unsigned char* q_high, const unsigned char* q_scales,                     \
-           const unsigned char* q_d, const unsigned char* k_low, const unsigned char* k_high,                          \
-           const unsigned char* k_scales, const unsigned char* k_d, const unsigned char* v_low,                        \
-           const unsigned char* v_high, const unsigned char* v_scales, const unsigned char* v_d, const f16* x,         \
-           const unsigned* x_sums, const float* x_scale, const float* q_bias, const float* k_bias,                     \
-           const float* v_bias, float* y, int n_q, int n_k, int n_out, int n_in, int n_rows) {                         \
-    qkv<Q>(Stacked{{planes_of(q_low, q_high, q_scales, q_d, n_in), planes_of(k_low, k_high, k_scales, k_d, n_in),      \
-                    planes_of(v_low, v_high, v_scales, v_d, n_in)},                                                    \
-                   n_q / 16, (n_q + n_k) / 16},                                                                        \
-           Activations{x, x_sums, x_scale}, n_rows, q_bias, k_bias, v_bias, y, n_out);                                 \
+#define QKV(name, THREADS, Q)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                      \
+      name(Matrix wq, Matrix wk, Matrix wv, Activations x, const float* q_bias, const float* k_bias,            \
+           const float* v_bias, float* y, int n_q, int n_k, int n_out, int n_in, int n_rows) {                  \
+    qkv<Q>(Stacked{{planes_of(wq, n_in), planes_of(wk, n_in), planes_of(wv, n_in)}, n_q / 16, (n_q + n_k) / 16}, \
+           x, n_rows, q_bias, k_bias, v_bias, y, n_out);                                                        \
   }
 QKV(qkv_q4_0, 256, Q4_0)
 QKV(qkv_q4_1, 256, Q4_1)

@@ -29,9 +29,8 @@ struct Planes {
   int n_blocks, n_segments;
 };
 
-__device__ __forceinline__ Planes planes_of(const uint8_t* low, const uint8_t* high, const uint8_t* scales,
-                                            const uint8_t* d, int n_in) {
-  return Planes{low, high, scales, d, n_in / 32, (n_in / 32 + SEGMENT - 1) / SEGMENT};
+__device__ __forceinline__ Planes planes_of(const Matrix& w, int n_in) {
+  return Planes{w.low, w.high, w.scales, w.d, n_in / 32, (n_in / 32 + SEGMENT - 1) / SEGMENT};
 }
 
 // Codes as halves, without conversions: put into the fraction of 1024, whose last bit counts one, or, four bits higher, into

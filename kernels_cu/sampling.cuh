@@ -1,4 +1,4 @@
-// Ranking, weights and random bits: what sampling.cu and draw.cu share.
+// Ranking, weights and random bits: what sampling.cu is made of.
 typedef unsigned long long u64;
 
 constexpr int DIGITS = 256, MOST_THREADS = 1024;

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from refengine.config import ModelConfig
 from refengine.cuda import open_kernels
 from refengine.device import Device, MemoryAccount, open_device
 from refengine.engine.engine import single_sequence
@@ -20,7 +19,7 @@ from refengine.errors import RequestError
 from refengine.gguf.file import GGUFFile
 from refengine.hub.files import resolve
 from refengine.model import PACKAGED_MODEL, Model
-from refengine.models import BY_ARCHITECTURE
+from refengine.models import BY_ARCHITECTURE, read_config
 from refengine.ops import Ops, profile
 from refengine.tokenizer import load_tokenizer
 from refengine.weights import ArrayPlacement, check_tensors, load_weights
@@ -70,7 +69,7 @@ def load(
     if opened.name == "host" and not rounding.half_rows:
         raise RequestError(f"device host runs the kernels, whose numerics are fast; {rounding.name} runs on cpu")
     gguf = path if isinstance(path, GGUFFile) else GGUFFile(PACKAGED_MODEL if path is None else resolve(path))
-    config = ModelConfig.from_gguf(gguf)
+    config = read_config(gguf)
     if n_ctx is not None and n_ctx > config.n_ctx_train and config.rope is None:
         raise RequestError(f"n_ctx {n_ctx}: {config.arch} has learned positions, only {config.n_ctx_train} of them")
     tokenizer = load_tokenizer(gguf)

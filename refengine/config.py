@@ -17,14 +17,28 @@ import numpy as np
 from refengine.errors import ModelError
 from refengine.gguf.file import GGUFFile
 
-SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gpt-oss", "gpt2")
-
 # llama.cpp's YaRN corner rotations (`llama_hparams::yarn_beta_fast/slow`); of the architectures here none reads
 # them from the file.
 YARN_BETA_FAST = 32.0
 YARN_BETA_SLOW = 1.0
 
 MAX_LAYERS = 10_000  # more layers than a file can have tensors (llama.cpp stops at 512)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How an architecture's metadata are to be read; stands in its model file.
+
+    rope: which elements of a head RoPE pairs, `norm` (2i, 2i + 1) or `neox` (i, i + n_rot / 2); None: learned
+    positions. rope_whole_head: a file that rotates only a part of a head is refused. layer_norm: LayerNorm instead of
+    RMSNorm. experts: every feed-forward is a mixture of experts. sliding_window: layers slide as the file says.
+    """
+
+    rope: str | None
+    rope_whole_head: bool = False
+    layer_norm: bool = False
+    experts: bool = False
+    sliding_window: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,20 +92,18 @@ class ModelConfig:
         return self.n_swa if self.swa_layers and self.swa_layers[il] else 0
 
     @staticmethod
-    def from_gguf(gguf: GGUFFile) -> ModelConfig:
-        """Read the configuration. Raises `GGUFError` for a missing or ill-typed key, `ModelError` for the rest."""
-        return _Reader(gguf).read()
+    def from_gguf(gguf: GGUFFile, traits: Traits) -> ModelConfig:
+        """Read the configuration of a model whose architecture has these traits.
+
+        Raises `GGUFError` for a missing or ill-typed key, `ModelError` for the rest.
+        """
+        return _Reader(gguf, traits).read()
 
 
 class _Reader:
-    def __init__(self, gguf: GGUFFile) -> None:
-        self.gguf = gguf
+    def __init__(self, gguf: GGUFFile, traits: Traits) -> None:
+        self.gguf, self.traits = gguf, traits
         self.arch: str = gguf.get("general.architecture", str)
-        if self.arch not in SUPPORTED_ARCHITECTURES:
-            raise ModelError(
-                f"{gguf.path}: architecture {self.arch[:64]!r} is not supported; supported: "
-                f"{', '.join(SUPPORTED_ARCHITECTURES)}"
-            )
 
     def read(self) -> ModelConfig:
         n_layer = self.size("block_count", limit=MAX_LAYERS)
@@ -102,16 +114,16 @@ class _Reader:
             raise self.bad("attention.head_count_kv", f"{n_head} heads cannot share {n_head_kv} kv heads evenly")
         head_dim = self.head_dim(n_embd, n_head)
         n_ctx_train = self.size("context_length")
-        is_moe = self.arch == "gpt-oss"
+        is_moe = self.traits.experts
         n_expert = self.size("expert_count", default=0)
         if n_expert and not is_moe:
             raise self.bad("expert_count", f"mixture of experts is not supported for architecture {self.arch!r}")
         if is_moe and not n_expert:
-            raise self.bad("expert_count", "a gpt-oss model needs at least one expert")
+            raise self.bad("expert_count", f"a {self.arch} model needs at least one expert")
         n_expert_used = self.size("expert_used_count", per_layer=n_layer) if is_moe else 0
         if n_expert_used > n_expert:
             raise self.bad("expert_used_count", f"{n_expert_used} experts used of only {n_expert}")
-        n_swa = self.size("attention.sliding_window") if is_moe else 0  # llama.cpp turns phi3's window off
+        n_swa = self.size("attention.sliding_window") if self.traits.sliding_window else 0
         return ModelConfig(
             arch=self.arch,
             name=self.gguf.get("general.name", str, default=self.gguf.path.stem),
@@ -124,7 +136,7 @@ class _Reader:
             head_dim=head_dim,
             n_ff=0 if is_moe else self.size("feed_forward_length", per_layer=n_layer),
             norm_eps=self.norm_eps(),
-            rope=None if self.arch == "gpt2" else self.rope(head_dim, n_ctx_train),
+            rope=None if self.traits.rope is None else self.rope(head_dim, n_ctx_train),
             n_expert=n_expert,
             n_expert_used=n_expert_used,
             n_ff_exp=self.size("expert_feed_forward_length", per_layer=n_layer) if is_moe else 0,
@@ -183,7 +195,7 @@ class _Reader:
         return self.size("vocab_size")
 
     def norm_eps(self) -> float:
-        name = "attention.layer_norm_epsilon" if self.arch == "gpt2" else "attention.layer_norm_rms_epsilon"
+        name = "attention.layer_norm_epsilon" if self.traits.layer_norm else "attention.layer_norm_rms_epsilon"
         eps = self.gguf.get(self.key(name), float)
         if not (math.isfinite(eps) and 0 <= eps < 1):
             raise self.bad(name, f"epsilon {eps} is outside 0..1")
@@ -193,7 +205,7 @@ class _Reader:
         n_rot = self.size("rope.dimension_count", default=head_dim)
         if n_rot > head_dim or n_rot % 2:
             raise self.bad("rope.dimension_count", f"cannot rotate {n_rot} of {head_dim} elements of a head")
-        if self.arch in ("llama", "qwen2") and n_rot != head_dim:
+        if self.traits.rope_whole_head and n_rot != head_dim:
             raise self.bad("rope.dimension_count", f"{n_rot} rotated elements, expected the whole head of {head_dim}")
         freq_base = self.number("rope.freq_base", 10000.0, 1.001, 1e30)
         if self.number("rope.freq_base_swa", freq_base, 1.001, 1e30) != freq_base:

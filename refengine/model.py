@@ -46,7 +46,9 @@ class Model:
         self.weights, self.ops, self.device = weights, ops, device
         self.make_runner, self.memory = make_runner, memory
         self.n_ctx = n_ctx or config.n_ctx_train
-        self._forward = BY_ARCHITECTURE[config.arch].forward
+        architecture = BY_ARCHITECTURE[config.arch]
+        self._forward = architecture.forward
+        self.decode = getattr(architecture, "decode", None)  # its fused step, where it has one
 
     def new_cache(self, n_tokens: int, n_sequences: int = 1) -> KVCache:
         """A KV cache with room for `n_sequences` sequences of `n_tokens` tokens each."""

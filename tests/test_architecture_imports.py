@@ -25,6 +25,9 @@ ARRAYS = {"numpy", "gguf"}
 TOP = {path.stem for path in PACKAGE.iterdir()}
 
 
+MODEL_FILES = sorted(f"models.{path.stem}" for path in (PACKAGE / "models").glob("*.py") if path.stem != "__init__")
+
+
 @dataclass(frozen=True)
 class Room:
     """What a room may import: rooms of refengine, and third-party libraries (anywhere, or inside functions only)."""
@@ -60,7 +63,8 @@ BELOW_ENGINE = {
         frozenset({"cupy"}),
     ),
     # no files, sampling, HTTP; no cuda either: ops are handed in
-    "models": Room({"errors", "config", "weights", "cache", "trace", "ops"}, {"numpy"}),
+    **{name: Room({"errors", "config", "weights", "cache", "trace", "ops"}, {"numpy"}) for name in MODEL_FILES},
+    "models": Room({"errors", "config", "gguf", *MODEL_FILES}, set()),  # which of them a file wants
 }
 BELOW = set(BELOW_ENGINE) - {"gguf.cursor", "gguf.parse", "gguf.split"}
 ENGINE = {*BELOW, "model", "engine"}

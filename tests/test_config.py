@@ -12,6 +12,7 @@ import pytest
 from refengine.config import SUPPORTED_ARCHITECTURES, ModelConfig, RopeConfig
 from refengine.errors import GGUFError, ModelError
 from refengine.gguf.file import GGUFFile
+from refengine.models import read_config
 from tests.gguf_builder import ARRAY, BOOL, F32, F64, I32, STRING, U32, U64, GGUFBuilder
 from tests.model_files import Pair, add_pair
 
@@ -65,7 +66,7 @@ def read(path: Path, arch: str, changes: dict[str, Pair | None] | None = None) -
 
 def read_built(path: Path, builder: GGUFBuilder) -> ModelConfig:
     with GGUFFile(builder.write(path / "model.gguf")) as gguf:
-        return ModelConfig.from_gguf(gguf)
+        return read_config(gguf)
 
 
 def refused(path: Path, arch: str, key: str, pair: Pair | None, **others: Pair | None) -> str:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from refengine.config import SUPPORTED_ARCHITECTURES, ModelConfig
+from refengine.config import SUPPORTED_ARCHITECTURES
 from refengine.errors import ModelError
 from refengine.gguf.file import GGUFFile
-from refengine.models import BY_ARCHITECTURE
+from refengine.models import BY_ARCHITECTURE, read_config
 from refengine.weights import ArrayPlacement, Matrix, TensorSpec, Weights, check_tensors, load_weights, quant_kind
 from tests.gguf_builder import STRING, TENSOR_F16, TENSOR_F32, TENSOR_MXFP4, TENSOR_Q8_0, U32, GGUFBuilder
 from tests.model_files import float_bytes, read_floats, rewrite
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def load_file(path: Path) -> Weights:
     with GGUFFile(path) as gguf:
-        config = ModelConfig.from_gguf(gguf)
+        config = read_config(gguf)
         return load_weights(gguf, BY_ARCHITECTURE[config.arch].tensors(config), config.n_layer, ArrayPlacement(np))
 
 
@@ -46,7 +46,7 @@ def refused(path: Path) -> str:
 @pytest.mark.parametrize("arch", SUPPORTED_ARCHITECTURES)
 def test_each_missing_tensor_is_named(models: dict[str, Path], tmp_path: Path, arch: str) -> None:
     with GGUFFile(models[arch]) as gguf:
-        specs = BY_ARCHITECTURE[arch].tensors(ModelConfig.from_gguf(gguf))
+        specs = BY_ARCHITECTURE[arch].tensors(read_config(gguf))
         names = list(gguf.tensors)
     optional = [name for name in names if specs[name].optional]
     assert set(optional) <= {"output.weight"}, "the control below expects only a tied output to be optional here"
@@ -176,7 +176,7 @@ def test_values_and_places(tmp_path: Path) -> None:
 
 def test_matrices_are_views_of_the_file(models: dict[str, Path]) -> None:
     with GGUFFile(models["llama"]) as gguf:
-        config = ModelConfig.from_gguf(gguf)
+        config = read_config(gguf)
         weights = load_weights(gguf, BY_ARCHITECTURE["llama"].tensors(config), 1, ArrayPlacement(np))
         assert np.shares_memory(weights.layers[0].ffn_up.data, gguf.data("blk.0.ffn_up.weight"))
         assert not weights.layers[0].ffn_up.data.flags.writeable

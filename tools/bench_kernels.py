@@ -14,6 +14,7 @@ import datetime
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from refengine import quants
+from refengine.cuda.kernels import matmul
+from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import PackedMatrix, pack
-from refengine.cuda.ops import rows8_launch
-from refengine.cuda.runtime.nvrtc import DeviceModule
-from refengine.cuda.runtime.source import read_source
+from refengine.cuda.runtime.launch import Kernels
 from refengine.device import open_device
 from refengine.weights import Matrix
 
@@ -100,10 +101,6 @@ def cublas_seconds(xp: Any, n_out: int, n_in: int, n_rows: int) -> float:
     return float(np.median(seconds(xp, run, max(20, n_copies))))
 
 
-def multiprocessors(xp: Any) -> int:
-    return int(xp.cuda.Device().attributes["MultiProcessorCount"])
-
-
 def copy_bandwidth(xp: Any) -> float:
     """Bytes a second that a copy within device memory reads and writes."""
     source = xp.zeros(1 << 30, xp.uint8)
@@ -111,32 +108,22 @@ def copy_bandwidth(xp: Any) -> float:
     return 2 * source.nbytes / float(np.median(seconds(xp, lambda i: xp.copyto(target, source), 10)))
 
 
-def bench(
-    xp: Any, module: DeviceModule, kind: str, n_out: int, n_in: int, n_rows: int, overlap: bool
-) -> dict[str, Any]:
+def bench(xp: Any, kernels: Kernels, kind: str, n_out: int, n_in: int, n_rows: int) -> dict[str, Any]:
     one = repeated_matrix(xp, kind, n_out, n_in)
     n_copies = max(1, -(-COLD_BYTES // one.n_bytes)) if n_rows <= 64 else 2
-    copies = [one.arguments()]
+    copies = [one]
     for _ in range(n_copies - 1):
-        copies.append([None if a is None else a.copy() for a in copies[0]])
+        copies.append(replace(one, planes={name: plane.copy() for name, plane in one.planes.items()}))
     x = (xp.random.standard_normal((n_rows, n_in)) * 1000).astype(xp.float16)
     sums, scale = xp.zeros((n_rows, n_in // 32), xp.uint32), xp.ones(n_rows, xp.float32)
-    y = xp.empty((n_rows, n_out), xp.float32)
-    few = n_rows <= 8
-    tiles = -(-n_out // 16)
-    segments = -(-n_in // 256)
-    if few:
-        blocks, warps = rows8_launch(kind.lower(), tiles, segments, -(-n_rows // 8), multiprocessors(xp))
-        grid, shared = (blocks, -(-n_rows // 8)), 1024 * segments
-    else:
-        warps, shared = 4, 0
-        grid = (-(-tiles // warps), -(-n_rows // 64))
-    sizes = [np.int32(n_out), np.int32(n_in), np.int32(n_rows)]
-    kernel = f"{'rows8' if few else 'rows64'}_{kind.lower()}"
+    rows, y = Rows(n_rows, None, x, sums, scale), xp.empty((n_rows, n_out), xp.float32)
+    warps = 4
+    if n_rows <= matmul.FEW_ROWS:
+        segments = -(-n_in // matmul.SEGMENT)
+        warps = matmul.rows8_launch(kind.lower(), -(-n_out // 16), segments, 1, kernels.n_multiprocessors)[1]
 
     def run(i: int) -> None:
-        given = [*copies[i % n_copies], x, sums, scale, None, None, None, None, None, y, *sizes]
-        module.launch(kernel, grid, (32 * warps,), given, shared, overlap=few and overlap)
+        matmul.linear(kernels, rows, copies[i % n_copies], y)
 
     times = graph_seconds(xp, run, max(n_copies, 20))
     median = float(np.median(times))
@@ -149,15 +136,15 @@ def bench(
     }
 
 
-def run_all(xp: Any, rows: Sequence[int], overlap: bool = True) -> dict[str, Any]:
+def run_all(xp: Any, rows: Sequence[int]) -> dict[str, Any]:
     """The figures of all shapes, printed as they come."""
-    module = DeviceModule(read_source("matmul"))
+    kernels = Kernels("cuda")
     copied = copy_bandwidth(xp)
     print(f"copy {copied / 1e9:.0f} GB/s (read and written)")
     results = []
     for what, kind, n_out, n_in in SHAPES:
         for n_rows in rows:
-            found = bench(xp, module, kind, n_out, n_in, n_rows, overlap)
+            found = bench(xp, kernels, kind, n_out, n_in, n_rows)
             found |= {"what": what, "type": kind, "n_out": n_out, "n_in": n_in, "rows": n_rows}
             found["share_of_copy"] = round(found["gb_per_s"] * 1e9 / copied, 3)
             found["cublas_f16_microseconds"] = round(cublas_seconds(xp, n_out, n_in, n_rows) * 1e6, 2)
@@ -169,18 +156,17 @@ def run_all(xp: Any, rows: Sequence[int], overlap: bool = True) -> dict[str, Any
                 f"cuBLAS f16 {found['cublas_f16_microseconds']:8.1f} us",
                 flush=True,
             )
-    return {"copy_gb_per_s": round(copied / 1e9, 1), "overlap": overlap, "results": results}
+    return {"copy_gb_per_s": round(copied / 1e9, 1), "results": results}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="also write JSON there")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of activations")
-    parser.add_argument("--no-overlap", action="store_true", help="each product after the end of the one before")
     parser.add_argument("--commit", default="", help="of the sources, for the record")
     given = parser.parse_args()
     xp = open_device("cuda").xp
-    found = run_all(xp, given.rows, not given.no_overlap)
+    found = run_all(xp, given.rows)
     if given.output:
         record = {
             "date": datetime.date.today().isoformat(),

@@ -21,9 +21,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from refengine.api import load
-from refengine.config import ModelConfig
 from refengine.gguf.file import GGUFFile
 from refengine.model import PACKAGED_MODEL
+from refengine.models import read_config
 from refengine.validate.capture import LOGITS
 from refengine.validate.dump import manifest_of
 from refengine.validate.llamacpp import LlamaCpp
@@ -54,7 +54,7 @@ def ids_of(path: Path) -> list[int]:
         assert tokenizer is not None
         return tokenizer.encode(PROMPT)
     with GGUFFile(path) as gguf:
-        n_vocab = ModelConfig.from_gguf(gguf).n_vocab
+        n_vocab = read_config(gguf).n_vocab
     return [(37 * i + 5) % n_vocab for i in range(N_TOKENS)]
 
 

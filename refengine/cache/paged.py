@@ -155,7 +155,7 @@ class KVCache:
         """arrays: `Ops.kv_arrays`: how many, and the shape of each. copy_block: `Ops.kv_copy`, for forked sequences."""
         self._copy_block = copy_block
         self.n_ctx = n_ctx  # longest sequence it is meant for, in tokens
-        self.block_size = block_size
+        self.block_size, self.n_blocks = block_size, n_blocks
         made = arrays(2 * n_layer, (n_blocks, block_size, n_head_kv, head_dim))
         self.k, self.v = made[:n_layer], made[n_layer:]
         self.pool = BlockPool(n_blocks)  # after the arrays: what does not fit fails before it costs anything

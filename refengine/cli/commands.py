@@ -23,14 +23,13 @@ from refengine.cli.console import (
     write,
     written,
 )
-from refengine.config import ModelConfig
 from refengine.engine.engine import single_sequence
 from refengine.engine.generation import Generation
 from refengine.engine.sampling import SamplingParams
 from refengine.errors import RefengineError, RequestError, one_line
 from refengine.gguf.file import GGUFFile
 from refengine.model import Model
-from refengine.models import BY_ARCHITECTURE
+from refengine.models import BY_ARCHITECTURE, read_config
 from refengine.tokenizer import load_tokenizer
 from refengine.trace import Trace, Tracer, no_trace
 from refengine.weights import check_tensors, quant_kind
@@ -163,7 +162,7 @@ def inspect(arguments: argparse.Namespace) -> None:
             count, size = by_type.get(info.type.name, (0, 0))
             by_type[info.type.name] = (count + 1, size + info.n_bytes)
         try:
-            config = ModelConfig.from_gguf(gguf)
+            config = read_config(gguf)
             check_tensors(gguf, BY_ARCHITECTURE[config.arch].tensors(config))
             load_tokenizer(gguf)
             runnable = "yes"

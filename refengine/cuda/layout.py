@@ -25,12 +25,14 @@ their products need no tensor core.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
 from refengine import quants
+from refengine.cuda.runtime.source import Struct
 from refengine.errors import ModelError
 
 Array = Any
@@ -69,13 +71,36 @@ class PackedMatrix:
     shape: tuple[int, ...]
     planes: dict[str, Array]
 
-    def arguments(self) -> list[Array | None]:
-        """The planes as kernels take them: low, high, scales, d; None for those that the type lacks."""
-        return [self.planes.get(name) for name in ("low", "high", "scales", "d")]
+    @cached_property
+    def struct(self) -> Struct:
+        """`Matrix` of arguments.cuh: the planes as kernels take them, null where the type lacks one."""
+        return Struct(*(self.planes.get(name) for name in ("low", "high", "scales", "d")))
+
+    @property
+    def is_float(self) -> bool:
+        """Whether products are formed in float32, by the kernels of matmul_f32.cu."""
+        return self.type in _UNTILED
+
+    @cached_property
+    def float_rows(self) -> Array:
+        """Rows of an F32 or BF16 matrix as its kernels take them."""
+        return self.planes["low"].view(np.float32 if self.type == Type.F32 else np.uint16)
 
     @property
     def n_bytes(self) -> int:
         return sum(int(plane.nbytes) for plane in self.planes.values())
+
+
+def rows_of(w: PackedMatrix, start: int, stop: int) -> PackedMatrix:
+    """Outputs start..stop of a matrix (n_out, n_in), in the same memory.
+
+    Raises ModelError where they do not begin and end with a tile.
+    """
+    n_out, n_in = w.shape
+    if not w.is_float and (start % TILE_ROWS or stop % TILE_ROWS):
+        raise ModelError(f"{w.name}: outputs {start} to {stop} do not begin and end with a tile of {TILE_ROWS}")
+    planes = {name: plane[len(plane) * start // n_out : len(plane) * stop // n_out] for name, plane in w.planes.items()}
+    return PackedMatrix(w.name, w.type, (stop - start, n_in), planes)
 
 
 def plane_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> dict[str, int]:

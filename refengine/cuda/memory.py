@@ -55,7 +55,12 @@ class Arena:
                 f"{self.purpose} arena of {self.n_bytes} bytes has no room for {n_bytes} more at {self.used}"
             )
         start, self.used = self.used, self.used + aligned(n_bytes)
+        return self.view(start, shape, dtype)
+
+    def view(self, start: int, shape: tuple[int, ...], dtype: Any) -> Array:
+        """The array that begins `start` bytes into the arena; others may see the same memory."""
         if self._xp is np:
+            n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
             return self._base[start : start + n_bytes].view(dtype).reshape(shape)
         return self._xp.ndarray(shape, dtype, memptr=self._base + start)
 

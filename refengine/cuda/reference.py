@@ -10,21 +10,17 @@ import numpy as np
 
 from refengine.cuda.layout import TILE_COLUMNS, activation_order
 from refengine.ops.attention import attention as written_out
+from refengine.ops.halves import to_halves
 
 
-def activations_f16(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as products take them: halves (n_rows, n_in) in the device's order, and the power of two of each row.
+def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows x (n_rows, n_in) float32 as products take them: `ops.halves.to_halves` in the device's order of columns.
 
-    x: (n_rows, n_in) float32. The largest of a row comes into [2^14, 2^15); rows of zeros and rows with NaN or infinity
-    keep their scale 1. x ≈ halves · scale, to 2^-11 of each element that is not below 2^-28 of its row's largest.
+    Returns halves (n_rows, n_in) float16 and the power of two of each row, (n_rows,) float32: x ≈ halves · scale.
     """
-    largest = np.abs(x).max(axis=1)
-    usable = np.isfinite(largest) & (largest > 0)
-    exponent = np.where(usable, np.maximum(np.frexp(np.where(usable, largest, 1.0))[1] - 15, -126), 0)
     with np.errstate(all="ignore"):
-        halves = np.ldexp(x, -exponent[:, None]).astype(np.float16)
-    order = activation_order(x.shape[1])
-    return halves[:, order], np.ldexp(np.float32(1), exponent).astype(np.float32)
+        halves, exponents = to_halves(np, x)
+    return halves[:, activation_order(x.shape[1])], np.ldexp(np.float32(1), exponents[:, 0]).astype(np.float32)
 
 
 def attention(

@@ -25,6 +25,18 @@ def bytes_for(matrices: Iterable[tuple[Any, tuple[int, ...]]], vectors: Iterable
     return planes + sum(aligned(n) for n in vectors)
 
 
+class Described:
+    """A `weights.Placement` that leaves matrices in the file: what is known of them without a device."""
+
+    in_place = False
+
+    def vector(self, values: np.ndarray) -> Array:
+        return values
+
+    def matrix(self, w: Matrix, done: Callable[[int], None] = lambda n: None) -> PackedMatrix:
+        return PackedMatrix(w.name, w.type, tuple(w.shape), {})
+
+
 class Uploader:
     """Puts matrices and vectors into an arena: a `weights.Placement`."""
 

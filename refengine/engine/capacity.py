@@ -5,9 +5,11 @@ Knows the sizes of the engine's parts (cache, decode step, one pass over a promp
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -17,22 +19,25 @@ from refengine.cuda.ops import kv_bytes
 from refengine.cuda.workspace import prompt_bytes
 from refengine.engine.engine import EngineOptions, default_cache_tokens
 from refengine.engine.kernel_runner import step_bytes
+from refengine.models import BY_ARCHITECTURE
 from refengine.ops import profile
 
 RESERVE = 0.1  # of what weights and decode step leave, for passes that take more than the first prompt's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Capacity:
     """Bytes that an engine takes beside the weights, as a function of its number of cache blocks.
 
     options: `cache_tokens` is ignored, since that is what is looked for. device: `cpu`, `host` or `cuda:N`.
+    weights: the decode step's plan looks at their names, types and shapes only; None on the CPU.
     asked_bytes: the cache size that the user asked for, or None. attention: as for `load`.
     """
 
     config: ModelConfig
     options: EngineOptions
     device: str
+    weights: Any
     asked_bytes: int | None = None
     attention: str = "flash"
 
@@ -54,7 +59,13 @@ class Capacity:
             return 0
         place = "host" if self.device == "host" else "cuda"
         n_positions = min(self.config.n_ctx_train, n_blocks * BLOCK_SIZE)
-        return step_bytes(self.config, place, self.attention, self.options.n_running, n_positions)
+        return self._step_bytes(place, n_positions)
+
+    @functools.cache  # noqa: B019  A start asks for the same few sizes again and again, and then forgets the object.
+    def _step_bytes(self, place: str, n_positions: int) -> int:
+        decode = getattr(BY_ARCHITECTURE[self.config.arch], "decode", None)
+        given = (self.attention, self.options.n_running, n_positions)
+        return step_bytes(self.config, decode, self.weights, place, *given)
 
     def prompt_bytes(self, n_blocks: int) -> int:
         """Arrays of the longest pass over a prompt."""

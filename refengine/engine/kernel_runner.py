@@ -4,6 +4,7 @@ The same bits as `model.evaluate` for all of them together. Knows nothing of sch
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from refengine.cache.paged import BLOCK_SIZE, CacheSequence, KVCache
-from refengine.cuda.decode.step import DecodeRow, DecodeStep
+from refengine.config import ModelConfig
+from refengine.cuda.decode.step import DecodeRow, DecodeStep, StepPlan
 from refengine.cuda.sampling import checked_tokens, sample_rows
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
 from refengine.engine.scheduler import ScheduledChunk
+from refengine.errors import KernelError
 from refengine.trace import Tracer, no_trace, to_numpy
 
 
@@ -30,8 +33,10 @@ class KernelRunner:
         assert trace is no_trace, "the fused step has no tensors to trace"
         self._model, self._cache = model, cache
         self._step: DecodeStep | None = None
-        if DecodeStep.supports(model.config) and model.ops.attention_by == "flash":
-            self._step = DecodeStep(model.ops, model.config, model.weights, cache, max_batch=max_batch, graphs=graphs)
+        if model.ops.attention_by == "flash":
+            given = (model.ops, model.config, model.decode, model.weights, cache)
+            with contextlib.suppress(KernelError):  # the model has no fused step: tokens go through `forward`
+                self._step = DecodeStep(*given, max_batch=max_batch, graphs=graphs)
 
     def warm_up(self, n_prompt: int) -> None:
         """Compile the kernels and capture the graphs; let a prompt take from the pool what it wants."""
@@ -94,15 +99,19 @@ class KernelRunner:
         return results
 
 
-def step_bytes(config: Any, place: str, attention_by: str, max_batch: int, n_positions: int) -> int:
+def step_bytes(
+    config: ModelConfig, decode: Any, weights: Any, place: str, attention_by: str, max_batch: int, n_positions: int
+) -> int:
     """Device memory that the fused step takes beside weights and cache; 0 where there is none.
 
-    n_positions: the smaller of the context and what the cache holds.
+    weights: only names, types and shapes are looked at. n_positions: the smaller of the context and what the cache
+    holds.
     """
-    if not DecodeStep.supports(config) or attention_by != "flash":
+    if attention_by != "flash":
         return 0
-    sizes = {"max_batch": max_batch, "n_positions": n_positions, "block_size": BLOCK_SIZE}
-    return DecodeStep.bytes_for(place, config, **sizes)
+    sizes = {"max_batch": max_batch, "n_ctx": config.n_ctx_train, "n_positions": n_positions, "block_size": BLOCK_SIZE}
+    plan = StepPlan.of(decode, config, weights, place, **sizes)
+    return 0 if plan is None else plan.total_bytes
 
 
 def checked_token(drawn: Any) -> int:

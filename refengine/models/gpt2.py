@@ -10,10 +10,13 @@ from functools import partial
 from typing import Any
 
 from refengine.cache.paged import Batch, KVCache
-from refengine.config import ModelConfig
+from refengine.config import ModelConfig, Traits
 from refengine.ops import Ops
+from refengine.ops.decode import DecodeOps, DecodeTrace, Value
 from refengine.trace import Tracer
 from refengine.weights import TensorSpec, Weights
+
+TRAITS = Traits(rope=None, layer_norm=True)
 
 
 def tensors(cfg: ModelConfig) -> dict[str, TensorSpec]:
@@ -86,3 +89,30 @@ def forward(cfg: ModelConfig, w: Weights, batch: Batch, kv: KVCache, ops: Ops, t
     normed_out = ops.layer_norm(out, w.output_norm, w.output_norm_bias, cfg.norm_eps)
     result_norm = trace("result_norm", None, normed_out)  # (n_out, n_embd)
     return trace("result_output", None, ops.linear(result_norm, w.output))  # (n_out, n_vocab)
+
+
+def decode(cfg: ModelConfig, w: Weights, ops: DecodeOps, trace: DecodeTrace) -> Value:
+    """`forward` for one new token of each of n sequences, in as few launches as `ops` makes of it. (n, n_vocab)"""
+    scale = 1.0 / math.sqrt(cfg.head_dim)
+    parts = (cfg.n_embd_q, cfg.n_embd_kv, cfg.n_embd_kv)
+
+    inpL = ops.add(ops.embedding(w.token_embd), ops.position_embedding(w.position_embd))  # (n, n_embd)
+    for il, layer in enumerate(w.layers):
+        attn_norm = ops.layer_norm(inpL, layer.attn_norm, layer.attn_norm_bias, cfg.norm_eps)  # (n, n_embd)
+        wqkv_b = ops.linear(attn_norm, layer.attn_qkv, layer.attn_qkv_bias)  # (n, n_embd_q + 2 * n_embd_kv)
+        q, k, v = ops.split(wqkv_b, parts)
+        Qcur, Kcur = ops.heads(q, cfg.n_head), ops.heads(k, cfg.n_head_kv)  # (n, n_head, head_dim)
+        kqv_out = ops.attention(il, Qcur, Kcur, ops.heads(v, cfg.n_head_kv), scale=scale)  # (n, n_embd_q)
+        attn_out = ops.linear(kqv_out, layer.attn_output, layer.attn_output_bias)  # (n, n_embd)
+        ffn_inp = ops.add(attn_out, inpL)  # (n, n_embd)
+
+        ffn_norm = ops.layer_norm(ffn_inp, layer.ffn_norm, layer.ffn_norm_bias, cfg.norm_eps)  # (n, n_embd)
+        ffn_up_b = ops.linear(ffn_norm, layer.ffn_up, layer.ffn_up_bias)  # (n, n_ff)
+        ffn_gelu = ops.gelu(ffn_up_b)  # (n, n_ff)
+        ffn_out = ops.linear(ffn_gelu, layer.ffn_down, layer.ffn_down_bias)  # (n, n_embd)
+        l_out = ops.add(ffn_out, ffn_inp)  # (n, n_embd)
+        trace("l_out", il, l_out)
+        inpL = l_out
+
+    result_norm = ops.layer_norm(inpL, w.output_norm, w.output_norm_bias, cfg.norm_eps)  # (n, n_embd)
+    return ops.linear(result_norm, w.output)  # (n, n_vocab)

@@ -11,10 +11,13 @@ from functools import partial
 from typing import Any
 
 from refengine.cache.paged import Batch, KVCache
-from refengine.config import ModelConfig
+from refengine.config import ModelConfig, Traits
 from refengine.ops import Ops
+from refengine.ops.decode import DecodeOps, DecodeTrace, Value
 from refengine.trace import Tracer
 from refengine.weights import TensorSpec, Weights
+
+TRAITS = Traits(rope="neox", experts=True, sliding_window=True)
 
 
 def tensors(cfg: ModelConfig) -> dict[str, TensorSpec]:
@@ -117,3 +120,42 @@ def forward(cfg: ModelConfig, w: Weights, batch: Batch, kv: KVCache, ops: Ops, t
     out = ops.rows(inpL, batch.rows)  # (n_out, n_embd)
     result_norm = trace("result_norm", None, ops.rms_norm(out, w.output_norm, cfg.norm_eps))  # (n_out, n_embd)
     return trace("result_output", None, ops.linear(result_norm, w.output))  # (n_out, n_vocab)
+
+
+def decode(cfg: ModelConfig, w: Weights, ops: DecodeOps, trace: DecodeTrace) -> Value:
+    """`forward` for one new token of each of n sequences, in as few launches as `ops` makes of it. (n, n_vocab)"""
+    angles = ops.rope_angles(cfg.rope)
+    scale = 1.0 / math.sqrt(cfg.head_dim)
+
+    inpL = ops.embedding(w.token_embd)  # (n, n_embd)
+    for il, layer in enumerate(w.layers):
+        attn_norm = ops.rms_norm(inpL, layer.attn_norm, cfg.norm_eps)  # (n, n_embd)
+        Qbias = ops.linear(attn_norm, layer.attn_q, layer.attn_q_bias)  # (n, n_embd_q)
+        Kbias = ops.linear(attn_norm, layer.attn_k, layer.attn_k_bias)  # (n, n_embd_kv)
+        Vcur = ops.linear(attn_norm, layer.attn_v, layer.attn_v_bias)  # (n, n_embd_kv)
+        Qcur = ops.rope_neox(ops.heads(Qbias, cfg.n_head), angles)  # (n, n_head, head_dim)
+        Kcur = ops.rope_neox(ops.heads(Kbias, cfg.n_head_kv), angles)  # (n, n_head_kv, head_dim)
+        Vheads = ops.heads(Vcur, cfg.n_head_kv)  # (n, n_head_kv, head_dim)
+        window, sinks = cfg.swa_window(il), layer.attn_sinks
+        kqv_out = ops.attention(il, Qcur, Kcur, Vheads, scale=scale, window=window, sinks=sinks)  # (n, n_embd_q)
+        attn_out = ops.linear(kqv_out, layer.attn_output, layer.attn_output_bias)  # (n, n_embd)
+        ffn_inp = ops.add(attn_out, inpL)  # (n, n_embd)
+
+        attn_post_norm = ops.rms_norm(ffn_inp, layer.post_attention_norm, cfg.norm_eps)  # (n, n_embd)
+        ffn_moe_probs = ops.linear(attn_post_norm, layer.ffn_gate_inp, layer.ffn_gate_inp_bias)  # (n, n_expert)
+        ffn_moe_topk = ops.top_experts(ffn_moe_probs, cfg.n_expert_used)  # (n, n_expert_used)
+        ffn_moe_weights = ops.take_experts(ffn_moe_probs, ffn_moe_topk)  # (n, n_expert_used)
+        shares = ops.row_soft_max(ffn_moe_weights)  # (n, n_expert_used)
+
+        topk, up_bias, gate_bias = ffn_moe_topk, layer.ffn_up_exps_bias, layer.ffn_gate_exps_bias
+        up = ops.linear_experts(attn_post_norm, layer.ffn_up_exps, topk, up_bias)  # (n, n_expert_used, n_ff_exp)
+        gate = ops.linear_experts(attn_post_norm, layer.ffn_gate_exps, topk, gate_bias)  # same
+        swiglu = ops.swiglu_clamped(gate, up)  # same
+        down = ops.linear_experts(swiglu, layer.ffn_down_exps, topk, layer.ffn_down_exps_bias)  # (n, …, n_embd)
+        ffn_moe_out = ops.sum_experts(down, shares)  # (n, n_embd)
+        l_out = ops.add(ffn_moe_out, ffn_inp)  # (n, n_embd)
+        trace("l_out", il, l_out)
+        inpL = l_out
+
+    result_norm = ops.rms_norm(inpL, w.output_norm, cfg.norm_eps)  # (n, n_embd)
+    return ops.linear(result_norm, w.output)  # (n, n_vocab)

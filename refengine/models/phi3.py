@@ -11,10 +11,13 @@ from functools import partial
 from typing import Any
 
 from refengine.cache.paged import Batch, KVCache
-from refengine.config import ModelConfig
+from refengine.config import ModelConfig, Traits
 from refengine.ops import Ops
+from refengine.ops.decode import DecodeOps, DecodeTrace, Value
 from refengine.trace import Tracer
 from refengine.weights import TensorSpec, Weights
+
+TRAITS = Traits(rope="neox")  # llama.cpp turns its sliding window off
 
 
 def tensors(cfg: ModelConfig) -> dict[str, TensorSpec]:
@@ -80,3 +83,35 @@ def forward(cfg: ModelConfig, w: Weights, batch: Batch, kv: KVCache, ops: Ops, t
     out = ops.rows(inpL, batch.rows)  # (n_out, n_embd)
     result_norm = trace("result_norm", None, ops.rms_norm(out, w.output_norm, cfg.norm_eps))  # (n_out, n_embd)
     return trace("result_output", None, ops.linear(result_norm, w.output))  # (n_out, n_vocab)
+
+
+def decode(cfg: ModelConfig, w: Weights, ops: DecodeOps, trace: DecodeTrace) -> Value:
+    """`forward` for one new token of each of n sequences, in as few launches as `ops` makes of it. (n, n_vocab)"""
+    assert cfg.rope is not None
+    factors = w.rope_factors_long if ops.n_ctx > cfg.rope.n_ctx_orig else w.rope_factors_short
+    angles = ops.rope_angles(cfg.rope, factors)
+    q_scale = 1.0 / math.sqrt(cfg.head_dim)
+    parts = (cfg.n_embd_q, cfg.n_embd_kv, cfg.n_embd_kv)
+
+    inpL = ops.embedding(w.token_embd)  # (n, n_embd)
+    for il, layer in enumerate(w.layers):
+        attn_norm = ops.rms_norm(inpL, layer.attn_norm, cfg.norm_eps)  # (n, n_embd)
+        wqkv = ops.linear(attn_norm, layer.attn_qkv)  # (n, n_embd_q + 2 * n_embd_kv)
+        Qview, Kview, Vcur = ops.split(wqkv, parts)
+        Qrope = ops.rope_neox(ops.heads(Qview, cfg.n_head), angles)  # (n, n_head, head_dim)
+        Kcur = ops.rope_neox(ops.heads(Kview, cfg.n_head_kv), angles)  # (n, n_head_kv, head_dim)
+        Qcur = ops.scale(Qrope, q_scale)  # (n, n_head, head_dim)
+        kqv_out = ops.attention(il, Qcur, Kcur, ops.heads(Vcur, cfg.n_head_kv), scale=1.0)  # (n, n_embd_q)
+        attn_out = ops.linear(kqv_out, layer.attn_output)  # (n, n_embd)
+        ffn_inp = ops.add(attn_out, inpL)  # (n, n_embd)
+
+        ffn_norm = ops.rms_norm(ffn_inp, layer.ffn_norm, cfg.norm_eps)  # (n, n_embd)
+        ffn_up = ops.linear(ffn_norm, layer.ffn_up)  # (n, 2 * n_ff): gate, then up
+        ffn_swiglu = ops.swiglu(*ops.split(ffn_up, (cfg.n_ff, cfg.n_ff)))  # (n, n_ff)
+        ffn_out = ops.linear(ffn_swiglu, layer.ffn_down)  # (n, n_embd)
+        l_out = ops.add(ffn_out, ffn_inp)  # (n, n_embd)
+        trace("l_out", il, l_out)
+        inpL = l_out
+
+    result_norm = ops.rms_norm(inpL, w.output_norm, cfg.norm_eps)  # (n, n_embd)
+    return ops.linear(result_norm, w.output)  # (n, n_vocab)

@@ -10,10 +10,13 @@ from functools import partial
 from typing import Any
 
 from refengine.cache.paged import Batch, KVCache
-from refengine.config import ModelConfig
+from refengine.config import ModelConfig, Traits
 from refengine.ops import Ops
+from refengine.ops.decode import DecodeOps, DecodeTrace, Value
 from refengine.trace import Tracer
 from refengine.weights import TensorSpec, Weights
+
+TRAITS = Traits(rope="neox")
 
 
 def tensors(cfg: ModelConfig) -> dict[str, TensorSpec]:
@@ -79,3 +82,37 @@ def forward(cfg: ModelConfig, w: Weights, batch: Batch, kv: KVCache, ops: Ops, t
     out = ops.rows(inpL, batch.rows)  # (n_out, n_embd)
     result_norm = trace("result_norm", None, ops.rms_norm(out, w.output_norm, cfg.norm_eps))  # (n_out, n_embd)
     return trace("result_output", None, ops.linear(result_norm, w.output))  # (n_out, n_vocab)
+
+
+def decode(cfg: ModelConfig, w: Weights, ops: DecodeOps, trace: DecodeTrace) -> Value:
+    """`forward` for one new token of each of n sequences, in as few launches as `ops` makes of it. (n, n_vocab)"""
+    angles = ops.rope_angles(cfg.rope)
+    scale = 1.0 / math.sqrt(cfg.head_dim)
+
+    inpL = ops.embedding(w.token_embd)  # (n, n_embd)
+    for il, layer in enumerate(w.layers):
+        attn_norm = ops.rms_norm(inpL, layer.attn_norm, cfg.norm_eps)  # (n, n_embd)
+        Qmul = ops.linear(attn_norm, layer.attn_q)  # (n, n_embd_q)
+        Kmul = ops.linear(attn_norm, layer.attn_k)  # (n, n_embd_kv)
+        Vcur = ops.linear(attn_norm, layer.attn_v)  # (n, n_embd_kv)
+        Qheads, Kheads = ops.heads(Qmul, cfg.n_head), ops.heads(Kmul, cfg.n_head_kv)
+        Qcur_normed = ops.rms_norm(Qheads, layer.attn_q_norm, cfg.norm_eps)  # (n, n_head, head_dim)
+        Kcur_normed = ops.rms_norm(Kheads, layer.attn_k_norm, cfg.norm_eps)  # (n, n_head_kv, head_dim)
+        Qcur = ops.rope_neox(Qcur_normed, angles)  # (n, n_head, head_dim)
+        Kcur = ops.rope_neox(Kcur_normed, angles)  # (n, n_head_kv, head_dim)
+        Vheads = ops.heads(Vcur, cfg.n_head_kv)  # (n, n_head_kv, head_dim)
+        kqv_out = ops.attention(il, Qcur, Kcur, Vheads, scale=scale)  # (n, n_embd_q)
+        attn_out = ops.linear(kqv_out, layer.attn_output)  # (n, n_embd)
+        ffn_inp = ops.add(attn_out, inpL)  # (n, n_embd)
+
+        ffn_norm = ops.rms_norm(ffn_inp, layer.ffn_norm, cfg.norm_eps)  # (n, n_embd)
+        ffn_up = ops.linear(ffn_norm, layer.ffn_up)  # (n, n_ff)
+        ffn_gate = ops.linear(ffn_norm, layer.ffn_gate)  # (n, n_ff)
+        ffn_swiglu = ops.swiglu(ffn_gate, ffn_up)  # (n, n_ff)
+        ffn_out = ops.linear(ffn_swiglu, layer.ffn_down)  # (n, n_embd)
+        l_out = ops.add(ffn_out, ffn_inp)  # (n, n_embd)
+        trace("l_out", il, l_out)
+        inpL = l_out
+
+    result_norm = ops.rms_norm(inpL, w.output_norm, cfg.norm_eps)  # (n, n_embd)
+    return ops.linear(result_norm, w.output)  # (n, n_vocab)

@@ -12,6 +12,7 @@ import numpy as np
 
 from refengine import quants
 from refengine.model import Model
+from refengine.models import BY_ARCHITECTURE
 from refengine.ops import Ops
 from refengine.ops.activation import gelu
 from refengine.ops.attention import causal_mask
@@ -68,7 +69,7 @@ def _norm_hypotheses(model: Model) -> Iterator[Hypothesis]:
 
 def _rope_hypotheses(model: Model, first_wrong_row: int) -> Iterator[Hypothesis]:
     rope: Any = model.config.rope
-    neox = model.config.arch != "llama"
+    neox = BY_ARCHITECTURE[model.config.arch].TRAITS.rope == "neox"
     pairs = "neighbours (2i, 2i+1)", "halves (i, i + n/2)"
     name = "rope_neox" if neox else "rope_norm"
     other = "rope_norm" if neox else "rope_neox"

@@ -20,6 +20,7 @@ from refengine.config import ModelConfig
 from refengine.cuda import weight_bytes
 from refengine.cuda.runtime.compile import compile_files, missing
 from refengine.cuda.runtime.nvrtc import architecture
+from refengine.cuda.upload import Described
 from refengine.cuda.workspace import packing_bytes
 from refengine.device import Device, open_device
 from refengine.engine.capacity import Capacity
@@ -29,6 +30,8 @@ from refengine.gguf.file import GGUFFile
 from refengine.hub.files import fetch
 from refengine.hub.names import parse
 from refengine.model import Model
+from refengine.models import BY_ARCHITECTURE, read_config
+from refengine.weights import load_weights
 from refengine.worker.jobs.engine_thread import Started
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
@@ -57,7 +60,8 @@ class Startup:
         facts = ModelInfo.of(model)
         state = State(facts)
         self.metrics = Metrics(state)
-        capacity, free = capacity_of(model.config, self._options, device.name), _free_bytes(device)
+        capacity = capacity_of(model.config, self._options, device.name, model.weights)
+        free = _free_bytes(device)
         n_blocks = _blocks(capacity, free)
         try:
             engine = Engine(model, capacity.engine_options(n_blocks), EngineHook(self.metrics))
@@ -155,7 +159,10 @@ class Startup:
 
     def _needed(self, device: Device, gguf: GGUFFile, free: int | None) -> int:
         """Bytes that the start needs at least. Raises StartFailed where they are not free (W-1020)."""
-        capacity = capacity_of(ModelConfig.from_gguf(gguf), self._options, device.name)
+        config = read_config(gguf)
+        specs = BY_ARCHITECTURE[config.arch].tensors(config)
+        shapes = None if device.name == "cpu" else load_weights(gguf, specs, config.n_layer, Described())
+        capacity = capacity_of(config, self._options, device.name, shapes)
         _check_asked(capacity)
         tensors = gguf.tensors.values()
         if device.name == "cpu":
@@ -208,8 +215,11 @@ def _free_bytes(device: Device) -> int | None:
     return int(device.xp.cuda.runtime.memGetInfo()[0]) if device.name.startswith("cuda") else None
 
 
-def capacity_of(config: ModelConfig, options: WorkerOptions, device: str) -> Capacity:
-    """The engine that these options ask for, with the number of its cache blocks still open."""
+def capacity_of(config: ModelConfig, options: WorkerOptions, device: str, weights: Any) -> Capacity:
+    """The engine that these options ask for, with the number of its cache blocks still open.
+
+    weights: as for `Capacity`.
+    """
     engine_options = EngineOptions(
         max_batch=options.max_batch,
         max_step_tokens=options.max_step_tokens or default_step_tokens(device),
@@ -219,7 +229,7 @@ def capacity_of(config: ModelConfig, options: WorkerOptions, device: str) -> Cap
         graphs=options.graphs,
     )
     asked_bytes = None if options.kv_cache_size_mb is None else options.kv_cache_size_mb << 20
-    return Capacity(config, engine_options, device, asked_bytes, options.attention)
+    return Capacity(config, engine_options, device, weights, asked_bytes, options.attention)
 
 
 def _check_asked(capacity: Capacity) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from refengine.cuda.runtime.host import HostModule
-from refengine.cuda.runtime.source import read_source
+from refengine.cuda.runtime.source import Struct, read_source
 from refengine.device import open_device
 from refengine.errors import DeviceError
 
@@ -28,6 +28,11 @@ class Kernels:
 
         self.module = DeviceModule(read_source(name))
 
+    def _put(self, value: Any) -> Any:
+        if isinstance(value, Struct):
+            return Struct(*map(self._put, value.arrays))
+        return self._xp.asarray(value) if isinstance(value, np.ndarray) else value
+
     def launch(
         self,
         kernel: str,
@@ -40,7 +45,7 @@ class Kernels:
         if self.place == "host":
             self.module.launch(kernel, grid, block, arguments, shared_bytes, order=order)
             return
-        there = [self._xp.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        there = [self._put(a) for a in arguments]
         self.module.launch(kernel, grid, block, there, shared_bytes)
         for parameter, here, device in zip(self.module.source.kernels[kernel], arguments, there, strict=True):
             if parameter.writable and isinstance(here, np.ndarray):

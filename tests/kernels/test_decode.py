@@ -8,11 +8,15 @@ import pytest
 
 import refengine
 from refengine.cache.paged import CacheSequence, KVCache
-from refengine.cuda.decode.step import DecodeRow, DecodeStep
+from refengine.cuda.decode.step import DecodeRow, DecodeStep, StepPlan
+from refengine.cuda.upload import Described
 from refengine.engine.sampling import SamplingParams, sample
 from refengine.errors import KernelError
+from refengine.gguf.file import GGUFFile
 from refengine.model import Model
+from refengine.models import llama
 from refengine.trace import to_numpy
+from refengine.weights import load_weights
 from tests.kernels.test_models import ONE_EACH, ids_for, loaded
 
 # Ways in which files are mixed that those do not have: floats, heads that share K or do not, frequency factors, ties.
@@ -46,7 +50,8 @@ class Decoding:
         if shuffle is not None:
             take = iter(np.random.default_rng(shuffle).permutation(self.cache.pool.n_blocks).tolist())
             self.cache.pool.allocate = lambda n: [next(take) for _ in range(n)]  # type: ignore[method-assign]
-        self.fused = DecodeStep(model.ops, model.config, model.weights, self.cache, max_batch=max_batch)
+        given = (model.ops, model.config, model.decode, model.weights, self.cache)
+        self.fused = DecodeStep(*given, max_batch=max_batch)
         self.fused.warm_up()
         self.sequences: list[CacheSequence] = []
         self.histories: list[list[int]] = []
@@ -210,8 +215,12 @@ def test_nothing_is_allocated_after_the_warm_up(place: str, tiny_model: Any) -> 
     progress: list[tuple[int, int]] = []
     started = model.ops.memory.accounted()["workspace"]
     decoding = Decoding(model, max_batch=3)
-    sizes = {"max_batch": 3, "n_positions": decoding.fused.n_positions, "block_size": decoding.cache.block_size}
-    taken = DecodeStep.bytes_for(place, model.config, **sizes)
+    sizes = {"n_positions": decoding.fused.n_positions, "block_size": decoding.cache.block_size, "n_ctx": model.n_ctx}
+    with GGUFFile(model.gguf.path) as gguf:  # what is asked before the weights are loaded
+        described = load_weights(gguf, llama.tensors(model.config), model.config.n_layer, Described())
+    plan = StepPlan.of(llama.decode, model.config, described, place, max_batch=3, **sizes)
+    assert plan is not None
+    taken = plan.total_bytes
     if place == "host":  # of a GPU, what the prompts' passes keep is accounted for as well
         assert model.ops.memory.accounted()["workspace"] == started + taken
     decoding.fused.warm_up(lambda done, total: progress.append((done, total)))

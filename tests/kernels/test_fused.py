@@ -7,15 +7,18 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from refengine.cache.paged import CacheSequence
-from refengine.config import ModelConfig, RopeConfig
-from refengine.cuda.decode import ops as fused
-from refengine.cuda.decode.buffers import QKV, Rows
-from refengine.cuda.decode.ops import FusedOps
+from refengine.config import RopeConfig
+from refengine.cuda.kernels import attention, matmul, moe, norm, rope
+from refengine.cuda.kernels.moe import Groups
+from refengine.cuda.kernels.quantize_rows import Rows, quantize_rows
+from refengine.cuda.kernels.rope import Projections, Rotation
 from refengine.cuda.layout import PackedMatrix
 from refengine.trace import to_numpy
 from tests.kernels.op_twins import OpsThere
 
 ROPE = RopeConfig(n_rot=24, freq_base=1e4, freq_scale=1.0, n_ctx_orig=4096, ext_factor=0.0, attn_factor=1.0)
+EPS = 1e-5
+N_POSITIONS = 1152
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +26,13 @@ def there(place: str) -> OpsThere:
     return OpsThere(place)
 
 
-def config(**sizes: Any) -> ModelConfig:
-    given = {"n_layer": 1, "n_embd": 96, "n_head": 2, "n_head_kv": 2, "head_dim": 32, "n_ff": 96, "rope": ROPE}
-    given |= {"arch": "llama", "name": "", "n_vocab": 64, "n_ctx_train": 4096, "norm_eps": 1e-5}
-    return ModelConfig(**(given | sizes))
-
-
-def matrix(kind: str) -> Any:
-    return PackedMatrix("w", GGMLQuantizationType[kind], (1, 1), {})
+def empty_rows(there: OpsThere, n: int, width: int, *, floats: bool, halves: bool) -> Rows:
+    xp = there.xp
+    plain = xp.zeros((n, width), xp.float32) if floats else None
+    if not halves:
+        return Rows(n, plain)
+    sums, scale = xp.zeros((n, width // 32), xp.uint32), xp.zeros(n, xp.float32)
+    return Rows(n, plain, xp.zeros((n, width), xp.float16), sums, scale)
 
 
 def random(*shape: int, seed: int = 1) -> np.ndarray:
@@ -40,24 +42,23 @@ def random(*shape: int, seed: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("n_embd", [32, 96, 608])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_norm_and_its_halves(n_embd: int, with_bias: bool, there: OpsThere) -> None:
-    n = 5
-    cache = there.cache(2, 32, 2)
-    ops = FusedOps(there.ops, config(n_embd=n_embd), cache, n, None)
+    n, kernels = 5, there.ops.kernels
     x = random(n, n_embd) * np.array([1, 1e6, 1e-6, 0, 1], np.float32)[:, None]
     x[4, 3] = np.nan
     weight, bias = random(n_embd, seed=2), random(n_embd, seed=3)
-    if with_bias:
-        expected = there.layer_norm(x, weight, bias, 1e-5)
-        rows = ops.layer_norm(there.put(x), there.put(weight), there.put(bias), [matrix("F32"), matrix("Q8_0")])
-    else:
-        expected = there.rms_norm(x, weight, 1e-5)
-        rows = ops.rms_norm(there.put(x), there.put(weight), [matrix("F32"), matrix("Q8_0")])
+    rows = empty_rows(there, n, n_embd, floats=True, halves=True)
+    floats_only = empty_rows(there, n, n_embd, floats=True, halves=False)
+    vectors = [there.put(weight), there.put(bias)] if with_bias else [there.put(weight)]
+    launch = norm.layer_norm_rows if with_bias else norm.rms_norm_rows
+    for given in (rows, floats_only):
+        launch(kernels, there.put(x), *vectors, EPS, given)
+    expected = there.layer_norm(x, weight, bias, EPS) if with_bias else there.rms_norm(x, weight, EPS)
     np.testing.assert_array_equal(to_numpy(rows.floats), expected)
-    alone = there.ops._activations(there.put(expected))
-    for found, wanted in zip(rows.prepared(), (alone.halves, alone.sums, alone.scale), strict=True):
-        np.testing.assert_array_equal(to_numpy(found), to_numpy(wanted))
-    floats_only = ops.rms_norm(there.put(x), there.put(weight), [matrix("BF16")])
-    assert floats_only.halves is None
+    np.testing.assert_array_equal(to_numpy(floats_only.floats), expected)
+    alone = empty_rows(there, n, n_embd, floats=False, halves=True)
+    quantize_rows(kernels, there.put(expected), alone)
+    for name in ("halves", "sums", "scale"):
+        np.testing.assert_array_equal(to_numpy(getattr(rows, name)), to_numpy(getattr(alone, name)))
 
 
 LENGTHS = (1, 700, 64, 1100, 513)  # positions, the new one included
@@ -86,11 +87,10 @@ def test_rope_append_and_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """busy: how many blocks there are to be, and so whether one takes several splits."""
-    monkeypatch.setattr(fused, "BUSY", busy)
+    monkeypatch.setattr(attention, "BUSY", busy)
     n, rng = len(LENGTHS), np.random.default_rng(head_dim)
-    cfg = config(
-        n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim, rope=ROPE if options.get("rope", True) else None
-    )
+    n_q, n_kv = n_head * head_dim, n_head_kv * head_dim
+    rotated = options.get("rope", True)
     n_blocks = sum(-(-length // 64) for length in LENGTHS)
     cache = there.cache(n_head_kv, head_dim, n_blocks)
     take = iter(rng.permutation(n_blocks).tolist())
@@ -102,45 +102,47 @@ def test_rope_append_and_attention(
     cache.batch([(s, [0] * length) for s, length in zip(sequences, LENGTHS, strict=True)])
     for s, length in zip(sequences, LENGTHS, strict=True):
         s.length = length - 1
-    ops = FusedOps(there.ops, cfg, cache, n + 1, None)  # the last row is not there
-    tables = np.zeros((n + 1, ops.table_stride), np.int32)
+    tables = np.zeros((n + 1, N_POSITIONS // 64), np.int32)  # the last row is not there
     for i, s in enumerate(sequences):
         tables[i, : len(s.block_table)] = s.block_table
-    ops.positions[...] = there.put(np.array([*(s.length for s in sequences), -1], np.int32))
-    ops.tables[...] = there.put(tables)
+    positions = np.array([*(s.length for s in sequences), -1], np.int32)
+    places = (there.put(positions), there.put(tables))
 
     q, k, v = (random(n + 1, heads, head_dim, seed=i) for i, heads in enumerate((n_head, n_head_kv, n_head_kv)))
     k[1] *= 1e6
     parts = [there.put(np.ascontiguousarray(part).reshape(-1)) for part in (q, k, v)]
-    strides = (cfg.n_embd_q, cfg.n_embd_kv, cfg.n_embd_kv)
+    strides = (n_q, n_kv, n_kv)
     if options.get("fused"):
         whole = there.put(np.concatenate([part.reshape(n + 1, -1) for part in (q, k, v)], axis=1).reshape(-1))
-        parts = [whole, whole[cfg.n_embd_q :], whole[cfg.n_embd_q + cfg.n_embd_kv :]]
+        parts = [whole, whole[n_q:], whole[n_q + n_kv :]]
         strides = (sum(strides),) * 3
     norms = [random(head_dim, seed=8), random(head_dim, seed=9)] if options.get("norms") else [None, None]
     sinks = random(n_head, seed=7) if options.get("sinks") else None
     q_factor = options.get("q_factor", 1.0)
-    heads = ops.attention(
-        0,
-        QKV((parts[0], parts[1], parts[2]), strides),
-        scale=0.125,
-        neox=options.get("neox", True),
-        norms=(there.put(norms[0]), there.put(norms[1])),
-        q_factor=q_factor,
-        window=window,
-        sinks=there.put(sinks),
-    )
+    rotation = Rotation(None, None, True)
+    if rotated:
+        cos, sin = there.ops.rope_angles(np.arange(N_POSITIONS), ROPE)
+        rotation = Rotation(cos[:, 0].copy(), sin[:, 0].copy(), options["neox"])
+    xp, kernels = there.xp, there.ops.kernels
+    q_heads = xp.zeros((n + 1, n_head, head_dim), xp.float32)
+    projections = Projections((parts[0], parts[1], parts[2]), strides)
+    of_heads = {"norms": (there.put(norms[0]), there.put(norms[1])), "eps": EPS, "q_factor": q_factor}
+    rope.rope_append(kernels, projections, rotation, *places, q_heads, cache.k[0], cache.v[0], **of_heads)
+    partial = xp.zeros((n + 1, n_head, -(-N_POSITIONS // attention.SPLIT), head_dim + 2), xp.float32)
+    heads = xp.zeros((n + 1, n_q), xp.float32)
+    given = {"scale": 0.125, "window": window, "sinks": there.put(sinks)}
+    attention.attention_step(kernels, q_heads, cache.k[0], cache.v[0], *places, partial, heads, **given)
     found = to_numpy(heads)[:n].copy()
     written = [to_numpy(a).copy() for kv in (cache.k[0], cache.v[0]) for a in (kv.values, kv.exponents)]
 
     q, k, v = q[:n], k[:n], v[:n]
     if norms[0] is not None:
-        q, k = there.rms_norm(q, norms[0], 1e-5), there.rms_norm(k, norms[1], 1e-5)
+        q, k = there.rms_norm(q, norms[0], EPS), there.rms_norm(k, norms[1], EPS)
     batch = cache.batch([(s, [0]) for s in sequences])
-    if cfg.rope is not None:
-        angles = there.ops.rope_angles(batch.positions, cfg.rope)
-        rope = there.ops.rope_neox if options["neox"] else there.ops.rope_norm
-        q, k = to_numpy(rope(there.put(q), angles)), to_numpy(rope(there.put(k), angles))
+    if rotated:
+        angles = there.ops.rope_angles(batch.positions, ROPE)
+        rotate = there.ops.rope_neox if options["neox"] else there.ops.rope_norm
+        q, k = to_numpy(rotate(there.put(q), angles)), to_numpy(rotate(there.put(k), angles))
     if q_factor != 1.0:
         q = q * np.float32(q_factor)
     there.kv_append(cache.k[0], k, batch.slots)
@@ -154,20 +156,23 @@ def test_rope_append_and_attention(
 
 
 def test_experts_of_rows_that_are_there(there: OpsThere) -> None:
-    cfg = config(n_expert=6, n_expert_used=3, n_ff_exp=32)
-    ops = FusedOps(there.ops, cfg, there.cache(2, 32, 2), 9, None)
     positions = np.array([0, -1, 3, 5, -1, 2, 1, 1, 8], np.int32)
-    ops.positions[...] = there.put(positions)
     x, w, bias = random(9, 96), random(6, 96, seed=2), random(6, seed=3)
     router = PackedMatrix("router", GGMLQuantizationType.F32, (6, 96), {"low": there.put(w.reshape(-1).view(np.uint8))})
-    rows = Rows(9, there.put(x), None, None, None)
-    experts, shares = ops.route(rows, router, there.put(bias))
+    xp, kernels = there.xp, there.ops.kernels
+    routed, shares = xp.zeros((9, 6), xp.float32), xp.zeros((9, 3), xp.float32)
+    matmul.linear(kernels, Rows(9, there.put(x)), router, routed, bias=there.put(bias), overlap=True)
+    of_rows = xp.zeros((9, 3), xp.int32)
+    moe.route(kernels, routed, there.put(positions), of_rows, shares)
+    slots = [xp.zeros(27, xp.int32) for _ in range(2)]
+    experts = Groups(xp.zeros((moe.most_groups(27, 6, 8), 3), xp.int32), slots[0], slots[1], 8)
+    moe.group_experts(kernels, of_rows, 6, 3, experts, overlap=True)
     active = positions >= 0
     scores = to_numpy(there.ops.linear(there.put(x), router, there.put(bias)))
     chosen = there.top_experts(scores, 3)
     expected = there.row_soft_max(np.take_along_axis(scores, chosen, axis=-1))
     np.testing.assert_array_equal(to_numpy(shares)[active], expected[active])
-    pairs, groups = to_numpy(experts.pairs), to_numpy(experts.groups)
+    pairs, groups = to_numpy(experts.y_rows), to_numpy(experts.group)
     reached: list[tuple[int, int]] = []
     for expert, first, count in groups[groups[:, 2] > 0].tolist():
         assert count <= 8
@@ -176,8 +181,6 @@ def test_experts_of_rows_that_are_there(there: OpsThere) -> None:
 
     residual, down = random(9, 96, seed=4), random(9, 3, 96, seed=5)
     y = there.put(np.zeros((9, 96), np.float32))
-    sizes = [np.int32(3), np.int32(96)]
-    arguments = [there.put(down), there.put(expected), there.put(residual), y, *sizes]
-    there.ops.kernels.launch("moe", "combine_f32", (1, 9), 256, arguments)
+    moe.combine(kernels, there.put(down), there.put(expected), there.put(residual), y)
     wanted = there.sum_experts(down * expected[:, :, None]) + residual
     np.testing.assert_array_equal(to_numpy(y), wanted)

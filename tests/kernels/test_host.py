@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refengine.cuda.runtime.host import HostModule
-from refengine.cuda.runtime.source import source_of
+from refengine.cuda.runtime.source import Struct, source_of
 from refengine.errors import KernelError
 
 KERNELS = """
@@ -199,7 +199,8 @@ def test_wrong_accesses_are_named(kernel: str, checked: HostModule) -> None:
     [
         ([np.zeros(4, np.float32)] * 3, "takes 4 arguments, 3 were given"),
         ([np.zeros(4), *[np.zeros(4, np.float32)] * 2, np.int32(4)], "a must be float32, found float64"),
-        ([*[np.zeros(4, np.float32)] * 3, 4], "n must be a NumPy scalar: 4"),
+        ([*[np.zeros(4, np.float32)] * 3, "4"], "n must be a number: '4'"),
+        ([*[np.zeros(4, np.float32)] * 3, 1 << 31], "n is 2147483648, out of range for int"),
         ([*[np.zeros(4, np.float32)] * 3, np.int64(4)], "n must be int32, found int64"),
         ([np.float32(1), *[np.zeros(4, np.float32)] * 2, np.int32(4)], "a must be an array"),
         ([np.zeros(8, np.float32)[::2], *[np.zeros(4, np.float32)] * 2, np.int32(4)], "a must be contiguous"),
@@ -208,6 +209,32 @@ def test_wrong_accesses_are_named(kernel: str, checked: HostModule) -> None:
 def test_arguments_are_checked_before_a_launch(arguments: list[Any], message: str, checked: HostModule) -> None:
     with pytest.raises(KernelError, match=message):
         checked.launch("add_f32", (1,), (4,), arguments)
+
+
+STRUCT = """
+struct Pair {
+  const float* a;
+  const float* b;
+};
+extern "C" __global__ void add_pair(Pair in, float* out, int n) {
+  for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = in.a[i] + (in.b ? in.b[i] : 0.0f);
+}
+"""
+
+
+def test_structs_of_pointers_are_one_argument_and_python_numbers_are_converted() -> None:
+    module = HostModule(source_of("pairs", ("pairs.cu", STRUCT)))
+    a, b, out = np.arange(5, dtype=np.float32), np.ones(5, np.float32), np.zeros(5, np.float32)
+    module.launch("add_pair", (1,), (2,), [Struct(a, b), out, 5])
+    np.testing.assert_array_equal(out, a + 1)
+    module.launch("add_pair", (1,), (2,), [Struct(a, None), out, 5])
+    np.testing.assert_array_equal(out, a)
+    with pytest.raises(KernelError, match="add_pair: in must be a Struct of 2 arrays"):
+        module.launch("add_pair", (1,), (2,), [a, out, 5])
+    with pytest.raises(KernelError, match=r"in\.b must be float32, found float64"):
+        module.launch("add_pair", (1,), (2,), [Struct(a, b.astype(np.float64)), out, 5])
+    with pytest.raises(KernelError, match="reads 4 bytes"):
+        module.launch("add_pair", (1,), (2,), [Struct(a[:3], b), out, 5])
 
 
 def test_an_unknown_kernel_or_type_and_a_compile_error_are_named(checked: HostModule) -> None:

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from refengine import quants
+from refengine.cuda.kernels.matmul import NO_GROUPS
+from refengine.cuda.kernels.qkv import NO_MATRIX
 from refengine.cuda.layout import activation_order, pack
-from refengine.cuda.reference import activations_f16, block_sums
+from refengine.cuda.reference import block_sums, quantize_rows
+from refengine.cuda.runtime.source import Struct
 from tests.kernels.matrices import TILED, random_matrix
 from tests.kernels.runner import Kernels
 
@@ -17,7 +20,7 @@ HALF = 2.0**-11  # float16, the same
 
 @pytest.fixture(scope="module")
 def activations(place: str) -> Kernels:
-    return Kernels("activations", place)
+    return Kernels("quantize_rows", place)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def prepared(module: Kernels, x: np.ndarray, warps: int = 4, order: int = 0) -> 
     n_rows, n_in = x.shape
     halves, scale = np.zeros((n_rows, n_in), np.float16), np.zeros(n_rows, np.float32)
     sums = np.zeros((n_rows, n_in // 32), np.uint32)
-    module.launch("activations_f16", (n_rows,), (32 * warps,), [x, halves, scale, sums, np.int32(n_in)], order=order)
+    module.launch("quantize_rows_f16", (n_rows,), (32 * warps,), [x, halves, scale, sums, np.int32(n_in)], order=order)
     return [halves, sums, scale]
 
 
@@ -51,7 +54,7 @@ def product(
     blocks = max(1, tiles - warps + 1)  # some have several tiles
     grid = (blocks, -(-n_rows // 8)) if few else (-(-tiles // warps), -(-n_rows // 64))
     sizes = [np.int32(n_out), np.int32(n_in), np.int32(n_rows)]
-    arguments = [*pack(np, w).arguments(), *given, None, None, None, bias, residual, y, *sizes]
+    arguments = [pack(np, w).struct, Struct(*given), NO_GROUPS, bias, residual, y, *sizes]
     module.launch(f"{kernel}_{w.type.name.lower()}", grid, (32 * warps,), arguments, 1024 * segments if few else 0)
     return y
 
@@ -64,7 +67,7 @@ def test_activation_rows_are_their_twins_bit_for_bit(warps: int, activations: Ke
     x *= np.array(magnitudes, np.float32)[:, None]
     x[7] = np.clip(x[7], -3.4e38, 3.4e38)
     halves, sums, scale = prepared(activations, x, warps)
-    expected, expected_scale = activations_f16(x)
+    expected, expected_scale = quantize_rows(x)
     np.testing.assert_array_equal(halves.view(np.uint16), expected.view(np.uint16))
     np.testing.assert_array_equal(scale, expected_scale)
     # 31 additions of float32, in a tree of five: each level rounds once. Two halves hold it to 2^-22 of itself, and to
@@ -168,13 +171,13 @@ def test_gate_and_up_in_one_kernel_are_the_same(kind: str, place: str, activatio
     for clamped, name in enumerate(("swiglu_f32", "swiglu_clamped_f32")):
         expected, y = np.empty_like(parts[0]), np.full_like(parts[0], np.nan)
         elements.launch(name, (1,), (256,), [*parts, expected, np.int64(y.size)])
-        planes = [*pack(np, gate).arguments(), *pack(np, up).arguments()]
-        arguments = [*planes, *given, None, None, None, *biases, y, *sizes, np.int32(clamped)]
+        matrices = [pack(np, gate).struct, pack(np, up).struct]
+        arguments = [*matrices, Struct(*given), NO_GROUPS, *biases, y, *sizes, np.int32(clamped)]
         gate_up.launch(f"gate_up_{kind.lower()}", (2,), (160,), arguments, 2048 * -(-n_in // 256))
         np.testing.assert_array_equal(y, expected)
     expected, y = np.empty_like(parts[1]), np.full_like(parts[1], np.nan)
     elements.launch("gelu_f32", (1,), (256,), [parts[1], expected, np.int64(y.size)])
-    arguments = [*pack(np, up).arguments(), *given, biases[1], y, *sizes]
+    arguments = [pack(np, up).struct, Struct(*given), biases[1], y, *sizes]
     gate_up.launch(f"up_gelu_{kind.lower()}", (3,), (96,), arguments, 1024 * -(-n_in // 256))
     np.testing.assert_array_equal(y, expected)
 
@@ -192,8 +195,8 @@ def test_q_k_and_v_in_one_kernel_are_the_same(
     given = prepared(activations, rng.standard_normal((n_rows, n_in)).astype(np.float32))
     expected = [product(matmul, "rows8", w, given, bias) for w, bias in zip(matrices, biases, strict=True)]
     y = np.full((n_rows, sum(n_outs)), np.nan, np.float32)
-    planes = [plane for w in matrices for plane in pack(np, w).arguments()] + [None] * 4 * (3 - n_matrices)
+    structs = [pack(np, w).struct for w in matrices] + [NO_MATRIX] * (3 - n_matrices)
     sizes = [np.int32(n) for n in (48, 32, sum(n_outs), n_in, n_rows)]
-    arguments = [*planes, *given, *biases, *[None] * (3 - n_matrices), y, *sizes]
+    arguments = [*structs, Struct(*given), *biases, *[None] * (3 - n_matrices), y, *sizes]
     Kernels("qkv", place).launch(f"qkv_{kind.lower()}", (3,), (64,), arguments, 1024 * -(-n_in // 256))
     np.testing.assert_array_equal(y, np.concatenate(expected, axis=1))

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refengine.cuda.memory import Layout
-from refengine.cuda.sampling import StepSampler, checked_tokens, sample_rows
+from refengine.cuda.kernels.sampling import Sampler, allocated
+from refengine.cuda.sampling import checked_tokens, sample_rows
 from refengine.engine.sampling import SamplingParams, sample
 from refengine.errors import KernelError, RefengineError
 from refengine.trace import to_numpy
@@ -34,11 +34,8 @@ def stepped(
     """What a decode step draws. It leaves the state of its rows ready for the next token, and other rows alone."""
     n, n_vocab = logits.shape
     longest = max(map(len, histories)) + 1
-    sampler = StepSampler(there.ops.kernels, n_vocab, longest)
-    sampler.want(layout := Layout(), n + absent)
-    layout.want("ids", n + absent, dtype=np.int32)
-    layout.want("positions", n + absent, dtype=np.int32)
-    b = layout.taken(there.ops.memory.arena("workspace", layout.n_bytes))
+    sampler = Sampler(there.ops.kernels, n_vocab, longest)
+    b = allocated(sampler, n + absent, there.xp.zeros)
     before = {name: to_numpy(b[name]).copy() for name in ("reals", "whole", "history", "ids", "positions", "drawn")}
     before["positions"][:] = [*range(n), *[-1] * absent]
     for i, (p, ids, seed, index) in enumerate(zip(params, histories, seeds, indices, strict=True)):
@@ -49,7 +46,7 @@ def stepped(
     for name, values in before.items():
         b[name][...] = there.put(values)
     padded = np.concatenate([logits, np.full((absent, n_vocab), np.nan, np.float32)])
-    sampler.launch(n + absent, there.put(padded), b)
+    sampler.draw(n + absent, there.put(padded), b)
     after = {name: to_numpy(b[name]) for name in before}
     for name in before:
         np.testing.assert_array_equal(after[name][n:], before[name][n:])

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refengine.config import ModelConfig
 from refengine.gguf.file import GGUFFile
+from refengine.models import read_config
 from tests.cli_runner import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(tiny_model: Any, tmp_path: Path) -> Path:
     """The small Llama's tensors in the order in which the toy engine reads them."""
     with GGUFFile(tiny_model("llama-f32")) as gguf:
-        cfg = ModelConfig.from_gguf(gguf)
+        cfg = read_config(gguf)
         names = ["token_embd"]
         for il in range(cfg.n_layer):
             names += [f"blk.{il}.{role}" for role in ROLES]

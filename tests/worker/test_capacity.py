@@ -10,18 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 import refengine
 from refengine.cache.paged import BLOCK_SIZE, CacheSequence, KVCache
-from refengine.config import ModelConfig
+from refengine.config import ModelConfig, RopeConfig
 from refengine.cuda import weight_bytes
 from refengine.cuda.layout import PACKING_BYTES, pack
 from refengine.cuda.memory import settled
+from refengine.cuda.upload import Described
 from refengine.cuda.workspace import packing_bytes
 from refengine.device import Device
+from refengine.engine.capacity import Capacity
 from refengine.engine.engine import Engine, EngineOptions
 from refengine.gguf.file import GGUFFile
 from refengine.model import PACKAGED_MODEL, Model
+from refengine.models import BY_ARCHITECTURE, read_config
+from refengine.weights import Matrix, Weights, load_weights
 from refengine.worker import startup
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
@@ -43,9 +48,34 @@ SEVEN_BILLION = ModelConfig(
     head_dim=128,
     n_ff=11008,
     norm_eps=1e-5,
-    rope=None,
+    rope=RopeConfig(128, 10000.0, 1.0, 4096, 0.0, 1.0),
 )
-CAPACITY = startup.capacity_of(SEVEN_BILLION, OPTIONS, DEVICE)
+
+
+def described(config: ModelConfig) -> Weights:
+    """What `load_weights` with `Described` gives of a file whose matrices are all Q4_0."""
+    placement = Described()
+    tensors: dict[str, Any] = {}
+    for name, spec in BY_ARCHITECTURE[config.arch].tensors(config).items():
+        if spec.optional:
+            tensors[name] = tensors[spec.same_as] if spec.same_as else None
+        elif len(spec.shape) == 1:
+            tensors[name] = placement.vector(np.zeros(spec.shape, np.float32))
+        else:
+            matrix = Matrix(name, GGMLQuantizationType.Q4_0, spec.shape, np.zeros(0, np.uint8))
+            tensors[name] = placement.matrix(matrix, lambda n: None)
+    return Weights(tensors, config.n_layer)
+
+
+def packaged_capacity(options: WorkerOptions) -> Capacity:
+    with GGUFFile(PACKAGED_MODEL) as gguf:
+        config = read_config(gguf)
+        shapes = load_weights(gguf, BY_ARCHITECTURE[config.arch].tensors(config), config.n_layer, Described())
+    return startup.capacity_of(config, options, DEVICE, shapes)
+
+
+SHAPES = described(SEVEN_BILLION)
+CAPACITY = startup.capacity_of(SEVEN_BILLION, OPTIONS, DEVICE, SHAPES)
 ARCHITECTURES = ("llama-q4_0", "qwen2-q4_k_m", "qwen3-q4_k_m", "phi3-mostly_q4_0", "gpt2-q5_1", "gpt-oss-mxfp4_moe")
 
 
@@ -65,7 +95,7 @@ def peak_of(function: Callable[[], object]) -> int:
 def test_what_is_reckoned_is_what_is_taken(name: str, tiny_model: Any) -> None:
     """The cache and the decode step's buffers to the byte."""
     model = refengine.load(tiny_model(name), "host")
-    capacity = startup.capacity_of(model.config, replace(OPTIONS, max_batch=3), "host")
+    capacity = startup.capacity_of(model.config, replace(OPTIONS, max_batch=3), "host", model.weights)
     engine = Engine(model, EngineOptions(3, cache_tokens=5 * BLOCK_SIZE))
     assert engine.cache.pool.n_blocks == 5
     assert model.ops.memory.accounted() == {
@@ -73,14 +103,16 @@ def test_what_is_reckoned_is_what_is_taken(name: str, tiny_model: Any) -> None:
         "kv": capacity.cache_bytes(5),
         "workspace": capacity.decode_bytes(5),
     }
-    alone = startup.capacity_of(model.config, replace(OPTIONS, max_batch=3, batching=False), "host")
+    alone = startup.capacity_of(model.config, replace(OPTIONS, max_batch=3, batching=False), "host", model.weights)
     assert alone.decode_bytes(5) < capacity.decode_bytes(5)
-    assert startup.capacity_of(model.config, replace(OPTIONS, attention="reference"), "host").decode_bytes(5) == 0
+    reference = startup.capacity_of(model.config, replace(OPTIONS, attention="reference"), "host", model.weights)
+    assert reference.decode_bytes(5) == 0
 
 
 def test_the_cache_of_the_cpu_is_reckoned_too() -> None:
     model = refengine.load()
-    assert startup.capacity_of(model.config, OPTIONS, "cpu").cache_bytes(3) == model.new_cache(3 * BLOCK_SIZE).n_bytes
+    capacity = startup.capacity_of(model.config, OPTIONS, "cpu", None)
+    assert capacity.cache_bytes(3) == model.new_cache(3 * BLOCK_SIZE).n_bytes
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -94,7 +126,8 @@ def test_a_prompt_takes_what_is_reckoned_or_somewhat_more(name: str, tiny_model:
         model.step([(sequence, [1] * n_tokens)], cache, [n_tokens - 1])
         cache.free(sequence)
 
-    reckoned = startup.capacity_of(model.config, replace(OPTIONS, max_step_tokens=n_tokens), "host").prompt_bytes(2)
+    options = replace(OPTIONS, max_step_tokens=n_tokens)
+    reckoned = startup.capacity_of(model.config, options, "host", model.weights).prompt_bytes(2)
     assert 0.5 * settled(peak_of(prompt)) <= reckoned <= settled(peak_of(prompt))
 
 
@@ -123,12 +156,12 @@ def test_the_cache_is_what_free_memory_allows() -> None:
         assert n_blocks == wanted or CAPACITY.cache_bytes(n_blocks + 1) > 0.9 * free - decode - prompt
     assert list(found.values()) == sorted(set(found.values()))
     assert CAPACITY.blocks(1 << 40) == wanted
-    alone = startup.capacity_of(SEVEN_BILLION, replace(OPTIONS, batching=False), DEVICE)
+    alone = startup.capacity_of(SEVEN_BILLION, replace(OPTIONS, batching=False), DEVICE, SHAPES)
     assert alone.blocks(1 << 40) == wanted // 8
 
 
 def test_a_cache_of_a_given_size_is_as_large_or_none() -> None:
-    capacity = startup.capacity_of(SEVEN_BILLION, replace(OPTIONS, kv_cache_size_mb=1000), DEVICE)
+    capacity = startup.capacity_of(SEVEN_BILLION, replace(OPTIONS, kv_cache_size_mb=1000), DEVICE, SHAPES)
     n_blocks = capacity.min_blocks
     assert capacity.cache_bytes(n_blocks) <= 1000 << 20 < capacity.cache_bytes(n_blocks + 1)
     assert capacity.blocks(capacity.needed_bytes(n_blocks)) == capacity.blocks(1 << 40) == n_blocks
@@ -174,8 +207,8 @@ def start(**changes: Any) -> startup.Started:
 
 
 def needed(**changes: Any) -> int:
+    capacity = packaged_capacity(replace(OPTIONS, **changes))
     with GGUFFile(PACKAGED_MODEL) as gguf:
-        capacity = startup.capacity_of(ModelConfig.from_gguf(gguf), replace(OPTIONS, **changes), DEVICE)
         tensors = gguf.tensors.values()
         return weight_bytes(tensors) + max(capacity.needed_bytes(capacity.min_blocks), packing_bytes(tensors))
 
@@ -204,7 +237,7 @@ def test_more_that_is_asked_for_needs_more() -> None:
 def test_the_engine_has_the_cache_that_there_is_room_for(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "load", lambda *a, **k: refengine.load(device="host"))
     monkeypatch.setattr(Engine, "warm_up", lambda engine: None)
-    capacity = startup.capacity_of(refengine.load().config, OPTIONS, DEVICE)
+    capacity = packaged_capacity(OPTIONS)
     for free in (needed(), needed() + (4 << 20)):
         gpu.free = free
         found = start().engine
@@ -223,7 +256,7 @@ def test_memory_that_others_take_meanwhile(gpu: SimpleNamespace, monkeypatch: py
         start()
     error = caught.value
     assert (error.code, error.available) == ("INSUFFICIENT_VRAM", 1000)
-    assert error.required == startup.capacity_of(refengine.load().config, OPTIONS, DEVICE).needed_bytes(1)
+    assert error.required == packaged_capacity(OPTIONS).needed_bytes(1)
 
 
 @pytest.mark.parametrize("device", [DEVICE, "cpu"])
@@ -237,7 +270,7 @@ def test_an_allocation_that_fails_is_told_with_bytes(
     if device == "cpu":
         monkeypatch.undo()
     gpu.free = 1 << 30
-    monkeypatch.setattr(startup, "load", lambda *a, **k: refengine.load())
+    monkeypatch.setattr(startup, "load", lambda *a, **k: refengine.load(device="cpu" if device == "cpu" else "host"))
     monkeypatch.setattr(startup, where, fails)
     with pytest.raises(startup.StartFailed, match="out of memory") as caught:
         start(device=device)

@@ -178,7 +178,7 @@ def test_switches_reach_the_engine() -> None:
     numbers = ["--max-step-tokens", "64", "--copy-chunk-kb", "64"]
     for given, on in ((basic, True), ([*basic, *switches, *numbers], False)):
         options = options_of(build_parser().parse_args(["serve", *given]))
-        engine = startup.capacity_of(refengine.load().config, options, "cpu").engine_options(3)
+        engine = startup.capacity_of(refengine.load().config, options, "cpu", None).engine_options(3)
         assert (engine.batching, engine.prefix_cache, engine.graphs) == (on, on, on)
         assert engine.cache_tokens == 3 * 64
         assert engine.max_step_tokens == (128 if on else 64)

@@ -1,325 +1,407 @@
-"""Kernels of a decode step on buffers that stay where they are: what `decode_models` is written in.
+"""`ops.decode.DecodeOps` on kernels: operations are fused where kernels for that exist, on buffers planned ahead.
 
-One token for each of `n` rows. Every method launches one or two kernels that write a buffer of the step; nothing is
-allocated and nothing waits, so that a CUDA graph can be made of it. Each is the twin, bit for bit, of a chain of
-`KernelOps` methods that its docstring names. Rows whose position is below zero are not there: they write nothing to the
-cache, and what their other rows hold is of no meaning.
+A product is launched when its value is wanted. Until then an addition becomes its residual, an activation its epilogue,
+and a norm in front of it writes rows as it reads them; three products of the same rows on their way to attention become
+one. Nothing is allocated and nothing waits, so that a CUDA graph can be made of a step. Every fused kernel is the twin,
+bit for bit, of the operations of `cuda.ops` that it stands for. Rows whose position is below zero are not there: they
+write nothing to the cache, and what their other rows hold is of no meaning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from refengine.cuda.decode.buffers import QKV, Experts, Rows, StepBuffers, n_groups
-from refengine.cuda.layout import TILE_ROWS, PackedMatrix
-from refengine.cuda.ops import (
-    ATTENTION_ROWS,
-    BUSY,
-    FEW_ROWS,
-    HEAD_DIMS,
-    MANY_ROWS,
-    SPLIT,
-    attention_shared,
-    float_plane,
-    is_float,
-    rows8_launch,
-)
+from refengine.cuda.decode.buffers import Buffer, Buffers
+from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, Norm, Product, Shares, Value
+from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows, rope
+from refengine.cuda.kernels.attention import SPLIT, PagedRows, attention_step
+from refengine.cuda.kernels.matmul import FEW_ROWS
+from refengine.cuda.kernels.moe import Groups
+from refengine.cuda.kernels.quantize_rows import BLOCK, Rows
+from refengine.cuda.kernels.rope import Projections, Rotation
+from refengine.cuda.layout import PackedMatrix, rows_of
+from refengine.cuda.runtime.launch import Kernels
+from refengine.errors import KernelError
 
 Array = Any
+Angles = tuple[Array, Array]
 
 
-class FusedOps(StepBuffers):
-    """The operations of a step."""
+@dataclass(frozen=True)
+class StepArrays:
+    """What stays from step to step. ids, positions: (max_batch,) int32, positions below zero where there is no row;
+    tables: (max_batch, n_blocks) int32, blocks of the cache; k, v: the cache of each layer.
 
-    # --- Into the layers, norms ---
+    angles: cos and sin (n_positions, n_rot / 2) float32, by the order in which `decode()` asks for them.
+    """
 
-    def embedding(self, w: PackedMatrix, position_embd: PackedMatrix | None = None) -> Array:
-        """Rows of the ids; plus those of the positions. `embedding`, +. (n, n_embd)"""
-        if position_embd is None:
-            return self._embedding(w, self.ids, "x")
-        embd = self._embedding(w, self.ids, "ffn_inp")
-        pos_embd = self._embedding(position_embd, self.positions, "floats")
-        x = self._rows("x", self.cfg.n_embd)
-        self._elements("add_f32", embd, pos_embd, x)
-        return x
+    ids: Array
+    positions: Array
+    tables: Array
+    k: Sequence[PagedRows]
+    v: Sequence[PagedRows]
+    n_ctx: int
+    n_positions: int
+    angles: Callable[[int, Any, Array | None], Angles]
 
-    def _embedding(self, w: PackedMatrix, ids: Array, to: str) -> Array:
-        n_in = self.cfg.n_embd
-        out = self._rows(to, n_in)
-        kernel = f"embedding_{w.type.name.lower()}"
-        if is_float(w):
-            arguments, n_blocks, threads = [float_plane(w)], 1, 128
-        else:
-            arguments, n_blocks, threads = w.arguments(), -(-n_in // 256), 32
-        arguments += [ids, out, np.int32(n_in)]
-        self._launch("embedding", kernel, (self.n, n_blocks), threads, arguments, w.name, overlap=False)
-        return out
 
-    def rms_norm(self, x: Array, weight: Array, into: Sequence[PackedMatrix]) -> Rows:
-        """`rms_norm`, and what products with the matrices `into` need of it."""
-        return self._norm("rms_norm_f16", x, [weight], into)
+class StepOps:
+    """The operations of one step of n rows."""
 
-    def layer_norm(self, x: Array, weight: Array, bias: Array, into: Sequence[PackedMatrix]) -> Rows:
-        """`layer_norm`, and what products with the matrices `into` need of it."""
-        return self._norm("layer_norm_f16", x, [weight, bias], into)
+    def __init__(self, kernels: Kernels, arrays: StepArrays, buffers: Buffers, n: int) -> None:
+        self._kernels, self._a, self._b, self._n = kernels, arrays, buffers, n
+        self._n_angles = 0
 
-    def _norm(self, kernel: str, x: Array, vectors: list[Array], into: Sequence[PackedMatrix]) -> Rows:
-        n = self.cfg.n_embd
-        floats = self._rows("floats", n) if any(map(is_float, into)) else None
-        rows = Rows(self.n, floats, None, None, None)
-        if not all(map(is_float, into)):
-            rows = self._halves(self.n, n, floats)
-        out = [floats, rows.halves, rows.scale, rows.sums]
-        self._launch("fused", kernel, (self.n,), 256, [x, *vectors, *out, np.int32(n), self._eps()], shared=4 * n)
-        return rows
+    @property
+    def n_ctx(self) -> int:
+        return self._a.n_ctx
 
-    def _given(self, x: Array, w: PackedMatrix) -> Rows:
-        """Rows of floats for a product with w."""
-        n, width = x.shape
-        if is_float(w):
-            return Rows(n, x, None, None, None)
-        rows = self._halves(n, width, None)
-        threads = min(1024, max(64, width // 8 // 32 * 32))
-        arguments = [x, rows.halves, rows.scale, rows.sums, np.int32(width)]
-        self._launch("activations", "activations_f16", (n,), threads, arguments)
-        return rows
+    def array(self, x: Value) -> Array:
+        """The rows (n_rows, width) of a value, launched if they were not."""
+        (found,) = self._arrays(x)
+        return found
 
-    # --- Products ---
+    # --- Into the layers, norms, products ---
 
-    def linear(
-        self,
-        x: Rows | Array,
-        w: PackedMatrix,
-        y: Array,
-        bias: Array | None = None,
-        residual: Array | None = None,
-        experts: Experts | None = None,
-    ) -> Array:
-        """`linear`, + bias, + residual; with experts, `linear_experts`. x: prepared, or floats (n, n_in)."""
-        given = x if isinstance(x, Rows) else self._given(x, w)
-        n_out, n_in = w.shape[-2:]
-        kind, few = w.type.name.lower(), experts is not None or given.n <= FEW_ROWS
-        n_groups = len(experts.groups) if experts else -(-given.n // (FEW_ROWS if few or is_float(w) else MANY_ROWS))
-        slots = [experts.groups, experts.x_rows, experts.pairs] if experts else [None, None, None]
-        sizes = [np.int32(n_out), np.int32(n_in), np.int32(given.n)]
-        rest = [*slots, bias, residual, y, *sizes]
-        if is_float(w):
-            grid = (-(-n_out // 8), n_groups)
-            self._launch("matmul_f32", f"rows8_{kind}", grid, 256, [float_plane(w), given.floats, *rest], w.name)
-            return y
-        arguments = [*w.arguments(), *given.prepared(), *rest]
-        tiles, segments = -(-n_out // 16), -(-n_in // 256)
-        if few:
-            blocks, warps = rows8_launch(kind, tiles, segments, n_groups, self.ops.kernels.n_multiprocessors)
-            shared = 1024 * segments
-            self._launch("matmul", f"rows8_{kind}", (blocks, n_groups), 32 * warps, arguments, w.name, shared)
-        else:
-            grid = (-(-tiles // 4), n_groups)
-            self._launch("matmul", f"rows64_{kind}", grid, 128, arguments, w.name, overlap=False)
-        return y
+    def embedding(self, w: PackedMatrix) -> Value:
+        return self._embedded(w, self._a.ids)
 
-    def qkv(self, x: Rows, w: PackedMatrix, bias: Array | None = None) -> QKV:
-        """A product whose rows are Q, K and V one after another."""
-        y = self.linear(x, w, self._rows("qkv", w.shape[0]), bias).reshape(-1)
-        k_start, v_start = self.cfg.n_embd_q, self.cfg.n_embd_q + self.cfg.n_embd_kv
-        return QKV((y, y[k_start:], y[v_start:]), (w.shape[0],) * 3)
+    def position_embedding(self, w: PackedMatrix) -> Value:
+        return self._embedded(w, self._a.positions)
 
-    def q_k_v(self, x: Rows, w: Sequence[PackedMatrix], biases: Sequence[Array | None] = (None, None, None)) -> QKV:
-        """Products with three matrices, Q, K and V; those of one type in one launch where rows are few."""
-        n_outs = [one.shape[0] for one in w]
-        n_together = 3 if w[1].type == w[2].type else 2
-        if (
-            is_float(w[0])
-            or w[0].type != w[1].type
-            or self.n > FEW_ROWS
-            or n_outs[0] % TILE_ROWS
-            or n_outs[1] % TILE_ROWS
+    def _embedded(self, w: PackedMatrix, ids: Array) -> Value:
+        y = self._new(self._n, w.shape[1])
+        self._launch(embedding.embedding, w, ids[: self._n], y.array)
+        return Value(self._n, w.shape[1], y)
+
+    def rms_norm(self, x: Any, weight: Array, eps: float) -> Any:
+        if isinstance(x, Heads):
+            return replace(x, norm=weight, eps=eps)
+        return Norm(x.n_rows, x.width, x=x, weight=weight, eps=eps)
+
+    def layer_norm(self, x: Value, weight: Array, bias: Array, eps: float) -> Value:
+        return Norm(x.n_rows, x.width, x=x, weight=weight, bias=bias, eps=eps)
+
+    def linear(self, x: Value, w: PackedMatrix, bias: Array | None = None) -> Value:
+        return Product(x.n_rows, w.shape[0], x=x, w=w, bias=bias)
+
+    def split(self, x: Value, widths: tuple[int, ...]) -> tuple[Value, ...]:
+        starts = [sum(widths[:i]) for i in range(len(widths))]
+        return tuple(
+            Columns(x.n_rows, width, of=x, start=start) for width, start in zip(widths, starts, strict=True)
+        )
+
+    def add(self, a: Value, b: Value) -> Value:
+        for first, second in ((a, b), (b, a)):
+            if isinstance(first, Product) and first.buffer is None and first.choice is None:
+                return Value(first.n_rows, first.width, self._multiply(first, residual=second))
+            if isinstance(first, ExpertSum):
+                return self._combine(first, second)
+        return self._elements(activation.add, a, b)
+
+    # --- Activations ---
+
+    def swiglu(self, gate: Value, up: Value) -> Value:
+        return self._gated(gate, up, False)
+
+    def swiglu_clamped(self, gate: Value, up: Value) -> Value:
+        return self._gated(gate, up, True)
+
+    def _gated(self, gate: Value, up: Value, clamped: bool) -> Value:
+        gate, up = _as_product(gate), _as_product(up)
+        if not (
+            isinstance(gate, Product)
+            and isinstance(up, Product)
+            and gate.buffer is up.buffer is None
+            and gate.x is up.x
+            and gate.choice is up.choice
+            and _gate_up_fits(gate, up)
         ):
-            n_together = 0
-        parts, strides, end = [], [], 0
-        if n_together:
-            width, end = sum(n_outs[:n_together]), self.n * sum(n_outs[:n_together])
-            y = self._b["qkv"][:end]
-            self._stacked(x, w[:n_together], biases[:n_together], y, width)
-            parts, strides = [y, y[n_outs[0] :], y[n_outs[0] + n_outs[1] :]][:n_together], [width] * n_together
-        for one, bias in list(zip(w, biases, strict=True))[n_together:]:
-            start, end = end, end + self.n * one.shape[0]
-            parts.append(self._b["qkv"][start:end])
-            strides.append(one.shape[0])
-            self.linear(x, one, parts[-1].reshape(self.n, -1), bias)
-        return QKV((parts[0], parts[1], parts[2]), (strides[0], strides[1], strides[2]))
+            return self._elements(activation.swiglu_clamped if clamped else activation.swiglu, gate, up)
+        assert gate.x is not None
+        assert gate.w is not None
+        assert up.w is not None
+        rows, of_rows = self._rows(gate.x, gate.w)
+        groups, of_groups = self._groups(gate, gate.x)
+        self._use(*of_rows, *of_groups)
+        y = self._new(gate.n_rows, gate.width)
+        biases = (gate.bias, up.bias)
+        given = {"biases": biases, "groups": groups, "clamped": clamped}
+        self._launch(gate_up.gate_up, rows, gate.w, up.w, y.array, **given)
+        return Value(gate.n_rows, gate.width, y)
 
-    def _stacked(
-        self, x: Rows, w: Sequence[PackedMatrix], biases: Sequence[Array | None], y: Array, n_out: int
-    ) -> None:
-        """Products with two or three matrices of one type: rows of y (n, n_out) are what they give in turn."""
-        kind, n_in = w[0].type.name.lower(), w[0].shape[1]
-        missing = 3 - len(w)
-        planes = [plane for one in w for plane in one.arguments()] + [None] * 4 * missing
-        segments = -(-n_in // 256)
-        blocks, warps = self._launch_of_two(kind, -(-n_out // TILE_ROWS), segments, 1)
-        sizes = [np.int32(size) for size in (w[0].shape[0], w[1].shape[0], n_out, n_in, x.n)]
-        arguments = [*planes, *x.prepared(), *biases, *[None] * missing, y, *sizes]
-        self._launch("qkv", f"qkv_{kind}", (blocks, 1), 32 * warps, arguments, w[0].name, 1024 * segments)
+    def gelu(self, x: Value) -> Value:
+        if not (isinstance(x, Product) and x.buffer is None and x.choice is None and x.n_rows <= FEW_ROWS):
+            return self._elements(activation.gelu, x)
+        assert x.x is not None
+        assert x.w is not None
+        if x.w.is_float:
+            return self._elements(activation.gelu, x)
+        rows, of_rows = self._rows(x.x, x.w)
+        self._use(*of_rows)
+        y = self._new(x.n_rows, x.width)
+        self._launch(gate_up.up_gelu, rows, x.w, y.array, x.bias)
+        return Value(x.n_rows, x.width, y)
 
-    def swiglu(self, x: Rows, gate: PackedMatrix, up: PackedMatrix) -> Array:
-        """`swiglu` of two products. (n, n_ff)"""
-        return self._gate_up(x, gate, up, (None, None), None, "swiglu_f32")
-
-    def swiglu_clamped(
-        self, x: Rows, gate: PackedMatrix, up: PackedMatrix, biases: tuple[Array, Array], experts: Experts
-    ) -> Array:
-        """`swiglu_clamped` of two products of experts, + biases. (n * n_expert_used, n_ff_exp)"""
-        return self._gate_up(x, gate, up, biases, experts, "swiglu_clamped_f32")
-
-    def _gate_up(
-        self,
-        x: Rows,
-        gate: PackedMatrix,
-        up: PackedMatrix,
-        biases: tuple[Array | None, Array | None],
-        experts: Experts | None,
-        activation: str,
-    ) -> Array:
-        n_out, n_in = gate.shape[-2:]
-        n_rows = len(experts.pairs) if experts else self.n
-        y = self._rows("activated", n_out, n_rows)
-        kind = gate.type.name.lower()
-        if gate.type != up.type or is_float(gate) or not (experts or x.n <= FEW_ROWS):
-            to = [self._rows(name, n_out, n_rows) for name in ("gate", "up")]
-            for w, bias, part in zip((gate, up), biases, to, strict=True):
-                self.linear(x, w, part, bias, experts=experts)
-            self._elements(activation, *to, y)
-            return y
-        slots = [experts.groups, experts.x_rows, experts.pairs] if experts else [None, None, None]
-        n_groups = len(experts.groups) if experts else 1
-        segments = -(-n_in // 256)
-        blocks, warps = self._launch_of_two(kind, -(-n_out // 16), 2 * segments, n_groups)
-        sizes = [np.int32(n) for n in (n_out, n_in, n_rows, activation == "swiglu_clamped_f32")]
-        arguments = [*gate.arguments(), *up.arguments(), *x.prepared(), *slots, *biases, y, *sizes]
-        grid, shared = (blocks, n_groups), 2048 * segments
-        self._launch("gate_up", f"gate_up_{kind}", grid, 32 * warps, arguments, gate.name, shared)
-        return y
-
-    def gelu(self, x: Rows, up: PackedMatrix, bias: Array) -> Array:
-        """`gelu` of a product + bias. (n, n_ff)"""
-        n_out, n_in = up.shape
-        y = self._rows("activated", n_out)
-        if is_float(up) or x.n > FEW_ROWS:
-            self._elements("gelu_f32", self.linear(x, up, self._rows("up", n_out), bias), y)
-            return y
-        kind, segments = up.type.name.lower(), -(-n_in // 256)
-        blocks, warps = self._launch_of_two(kind, -(-n_out // 16), segments, 1)
-        sizes = [np.int32(n) for n in (n_out, n_in, x.n)]
-        arguments = [*up.arguments(), *x.prepared(), bias, y, *sizes]
-        self._launch("gate_up", f"up_gelu_{kind}", (blocks, 1), 32 * warps, arguments, up.name, 1024 * segments)
-        return y
-
-    def _launch_of_two(self, kind: str, tiles: int, items: int, n_groups: int) -> tuple[int, int]:
-        """As rows8_launch; of gate_up.cu's kernels, and qkv.cu's, 16 warps fit a multiprocessor, whatever the type."""
-        as_narrow = kind if kind == "f16" else "q4_0"
-        return rows8_launch(as_narrow, tiles, items, n_groups, self.ops.kernels.n_multiprocessors)
-
-    def down(self, x: Array, w: PackedMatrix, ffn_inp: Array, bias: Array | None = None) -> Array:
-        """The layer's last product + what it began with: l_out (n, n_embd)."""
-        return self.linear(x, w, self._rows("x", self.cfg.n_embd), bias, ffn_inp)
-
-    def logits(self, x: Rows, w: PackedMatrix) -> Array:
-        return self.linear(x, w, self.logits_of(self.n))
-
-    def logits_of(self, n: int) -> Array:
-        """Those of the last step. (n, n_vocab)"""
-        return self._rows("logits", self.cfg.n_vocab, n)
+    def _elements(self, binding: Callable[..., None], *values: Value) -> Value:
+        arrays = self._arrays(*values)
+        y = self._new(values[0].n_rows, values[0].width)
+        self._launch(binding, *arrays, y.array, overlap=True)
+        return Value(values[0].n_rows, values[0].width, y)
 
     # --- Attention ---
+
+    def heads(self, x: Value, n_head: int) -> Heads:
+        return Heads(x, n_head)
+
+    def rope_angles(self, constants: Any, freq_factors: Array | None = None) -> Angles:
+        self._n_angles += 1
+        return self._a.angles(self._n_angles - 1, constants, freq_factors)
+
+    def rope_norm(self, x: Heads, angles: Angles) -> Heads:
+        return replace(x, rotation=Rotation(*angles, neox=False))
+
+    def rope_neox(self, x: Heads, angles: Angles) -> Heads:
+        return replace(x, rotation=Rotation(*angles, neox=True))
+
+    def scale(self, x: Heads, factor: float) -> Heads:
+        return replace(x, factor=factor)
 
     def attention(
         self,
         il: int,
-        qkv: QKV,
+        q: Heads,
+        k: Heads,
+        v: Heads,
         *,
         scale: float,
-        neox: bool = True,
-        norms: tuple[Array | None, Array | None] = (None, None),
-        q_factor: float = 1.0,
         window: int = 0,
         sinks: Array | None = None,
-    ) -> Array:
-        """`rms_norm` of heads, RoPE, `kv_append`, `attention`. (n, n_embd_q)"""
-        cfg, kv, n = self.cfg, self.kv, self.n
-        k, v = kv.k[il], kv.v[il]
-        half = 0 if cfg.rope is None else cfg.rope.n_rot // 2
-        q = self._rows("q", cfg.n_embd_q)
-        caches = [k.values, v.values, k.exponents, v.exponents]
-        sizes = [*qkv.strides, cfg.n_head, cfg.n_head_kv, cfg.head_dim, half, neox, kv.block_size, self.table_stride]
-        arguments = [
-            *qkv.parts,
-            *norms,
-            self._b.get("cos"),
-            self._b.get("sin"),
-            self.positions,
-            self.tables,
-            q,
-            *caches,
-        ]
-        arguments += [*map(np.int32, sizes), self._eps(), np.float32(q_factor)]
-        self._launch("fused", "rope_append", (n, cfg.n_head + 2 * cfg.n_head_kv), 32, arguments)
+    ) -> Value:
+        n, n_head, a = self._n, q.n_head, self._a
+        head_dim = q.x.width // n_head
+        rotation = q.rotation or Rotation(None, None, True)
+        of_k = k.rotation or Rotation(None, None, True)
+        if (
+            (rotation.cos is not of_k.cos or rotation.neox != of_k.neox)
+            or v.rotation is not None
+            or v.norm is not None
+            or (k.factor, v.factor) != (1.0, 1.0)
+        ):
+            raise KernelError("decode: attention takes Q and K rotated alike, V as it is, and a factor of Q alone")
+        projections, of_projections = self._projections(q.x, k.x, v.x)
+        self._use(*of_projections)
+        rotated = self._b.new((n, n_head, head_dim), np.float32)
+        given: dict[str, Any] = {"norms": (q.norm, k.norm), "eps": q.eps or k.eps, "q_factor": q.factor}
+        places = (a.positions[:n], a.tables[:n])
+        self._launch(rope.rope_append, projections, rotation, *places, rotated.array, a.k[il], a.v[il], **given)
 
-        tiles = -(-cfg.n_head // cfg.n_head_kv // ATTENTION_ROWS) * n
-        at_once = min(self._splits_seen(window), max(1, -(-BUSY // (tiles * cfg.n_head_kv))))
-        width = next(d for d in HEAD_DIMS if d >= cfg.head_dim)
-        partial, heads = self._b["partial"], self._rows("heads", cfg.n_embd_q)
-        sizes = [cfg.n_head, cfg.n_head_kv, cfg.head_dim, kv.block_size, window]
-        arguments = [q, *caches, self.tables, self.positions, partial, *map(np.int32, sizes), np.float32(scale)]
-        arguments += [np.int32(self.table_stride), np.int32(self.most_splits)]
-        grid = (tiles, cfg.n_head_kv, at_once)
-        self._launch("attention", f"attention_step_{width}", grid, 256, arguments, shared=attention_shared(width))
-        sizes = [cfg.n_head, cfg.head_dim, window, self.most_splits]
-        arguments = [partial, sinks, self.positions, heads, *map(np.int32, sizes)]
-        self._launch("attention", "attention_step_merge", (n, cfg.n_head), cfg.head_dim, arguments)
-        return heads
+        self._use(rotated)
+        n_splits = -(-a.n_positions // SPLIT)
+        partial = self._b.new((n, n_head, n_splits, head_dim + 2), np.float32)
+        y = self._new(n, n_head * head_dim)
+        given = {"scale": scale, "window": window, "sinks": sinks}
+        self._launch(attention_step, rotated.array, a.k[il], a.v[il], *places, partial.array, y.array, **given)
+        return Value(n, n_head * head_dim, y)
 
-    def _splits_seen(self, window: int) -> int:
-        """The most splits in which a row has visible positions."""
-        return min(self.most_splits, -(-window // SPLIT) + 1) if window else self.most_splits
+    def _projections(self, *values: Value) -> tuple[Projections, tuple[Buffer, ...]]:
+        """Q, K and V where they are, computed in as few launches as there are."""
+        first = values[0]
+        if isinstance(first, Columns) and all(isinstance(v, Columns) and v.of is first.of for v in values):
+            assert first.of is not None
+            whole = self.array(first.of).reshape(-1)
+            assert first.of.buffer is not None
+            starts = [v.start for v in values if isinstance(v, Columns)]
+            width = first.of.width
+            return Projections((whole, whole[starts[1] :], whole[starts[2] :]), (width,) * 3), (first.of.buffer,)
+        pending = [v for v in values if isinstance(v, Product) and v.buffer is None]
+        parts: list[Array] = []
+        strides: list[int] = []
+        buffers: list[Buffer] = []
+        n_together = 0
+        if len(pending) == 3 and all(p.x is pending[0].x for p in pending):
+            matrices = [p.w for p in pending if p.w is not None]
+            n_together = qkv.n_together(first.n_rows, matrices)
+        if n_together:
+            x = pending[0].x
+            assert x is not None
+            rows, of_rows = self._rows(x, matrices[0])
+            self._use(*of_rows)
+            widths = [p.width for p in pending[:n_together]]
+            y = self._new(first.n_rows, sum(widths))
+            biases = [p.bias for p in pending[:n_together]]
+            self._launch(qkv.qkv, rows, matrices[:n_together], biases, y.array)
+            flat = y.array.reshape(-1)
+            parts += [flat[sum(widths[:i]) :] for i in range(n_together)]
+            strides += [sum(widths)] * n_together
+            buffers.append(y)
+        for value in values[n_together:]:
+            parts.append(self.array(value).reshape(-1))
+            strides.append(value.width)
+            assert value.buffer is not None
+            buffers.append(value.buffer)
+        return Projections((parts[0], parts[1], parts[2]), (strides[0], strides[1], strides[2])), tuple(buffers)
 
-    def projection(self, heads: Array, w: PackedMatrix, x: Array, bias: Array | None = None) -> Array:
-        """`linear` of attention's heads, + bias, + what the layer began with: ffn_inp (n, n_embd)."""
-        return self.linear(heads, w, self._rows("ffn_inp", self.cfg.n_embd), bias, x)
+    # --- Mixture of experts ---
 
-    # --- Experts ---
+    def top_experts(self, scores: Value, n_used: int) -> Choice:
+        return Choice(scores, n_used)
 
-    def route(self, x: Rows, w: PackedMatrix, bias: Array) -> tuple[Experts, Array]:
-        """`top_experts`, `take_experts`, `row_soft_max` of a product + bias. Shares: (n, n_expert_used)."""
-        cfg, n_pairs = self.cfg, self.n * self.cfg.n_expert_used
-        scores = self.linear(x, w, self._rows("scores", cfg.n_expert), bias)
-        chosen, shares = self._rows("chosen", cfg.n_expert_used), self._rows("shares", cfg.n_expert_used)
-        sizes = [np.int32(cfg.n_expert), np.int32(cfg.n_expert_used)]
-        self._launch("moe", "route_f32", (self.n,), 32, [scores, self.positions, chosen, shares, *sizes])
-        most = n_groups(cfg, self.n)
-        found = Experts(self._b["groups"][:most], self._b["x_rows"][:n_pairs], self._b["pairs"][:n_pairs])
-        sizes = [np.int32(i) for i in (n_pairs, cfg.n_expert, most, FEW_ROWS, cfg.n_expert_used)]
-        arguments = [chosen, found.groups, found.x_rows, found.pairs, *sizes]
-        self._launch("moe", "group_experts", (1,), 256, arguments, shared=8 * cfg.n_expert)
-        return found, shares
+    def take_experts(self, scores: Value, chosen: Choice) -> Shares:
+        if chosen.scores is not scores:
+            raise KernelError("decode: only the scores that experts were chosen by can be taken")
+        return Shares(chosen, soft_max=False)
 
-    def down_experts(
-        self, x: Array, w: PackedMatrix, bias: Array, experts: Experts, shares: Array, ffn_inp: Array
-    ) -> Array:
-        """`linear_experts` + bias, times shares, `sum_experts`, + what the half layer began with: l_out (n, n_embd)."""
-        n_embd, n_used = self.cfg.n_embd, self.cfg.n_expert_used
-        by_pair = Experts(experts.groups, experts.pairs, experts.pairs)
-        down = self.linear(x, w, self._rows("down", n_embd, len(x)), bias, experts=by_pair)
-        y = self._rows("x", n_embd)
-        arguments = [down, shares, ffn_inp, y, np.int32(n_used), np.int32(n_embd)]
-        self._launch("moe", "combine_f32", (-(-n_embd // 256), self.n), 256, arguments)
+    def row_soft_max(self, x: Any) -> Shares:
+        if not isinstance(x, Shares) or x.soft_max:
+            raise KernelError("decode: softmax is of the chosen experts' scores only")
+        return replace(x, soft_max=True)
+
+    def linear_experts(self, x: Value, w: PackedMatrix, chosen: Choice, bias: Array | None = None) -> Value:
+        return Product(self._n * chosen.n_used, w.shape[1], x=x, w=w, bias=bias, choice=chosen)
+
+    def sum_experts(self, experts: Value, shares: Shares) -> Value:
+        if not shares.soft_max:
+            raise KernelError("decode: experts are weighted by a softmax of their scores")
+        return ExpertSum(self._n, experts.width, experts=experts, shares=shares)
+
+    def _combine(self, total: ExpertSum, residual: Value) -> Value:
+        assert total.experts is not None
+        assert total.shares is not None
+        down, added = self._arrays(total.experts, residual)
+        _, shares, _, _ = self._chosen(total.shares.choice)
+        self._use(shares)
+        y = self._new(total.n_rows, total.width)
+        self._launch(moe.combine, down, shares.array, added, y.array)
+        return Value(total.n_rows, total.width, y)
+
+    def _chosen(self, choice: Choice) -> tuple[Buffer, Buffer, Groups, tuple[Buffer, ...]]:
+        """The experts of each row, their shares, and which rows go to which expert."""
+        if choice.computed is None:
+            (scores,) = self._arrays(choice.scores)
+            n, n_used, n_expert = self._n, choice.n_used, choice.scores.width
+            n_pairs = n * n_used
+            chosen = self._b.new((n, n_used), np.int32)
+            shares = self._new(n, n_used)
+            self._launch(moe.route, scores, self._a.positions[:n], chosen.array, shares.array)
+            self._use(chosen)
+            group = self._b.new((moe.most_groups(n_pairs, n_expert, FEW_ROWS), 3), np.int32)
+            x_rows, y_rows = (self._b.new((n_pairs,), np.int32) for _ in range(2))
+            groups = Groups(group.array, x_rows.array, y_rows.array, FEW_ROWS)
+            self._launch(moe.group_experts, chosen.array, n_expert, n_used, groups, overlap=True)
+            choice.computed = (chosen, shares, groups, (group, x_rows, y_rows))
+        return choice.computed
+
+    def _groups(self, product: Product, x: Value) -> tuple[Groups | None, tuple[Buffer, ...]]:
+        if product.choice is None:
+            return None, ()
+        _, _, groups, buffers = self._chosen(product.choice)
+        return (groups.by_pair if x.n_rows == product.n_rows else groups), buffers
+
+    # --- Computing what was put off ---
+
+    def _arrays(self, *values: Value) -> list[Array]:
+        """Their rows, for the next launch."""
+        for value in values:
+            if value.buffer is None:
+                value.buffer = self._computed(value)
+        found = []
+        for value in values:
+            assert value.buffer is not None
+            self._use(value.buffer)
+            found.append(value.buffer.array)
+        return found
+
+    def _computed(self, value: Value) -> Buffer:
+        if isinstance(value, Product):
+            return self._multiply(value)
+        if isinstance(value, Norm):
+            y = self._normed(value, floats=True, halves=False)[0].floats
+            assert value.buffer is not None, y
+            return value.buffer
+        raise KernelError(f"decode: {type(value).__name__} has no kernel that computes it by itself")
+
+    def _multiply(self, product: Product, residual: Value | None = None) -> Buffer:
+        assert product.x is not None
+        assert product.w is not None
+        groups, of_groups = self._groups(product, product.x)
+        rows, of_rows = self._rows(product.x, product.w)
+        added = None if residual is None else self._arrays(residual)[0]
+        self._use(*of_rows, *of_groups)
+        y = self._new(product.n_rows, product.width)
+        given = {"bias": product.bias, "residual": added, "groups": groups, "overlap": True}
+        self._launch(matmul.linear, rows, product.w, y.array, **given)
         return y
 
-    # --- Launching ---
+    def _rows(self, x: Value, w: PackedMatrix) -> tuple[Rows, tuple[Buffer, ...]]:
+        """Rows as a product with w reads them, and where they are."""
+        for rows, buffers in x.prepared:
+            if (rows.floats if w.is_float else rows.halves) is not None:
+                return rows, buffers
+        if isinstance(x, Norm) and x.buffer is None:
+            return self._normed(x, floats=w.is_float, halves=not w.is_float or x.width % BLOCK == 0)
+        (floats,) = self._arrays(x)
+        if w.is_float:
+            assert x.buffer is not None
+            found: tuple[Rows, tuple[Buffer, ...]] = Rows(x.n_rows, floats), (x.buffer,)
+        else:
+            made = self._halves(x)
+            rows = Rows(x.n_rows, None, *(buffer.array for buffer in made))
+            self._launch(quantize_rows.quantize_rows, floats, rows, overlap=True)
+            found = rows, made
+        x.prepared.append(found)
+        return found
 
-    def _elements(self, kernel: str, *arrays: Array) -> None:
-        n = int(arrays[0].size)
-        self._launch("activation", kernel, (-(-n // 256),), 256, [*arrays, np.int64(n)])
+    def _normed(self, x: Norm, *, floats: bool, halves: bool) -> tuple[Rows, tuple[Buffer, ...]]:
+        assert x.x is not None
+        (before,) = self._arrays(x.x)
+        plain = self._new(x.n_rows, x.width) if floats else None
+        made = self._halves(x) if halves else ()
+        rows = Rows(x.n_rows, None if plain is None else plain.array, *(buffer.array for buffer in made))
+        if x.bias is None:
+            self._launch(norm.rms_norm_rows, before, x.weight, x.eps, rows)
+        else:
+            self._launch(norm.layer_norm_rows, before, x.weight, x.bias, x.eps, rows)
+        buffers = made if plain is None else (plain, *made)
+        x.buffer = plain
+        x.prepared.append((rows, buffers))
+        return rows, buffers
+
+    def _halves(self, x: Value) -> tuple[Buffer, Buffer, Buffer]:
+        halves = self._b.new((x.n_rows, x.width), np.float16)
+        sums = self._b.new((x.n_rows, x.width // BLOCK), np.uint32)
+        return halves, sums, self._b.new((x.n_rows,), np.float32)
+
+    def _new(self, n_rows: int, width: int) -> Buffer:
+        return self._b.new((n_rows, width), np.float32)
+
+    def _use(self, *buffers: Buffer) -> None:
+        for buffer in buffers:
+            self._b.use(buffer)
+
+    def _launch(self, binding: Callable[..., None], *arguments: Any, **named: Any) -> None:
+        binding(self._kernels, *arguments, **named)
+        self._b.launched()
+
+
+def _gate_up_fits(gate: Product, up: Product) -> bool:
+    assert gate.w is not None
+    assert up.w is not None
+    assert gate.x is not None
+    few = gate.choice is not None or gate.x.n_rows <= FEW_ROWS
+    return few and gate.w.type == up.w.type and gate.w.shape == up.w.shape and not gate.w.is_float
+
+
+def _as_product(value: Value) -> Value:
+    """Columns of a product that was put off, as the product with those rows of its matrix."""
+    if not isinstance(value, Columns) or not isinstance(value.of, Product) or value.of.buffer is not None:
+        return value
+    whole = value.of
+    assert whole.w is not None
+    w = rows_of(whole.w, value.start, value.start + value.width)
+    bias = None if whole.bias is None else whole.bias[value.start : value.start + value.width]
+    return Product(whole.n_rows, value.width, x=whole.x, w=w, bias=bias, choice=whole.choice)

@@ -1,85 +1,175 @@
-"""The fused decode step: one new token for each of up to `max_batch` sequences, from the ids fed to the ids drawn.
+"""The decode step: one new token for each of up to `max_batch` sequences, from the ids fed to the ids drawn.
 
-All on the device, few kernels a layer (`decode_models`), a CUDA graph for each bucket of rows, and bit for bit what
-`model.step` and `sampling.sample_rows` compute. The host uploads what changed, launches, and reads the ids.
+All on the device: a model's `decode()` in few kernels a layer (`cuda.decode.ops`), a CUDA graph for each bucket of
+rows, and bit for bit what `model.step` and `sampling.sample_rows` compute. The host uploads what changed, launches, and
+reads the ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from refengine.cache.paged import KVCache
 from refengine.config import ModelConfig
-from refengine.cuda.decode.buffers import layout_for
-from refengine.cuda.decode.models import BY_ARCHITECTURE, Trace, freq_factors, no_trace
-from refengine.cuda.decode.ops import FusedOps
+from refengine.cuda.decode.buffers import Placed, Plan, Recorder
+from refengine.cuda.decode.ops import Angles, StepArrays, StepOps
 from refengine.cuda.decode.state import DecodeRow, DecodeState
-from refengine.cuda.layout import TILE_ROWS
-from refengine.cuda.memory import Layout
-from refengine.cuda.ops import HEAD_DIMS, TILE, KernelOps
+from refengine.cuda.kernels.attention import HEAD_DIMS, TILE, PagedRows
+from refengine.cuda.kernels.moe import MOST_USED
+from refengine.cuda.kernels.sampling import Sampler
+from refengine.cuda.memory import Arena, aligned
+from refengine.cuda.ops import KernelOps
 from refengine.cuda.runtime.launch import Kernels
-from refengine.cuda.sampling import StepSampler
-from refengine.errors import KernelError
+from refengine.errors import KernelError, ModelError
+from refengine.ops.decode import DecodeOps, DecodeTrace, Value, no_trace
 
 Array = Any
+Decode = Callable[[ModelConfig, Any, DecodeOps, DecodeTrace], Value]  # `decode()` of a model file
+Shapes = dict[str, tuple[tuple[int, ...], Any]]
 
-__all__ = ["DecodeRow", "DecodeStep"]
+ANGLES_AT_ONCE = 4096  # positions whose angles are made together, on the host
+
+__all__ = ["Decode", "DecodeRow", "DecodeStep", "StepPlan", "buckets_for"]
+
+
+def buckets_for(max_batch: int) -> tuple[int, ...]:
+    """The numbers of rows that kernels are launched for: powers of two below max_batch, and max_batch."""
+    return (*(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch), max_batch)
+
+
+class _NoKernels(Kernels):
+    """Launches nothing."""
+
+    n_multiprocessors = 1
+
+    def launch(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step needs of a device: buffers for each bucket of rows, angles of positions, and the rows' state.
+
+    offsets: of a bucket's buffers. n_bytes: of the largest bucket's buffers. angles: (n_positions, n_rot / 2) of each
+    table of cos and sin. state: arrays of rows and of sampling, by name.
+    """
+
+    offsets: dict[int, tuple[int, ...]]
+    n_bytes: int
+    angles: tuple[tuple[int, int], ...]
+    state: Shapes
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it, as an arena lays it out."""
+        tables = sum(2 * aligned(4 * n * half) for n, half in self.angles)
+        shapes = self.state.values()
+        state = sum(aligned(int(np.prod(s, dtype=np.int64)) * np.dtype(t).itemsize) for s, t in shapes)
+        return aligned(self.n_bytes) + tables + state
+
+    @staticmethod
+    def of(
+        decode: Decode | None,
+        cfg: ModelConfig,
+        weights: Any,
+        place: str,
+        *,
+        max_batch: int,
+        n_ctx: int,
+        n_positions: int,
+        block_size: int,
+    ) -> StepPlan | None:
+        """Plan a step without a device; None where there is no fused step for this model.
+
+        weights: the model's, of which only names, types and shapes are looked at. n_positions: how long a sequence may
+        be, the smaller of the context and what the whole cache holds.
+        """
+        if decode is None or cfg.head_dim % 8 or cfg.head_dim > HEAD_DIMS[-1] or cfg.n_expert_used > MOST_USED:
+            return None
+        n_blocks = -(-n_positions // block_size)
+        shape = (n_blocks, block_size, cfg.n_head_kv, cfg.head_dim)
+        values, exponents = _shaped(shape, np.float16), _shaped(shape[:-1], np.uint8)
+        cache = [PagedRows(values, exponents)] * cfg.n_layer
+        rows: Shapes = {
+            "ids": ((max_batch,), np.int32),
+            "positions": ((max_batch,), np.int32),
+            "tables": ((max_batch, n_blocks), np.int32),
+        }
+        angles: dict[int, tuple[int, int]] = {}
+
+        def note_angles(number: int, constants: Any, freq_factors: Array | None) -> Angles:
+            angles[number] = (n_positions, constants.n_rot // 2)
+            table = _shaped(angles[number], np.float32)
+            return table, table
+
+        on_device = {name: _shaped(shape, dtype) for name, (shape, dtype) in rows.items()}
+        arrays = StepArrays(**on_device, k=cache, v=cache, n_ctx=n_ctx, n_positions=n_positions, angles=note_angles)
+        plans: dict[int, Plan] = {}
+        for bucket in buckets_for(max_batch):
+            recorder = Recorder()
+            ops = StepOps(_NoKernels(place), arrays, recorder, bucket)
+            try:
+                ops.array(decode(cfg, weights, ops, no_trace))
+            except (KernelError, ModelError):
+                return None
+            plans[bucket] = recorder.plan()
+        sampling = Sampler(Kernels(place), cfg.n_vocab, n_positions + 1).arrays(max_batch)
+        offsets = {bucket: plan.offsets for bucket, plan in plans.items()}
+        most = max(plan.n_bytes for plan in plans.values())
+        return StepPlan(offsets, most, tuple(angles[i] for i in sorted(angles)), rows | sampling)
 
 
 class DecodeStep:
-    """Steps over the sequences of one cache. buckets: the numbers of rows that kernels are launched for;
-    n_positions: how long a sequence may be.
+    """Steps over the sequences of one cache. buckets: the numbers of rows that kernels are launched for; n_positions:
+    how long a sequence may be.
 
-    Buffers are taken here, once, of the purpose `workspace`. Raises DeviceError where they do not fit. What else runs
-    on the device must be on the stream that is current when `run` is called, or be waited for.
+    Memory is taken here, once, of the purpose `workspace`. Raises DeviceError where it does not fit, KernelError where
+    the model has no fused step. What else runs on the device must be on the stream that is current when `run` is
+    called, or be waited for.
     """
 
     def __init__(
-        self, ops: KernelOps, cfg: ModelConfig, weights: Any, kv: KVCache, *, max_batch: int, graphs: bool = True
+        self,
+        ops: KernelOps,
+        cfg: ModelConfig,
+        decode: Decode | None,
+        weights: Any,
+        kv: KVCache,
+        *,
+        max_batch: int,
+        graphs: bool = True,
     ) -> None:
-        if not self.supports(cfg) or max_batch < 1:
-            raise KernelError(f"no fused step for {max_batch} sequences of {cfg.arch} with heads of {cfg.head_dim}")
         if kv.block_size % TILE:
             raise KernelError(f"decode: blocks of {kv.block_size} positions are no multiple of {TILE}")
-        self._ops, self._cfg, self._weights = ops, cfg, weights
-        self._forward = BY_ARCHITECTURE[cfg.arch]
+        self.n_positions = min(kv.n_ctx, kv.n_blocks * kv.block_size)
+        sizes = {"n_ctx": kv.n_ctx, "n_positions": self.n_positions, "block_size": kv.block_size}
+        place = ops.kernels.place
+        plan = None
+        if max_batch >= 1:
+            plan = StepPlan.of(decode, cfg, weights, place, max_batch=max_batch, **sizes)
+        if plan is None or decode is None:
+            raise KernelError(f"no fused step for {max_batch} sequences of {cfg.arch} with heads of {cfg.head_dim}")
+        self._ops, self._cfg, self._decode, self._weights = ops, cfg, decode, weights
+        self._plan, self.buckets = plan, buckets_for(max_batch)
         self._with_graphs = graphs and ops.xp is not np
         self._graphs: dict[int, Any] = {}
-        self.buckets = (*(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch), max_batch)
+        self._logits: dict[int, Array] = {}
         with ops.workspace():
-            self._fused = FusedOps(ops, cfg, kv, max_batch, freq_factors(cfg, weights, kv))
-        self.n_positions = self._fused.n_positions
-        self._sampler = StepSampler(ops.kernels, cfg.n_vocab, self.n_positions + 1)
-        self._sampler.want(layout := Layout(), max_batch)
-        self._arena = ops.memory.arena("workspace", layout.n_bytes)
-        self._b = layout.taken(self._arena)
-        fused = self._fused
-        self._b |= {"ids": fused.ids, "positions": fused.positions, "tables": fused.tables}
-        self.state = DecodeState(ops.xp, self._b, cfg.n_vocab, fused.n_positions, kv.block_size)
-
-    @staticmethod
-    def supports(cfg: ModelConfig) -> bool:
-        """Whether there is a fused step for a model of this shape."""
-        return (
-            cfg.arch in BY_ARCHITECTURE
-            and cfg.head_dim % 8 == 0
-            and cfg.head_dim <= HEAD_DIMS[-1]
-            and cfg.n_expert_used <= 32
-            and (cfg.arch != "phi3" or cfg.n_ff % TILE_ROWS == 0)  # gate and up are halves of one matrix
+            self._arena: Arena = ops.memory.arena("workspace", plan.total_bytes)
+            self._arena.take((plan.n_bytes,), np.uint8)  # where the buffers are
+            self._tables = [tuple(self._arena.take(shape, np.float32) for _ in range(2)) for shape in plan.angles]
+            self._b = {name: self._arena.take(shape, dtype) for name, (shape, dtype) in plan.state.items()}
+        self._filled: set[int] = set()
+        rows = {name: self._b[name] for name in ("ids", "positions", "tables")}
+        self._arrays = StepArrays(
+            **rows, k=kv.k, v=kv.v, n_ctx=kv.n_ctx, n_positions=self.n_positions, angles=self._angles
         )
-
-    @staticmethod
-    def bytes_for(place: str, cfg: ModelConfig, *, max_batch: int, n_positions: int, block_size: int) -> int:
-        """Device memory that a step takes; n_positions: the smaller of the context and what the whole cache holds.
-
-        place: `cuda` or `host`; no device is asked.
-        """
-        of_sampling = Layout()
-        StepSampler(Kernels(place), cfg.n_vocab, n_positions + 1).want(of_sampling, max_batch)
-        return layout_for(cfg, max_batch, n_positions, block_size).n_bytes + of_sampling.n_bytes
+        self._sampler = Sampler(ops.kernels, cfg.n_vocab, self.n_positions + 1)
+        self.state = DecodeState(ops.xp, self._b, cfg.n_vocab, self.n_positions, kv.block_size)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile what a step needs, and capture a graph for every bucket. No sequence is touched.
@@ -88,13 +178,13 @@ class DecodeStep:
         """
         self.state.update([])
         for i, bucket in enumerate(self.buckets):
-            self._launch(bucket, no_trace)
+            self._launch(bucket, None)
             if self._with_graphs:
                 self._graphs[bucket] = self._captured(bucket)
             if progress is not None:
                 progress(i + 1, len(self.buckets))
 
-    def run(self, rows: Sequence[DecodeRow], trace: Trace | None = None) -> tuple[np.ndarray, Array]:
+    def run(self, rows: Sequence[DecodeRow], trace: DecodeTrace | None = None) -> tuple[np.ndarray, Array]:
         """Feed every row's token and draw the next: what `sampling.checked_tokens` takes, (n, 3) int32 on the host, and
         logits (n, n_vocab) on the device, there until the next run.
 
@@ -107,13 +197,13 @@ class DecodeStep:
         bucket = next(b for b in self.buckets if b >= n)
         graph = self._graphs.get(bucket) if trace is None else None
         if graph is None:
-            self._launch(bucket, trace or no_trace)
+            self._launch(bucket, trace)
         else:
             graph.launch()
         drawn = self._b["drawn"][:n]
         on_host = drawn.copy() if self._ops.xp is np else drawn.get()  # waits for the step
         self.state.advanced(on_host)
-        return on_host, self._fused.logits_of(n)
+        return on_host, self._logits[bucket][:n]
 
     def _captured(self, bucket: int) -> Any:
         """The launches of a step as a graph. They were made once before, so that nothing compiles or allocates here."""
@@ -123,14 +213,37 @@ class DecodeStep:
         with stream:
             stream.begin_capture()
             try:
-                self._launch(bucket, no_trace)
+                self._launch(bucket, None)
             finally:
                 graph = stream.end_capture()
         return graph
 
-    def _launch(self, bucket: int, trace: Trace) -> None:
+    def _launch(self, bucket: int, trace: DecodeTrace | None) -> None:
         """Every kernel of a step for `bucket` rows."""
-        self._fused.n = bucket
+        step = StepOps(self._ops.kernels, self._arrays, Placed(self._arena, self._plan.offsets[bucket]), bucket)
+
+        def traced(name: str, il: int, x: Value) -> None:
+            if trace is not None:
+                trace(name, il, step.array(x))
+
         with np.errstate(all="ignore"):
-            logits = self._forward(self._cfg, self._weights, self._fused, trace)
-        self._sampler.launch(bucket, logits, self._b)
+            logits = step.array(self._decode(self._cfg, self._weights, step, traced))
+        self._logits[bucket] = logits
+        self._sampler.draw(bucket, logits, self._b)
+
+    def _angles(self, number: int, constants: Any, freq_factors: Array | None) -> Angles:
+        """The table of `decode()`'s call of that number, filled when it is first asked for."""
+        cos, sin = self._tables[number]
+        if number not in self._filled:
+            for start in range(0, self.n_positions, ANGLES_AT_ONCE):
+                positions = np.arange(start, min(start + ANGLES_AT_ONCE, self.n_positions))
+                some = self._ops.rope_angles(positions, constants, freq_factors)
+                for table, part in zip((cos, sin), some, strict=True):
+                    table[start : start + len(positions)] = part[:, 0]
+            self._filled.add(number)
+        return cos, sin
+
+
+def _shaped(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An array that has a shape and no memory."""
+    return np.broadcast_to(np.zeros((), dtype), shape)

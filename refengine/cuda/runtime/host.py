@@ -60,24 +60,31 @@ class HostModule:
         *,
         order: int = 0,
     ) -> None:
-        """Run a kernel. arguments: NumPy arrays (as device buffers) and scalars, as its signature wants them.
+        """Run a kernel. arguments: NumPy arrays (as device buffers), Structs and numbers, as its signature wants
+        them.
 
         overlap: as `DeviceModule.launch`; here one kernel runs after another.
         order: 0 runs the threads of a block forwards, 1 backwards, more shuffles them: results must not change.
         Raises KernelError for what does not fit, and for what a GPU would call undefined: accesses out of bounds,
         misaligned or to a read-only buffer, divergent barriers, reads of uninitialised shared memory.
         """
-        parameters = check_arguments(self.source, kernel, arguments)
+        checked = check_arguments(self.source, kernel, arguments)
         buffers: list[_Buffer] = []
-        values: list[Any] = []
-        for parameter, value in zip(parameters, arguments, strict=True):
-            if not parameter.pointer:
+        values: list[np.ndarray] = []
+        for parameter, value in zip(self.source.kernels[kernel], checked, strict=True):
+            if parameter.members:
+                values.append(value.packed)
+                arrays = zip(parameter.members, value.arrays, strict=True)
+            elif parameter.pointer:
+                values.append(np.array(0 if value is None else value.ctypes.data, dtype=np.uint64))
+                arrays = zip((parameter,), (value,), strict=True)
+            else:
                 values.append(np.array(value))
                 continue
-            address = 0 if value is None else value.ctypes.data
-            values.append(np.array(address, dtype=np.uint64))
-            if value is not None:
-                buffers.append(_Buffer(parameter.name.encode(), address, value.nbytes, int(parameter.writable)))
+            for member, array in arrays:
+                if array is not None:
+                    start = array.ctypes.data
+                    buffers.append(_Buffer(member.name.encode(), start, array.nbytes, int(member.writable)))
         pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
         given = (_Buffer * max(len(buffers), 1))(*buffers)
         error = self._launch(

@@ -57,7 +57,13 @@ class Kernels:
         *,
         what: str = "",
     ) -> None:
-        """Start a kernel. what: the tensor it is for, named in the KernelError that a bad launch raises."""
+        """Start a kernel; nothing is done where the grid is empty.
+
+        arguments: arrays, None for null pointers, Structs and numbers. what: the tensor it is for, named in the
+        KernelError that a bad launch raises. overlap: see `runtime.overlap`.
+        """
+        if not all(grid):
+            return
         try:
             self.module(file).launch(kernel, grid, (block,), arguments, shared_bytes, overlap)
         except KernelError as e:

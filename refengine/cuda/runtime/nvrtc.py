@@ -17,12 +17,13 @@ import numpy as np
 
 from refengine.cuda.runtime.cubin_cache import cache_folder, digest, write_whole
 from refengine.cuda.runtime.overlap import launch_overlapping
-from refengine.cuda.runtime.source import Source, check_arguments, three
+from refengine.cuda.runtime.source import Source, Struct, check_arguments, three
 from refengine.errors import DeviceError, KernelError, install_hint
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
 # Sums are written as they are meant: no contraction of a·b + c, denormals kept, division and root rounded to nearest.
 OPTIONS = ("-std=c++17", "-default-device", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
+_NULL = np.uintp(0)
 STATIC_LIMIT = 48 << 10  # bytes of shared memory that a launch may have without asking
 
 
@@ -38,9 +39,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code for one architecture, and what each kernel takes."""
+    """Machine code for one architecture, the file that holds it, and what each kernel takes."""
 
     cubin: bytes
+    path: Path
     resources: dict[str, Resources]
 
 
@@ -53,11 +55,11 @@ def compile_source(source: Source, arch: str) -> Compiled:
     path, facts = _kept(source, arch)
     if path.exists() and facts.exists():
         told = json.loads(facts.read_text())
-        return Compiled(path.read_bytes(), {name: Resources(**r) for name, r in told.items()})
+        return Compiled(path.read_bytes(), path, {name: Resources(**r) for name, r in told.items()})
     program = nvrtc.createProgram(source.text, f"{source.name}.cu", [], [])
     try:
         nvrtc.compileProgram(program, [f"-arch={arch}", "--ptxas-options=-v", *OPTIONS])
-        compiled = Compiled(nvrtc.getCUBIN(program), _resources(nvrtc.getProgramLog(program)))
+        compiled = Compiled(nvrtc.getCUBIN(program), path, _resources(nvrtc.getProgramLog(program)))
     except nvrtc.NVRTCError as e:
         log = nvrtc.getProgramLog(program).strip()
         if "invalid value for" in log:
@@ -123,11 +125,14 @@ class DeviceModule:
         self.source = source
         self.compiled = compile_source(source, arch or architecture(cupy))
         self._driver = cupy.cuda.driver
-        self._module = cupy.cuda.function.Module()
-        self._module.load(self.compiled.cubin)
+        self.module = cupy.RawModule(path=str(self.compiled.path))
         self._functions: dict[str, Any] = {}
         self._overlaps = int(cupy.cuda.Device().compute_capability) >= 90
         self._stream = cupy.cuda.get_current_stream
+
+    def raw_kernel(self, kernel: str) -> Any:
+        """The kernel as CuPy has it: a `cupy.RawKernel`, to look at its attributes or to launch it by hand."""
+        return self.module.get_function(kernel)
 
     def launch(
         self,
@@ -142,11 +147,11 @@ class DeviceModule:
 
         overlap: let it begin before the one in front of it has ended; only for kernels with `wait_for_previous`.
         """
-        check_arguments(self.source, kernel, arguments)
+        checked = check_arguments(self.source, kernel, arguments)
         function = self._functions.get(kernel)
         if function is None:
-            function = self._functions[kernel] = self._module.get_function(kernel)
-        given = [np.uintp(0) if value is None else value for value in arguments]
+            function = self._functions[kernel] = self.raw_kernel(kernel).kernel
+        given = [_NULL if a is None else a.packed if isinstance(a, Struct) else a for a in checked]
         try:
             if shared_bytes > STATIC_LIMIT:
                 attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

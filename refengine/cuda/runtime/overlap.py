@@ -43,11 +43,11 @@ def launch_overlapping(
     shared_bytes: int,
     stream: int,
 ) -> None:
-    """arguments: CuPy arrays and NumPy scalars. Raises RuntimeError with the driver's number where it refuses."""
-    values = [
-        np.array(a.data.ptr, np.uint64) if hasattr(a, "data") and hasattr(a.data, "ptr") else np.array(a)
-        for a in arguments
-    ]
+    """arguments: CuPy arrays, NumPy scalars, and NumPy arrays of a struct's bytes. Raises RuntimeError with the
+    driver's number where it refuses.
+    """
+    on_host = (np.ndarray, np.generic)
+    values = [np.asarray(a) if isinstance(a, on_host) else np.array(a.data.ptr, np.uint64) for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
     attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
     config = _Config(

@@ -1,8 +1,9 @@
 """Kernel sources: the text that is compiled, and the kernels' signatures as they stand in it.
 
 `common.cuh`, and each header that a file includes, is put in front of it, with `#line`: one text is all there is to
-compile and to hash, and messages of the compiler name the right file and line. Signatures are read from the text: what
-a launch is checked against cannot be out of step with the kernel. Knows nothing of compilers and devices.
+compile and to hash, and messages of the compiler name the right file and line. Signatures are read from the text, so
+that what a launch is checked against cannot be out of step with the kernel. This module knows nothing of compilers and
+devices.
 """
 
 from __future__ import annotations
@@ -34,21 +35,51 @@ _TYPES: dict[str, tuple[str, ...]] = {
     "unsigned long long": ("uint64",),
 }
 _DTYPES = {kind: frozenset(np.dtype(name) for name in names) for kind, names in _TYPES.items()}
+_SCALARS: dict[str, Any] = {kind: getattr(np, names[0]) for kind, names in _TYPES.items()}
+_NUMBERS = {int, float, bool}
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
+_STRUCT = re.compile(r"^struct (\w+) \{\n((?:  [^\n()]*\* ?\w+;\n)+)\};", re.MULTILINE)
 _MACRO = re.compile(r"^#define (\w+)\((\w+)[^)]*\)((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE)
 _KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)', re.DOTALL
 )
 
 
+class Struct:
+    """Arrays that a kernel takes as one argument: a C struct of pointers, passed by value. None is a null pointer.
+
+    Make one where the arrays live as long as it does; its pointers are collected once.
+    """
+
+    __slots__ = ("_packed", "arrays", "fits")
+
+    def __init__(self, *arrays: Any) -> None:
+        self.arrays = arrays
+        self.fits: str | None = None  # the C struct that the arrays were checked against
+        self._packed: np.ndarray | None = None
+
+    @property
+    def packed(self) -> np.ndarray:
+        """The struct's bytes: the pointers, as uint64."""
+        if self._packed is None:
+            self._packed = np.array([0 if a is None else address_of(a) for a in self.arrays], np.uint64)
+        return self._packed
+
+
+def address_of(array: Any) -> int:
+    """Where a NumPy or CuPy array begins."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+
+
 @dataclass(frozen=True)
 class Parameter:
-    """One of a kernel's: `kind` is its C type without const and *."""
+    """One parameter of a kernel. kind: its C type without const and *. members: of a struct, its pointers."""
 
     name: str
     kind: str
     pointer: bool
     writable: bool
+    members: tuple[Parameter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,8 +121,10 @@ def read_source(name: str) -> Source:
 def source_of(name: str, *parts: tuple[str, str]) -> Source:
     """A source of (file name, text) parts, one after the other."""
     text = "".join(f'#line 1 "{file}"\n{part}\n' for file, part in parts)
-    plain = re.sub(r"//[^\n]*|/\*.*?\*/", "", parts[-1][1], flags=re.DOTALL)
-    return Source(name, text, {kernel: _parameters(name, kernel, given) for kernel, given in _signatures(plain)})
+    *headers, plain = (re.sub(r"//[^\n]*|/\*.*?\*/", "", part, flags=re.DOTALL) for _, part in parts)
+    structs = dict(found for part in (*headers, plain) for found in _STRUCT.findall(part))
+    signatures = {kernel: _parameters(name, kernel, given, structs) for kernel, given in _signatures(plain)}
+    return Source(name, text, signatures)
 
 
 def _signatures(plain: str) -> Iterator[tuple[str, str]]:
@@ -103,13 +136,17 @@ def _signatures(plain: str) -> Iterator[tuple[str, str]]:
     yield from _KERNEL.findall(_MACRO.sub("", plain))
 
 
-def _parameters(file: str, kernel: str, text: str) -> tuple[Parameter, ...]:
+def _parameters(file: str, kernel: str, text: str, structs: dict[str, str]) -> tuple[Parameter, ...]:
+    """structs: the members of those that the text declares, as they stand there."""
     found = []
     for declaration in filter(None, (" ".join(d.split()) for d in text.split(","))):
         match = re.fullmatch(r"(const )?([\w ]+?) ?(\*)? ?(?:__restrict__ )?(\w+)", declaration)
-        if match is None or match[2] not in _TYPES:
+        members: tuple[Parameter, ...] = ()
+        if match is not None and not match[3] and match[2] in structs:
+            members = _parameters(file, match[2], structs[match[2]].replace(";", ","), {})
+        if match is None or (match[2] not in _TYPES and not members):
             raise KernelError(f"{file}.cu: {kernel}: parameter {declaration!r} has a type that launches do not know")
-        found.append(Parameter(match[4], match[2], match[3] is not None, match[1] is None))
+        found.append(Parameter(match[4], match[2], match[3] is not None, match[1] is None, members))
     return tuple(found)
 
 
@@ -119,29 +156,53 @@ def three(sizes: Sequence[int]) -> tuple[int, int, int]:
     return x, y, z
 
 
-def check_arguments(source: Source, kernel: str, arguments: Sequence[Any]) -> tuple[Parameter, ...]:
-    """That arrays and NumPy scalars fit the kernel's parameters in number and type. Raises KernelError; see W-1431."""
-    if kernel not in source.kernels:
+def check_arguments(source: Source, kernel: str, arguments: Sequence[Any]) -> list[Any]:
+    """The arguments as the kernel takes them: arrays, None for null pointers, NumPy scalars, Structs. See W-1431.
+
+    Python numbers become scalars of the parameter's C type. Raises KernelError for what does not fit in number, type,
+    range or layout.
+    """
+    parameters = source.kernels.get(kernel)
+    if parameters is None:
         raise KernelError(f"{source.name}.cu has no kernel {kernel!r}; it has {', '.join(source.kernels)}")
-    parameters = source.kernels[kernel]
     if len(arguments) != len(parameters):
         raise KernelError(f"{kernel} takes {len(parameters)} arguments, {len(arguments)} were given")
-    for parameter, value in zip(parameters, arguments, strict=True):
-        if value is None and parameter.pointer:
-            continue  # a null pointer, where the kernel allows one
-        # At every launch, for every argument: what is wrong is worked out where something is.
-        known = getattr(value, "dtype", None) in _DTYPES[parameter.kind]
-        if not known or parameter.pointer is isinstance(value, np.generic):
+    checked = list(arguments)
+    for i, value in enumerate(arguments):  # at every launch: what is wrong is worked out where something is
+        parameter = parameters[i]
+        if parameter.pointer:
+            if value is not None:
+                _check_array(kernel, parameter, value)
+        elif parameter.members:
+            if not isinstance(value, Struct) or len(value.arrays) != len(parameter.members):
+                raise KernelError(f"{kernel}: {parameter.name} must be a Struct of {len(parameter.members)} arrays")
+            if value.fits != parameter.kind:
+                for member, array in zip(parameter.members, value.arrays, strict=True):
+                    if array is not None:
+                        _check_array(kernel, member, array, f"{parameter.name}.")
+                value.fits = parameter.kind
+        elif type(value) in _NUMBERS:
+            try:
+                checked[i] = _SCALARS[parameter.kind](value)
+            except OverflowError:
+                raise KernelError(f"{kernel}: {parameter.name} is {value}, out of range for {parameter.kind}") from None
+        elif not isinstance(value, np.generic) or value.dtype not in _DTYPES[parameter.kind]:
             raise KernelError(f"{kernel}: {parameter.name} must be {_misfit(parameter, value)}")
-        if parameter.pointer and not value.flags.c_contiguous:
-            raise KernelError(
-                f"{kernel}: {parameter.name} must be contiguous, found shape {value.shape} with strides {value.strides}"
-            )
-    return parameters
+    return checked
+
+
+def _check_array(kernel: str, parameter: Parameter, value: Any, prefix: str = "") -> None:
+    if getattr(value, "dtype", None) not in _DTYPES[parameter.kind] or isinstance(value, np.generic):
+        raise KernelError(f"{kernel}: {prefix}{parameter.name} must be {_misfit(parameter, value)}")
+    if not value.flags.c_contiguous:
+        raise KernelError(
+            f"{kernel}: {prefix}{parameter.name} must be contiguous, found shape {value.shape} with strides "
+            f"{value.strides}"
+        )
 
 
 def _misfit(parameter: Parameter, value: Any) -> str:
     dtype = getattr(value, "dtype", None)
     if dtype is None or parameter.pointer is isinstance(value, np.generic):
-        return f"{'an array' if parameter.pointer else 'a NumPy scalar'}: {value!r:.60}"
+        return f"{'an array' if parameter.pointer else 'a number'}: {value!r:.60}"
     return f"{' or '.join(_TYPES[parameter.kind])}, found {dtype.name}"

@@ -1,4 +1,4 @@
-// How a row becomes what products take: what activations.cu and fused.cu share.
+// How a row becomes what products take: what quantize_rows.cu and norm.cu share.
 
 // Row `out_row` of halves, sums and scale from n_in floats, by all threads of a block; `largest` has a float a warp.
 __device__ __forceinline__ void row_as_halves(const float* row, int out_row, f16* out, float* scale, unsigned* sums,

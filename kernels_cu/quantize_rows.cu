@@ -5,13 +5,13 @@
 // so that rows of 1e6 do not overflow and rows of 1e-6 do not vanish: what is 2^-28 of the row's largest keeps all 11
 // bits. A row with NaN or infinity has e = 0, and they come out as they went in. A row of zeros has e = 0.
 //
-// Twin: refengine.cuda.reference.activations_f16. x (n_rows, n_in) float32; out (n_rows, n_in) halves; scale (n_rows,);
+// Twin: refengine.cuda.reference.quantize_rows. x (n_rows, n_in) float32; out (n_rows, n_in) halves; scale (n_rows,);
 // sums (n_rows, n_in / 32) pairs of halves. Grid: x rows; block: any number of warps. May be launched to
 // overlap with the kernel before it.
 // Order: block sums by the tree of warp_sum; a maximum has no order. Reads x twice (once from cache), writes 2 bytes each.
-#include "activations.cuh"
+#include "quantize_rows.cuh"
 
-extern "C" __global__ void activations_f16(const float* x, f16* out, float* scale, unsigned* sums, int n_in) {
+extern "C" __global__ void quantize_rows_f16(const float* x, f16* out, float* scale, unsigned* sums, int n_in) {
   __shared__ float largest[32];
   let_next_begin();
   wait_for_previous();

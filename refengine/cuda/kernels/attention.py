@@ -1,0 +1,158 @@
+"""Attention over the paged KV cache: bindings of kernels_cu/attention.cu."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from refengine.cuda.memory import Arena
+from refengine.cuda.runtime.launch import Kernels
+from refengine.errors import KernelError
+
+Array = Any
+
+BLOCK_ROWS, TILE, SPLIT = 16, 64, 512  # rows of a block of threads; positions of a tile and of a split
+HEAD_DIMS = (32, 64, 96, 128)  # for which the kernels are compiled; smaller ones are filled up
+BUSY = 264  # blocks of threads that keep a large GPU busy: with fewer, positions are cut into splits
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """K or V of a layer. values: (n_blocks, block_size, n_head_kv, head_dim) float16, each row times 2^-e; exponents:
+    (n_blocks, block_size, n_head_kv) uint8, e + 127; arena: where they are."""
+
+    values: Array
+    exponents: Array
+    arena: Arena | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.values.nbytes + self.exponents.nbytes)
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where the rows of a batch are, on the device and for the launch.
+
+    tables: block tables one after another, int32. spans: (n_spans, 4) int32: first row, rows, positions, where its
+    table begins. tiles: (n_tiles, 2) int32: span, first of its rows of a KV head. longest: positions of the longest
+    sequence; furthest: positions before the first row of the sequence with the fewest.
+    """
+
+    tables: Array
+    spans: Array
+    tiles: Array
+    longest: int
+    furthest: int
+
+
+def head_width(head_dim: int) -> int:
+    """The width of heads that the kernel for head_dim is compiled for."""
+    return next(d for d in HEAD_DIMS if d >= head_dim)
+
+
+def shared_bytes(width: int) -> int:
+    """Bytes of `Shared` in kernels_cu/attention.cu."""
+    groups, rows, warps = width // 32, BLOCK_ROWS, SPLIT // TILE
+    halves = rows * (groups | 1) * 32 * 2
+    return halves + 4 * (rows + 4 * warps * rows + 4 * rows + warps * groups * 16 * 32)
+
+
+def check_cache(n_head: int, head_dim: int, k_cache: PagedRows) -> None:
+    """Raises KernelError for heads that the kernels do not take over this cache."""
+    _, block_size, n_head_kv, cached_dim = k_cache.values.shape
+    if head_dim != cached_dim or n_head % n_head_kv or head_dim % 8 or head_dim > HEAD_DIMS[-1]:
+        raise KernelError(
+            f"attention: {n_head} heads of {head_dim} over a cache of {n_head_kv} of {cached_dim}; kernels take "
+            f"multiples of 8 up to {HEAD_DIMS[-1]}"
+        )
+    if block_size % TILE:
+        raise KernelError(f"attention: blocks of {block_size} positions are no multiple of {TILE}")
+
+
+def splits_of(batch: BatchLayout, n_head_kv: int, window: int, wanted: bool | None) -> tuple[int, int, bool]:
+    """The first split that some row sees, their number, and whether each is a block's own (wanted; None: by size)."""
+    first = max(batch.furthest - window + 1, 0) // SPLIT if window else 0
+    n_splits = -(-batch.longest // SPLIT) - first
+    if wanted is None:
+        wanted = n_splits > 1 and len(batch.tiles) * n_head_kv < BUSY
+    return first, n_splits, wanted
+
+
+def attention(
+    kernels: Kernels,
+    q: Array,
+    k_cache: PagedRows,
+    v_cache: PagedRows,
+    batch: BatchLayout,
+    y: Array,
+    *,
+    scale: float,
+    window: int,
+    sinks: Array | None,
+    splits: tuple[int, int, bool],
+    partial: Array | None,
+) -> None:
+    """Causal attention of all rows of a batch. q: (n_tokens, n_head, head_dim), y: (n_tokens, n_head · head_dim)
+    float32.
+
+    splits: of `splits_of`; where each is a block's own, partial (n_tokens, n_head, n_splits, head_dim + 2) float32 is
+    space.
+    """
+    n_tokens, n_head, head_dim = q.shape
+    _, block_size, n_head_kv, _ = k_cache.values.shape
+    first, n_splits, apart = splits
+    width = head_width(head_dim)
+    caches = [k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents]
+    sizes = [n_head, n_head_kv, head_dim, block_size, window, float(scale), first, n_splits]
+    out = partial if apart else y
+    arguments = [q, *caches, batch.tables, sinks, batch.spans, batch.tiles, out, *sizes]
+    grid = (len(batch.tiles), n_head_kv, n_splits if apart else 1)
+    kernel = f"attention_{'splits' if apart else 'rows'}_{width}"
+    kernels.launch("attention", kernel, grid, 256, arguments, shared_bytes(width))
+    if apart:
+        arguments = [partial, sinks, y, n_head, head_dim, n_splits]
+        kernels.launch("attention", "attention_merge", (n_tokens, n_head), head_dim, arguments)
+
+
+def attention_step(
+    kernels: Kernels,
+    q: Array,
+    k_cache: PagedRows,
+    v_cache: PagedRows,
+    positions: Array,
+    tables: Array,
+    partial: Array,
+    y: Array,
+    *,
+    scale: float,
+    window: int,
+    sinks: Array | None,
+) -> None:
+    """Attention of one token for each of n sequences, in two launches that overlap. q, y: (n, n_head, head_dim)
+    float32.
+
+    positions: (n,) int32, below zero where there is no row; tables: (n, n_blocks) int32; partial: (n, n_head,
+    most_splits, head_dim + 2) float32, space.
+    """
+    n, n_head, head_dim = q.shape
+    _, block_size, n_head_kv, _ = k_cache.values.shape
+    most_splits = partial.shape[2]
+    seen = min(most_splits, -(-window // SPLIT) + 1) if window else most_splits  # splits in which a row sees positions
+    tiles = -(-n_head // n_head_kv // BLOCK_ROWS) * n
+    at_once = min(seen, max(1, -(-BUSY // (tiles * n_head_kv))))
+    width = head_width(head_dim)
+    caches = [k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents]
+    sizes = [n_head, n_head_kv, head_dim, block_size, window, float(scale), tables.shape[1], most_splits]
+    arguments = [q, *caches, tables, positions, partial, *sizes]
+    grid, shared = (tiles, n_head_kv, at_once), shared_bytes(width)
+    kernels.launch("attention", f"attention_step_{width}", grid, 256, arguments, shared, overlap=True)
+    arguments = [partial, sinks, positions, y, n_head, head_dim, window, most_splits]
+    kernels.launch("attention", "attention_step_merge", (n, n_head), head_dim, arguments, overlap=True)
+
+
+def kv_append(kernels: Kernels, rows: Array, slots: Array, cache: PagedRows) -> None:
+    """Write rows (n_tokens, n_head_kv, head_dim) float32 into the cache at slots (n_tokens,) int64."""
+    n_tokens, n_head_kv, head_dim = rows.shape
+    arguments = [rows, slots, cache.values, cache.exponents, head_dim]
+    kernels.launch("attention", "kv_append_f16", (n_tokens, n_head_kv), 32, arguments)

@@ -1,0 +1,23 @@
+"""Rows of the embedding matrix: bindings of kernels_cu/embedding.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refengine.cuda.layout import PackedMatrix
+from refengine.cuda.runtime.launch import Kernels
+
+Array = Any
+
+
+def embedding(kernels: Kernels, w: PackedMatrix, ids: Array, y: Array) -> None:
+    """y[t] = row ids[t] of w, dequantised. ids: (n,) int32, each below w's rows; y: (n, n_in) float32."""
+    n_in = w.shape[-1]
+    kernel = f"embedding_{w.type.name.lower()}"
+    if w.is_float:
+        grid: tuple[int, ...] = (len(ids),)
+        threads, matrix = 128, w.float_rows
+    else:
+        grid = (len(ids), -(-n_in // 256))
+        threads, matrix = 32, w.struct
+    kernels.launch("embedding", kernel, grid, threads, [matrix, ids, y, n_in], what=w.name)

@@ -1,0 +1,97 @@
+"""Mixture of experts: bindings of kernels_cu/moe.cu."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.runtime.source import Struct
+from refengine.errors import KernelError
+
+Array = Any
+MOST_USED = 32  # experts that a row may use: a warp holds them
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which pairs of a row and a rank go to which experts, `size` of one expert together at most.
+
+    group: (n_groups, 3) int32: expert, first slot, number of slots. x_rows, y_rows: (n_pairs,) int32: the row of
+    activations that a slot takes, and the row of outputs that it gives.
+    """
+
+    group: Array
+    x_rows: Array
+    y_rows: Array
+    size: int
+
+    @cached_property
+    def struct(self) -> Struct:
+        """`Groups` of arguments.cuh."""
+        return Struct(self.group, self.x_rows, self.y_rows)
+
+    @cached_property
+    def by_pair(self) -> Groups:
+        """The same groups where activations have a row for each pair already."""
+        return Groups(self.group, self.y_rows, self.y_rows, self.size)
+
+
+def most_groups(n_pairs: int, n_expert: int, size: int) -> int:
+    """The most groups of up to `size` pairs of one expert that `n_pairs` can come to."""
+    return min(n_pairs, n_expert) + n_pairs // size
+
+
+def top_experts(kernels: Kernels, scores: Array, chosen: Array) -> None:
+    """chosen (n_tokens, n_used) int32: the experts with the highest scores (n_tokens, n_expert) float32, best first."""
+    n_tokens, n_expert = scores.shape
+    n_used = chosen.shape[1]
+    if not 1 <= n_used <= n_expert:
+        raise KernelError(f"top_experts: {n_used} of {n_expert} experts")
+    kernels.launch("moe", "top_experts_f32", (n_tokens,), 32, [scores, chosen, n_expert, n_used])
+
+
+def row_soft_max(kernels: Kernels, x: Array, y: Array) -> None:
+    """Softmax over the last axis of x, at most 32 wide. x, y: (..., n) float32."""
+    n = int(x.shape[-1])
+    if n > MOST_USED:
+        raise KernelError(f"row_soft_max: rows of {n}, at most {MOST_USED} are taken")
+    kernels.launch("moe", "row_soft_max_f32", (int(x.size) // n,), 32, [x, y, n])
+
+
+def route(kernels: Kernels, scores: Array, positions: Array, chosen: Array, shares: Array) -> None:
+    """`top_experts`, and the softmax over the chosen ones' scores: shares (n, n_used) float32. Overlaps.
+
+    positions: (n,) int32; a row whose position is below zero chooses expert -1, none.
+    """
+    n, n_expert = scores.shape
+    arguments = [scores, positions, chosen, shares, n_expert, chosen.shape[1]]
+    kernels.launch("moe", "route_f32", (n,), 32, arguments, overlap=True)
+
+
+def group_experts(
+    kernels: Kernels, chosen: Array, n_expert: int, share: int, groups: Groups, *, overlap: bool = False
+) -> None:
+    """Fill `groups` from chosen (n_tokens, n_used) int32. share: pairs, one after another, that read one row."""
+    n_pairs = int(chosen.size)
+    arrays = [chosen, groups.group, groups.x_rows, groups.y_rows]
+    sizes = [n_pairs, n_expert, len(groups.group), groups.size, share]
+    kernels.launch("moe", "group_experts", (1,), 256, [*arrays, *sizes], 8 * n_expert, overlap=overlap)
+
+
+def sum_experts(kernels: Kernels, experts: Array, y: Array) -> None:
+    """y (n_tokens, n) = the sum over ranks, in their order, of experts (n_tokens, n_used, n). float32."""
+    n_tokens, n_used, n = experts.shape
+    n_elements = n_tokens * n
+    kernels.launch("moe", "sum_experts_f32", (-(-n_elements // 256),), 256, [experts, y, n_used, n, n_elements])
+
+
+def combine(kernels: Kernels, down: Array, shares: Array, residual: Array, y: Array) -> None:
+    """y (n, width) = Σ over ranks, in their order, of down (n · n_used, width) times shares (n, n_used); + residual.
+
+    Overlaps.
+    """
+    n, width = y.shape
+    arguments = [down, shares, residual, y, shares.shape[1], width]
+    kernels.launch("moe", "combine_f32", (-(-width // 256), n), 256, arguments, overlap=True)

@@ -1,0 +1,50 @@
+"""Norms over rows: bindings of kernels_cu/norm.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refengine.cuda.kernels.quantize_rows import Rows
+from refengine.cuda.runtime.launch import Kernels
+from refengine.errors import KernelError
+
+Array = Any
+THREADS = 256
+
+
+def rms_norm(kernels: Kernels, x: Array, weight: Array, eps: float, y: Array) -> None:
+    """y = x / √(mean(x²) + eps) · weight. x, y: (..., n) float32; weight: (n,) float32."""
+    _norm(kernels, "rms_norm_f32", x, [weight], eps, y)
+
+
+def layer_norm(kernels: Kernels, x: Array, weight: Array, bias: Array, eps: float, y: Array) -> None:
+    """y = (x - mean) / √(variance + eps) · weight + bias. x, y: (..., n) float32; weight, bias: (n,) float32."""
+    _norm(kernels, "layer_norm_f32", x, [weight, bias], eps, y)
+
+
+def _norm(kernels: Kernels, kernel: str, x: Array, vectors: list[Array], eps: float, y: Array) -> None:
+    n = _width(kernel, x, vectors)
+    kernels.launch("norm", kernel, (int(x.size) // n,), THREADS, [x, *vectors, y, n, float(eps)])
+
+
+def rms_norm_rows(kernels: Kernels, x: Array, weight: Array, eps: float, rows: Rows) -> None:
+    """`rms_norm` of x (n_rows, n) into whatever `rows` has: floats, and halves with sums and scales. Overlaps."""
+    _norm_rows(kernels, "rms_norm_f16", x, [weight], eps, rows)
+
+
+def layer_norm_rows(kernels: Kernels, x: Array, weight: Array, bias: Array, eps: float, rows: Rows) -> None:
+    """`layer_norm` of x (n_rows, n) into whatever `rows` has: floats, and halves with sums and scales. Overlaps."""
+    _norm_rows(kernels, "layer_norm_f16", x, [weight, bias], eps, rows)
+
+
+def _norm_rows(kernels: Kernels, kernel: str, x: Array, vectors: list[Array], eps: float, rows: Rows) -> None:
+    n = _width(kernel, x, vectors)
+    arguments = [x, *vectors, rows.floats, rows.halves, rows.scale, rows.sums, n, float(eps)]
+    kernels.launch("norm", kernel, (len(x),), THREADS, arguments, 4 * n, overlap=True)
+
+
+def _width(kernel: str, x: Array, vectors: list[Array]) -> int:
+    n = int(x.shape[-1])
+    if any(v.shape != (n,) for v in vectors):
+        raise KernelError(f"{kernel}: rows of {n}, weights of {[v.shape for v in vectors]}")
+    return n

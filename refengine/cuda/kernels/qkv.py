@@ -1,0 +1,37 @@
+"""Products with two or three matrices of one type in one kernel, for few rows: bindings of kernels_cu/qkv.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from refengine.cuda.kernels.matmul import FEW_ROWS, SEGMENT, narrow_launch
+from refengine.cuda.kernels.quantize_rows import Rows
+from refengine.cuda.layout import TILE_ROWS, PackedMatrix
+from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.runtime.source import Struct
+
+Array = Any
+NO_MATRIX = Struct(None, None, None, None)
+
+
+def n_together(n_rows: int, matrices: Sequence[PackedMatrix]) -> int:
+    """How many of three matrices, from the first, `qkv` multiplies at once: 0, 2 or 3."""
+    q, k, v = matrices
+    if n_rows > FEW_ROWS or q.is_float or q.type != k.type or q.shape[0] % TILE_ROWS or k.shape[0] % TILE_ROWS:
+        return 0
+    return 3 if v.type == k.type else 2
+
+
+def qkv(kernels: Kernels, x: Rows, matrices: Sequence[PackedMatrix], biases: Sequence[Array | None], y: Array) -> None:
+    """y (n_rows, n_out) float32: for each row what two or three matrices (·, n_in) give, one after another. Overlaps.
+    """
+    first = matrices[0]
+    n_in, n_out, n_segments = first.shape[1], sum(w.shape[0] for w in matrices), -(-first.shape[1] // SEGMENT)
+    missing = 3 - len(matrices)
+    blocks, warps = narrow_launch(kernels, first, n_out, n_segments, 1)
+    structs = [w.struct for w in matrices] + [NO_MATRIX] * missing
+    sizes = [first.shape[0], matrices[1].shape[0], n_out, n_in, x.n]
+    arguments = [*structs, x.struct, *biases, *[None] * missing, y, *sizes]
+    kernel, shared = f"qkv_{first.type.name.lower()}", 1024 * n_segments
+    kernels.launch("qkv", kernel, (blocks, 1), 32 * warps, arguments, shared, overlap=True, what=first.name)

@@ -1,0 +1,76 @@
+"""Rotary position embedding: bindings of kernels_cu/rope.cu."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from refengine.cuda.kernels.attention import PagedRows
+from refengine.cuda.runtime.launch import Kernels
+from refengine.errors import KernelError
+
+Array = Any
+Angles = tuple[Array, Array]
+
+
+def rope(kernels: Kernels, x: Array, angles: Angles, y: Array, *, neox: bool) -> None:
+    """y = x rotated. x, y: (n_tokens, n_head, head_dim) float32; angles: cos, sin (n_tokens, 1, n_rot / 2) float32.
+
+    neox: pairs are elements i and i + n_rot / 2, else 2i and 2i + 1.
+    """
+    n_tokens, n_head, head_dim = x.shape
+    half = angles[0].shape[-1]
+    kernel = "rope_neox_f32" if neox else "rope_norm_f32"
+    if any(a.shape != (n_tokens, 1, half) for a in angles) or 2 * half > head_dim:
+        raise KernelError(f"{kernel}: heads {x.shape}, angles {[a.shape for a in angles]}")
+    kernels.launch("rope", kernel, (n_tokens, n_head), 64, [x, *angles, y, half, head_dim])
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Q, K and V of one new token for each of n rows: where those of the first row begin, and how many floats further
+    on those of the next."""
+
+    parts: tuple[Array, Array, Array]
+    strides: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """cos, sin: (n_positions, n_rot / 2) float32, or None without RoPE; neox as in `rope`."""
+
+    cos: Array | None
+    sin: Array | None
+    neox: bool
+
+    @property
+    def half(self) -> int:
+        return 0 if self.cos is None else int(self.cos.shape[-1])
+
+
+def rope_append(
+    kernels: Kernels,
+    qkv: Projections,
+    rotation: Rotation,
+    positions: Array,
+    tables: Array,
+    q: Array,
+    k_cache: PagedRows,
+    v_cache: PagedRows,
+    *,
+    norms: tuple[Array | None, Array | None] = (None, None),
+    eps: float = 0.0,
+    q_factor: float = 1.0,
+) -> None:
+    """Heads' RMS norm (with weights `norms`), RoPE, Q times q_factor; K and V go into the cache. Overlaps.
+
+    positions: (n,) int32, below zero where there is no row; tables: (n, n_blocks) int32; q: (n, n_head, head_dim)
+    float32.
+    """
+    n, n_head, head_dim = q.shape
+    _, block_size, n_head_kv, _ = k_cache.values.shape
+    caches = [k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents]
+    sizes = [n_head, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, tables.shape[1]]
+    arguments = [*qkv.parts, *norms, rotation.cos, rotation.sin, positions, tables, q, *caches, *qkv.strides, *sizes]
+    arguments += [float(eps), float(q_factor)]
+    kernels.launch("rope", "rope_append", (n, n_head + 2 * n_head_kv), 32, arguments, overlap=True)

@@ -1,0 +1,63 @@
+"""Drawing tokens from rows of logits: bindings of kernels_cu/sampling.cu. All launches overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from refengine.cuda.runtime.launch import Kernels
+
+Array = Any
+BINS = 2048  # of sampling.cu
+
+
+class Sampler:
+    """Launches that draw a token from each of several rows, and move the rows' state on by it. Holds sizes only.
+
+    n_vocab: width of a row of logits; longest: ids that a row's history has room for.
+    """
+
+    def __init__(self, kernels: Kernels, n_vocab: int, longest: int) -> None:
+        self._kernels, self._n_vocab, self._longest = kernels, n_vocab, longest
+        on_gpu = kernels.place == "cuda"
+        self._n_parts, self._threads, self._most_threads = (64, 256, 1024) if on_gpu else (3, 64, 64)
+
+    def arrays(self, n: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """The arrays, (shape, dtype) by name, that `draw` takes for up to n rows, besides ids and positions.
+
+        reals, whole and history are the rows' state, drawn is the result, the others are space; see sampling.cu.
+        """
+        return {
+            "reals": ((n, 4), np.float64),
+            "whole": ((n, 4), np.int64),
+            "history": ((n, self._longest), np.int32),
+            "drawn": ((n, 3), np.int32),
+            "values": ((n, self._n_vocab), np.float64),
+            "keys": ((n, self._n_parts), np.uint64),
+            "marks": ((n, self._n_parts, 3), np.int32),
+            "counts": ((n, BINS), np.uint32),
+            "masses": ((n, BINS + 1), np.uint64),
+        }
+
+    def draw(self, n: int, logits: Array, b: Mapping[str, Array]) -> None:
+        """Draw from rows of logits (n, n_vocab) into b["drawn"]. b: `arrays`, and ids, positions (n,) int32."""
+        n_parts, n_vocab, longest = self._n_parts, self._n_vocab, self._longest
+
+        def launch(kernel: str, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
+            self._kernels.launch("sampling", kernel, grid, threads, arguments, overlap=True)
+
+        state = [b["reals"], b["whole"], b["history"], b["positions"]]
+        best, bins = [b["values"], b["keys"], b["marks"]], [b["counts"], b["masses"]]
+        launch("scan_f32", (n_parts, n), self._threads, logits, *state, *best, *bins, n_vocab, longest)
+        launch("weigh_f32", (n_parts, n), self._threads, logits, b["reals"], b["positions"], *best, *bins, n_vocab)
+        moved = [b["drawn"], b["ids"], b["positions"], b["whole"], b["history"]]
+        sizes = [n_vocab, n_parts, longest]
+        launch("draw_f32", (n,), self._most_threads, logits, b["reals"], *best, *bins, *moved, *sizes)
+
+
+def allocated(sampler: Sampler, n: int, empty: Callable[..., Array]) -> dict[str, Array]:
+    """The sampler's arrays for n rows, made by `empty(shape, dtype)`, with ids and positions."""
+    arrays = {name: empty(shape, dtype) for name, (shape, dtype) in sampler.arrays(n).items()}
+    return arrays | {"ids": empty((n,), np.int32), "positions": empty((n,), np.int32)}
