@@ -12,12 +12,12 @@ import pytest
 
 from refengine.api import generate, load
 from refengine.cache.paged import KVCache
-from refengine.config import SUPPORTED_ARCHITECTURES
 from refengine.engine.engine import single_sequence
 from refengine.engine.generation import Token
 from refengine.engine.sampling import SamplingParams, sample
 from refengine.errors import RequestError
 from refengine.model import Model
+from refengine.models import BY_ARCHITECTURE
 from refengine.tokenizer import Tokenizer
 from refengine.trace import Tracer, no_trace
 from tests.model_files import zeros_of
@@ -74,9 +74,9 @@ class ScriptedModel:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     folder = tmp_path_factory.mktemp("generation")
-    for arch in SUPPORTED_ARCHITECTURES:
+    for arch in BY_ARCHITECTURE:
         write_model(folder / f"{arch}.gguf", arch, "F32", n_layer=2)
-    return {arch: load(folder / f"{arch}.gguf") for arch in SUPPORTED_ARCHITECTURES}
+    return {arch: load(folder / f"{arch}.gguf") for arch in BY_ARCHITECTURE}
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def prompt(n: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(31).integers(3, 300, size=n)]
 
 
-@pytest.mark.parametrize("arch", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", BY_ARCHITECTURE)
 @pytest.mark.parametrize("chunk", [7, 1])
 def test_chunks_give_the_logits_of_the_whole_prompt(models: dict[str, Model], arch: str, chunk: int) -> None:
     # 71 tokens: more than a cache block of 64, and not a multiple of 7. The bound is the issue's; float32 sums in
@@ -321,7 +321,7 @@ def test_chunks_give_the_logits_of_the_whole_prompt(models: dict[str, Model], ar
     assert (np.abs(other[40:] - whole[40:]).max(axis=1) > 1e-3).all()
 
 
-@pytest.mark.parametrize("arch", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", BY_ARCHITECTURE)
 def test_generation_is_the_forward_pass_repeated(models: dict[str, Model], arch: str) -> None:
     model, ids = models[arch], prompt(11)
     tokens = list(generate(model, ids, SamplingParams(temperature=0, max_tokens=9)))
