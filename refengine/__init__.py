@@ -3,7 +3,7 @@
 import refengine
 model = refengine.load("model.gguf", device="cpu", numerics="exact")
 logits = model.forward(model.tokenizer.encode("Once upon a time"))    # (n_tokens, n_vocab) float32
-for token in model.generate("Once upon a time"):
+for token in refengine.generate(model, "Once upon a time"):
     print(token.text, end="", flush=True)
 """
 
@@ -11,12 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from refengine.api import generate, load
     from refengine.engine.sampling import SamplingParams
     from refengine.errors import RefengineError
-    from refengine.model import Model, load
+    from refengine.model import Model
     from refengine.trace import Trace
 
-__all__ = ["Model", "RefengineError", "SamplingParams", "Trace", "load"]
+__all__ = ["Model", "RefengineError", "SamplingParams", "Trace", "generate", "load"]
 __version__ = "0.1.0"
 
 _PLACES = {
@@ -24,7 +25,8 @@ _PLACES = {
     "RefengineError": "refengine.errors",
     "SamplingParams": "refengine.engine.sampling",
     "Trace": "refengine.trace",
-    "load": "refengine.model",
+    "generate": "refengine.api",
+    "load": "refengine.api",
 }
 
 

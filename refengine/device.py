@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,6 +24,20 @@ class Device:
     xp: Any
     name: str
     reason: str
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.name.startswith("cuda")
+
+
+class MemoryAccount(Protocol):
+    """Who allocates a device's memory for kernels and can account for it."""
+
+    def accounted(self) -> dict[str, int]:
+        """Bytes by purpose: `weights`, `kv`, `workspace`."""
+
+    def check_residency(self) -> None:
+        """Raises `DeviceError` for a buffer that is not plain device memory."""
 
 
 def open_device(spec: str) -> Device:

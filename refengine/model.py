@@ -1,9 +1,8 @@
-"""`load(path) -> Model`: the Python API. A model is a file, a device and a numerics profile, ready to run."""
+"""A model: a file, a device and a numerics profile, ready to run. It knows nothing of the engine that serves it."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,97 +10,24 @@ import numpy as np
 
 from refengine.cache.paged import CacheSequence, KVCache
 from refengine.config import ModelConfig
-from refengine.cuda import open_kernels
-from refengine.device import Device, open_device
-from refengine.engine.engine import single_sequence
-from refengine.engine.generation import Token
-from refengine.engine.sampling import SamplingParams
+from refengine.device import Device, MemoryAccount
 from refengine.errors import RequestError
 from refengine.gguf.file import GGUFFile
-from refengine.hub.files import resolve
-from refengine.models import BY_ARCHITECTURE, read_config
-from refengine.ops import Ops, profile
-from refengine.tokenizer import Tokenizer, load_tokenizer
+from refengine.models import BY_ARCHITECTURE
+from refengine.tokenizer import Tokenizer
 from refengine.trace import Tracer, no_trace, to_numpy
-from refengine.weights import ArrayPlacement, check_tensors, load_weights
 
 PACKAGED_MODEL = Path(__file__).parent / "data" / "haiku-q4_k_m.gguf"  # our own: trained by tools/haiku
 PREFILL_CHUNK = 512  # tokens a forward call, llama.cpp's default micro-batch
 
 
-def load(
-    path: str | os.PathLike[str] | None = None,
-    device: str = "cpu",
-    numerics: str | None = None,
-    *,
-    kv_type: str | None = None,
-    n_ctx: int | None = None,
-    cpu_cache_mb: int | None = None,
-    attention: str = "flash",
-    progress: Callable[[int, int], None] | None = None,
-    copied: bool = False,
-    copy_chunk_kb: int = 1024,
-) -> Model:
-    """Open a GGUF file (the first part of a split one) and put its tensors on a device.
-
-    path:         None opens the packaged model, which writes haiku. As text also a name of the hub, which is
-                  downloaded into its cache: `hf:OWNER/REPO[@REVISION][:QUANT or FILE.gguf]`.
-    device:       `cpu`, `cuda`, `cuda:N`, `auto`; `host` runs the kernels on the CPU, to test and step through.
-    numerics:     `exact` (float32), `exact64`, `llamacpp`, `fast`; default: fast on cuda and host, else exact. On a
-                  GPU fast means raw kernels and weights as stored; every other profile, array code.
-    kv_type:      `f16`, `f32` or `f64` instead of the profile's.
-    n_ctx:        longest sequence in tokens (default: the model's context length).
-    cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory).
-    attention:    `flash`, or `reference` for array code that writes the score matrix. Kernels only: to compare.
-    progress:     called with the bytes done and the bytes in all.
-    copied:       on the CPU, weights are read into memory at once and not mapped: whatever happens to the file later,
-                  they stay as they are.
-    copy_chunk_kb: KiB of a copy to a GPU: what it needs of host memory does not grow with the model.
-    Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError`, `HubError` or `RequestError`.
-    """
-    if n_ctx is not None and not 1 <= n_ctx < 2**31:
-        raise RequestError(f"n_ctx {n_ctx} is outside 1..{2**31 - 1} tokens")
-    if cpu_cache_mb is not None and cpu_cache_mb < 0:
-        raise RequestError(f"cpu_cache_mb {cpu_cache_mb} must not be negative")
-    if not 1 <= copy_chunk_kb <= 1 << 20:
-        raise RequestError(f"copy_chunk_kb {copy_chunk_kb} is outside 1..{1 << 20} KiB")
-    if attention not in ("flash", "reference"):
-        raise RequestError(f"attention {attention!r}: choose flash or reference")
-    opened = open_device(device)
-    rounding = profile(numerics or ("exact" if opened.name == "cpu" else "fast"), kv_type)
-    if opened.name == "host" and not rounding.half_rows:
-        raise RequestError(f"device host runs the kernels, whose numerics are fast; {rounding.name} runs on cpu")
-    gguf = GGUFFile(PACKAGED_MODEL if path is None else resolve(path))
-    config = read_config(gguf)
-    if n_ctx is not None and n_ctx > config.n_ctx_train and config.rope is None:
-        raise RequestError(f"n_ctx {n_ctx}: {config.arch} has learned positions, only {config.n_ctx_train} of them")
-    tokenizer = load_tokenizer(gguf)
-    architecture = BY_ARCHITECTURE[config.arch]
-    specs = architecture.tensors(config)
-    if rounding.half_rows and opened.name != "cpu":
-        check_tensors(gguf, specs)
-        kernels = open_kernels(opened, gguf.tensors.values(), attention, copy_chunk_kb << 10)
-        ops: Any = kernels.ops
-        with kernels.memory.workspace():
-            weights = load_weights(gguf, specs, config.n_layer, kernels.uploader, progress)
-        kernels.memory.trim()
-    else:
-        cache_bytes = default_cache_bytes(opened) if cpu_cache_mb is None else cpu_cache_mb << 20
-        ops = Ops(opened.xp, rounding, cache_bytes)
-        place = ArrayPlacement(opened.xp, copied, copy_chunk_kb << 10)
-        weights = load_weights(gguf, specs, config.n_layer, place, progress)
-    return Model(gguf, config, tokenizer, weights, ops, opened, n_ctx)
-
-
-def default_cache_bytes(device: Device) -> int:
-    """Half of the memory of the device (of the machine, for the CPU)."""
-    if device.xp is not np:
-        return int(device.xp.cuda.runtime.memGetInfo()[1]) // 2
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
 class Model:
-    """A loaded model. `config`, `tokenizer` (None without a vocabulary), `weights`, `gguf`, `ops`, `device`."""
+    """A loaded model. `config`, `tokenizer` (None without a vocabulary), `weights`, `gguf`, `ops`, `device`.
+
+    make_runner: makes the runner of an engine from (model, cache, max_batch, graphs, trace); `load` hands it in. None
+                 means array code.
+    memory:      accounts for the memory of a device that runs kernels; None where arrays are used.
+    """
 
     def __init__(
         self,
@@ -112,9 +38,13 @@ class Model:
         ops: Any,
         device: Device,
         n_ctx: int | None = None,
+        *,
+        make_runner: Callable[..., Any] | None = None,
+        memory: MemoryAccount | None = None,
     ) -> None:
         self.gguf, self.config, self.tokenizer = gguf, config, tokenizer
         self.weights, self.ops, self.device = weights, ops, device
+        self.make_runner, self.memory = make_runner, memory
         self.n_ctx = n_ctx or config.n_ctx_train
         architecture = BY_ARCHITECTURE[config.arch]
         self._forward = architecture.forward
@@ -133,6 +63,23 @@ class Model:
             copy_block=self.ops.kv_copy,
         )
 
+    def evaluate(
+        self,
+        parts: Sequence[tuple[CacheSequence, Sequence[int]]],
+        cache: KVCache,
+        rows: Sequence[int] | None = None,
+        trace: Tracer = no_trace,
+    ) -> Any:
+        """One forward pass over new tokens of one or more sequences; logits (n_out, n_vocab) on the device.
+
+        parts: sequences with the ids to append to each. rows: batch rows whose logits are wanted (default: all).
+        The keys and values are written, but the positions belong to the sequences only after `cache.commit(parts)`.
+        """
+        batch = cache.batch(parts, rows)
+        # Values out of range (a NaN on its way through float16, say) are the watch's business, not NumPy's warnings.
+        with np.errstate(all="ignore"), self.ops.workspace():
+            return self._forward(self.config, self.weights, batch, cache, self.ops, trace)
+
     def step(
         self,
         parts: Sequence[tuple[CacheSequence, Sequence[int]]],
@@ -140,11 +87,8 @@ class Model:
         rows: Sequence[int] | None = None,
         trace: Tracer = no_trace,
     ) -> Any:
-        """One forward pass over new tokens of one or more sequences; logits (n_out, n_vocab) on the device."""
-        batch = cache.batch(parts, rows)
-        # Values out of range (a NaN on its way through float16, say) are the watch's business, not NumPy's warnings.
-        with np.errstate(all="ignore"), self.ops.workspace():
-            logits = self._forward(self.config, self.weights, batch, cache, self.ops, trace)
+        """As `evaluate`, and commits the new positions: for callers that have a cache and no engine."""
+        logits = self.evaluate(parts, cache, rows, trace)
         cache.commit(parts)
         return logits
 
@@ -161,18 +105,6 @@ class Model:
             to_numpy(self.step([(sequence, ids[i : i + chunk])], cache, trace=trace)) for i in range(0, len(ids), chunk)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Token]:
-        """Tokens that follow a prompt (text, or ids taken as they are), one by one.
-
-        `Token.text` is what may be printed: whole code points, nothing of a stop string. Ends at an end-of-generation
-        token, a stop string, `params.max_tokens` or the end of the context; `Token.stop_reason` of the last says which.
-        """
-        generation = single_sequence(self, self.prompt_ids(prompt), params)
-        try:
-            yield from generation
-        finally:
-            generation.free()
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a prompt: text is encoded with the specials the metadata asks for, ids are taken as they are."""

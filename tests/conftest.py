@@ -1,8 +1,12 @@
 """Shared fixtures. Tests never touch the network and leave nothing outside their temporary folder."""
 
+import fcntl
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,41 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # A shell starts what it runs in the background with Ctrl-C ignored, which every child inherits: ours are to hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu_alone: a GPU test that compares the driver's memory, so it runs alone")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Keeps other processes of the same run (`-n 4`) off the GPU while a test marked `gpu_alone` runs.
+
+    It surrounds set-up and tear-down too, since fixtures of a module allocate before the test's own begin.
+    """
+    with ExitStack() as held:
+        if item.get_closest_marker("gpu_alone"):
+            held.enter_context(gpu_lock(fcntl.LOCK_EX))
+        elif item.get_closest_marker("gpu"):
+            held.enter_context(gpu_lock(fcntl.LOCK_SH))
+        return (yield)
+
+
+@contextmanager
+def gpu_lock(how: int, folder: Path | None = None) -> Iterator[None]:
+    """Holds the GPU among the processes of this user: shared (LOCK_SH) or exclusively (LOCK_EX).
+
+    Whoever waits holds the gate, so that those who come later cannot overtake an exclusive one for ever.
+    """
+    place = folder or Path(tempfile.gettempdir())
+    with (
+        open(place / f"refengine-gpu-gate-{os.getuid()}", "w") as gate,
+        open(place / f"refengine-gpu-{os.getuid()}", "w") as lock,
+    ):
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(lock, how)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.fixture(scope="session")

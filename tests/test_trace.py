@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refengine.config import SUPPORTED_ARCHITECTURES
+from refengine.api import load
 from refengine.errors import TraceError
-from refengine.model import Model, load
+from refengine.model import Model
+from refengine.models import BY_ARCHITECTURE
 from refengine.trace import Trace, no_trace, tensor_name
 from tests.cli_runner import ENVIRONMENT
 from tests.model_files import float_bytes, read_floats, rewrite
@@ -25,7 +26,7 @@ N_LAYER = 2
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("trace")
-    result = {arch: folder / f"{arch}.gguf" for arch in SUPPORTED_ARCHITECTURES}
+    result = {arch: folder / f"{arch}.gguf" for arch in BY_ARCHITECTURE}
     for arch, path in result.items():
         write_model(path, arch, "F32", n_layer=N_LAYER)
     return result
@@ -260,7 +261,7 @@ def debug(path: Path, breakpoints: list[str], commands: list[str], output: Path)
     )
 
 
-@pytest.mark.parametrize("arch", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", BY_ARCHITECTURE)
 def test_debugger_stops_in_the_model_file_with_the_tensor_in_reach(
     paths: dict[str, Path], tmp_path: Path, arch: str
 ) -> None:

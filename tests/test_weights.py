@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from refengine.config import SUPPORTED_ARCHITECTURES
 from refengine.errors import ModelError
 from refengine.gguf.file import GGUFFile
 from refengine.models import BY_ARCHITECTURE, read_config
@@ -22,7 +21,7 @@ T = GGMLQuantizationType
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A one-layer F32 model of every architecture."""
     folder = tmp_path_factory.mktemp("weights")
-    paths = {arch: folder / f"{arch}.gguf" for arch in SUPPORTED_ARCHITECTURES}
+    paths = {arch: folder / f"{arch}.gguf" for arch in BY_ARCHITECTURE}
     for arch, path in paths.items():
         write_model(path, arch, "F32", n_layer=1)
     return paths
@@ -43,7 +42,7 @@ def refused(path: Path) -> str:
     return message
 
 
-@pytest.mark.parametrize("arch", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", BY_ARCHITECTURE)
 def test_each_missing_tensor_is_named(models: dict[str, Path], tmp_path: Path, arch: str) -> None:
     with GGUFFile(models[arch]) as gguf:
         specs = BY_ARCHITECTURE[arch].tensors(read_config(gguf))
@@ -58,7 +57,7 @@ def test_each_missing_tensor_is_named(models: dict[str, Path], tmp_path: Path, a
             assert f"missing {name}" in refused(path)
 
 
-@pytest.mark.parametrize("arch", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", BY_ARCHITECTURE)
 def test_each_wrong_shape_is_named_with_both_shapes(models: dict[str, Path], tmp_path: Path, arch: str) -> None:
     with GGUFFile(models[arch]) as gguf:
         infos = list(gguf.tensors.values())
@@ -78,7 +77,7 @@ def test_transposed_matrix_is_refused(models: dict[str, Path], tmp_path: Path) -
     assert "blk.0.ffn_up.weight: shape 96x224, expected 224x96" in refused(path)
 
 
-@pytest.mark.parametrize("arch", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", BY_ARCHITECTURE)
 @pytest.mark.parametrize("name", ["blk.1.attn_norm.weight", "blk.0.attn_norm.scale", "surprise", "output.bias"])
 def test_unexpected_tensor_is_named(models: dict[str, Path], tmp_path: Path, arch: str, name: str) -> None:
     tensor = ((3,), TENSOR_F32, float_bytes([1, 2, 3]))

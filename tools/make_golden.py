@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from refengine.api import load
 from refengine.gguf.file import GGUFFile
-from refengine.model import PACKAGED_MODEL, load
+from refengine.model import PACKAGED_MODEL
 from refengine.models import read_config
 from refengine.validate.capture import LOGITS
 from refengine.validate.dump import manifest_of

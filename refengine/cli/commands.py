@@ -61,14 +61,14 @@ def generate(arguments: argparse.Namespace) -> None:
     else:
         prompt_ids = model.prompt_ids(ids if text is None else text)
     trace = _tracer(arguments)
-    generation = single_sequence(
+    engine, generation = single_sequence(
         model, prompt_ids, params, chunk=_chunk(arguments), trace=trace, graphs=not arguments.no_graphs
     )
     if arguments.echo or (arguments.echo is None and not chat and text is not None):
         write(text if text is not None else ",".join(map(str, prompt_ids)) + ":")
     reason = "interrupted"
     try:
-        for token in generation:
+        for token in engine.tokens(generation):
             # Without a vocabulary there is no text: ids then.
             write(token.text if tokenizer is not None else f" {token.id}")
             reason = token.stop_reason or reason
@@ -76,7 +76,7 @@ def generate(arguments: argparse.Namespace) -> None:
         if generation.n_generated:
             write("\n")
         _print_statistics(model, generation, reason)
-        generation.free()
+        engine.free(generation)
     _check_trace(trace)
 
 

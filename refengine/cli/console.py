@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from refengine.api import load
 from refengine.errors import RequestError, one_line
 from refengine.hub.files import resolve
-from refengine.model import PACKAGED_MODEL, Model, load
+from refengine.model import PACKAGED_MODEL, Model
 from refengine.validate.capture import sha256_of_file
 from refengine.weights import quant_kind
 

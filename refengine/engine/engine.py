@@ -2,7 +2,7 @@
 
     engine = Engine(model, EngineOptions(max_batch=8))
     seq = engine.start(ids, params)
-    for token in seq:  # or engine.next_token(seq), until its stop_reason is set
+    for token in engine.tokens(seq):  # or engine.next_token(seq), until its stop_reason is set
         print(token.text)
     engine.free(seq)
 
@@ -14,23 +14,23 @@ tokens do not depend on what runs beside it: on kernels bit for bit, on arrays u
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from refengine.cache.paged import KVCache
 from refengine.cache.prefix import PrefixCache, PrefixStats
-from refengine.cuda import KernelOps
-from refengine.engine.generation import Generation, Token
-from refengine.engine.hooks import EngineFacts, MetricsHook, StepFacts
-from refengine.engine.kernel_runner import KernelRunner
-from refengine.engine.runner import ArrayRunner, Runner, SampledToken
+from refengine.engine.generation import Generation, Score, Token
+from refengine.engine.hooks import EngineStats, MetricsHook, StepStats
+from refengine.engine.runner import ArrayRunner, Runner
 from refengine.engine.sampling import SamplingParams
 from refengine.engine.scheduler import ScheduledChunk, Scheduler
 from refengine.errors import RefengineError, RequestError
 from refengine.trace import Tracer, no_trace
 
-DEFAULT_CACHE_TOKENS = 8192  # of the KV cache, where nothing is said
+DEFAULT_CACHE_TOKENS = 8192  # positions of the KV cache where the options leave it open
+DEFAULT_STEP_TOKENS = 512
+CPU_STEP_TOKENS = 128  # A step of 512 takes 0.1 s there even for a small model, and shorter ones are no slower in all.
 SCORED_ROWS = 64  # of prompts in one step, at most
 SCORED_LOGITS = 1 << 22  # the same: the host takes 10 ns for each
 
@@ -49,12 +49,17 @@ class EngineOptions:
     """
 
     max_batch: int = 8
-    max_step_tokens: int = 512
+    max_step_tokens: int = DEFAULT_STEP_TOKENS
     cache_tokens: int | None = None
     prefix_cache: bool = True
     batching: bool = True
     on_shortage: str = "preempt"
     graphs: bool = True
+
+    @property
+    def n_running(self) -> int:
+        """How many sequences may run together."""
+        return self.max_batch if self.batching else 1
 
     def __post_init__(self) -> None:
         for name, low, high in (("max_batch", 1, 1024), ("max_step_tokens", 1, 1 << 20)):
@@ -78,7 +83,7 @@ class Engine:
         trace: Tracer = no_trace,
     ) -> None:
         self.model, self.options, self.hook = model, options or EngineOptions(), hook or MetricsHook()
-        self.max_batch = max_batch = self.options.max_batch if self.options.batching else 1
+        self.max_batch = max_batch = self.options.n_running
         n_tokens = self.options.cache_tokens
         if n_tokens is None:
             n_tokens = default_cache_tokens(max_batch, model.n_ctx)
@@ -94,11 +99,9 @@ class Engine:
             self.options.on_shortage == "preempt",
             max(1, min(SCORED_ROWS, SCORED_LOGITS // model.config.n_vocab)),
         )
-        self.runner: Runner
-        if isinstance(model.ops, KernelOps) and trace is no_trace:
-            self.runner = KernelRunner(model, self.cache, max_batch, self.options.graphs)
-        else:
-            self.runner = ArrayRunner(model, self.cache, trace)
+        # Only the model file shows its tensors to a trace, whatever the model's own runner does.
+        make_runner = model.make_runner if trace is no_trace and model.make_runner else ArrayRunner
+        self.runner: Runner = make_runner(model, self.cache, max_batch, self.options.graphs, trace)
 
     def warm_up(self) -> None:
         """Compile and allocate what the first requests would wait for: the longest part of a prompt, every bucket."""
@@ -115,10 +118,10 @@ class Engine:
         """Zeros where there is no prefix cache."""
         return PrefixStats() if self.prefix is None else self.prefix.stats
 
-    def facts(self) -> EngineFacts:
-        """What it holds right now."""
+    def stats(self) -> EngineStats:
+        """What the engine holds right now."""
         pool, stats, scheduler = self.cache.pool, self.prefix_stats, self.scheduler
-        return EngineFacts(
+        return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             blocks_used=pool.n_used,
@@ -144,7 +147,7 @@ class Engine:
                 f"cache has {self.cache.pool.n_blocks}: ask for fewer (max_tokens) or give it more (cache_tokens)",
                 "prompt",
             )
-        generation = Generation(self, ids, params, n_limit)
+        generation = Generation(ids, params, n_limit, self.model.tokenizer)
         self.scheduler.add(generation)
         self.hook.on_start(generation)
         return generation
@@ -184,6 +187,11 @@ class Engine:
             self.step()
         return generation.pending.popleft()
 
+    def tokens(self, generation: Generation) -> Iterator[Token]:
+        """The sequence's tokens to its last one, each computed when it is asked for. Raises as `next_token`."""
+        while generation.end is None or generation.pending or generation.error is not None:
+            yield self.next_token(generation)
+
     def step(self) -> list[Generation]:
         """Advance every running sequence by one token, prompts by up to a budget; those that got a token, or ended."""
         start = time.perf_counter()
@@ -194,6 +202,7 @@ class Engine:
             return [generation for generation, _ in failed]
         prefill_tokens = sum(len(part.ids) for part in parts if not part.decodes)
         results = self.runner.run(parts)
+        self.cache.commit([(part.generation.progress.cached, part.ids) for part in parts])
         seconds = time.perf_counter() - start
         self._register(parts)
         for part in parts:
@@ -207,14 +216,14 @@ class Engine:
             generation = part.generation
             if result.error is not None:
                 self._fail(generation, result.error)
-            for position, score in enumerate(result.scores, part.start + 1):
+            for position, score in enumerate(result.prompt_scores, part.start + 1):
                 generation.prompt_scores[position] = score
-            if result.drawn is not None:
-                self._accept(generation, result.drawn)
+            if result.token is not None:
+                self._accept(generation, result.token, result.score)
             if part.draws or result.error is not None:
                 moved.append(generation)
         batch_size = sum(part.draws for part in parts)
-        self.hook.on_step(StepFacts(self.facts(), batch_size, prefill_tokens, seconds))
+        self.hook.on_step(StepStats(self.stats(), batch_size, prefill_tokens, seconds))
         return moved
 
     def cancel(self, generation: Generation) -> None:
@@ -236,9 +245,9 @@ class Engine:
             self.prefix.clear()  # what was half written is not to be trusted
         return ended
 
-    def _accept(self, generation: Generation, drawn: SampledToken) -> None:
+    def _accept(self, generation: Generation, token_id: int, score: Score | None) -> None:
         now = time.perf_counter()
-        token = generation.accept(drawn.id, drawn.logprob, drawn.top)
+        token = generation.accept(token_id, score)
         if generation.first_token_s is None:
             generation.first_token_s = now - generation.started
             self.hook.on_first_token(generation, generation.first_token_s)
@@ -269,8 +278,13 @@ class Engine:
                 self.prefix.register(known, progress.cached.block_table, progress.prefix_keys)
 
 
+def default_step_tokens(device: str) -> int:
+    """Ids in one step on a device of this name, where the options leave it open."""
+    return CPU_STEP_TOKENS if device == "cpu" else DEFAULT_STEP_TOKENS
+
+
 def default_cache_tokens(max_batch: int, n_ctx: int) -> int:
-    """Positions of the KV cache where nothing is said."""
+    """Positions of the KV cache where the options leave it open."""
     return min(max_batch * n_ctx, DEFAULT_CACHE_TOKENS)
 
 
@@ -299,11 +313,11 @@ def single_sequence(
     chunk: int = 512,
     trace: Tracer = no_trace,
     graphs: bool = True,
-) -> Generation:
-    """One sequence on an engine of its own, whose cache is just large enough. Raises as `Engine.start`."""
+) -> tuple[Engine, Generation]:
+    """An engine whose cache is just large enough for one sequence, and that sequence. Raises as `Engine.start`."""
     params = params or SamplingParams()
     n_tokens = len(ids) + checked_limit(model, ids, params)
     options = EngineOptions(1, chunk, n_tokens, prefix_cache=False, graphs=graphs)
     engine = Engine(model, options, trace=trace)
-    engine.runner.warm_up(0)  # its one prompt comes at once
-    return engine.start(ids, params)
+    engine.runner.warm_up(0)  # The only prompt follows at once, so nothing is gained by a prompt of zeros before it.
+    return engine, engine.start(ids, params)

@@ -8,17 +8,14 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from refengine.cache.paged import CacheSequence
 from refengine.engine.sampling import SamplingParams, choose_seed
 from refengine.engine.stop import StopMatcher
 from refengine.errors import RefengineError
-
-if TYPE_CHECKING:
-    from refengine.engine.engine import Engine
+from refengine.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,16 +51,16 @@ class Progress:
     preemptions: int = 0
 
 
-class Generation(Iterator[Token]):
-    """Tokens that follow a prompt, made by `Engine.start`. Iterate, or call `Engine.next_token`; then `free`.
+class Generation:
+    """A sequence of tokens that follow a prompt. `Engine.start` makes it, `Engine.tokens` moves it forward.
 
     ids: prompt and generated. seed: the one in use. end: None while it runs, then `eos`, `stop`, `length`, `cancelled`
     or `error` (which `error` holds). prefill_s, decode_s: seconds of the steps before and after the first token.
     prompt_scores: one for each id of the prompt, None for the first and until it is computed; where params ask.
     """
 
-    def __init__(self, engine: Engine, ids: Sequence[int], params: SamplingParams, n_limit: int) -> None:
-        self.engine, self.params, self.n_limit = engine, params, n_limit
+    def __init__(self, ids: Sequence[int], params: SamplingParams, n_limit: int, tokenizer: Tokenizer | None) -> None:
+        self.params, self.n_limit = params, n_limit
         self.seed = choose_seed() if params.seed is None else params.seed
         self.ids = list(ids)
         self.n_prompt = len(self.ids)
@@ -75,7 +72,6 @@ class Generation(Iterator[Token]):
         self.prefill_s = self.decode_s = 0.0
         self.started = self.last_token = time.perf_counter()
         self.first_token_s: float | None = None
-        tokenizer = engine.model.tokenizer
         self._eog = frozenset() if tokenizer is None else tokenizer.eog_ids
         self._detokenizer = None if tokenizer is None else tokenizer.stream(skip_special=True, prompt_ids=self.ids)
         self._stops = StopMatcher(params.stop)
@@ -86,24 +82,16 @@ class Generation(Iterator[Token]):
 
     @property
     def wants_scores(self) -> bool:
-        """Of its prompt; they are all there before its first token."""
+        """True while prompt log-probabilities are still pending."""
         return self.params.prompt_logprobs is not None and self.n_generated == 0
 
-    def __next__(self) -> Token:
-        if self.end is not None and not self.pending and self.error is None:
-            raise StopIteration
-        return self.engine.next_token(self)
-
-    def free(self) -> None:
-        """Stop, and give the cache blocks back. Harmless when repeated."""
-        self.engine.free(self)
-
-    def accept(self, token_id: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> Token:
-        """The drawn token joins the ids; what may be printed, and whether it is the last."""
+    def accept(self, token_id: int, score: Score | None = None) -> Token:
+        """Append the drawn token to the ids; gives its text that may be printed, and the reason if it is the last."""
         self.ids.append(token_id)
         text, reason = self._text_of(token_id)
         self.end = reason
-        token = Token(token_id, text, reason, logprob, top)
+        scored = () if score is None else (score.logprob, score.top)
+        token = Token(token_id, text, reason, *scored)
         self.pending.append(token)
         return token
 

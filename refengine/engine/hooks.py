@@ -1,26 +1,19 @@
-"""What an engine tells about itself while it runs: a hook with no-op methods, to be overridden where it is wanted."""
+"""What an engine reports while it runs: statistics, and a hook whose methods do nothing until they are overridden."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:
-    from refengine.engine.generation import Generation, Token
-
-
-class InferenceStep(Protocol):
-    """start → next_token → free: what batching, serving and generating stand on. See `engine.Engine`."""
-
-    def start(self, ids: Any, params: Any = None) -> Generation: ...
-    def next_token(self, generation: Generation) -> Token: ...
-    def free(self, generation: Generation) -> None: ...
+from refengine.engine.generation import Generation, Token
 
 
 @dataclass(frozen=True)
-class EngineFacts:
-    """What an engine holds: sequences that run and wait, blocks by use (together all of them); and, so far, blocks of
-    prompts that the prefix cache had and lacked, and preemptions."""
+class EngineStats:
+    """What an engine holds, and what it has counted since it was made.
+
+    running, waiting: sequences. blocks_used, blocks_cached, blocks_free: blocks of the KV cache; together all of them.
+    prefix_hits, prefix_misses: blocks of prompts that the prefix cache had and lacked. preemptions: of sequences.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -33,29 +26,29 @@ class EngineFacts:
 
 
 @dataclass(frozen=True)
-class StepFacts:
-    """One step: what the engine holds after it, sequences that drew a token, prompt tokens computed, and its time."""
+class StepStats:
+    """One step: the engine after it, the sequences that drew a token, the prompt tokens computed, and its duration."""
 
-    engine: EngineFacts
+    engine: EngineStats
     batch_size: int
     prefill_tokens: int
     seconds: float
 
 
 class MetricsHook:
-    """Override what is wanted. Called from the thread that calls `Engine.step`; must be quick and must not raise."""
+    """Override the methods you need; they run in the thread that calls `Engine.step`, quickly and without raising."""
 
     def on_start(self, generation: Generation) -> None:
-        """A request was taken in (it may wait)."""
+        """The engine has accepted a request, which may still wait for its turn."""
 
     def on_first_token(self, generation: Generation, seconds: float) -> None:
-        """Seconds from the start to the first token."""
+        """The first token was drawn, so many seconds after the start."""
 
     def on_token(self, generation: Generation, token: Token, seconds: float) -> None:
-        """Seconds since the token before, or since the start."""
+        """A token was drawn, so many seconds after the previous one or after the start."""
 
     def on_end(self, generation: Generation, reason: str) -> None:
-        """`eos`, `stop`, `length`, `cancelled` or `error`."""
+        """The request ended: `eos`, `stop`, `length`, `cancelled` or `error`."""
 
-    def on_step(self, facts: StepFacts) -> None:
-        """After every step that did something."""
+    def on_step(self, stats: StepStats) -> None:
+        """A step that did something is done."""

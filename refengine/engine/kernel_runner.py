@@ -1,6 +1,6 @@
 """Steps on raw kernels: decoding through the fused step, prompts through the model file, draws on the device.
 
-The same bits as `model.step` for all of them together. Knows nothing of scheduling and text."""
+The same bits as `model.evaluate` for all of them together. Knows nothing of scheduling and text."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from refengine.cuda.sampling import checked_tokens, sample_rows
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
 from refengine.engine.scheduler import ScheduledChunk
 from refengine.errors import KernelError
-from refengine.trace import to_numpy
+from refengine.trace import Tracer, no_trace, to_numpy
 
 
 class KernelRunner:
-    """max_batch: rows of the fused step. graphs: capture it once for each bucket, or launch its kernels one by one."""
+    """max_batch: rows of the fused step. graphs: capture it once for each bucket, or launch its kernels one by one.
 
-    def __init__(self, model: Any, cache: KVCache, max_batch: int, graphs: bool) -> None:
+    It shows nothing to a trace: an engine that traces uses `ArrayRunner`.
+    """
+
+    def __init__(
+        self, model: Any, cache: KVCache, max_batch: int, graphs: bool, trace: Tracer = no_trace
+    ) -> None:
+        assert trace is no_trace, "the fused step has no tensors to trace"
         self._model, self._cache = model, cache
         self._step: DecodeStep | None = None
         if model.ops.attention_by == "flash":
@@ -38,7 +44,7 @@ class KernelRunner:
             self._step.warm_up()
         if n_prompt:
             sequence = CacheSequence()
-            self._model.step([(sequence, [0] * n_prompt)], self._cache, [n_prompt - 1])
+            self._model.evaluate([(sequence, [0] * n_prompt)], self._cache, [n_prompt - 1])
             self._cache.free(sequence)
             self._model.ops.memory.settle()
 
@@ -54,10 +60,8 @@ class KernelRunner:
             found |= self._results(decoding, drawn, logits)
         if others:
             given = [(part.generation.progress.cached, part.ids) for part in others]
-            logits = self._model.step(given, self._cache, wanted_rows(others))
+            logits = self._model.evaluate(given, self._cache, wanted_rows(others))
             found |= self._results(others, self._draw(others, logits), logits)
-        # The fused step fills positions behind the cache's back.
-        self._cache.commit([(part.generation.progress.cached, part.ids) for part in decoding])
         return [found[id(part)] for part in parts]
 
     def _draw(self, parts: Sequence[ScheduledChunk], logits: Any) -> Any:

@@ -16,21 +16,16 @@ from refengine.trace import Tracer, no_trace, to_numpy
 
 
 @dataclass(frozen=True)
-class SampledToken:
-    """A token that was drawn."""
-
-    id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
 class Result:
-    """What came of a part: what was drawn after it, where it draws; of its ids that are scored, their next ids' scores;
-    or why there is neither."""
+    """What one scheduled chunk gave.
 
-    drawn: SampledToken | None = None
-    scores: tuple[Score, ...] = ()
+    token: the id that was drawn after it, or None if the chunk draws nothing. score: its log-probability, if asked for.
+    prompt_scores: one for each scored id of the chunk, about the id that follows it. error: why there is no result.
+    """
+
+    token: int | None = None
+    score: Score | None = None
+    prompt_scores: tuple[Score, ...] = ()
     error: RefengineError | None = None
 
 
@@ -60,9 +55,14 @@ def n_rows(part: ScheduledChunk) -> int:
 
 
 class ArrayRunner:
-    """`model.step` for all parts together, draws on the host: every device and profile can."""
+    """All chunks through `model.evaluate` together, draws on the host: every device and profile can.
 
-    def __init__(self, model: Any, cache: KVCache, trace: Tracer = no_trace) -> None:
+    max_batch and graphs make no difference here; every runner is made with the same arguments.
+    """
+
+    def __init__(
+        self, model: Any, cache: KVCache, max_batch: int = 1, graphs: bool = False, trace: Tracer = no_trace
+    ) -> None:
         self._model, self._cache, self._trace = model, cache, trace
 
     def warm_up(self, n_prompt: int) -> None:
@@ -70,7 +70,7 @@ class ArrayRunner:
 
     def run(self, parts: Sequence[ScheduledChunk]) -> list[Result]:
         given = [(part.generation.progress.cached, part.ids) for part in parts]
-        logits = self._model.step(given, self._cache, wanted_rows(parts), self._trace)
+        logits = self._model.evaluate(given, self._cache, wanted_rows(parts), self._trace)
         rows = iter(to_numpy(logits) if any(map(n_rows, parts)) else ())
         results = []
         for part in parts:
@@ -88,8 +88,10 @@ def result_of(part: ScheduledChunk, rows: Sequence[Any], draw: Callable[[], int]
             for i, row in enumerate(rows[: part.n_scored])
         )
         if not part.draws:
-            return Result(None, scores)
-        return Result(with_logprobs(draw(), rows[-1], params.logprobs), scores)
+            return Result(prompt_scores=scores)
+        token = draw()
+        score = None if params.logprobs is None else score_of(rows[-1], token, params.logprobs)
+        return Result(token, score, scores)
     except RefengineError as e:
         return Result(error=e)
 
@@ -98,13 +100,6 @@ def draw(row: Any, part: ScheduledChunk) -> int:
     """On the host, from logits (n_vocab,)."""
     generation = part.generation
     return sample(row, generation.params, generation.ids, generation.seed, generation.n_generated)
-
-
-def with_logprobs(token: int, row: Any, n_top: int | None) -> SampledToken:
-    if n_top is None:
-        return SampledToken(token)
-    score = score_of(row, token, n_top)
-    return SampledToken(token, score.logprob, score.top)
 
 
 def score_of(row: Any, token: int, n_top: int) -> Score:

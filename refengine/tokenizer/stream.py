@@ -9,10 +9,17 @@ from __future__ import annotations
 import codecs
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from refengine.tokenizer.base import Tokenizer
+
+class TokenPieces(Protocol):
+    """What decoding asks of a tokenizer; `Tokenizer` documents each of them."""
+
+    @property
+    def space_prefix(self) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def begins_fragment(self, token_id: int) -> bool: ...
+    def is_hidden(self, token_id: int) -> bool: ...
 
 
 class StreamDecoder:
@@ -24,7 +31,7 @@ class StreamDecoder:
     in a special token, a leading space belongs to the text and is kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: TokenPieces, *, skip_special: bool = False, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")

@@ -26,7 +26,7 @@ MAX_MESSAGE = 400  # characters of a message that may quote what a client sent
 MAX_FIELD = 60  # characters of a field's name, which a client may have made up
 
 
-class Fault(Exception):
+class WorkerError(Exception):
     """Answers a request: as an HTTP status and JSON before its stream starts, as the event `error` after.
 
     status: only where it is not the code's own (409, 413).
@@ -51,18 +51,18 @@ class Fault(Exception):
         return {"Retry-After": str(RETRY_AFTER_S)} if self.code in ("QUEUE_FULL", "SHUTTING_DOWN") else {}
 
 
-def fault_of(error: BaseException, on_gpu: bool = False) -> Fault:
+def to_worker_error(error: BaseException, on_gpu: bool = False) -> WorkerError:
     """What a client is told of an error of the engine's. Nothing of an unexpected error but its kind."""
-    if isinstance(error, Fault):
+    if isinstance(error, WorkerError):
         return error
     if isinstance(error, OutOfBlocks):
-        return Fault("VRAM_OOM", str(error))
+        return WorkerError("VRAM_OOM", str(error))
     if isinstance(error, RequestError):
-        return Fault("INVALID_REQUEST", str(error), error.field)
+        return WorkerError("INVALID_REQUEST", str(error), error.field)
     if isinstance(error, MemoryError):  # CuPy's OutOfMemoryError is one
-        return Fault("VRAM_OOM", "the device has too little memory for this step; ask for less, or later")
+        return WorkerError("VRAM_OOM", "the device has too little memory for this step; ask for less, or later")
     if on_gpu and "CUDA" in type(error).__name__:
-        return Fault("CUDA_ERROR", f"the device failed in the middle of a step ({type(error).__name__})")
+        return WorkerError("CUDA_ERROR", f"the device failed in the middle of a step ({type(error).__name__})")
     if isinstance(error, RefengineError):
-        return Fault("INTERNAL", str(error))
-    return Fault("INTERNAL", f"unexpected {type(error).__name__}; the log of the worker has where")
+        return WorkerError("INTERNAL", str(error))
+    return WorkerError("INTERNAL", f"unexpected {type(error).__name__}; the log of the worker has where")

@@ -33,7 +33,7 @@ from refengine.worker.jobs.worker import Worker
 from refengine.worker.options import WorkerOptions
 from refengine.worker.startup import StartFailed, Startup, failure_of
 from refengine.worker.telemetry.log import Log
-from refengine.worker.telemetry.uncaught import catch_strays
+from refengine.worker.telemetry.uncaught import log_uncaught
 
 HELD_UP_S = 0.1  # for threads to end
 LAST_BYTES_S = 1  # for clients to read their last event
@@ -46,7 +46,7 @@ def serve(options: WorkerOptions) -> int:
     """Run a worker until it is told to stop; the exit code."""
     log = Log(options.worker_id, str(options.model), options.device)
     log.write_behind()
-    catch_strays(log)
+    log_uncaught(log)
     sys.setswitchinterval(SWITCH_S)
     _leave_a_core()
     code = asyncio.run(_live(options, log))
@@ -81,7 +81,7 @@ async def _live(options: WorkerOptions, log: Log) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    n_connections = _room_for(options.connections)
+    n_connections = _allowed_connections(options.connections)
     log(
         "startup",
         url=options.url,
@@ -173,7 +173,7 @@ def _call_back(options: WorkerOptions, worker: Worker) -> None:
         "worker_id": options.worker_id,
         "url": options.url,
         "vram_bytes": state.vram_bytes_used,
-        "model": state.facts.model,
+        "model": state.model.model,
     }
     announce(options.callback_url, facts, worker.log)
 
@@ -196,7 +196,7 @@ def _listen(options: WorkerOptions) -> socket.socket:
     return listener
 
 
-def _room_for(n_connections: int) -> int:
+def _allowed_connections(n_connections: int) -> int:
     """Of these connections, as many as the system lets this process have open. May raise the soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     others = RESERVED + DESCRIPTORS

@@ -1,10 +1,11 @@
-"""From options to an engine: device, file, room in its memory, weights, cache. Runs in the engine's thread.
+"""From options to an engine: device, file, capacity, weights, cache. Runs in the engine's thread.
 
-What fails is a StartFailed with a stable code and, where memory is short, the bytes that are needed and there.
+Every failure is a StartFailed with a stable code and, if memory is short, the bytes needed and available.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -13,26 +14,29 @@ from typing import Any
 
 from tqdm import tqdm
 
+from refengine.api import load
 from refengine.cache.paged import BLOCK_SIZE
+from refengine.config import ModelConfig
 from refengine.cuda import weight_bytes
 from refengine.cuda.runtime.compile import compile_files, missing
 from refengine.cuda.runtime.nvrtc import architecture
 from refengine.cuda.upload import Described
+from refengine.cuda.workspace import packing_bytes
 from refengine.device import Device, open_device
-from refengine.engine.engine import Engine, EngineOptions
+from refengine.engine.capacity import Capacity
+from refengine.engine.engine import Engine, EngineOptions, default_step_tokens
 from refengine.errors import DeviceError, RefengineError, RequestError
 from refengine.gguf.file import GGUFFile
 from refengine.hub.files import fetch
 from refengine.hub.names import parse
-from refengine.model import Model, load
+from refengine.model import Model
 from refengine.models import BY_ARCHITECTURE, read_config
 from refengine.weights import load_weights
-from refengine.worker.capacity import Room, packing
 from refengine.worker.jobs.engine_thread import Started
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from refengine.worker.telemetry.metrics import EngineHook, Metrics
-from refengine.worker.telemetry.status import ModelFacts, State, check_residency
+from refengine.worker.telemetry.status import ModelInfo, State, check_residency
 
 
 class StartFailed(Exception):
@@ -53,19 +57,20 @@ class Startup:
     def __call__(self) -> Started:
         device = self._open_device()
         model = self._load(device)
-        facts = ModelFacts.of(model)
+        facts = ModelInfo.of(model)
         state = State(facts)
         self.metrics = Metrics(state)
-        room, free = Room(model.config, self._options, device.name, model.weights), _free_bytes(device)
-        n_blocks = _blocks(room, free)
+        capacity = capacity_of(model.config, self._options, device.name, model.weights)
+        free = _free_bytes(device)
+        n_blocks = _blocks(capacity, free)
         try:
-            engine = Engine(model, self._engine_options(room, n_blocks), EngineHook(self.metrics))
+            engine = Engine(model, capacity.engine_options(n_blocks), EngineHook(self.metrics))
             engine.warm_up()
         except DeviceError as e:
             raise _failed_on_device(e, "no room for the KV cache: ") from None
         except MemoryError as e:
             message = f"no room for a KV cache of {n_blocks} blocks and what steps take: {e}"
-            raise StartFailed("INSUFFICIENT_VRAM", message, room.needed(n_blocks), free) from None
+            raise StartFailed("INSUFFICIENT_VRAM", message, capacity.needed_bytes(n_blocks), free) from None
         try:
             check_residency(model)
         except DeviceError as e:
@@ -87,18 +92,20 @@ class Startup:
         try:
             path = self._fetched(path)
             free = _free_bytes(device)
-            with GGUFFile(path) as gguf:
+            with contextlib.ExitStack() as on_failure:
+                gguf = on_failure.enter_context(GGUFFile(path))
                 n_bytes = self._needed(device, gguf, free)
-            self._compile(device)
-            with _bar(self._log.for_people) as bar:
-                model = load(
-                    path,
-                    self._options.device,
-                    attention=self._options.attention,
-                    progress=self._progress(bar),
-                    copy_chunk_kb=self._options.copy_chunk_kb,
-                    copied=True,  # a file that shrinks under its mapping would kill the process
-                )
+                self._compile(device)
+                with _bar(self._log.for_people) as bar:
+                    model = load(
+                        gguf,
+                        self._options.device,
+                        attention=self._options.attention,
+                        progress=self._progress(bar),
+                        copy_chunk_kb=self._options.copy_chunk_kb,
+                        copied=True,  # a file that shrinks under its mapping would kill the process
+                    )
+                on_failure.pop_all()  # The model keeps the file open.
         except DeviceError as e:
             raise _failed_on_device(e) from None
         except MemoryError as e:
@@ -155,35 +162,23 @@ class Startup:
         config = read_config(gguf)
         specs = BY_ARCHITECTURE[config.arch].tensors(config)
         shapes = None if device.name == "cpu" else load_weights(gguf, specs, config.n_layer, Described())
-        room = Room(config, self._options, device.name, shapes)
-        _check_asked(room)
+        capacity = capacity_of(config, self._options, device.name, shapes)
+        _check_asked(capacity)
         tensors = gguf.tensors.values()
         if device.name == "cpu":
-            return sum(info.n_bytes for info in tensors) + room.needed(room.least_blocks)
-        weights, beside = weight_bytes(tensors), room.needed(room.least_blocks)
-        needed = weights + max(beside, packing(tensors))
+            return sum(info.n_bytes for info in tensors) + capacity.needed_bytes(capacity.min_blocks)
+        weights, beside = weight_bytes(tensors), capacity.needed_bytes(capacity.min_blocks)
+        needed = weights + max(beside, packing_bytes(tensors))
         if free is not None and needed > free:
             raise StartFailed(
                 "INSUFFICIENT_VRAM",
                 f"{gguf.path} on {device.name}: weights of {weights} bytes and {needed - weights} more for a KV cache "
-                f"of {room.least_blocks} blocks and what steps take do not fit into {free} bytes: take a smaller "
+                f"of {capacity.min_blocks} blocks and what steps take do not fit into {free} bytes: take a smaller "
                 "model, a smaller --kv-cache-size-mb, --max-batch or --max-step-tokens, or another device",
                 needed,
                 free,
             )
         return needed
-
-    def _engine_options(self, room: Room, n_blocks: int) -> EngineOptions:
-        options = self._options
-        return EngineOptions(
-            max_batch=options.max_batch,
-            max_step_tokens=room.step_tokens,
-            cache_tokens=n_blocks * BLOCK_SIZE,
-            prefix_cache=options.prefix_cache,
-            batching=options.batching,
-            on_shortage=options.on_shortage,
-            graphs=options.graphs,
-        )
 
     def _progress(self, bar: Any) -> Callable[[int, int], None]:
         """Logs the quarters, and moves a bar on a terminal."""
@@ -220,23 +215,40 @@ def _free_bytes(device: Device) -> int | None:
     return int(device.xp.cuda.runtime.memGetInfo()[0]) if device.name.startswith("cuda") else None
 
 
-def _check_asked(room: Room) -> None:
+def capacity_of(config: ModelConfig, options: WorkerOptions, device: str, weights: Any) -> Capacity:
+    """The engine that these options ask for, with the number of its cache blocks still open.
+
+    weights: as for `Capacity`.
+    """
+    engine_options = EngineOptions(
+        max_batch=options.max_batch,
+        max_step_tokens=options.max_step_tokens or default_step_tokens(device),
+        prefix_cache=options.prefix_cache,
+        batching=options.batching,
+        on_shortage=options.on_shortage,
+        graphs=options.graphs,
+    )
+    asked_bytes = None if options.kv_cache_size_mb is None else options.kv_cache_size_mb << 20
+    return Capacity(config, engine_options, device, weights, asked_bytes, options.attention)
+
+
+def _check_asked(capacity: Capacity) -> None:
     """Raises StartFailed for a cache of less than one block."""
-    if not room.least_blocks:
-        given = room.options.kv_cache_size_mb or 0
-        message = f"--kv-cache-size-mb: given {given}, and a block of {BLOCK_SIZE} tokens takes {room.kv(1)} bytes"
-        raise StartFailed("INSUFFICIENT_VRAM", message, room.kv(1), given << 20)
+    if not capacity.min_blocks:
+        given, block = capacity.asked_bytes or 0, capacity.cache_bytes(1)
+        message = f"--kv-cache-size-mb: given {given >> 20}, and a block of {BLOCK_SIZE} tokens takes {block} bytes"
+        raise StartFailed("INSUFFICIENT_VRAM", message, block, given)
 
 
-def _blocks(room: Room, free: int | None) -> int:
-    """Of the KV cache, once the weights are loaded. Raises StartFailed where it has no room."""
-    n_blocks = room.blocks(free)
+def _blocks(capacity: Capacity, free: int | None) -> int:
+    """Blocks of the KV cache, once the weights are loaded. Raises StartFailed where too little memory is left."""
+    n_blocks = capacity.blocks(free)
     if not n_blocks:
-        least = room.least_blocks
+        least = capacity.min_blocks
         raise StartFailed(
             "INSUFFICIENT_VRAM",
             f"no room for a KV cache of {least} blocks and what steps take: the weights leave {free} bytes",
-            room.needed(least),
+            capacity.needed_bytes(least),
             free,
         )
     return n_blocks

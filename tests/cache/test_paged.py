@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from refengine.api import load
 from refengine.cache.paged import BlockPool, CacheSequence, KVCache, OutOfBlocks
-from refengine.config import SUPPORTED_ARCHITECTURES
-from refengine.model import Model, load
+from refengine.model import Model
+from refengine.models import BY_ARCHITECTURE
 from tests.model_files import zeros_of
 from tools.make_model import write_model
 
@@ -215,9 +216,9 @@ def test_shared_block_outlives_one_of_its_owners() -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     """Two layers, so that a wrong row read in the first one reaches the second's keys."""
     folder = tmp_path_factory.mktemp("kv")
-    for arch in SUPPORTED_ARCHITECTURES:
+    for arch in BY_ARCHITECTURE:
         write_model(folder / f"{arch}.gguf", arch, "F32", n_layer=2)
-    return {arch: load(folder / f"{arch}.gguf") for arch in SUPPORTED_ARCHITECTURES}
+    return {arch: load(folder / f"{arch}.gguf") for arch in BY_ARCHITECTURE}
 
 
 def cache_for(model: Model, n_blocks: int, shuffle_seed: int | None = None) -> KVCache:
@@ -245,7 +246,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-@pytest.mark.parametrize("arch", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", BY_ARCHITECTURE)
 def test_shuffled_blocks_give_the_same_logits(models: dict[str, Model], arch: str) -> None:
     model = models[arch]
     ids = prompt(23, seed=1)
@@ -270,7 +271,7 @@ def test_shuffled_blocks_give_the_same_logits(models: dict[str, Model], arch: st
     assert difference(wrong, right) > 100 * SAME
 
 
-@pytest.mark.parametrize("arch", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", BY_ARCHITECTURE)
 def test_sequences_in_one_batch_equal_each_alone(models: dict[str, Model], arch: str) -> None:
     model = models[arch]
     pieces = {"a": (prompt(7, 3), prompt(1, 4)), "b": (prompt(12, 5), prompt(3, 6))}

@@ -88,7 +88,7 @@ def test_drawn_seed_is_reported_and_repeats_the_text(stories: Path) -> None:
 def test_end_token_stops(llama: Path, tmp_path: Path) -> None:
     arguments = ["--ids", "5,9", "--temperature", 0, "--max-tokens", 6]
     params = refengine.SamplingParams(temperature=0, max_tokens=6)
-    greedy = [token.id for token in refengine.load(llama).generate([5, 9], params)]
+    greedy = [token.id for token in refengine.generate(refengine.load(llama), [5, 9], params)]
     end = next(i for i in greedy if greedy.index(i) > 0)
     path = rewrite(llama, tmp_path / "ends.gguf", keys={"tokenizer.ggml.eos_token_id": (U32, end)})
     result = cli("generate", *arguments, "--model", path)
@@ -146,7 +146,8 @@ def test_file_without_vocabulary_generates_ids(no_vocab: Path) -> None:
     result = cli("generate", "--ids", "3,5", "--model", no_vocab, "--temperature", 0, "--max-tokens", 5)
     assert result.code == 0
     ids = [int(word) for word in result.out.split()]
-    expected = refengine.load(no_vocab).generate([3, 5], refengine.SamplingParams(temperature=0, max_tokens=5))
+    params = refengine.SamplingParams(temperature=0, max_tokens=5)
+    expected = refengine.generate(refengine.load(no_vocab), [3, 5], params)
     assert ids == [token.id for token in expected]
     for arguments in (["generate", "text"], ["tokenize", "text"], ["logits", "--prompt", "a", "--output", "x.npz"]):
         refused = cli(*arguments, "--model", no_vocab)

@@ -173,7 +173,7 @@ def test_broken_streams(parts: list[bytes], message: str, twin: bool) -> None:
 @both
 @pytest.mark.parametrize("code", faults.STATUS)
 def test_every_code(code: str, twin: bool) -> None:
-    fault = faults.Fault(code, "words", "prompt")
+    fault = faults.WorkerError(code, "words", "prompt")
     with (
         talking(HEAD, STARTED, token(0), event("error", fault.event())) as url,
         pytest.raises(WorkerError) as in_stream,

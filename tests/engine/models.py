@@ -35,9 +35,9 @@ class SmallBlocks:
             copy_block=ops.kv_copy,
         )
 
-    def step(self, parts: Any, *rest: Any, **named: Any) -> Any:
+    def evaluate(self, parts: Any, *rest: Any, **named: Any) -> Any:
         self.n_fed += sum(len(ids) for _, ids in parts)
-        return self._model.step(parts, *rest, **named)
+        return self._model.evaluate(parts, *rest, **named)
 
 
 def one_layer(folder: Path, device: str, arch: str = "qwen2", kind: str = "F32", n_ctx: int | None = None) -> Model:

@@ -8,7 +8,7 @@ import pytest
 from refengine.cache.paged import OutOfBlocks
 from refengine.engine.engine import Engine, EngineOptions, single_sequence
 from refengine.engine.generation import Generation, Token
-from refengine.engine.hooks import MetricsHook, StepFacts
+from refengine.engine.hooks import MetricsHook, StepStats
 from refengine.engine.sampling import SamplingParams, logprobs
 from refengine.engine.scheduler import affordable
 from refengine.errors import RefengineError, RequestError
@@ -40,7 +40,8 @@ def run_all(engine: Engine) -> int:
 
 
 def ids_alone(model: Any, ids: list[int], params: SamplingParams) -> list[int]:
-    return [token.id for token in single_sequence(model, ids, params)]
+    engine, generation = single_sequence(model, ids, params)
+    return [token.id for token in engine.tokens(generation)]
 
 
 def greedy(n: int) -> SamplingParams:
@@ -51,11 +52,11 @@ def test_next_token_advances_all_and_loses_none(model: SmallBlocks) -> None:
     engine = engine_with(model)
     params = [SamplingParams(temperature=0.9, seed=i, max_tokens=6 + i) for i in range(3)]
     running = [engine.start(prompt(5 + i, i), p) for i, p in enumerate(params)]
-    last = [token.id for token in running[2]]  # the others run along
+    last = [token.id for token in engine.tokens(running[2])]  # the others run along
     assert len(last) == 8
     assert [len(g.pending) for g in running] == [6, 7, 0]
     for i, g in enumerate(running):
-        tokens = list(g)
+        tokens = list(engine.tokens(g))
         assert [t.id for t in tokens] == ([] if i == 2 else ids_alone(model, prompt(5 + i, i), params[i]))
         assert g.ids[g.n_prompt :] == ids_alone(model, prompt(5 + i, i), params[i])
         assert g.end == "length"
@@ -64,11 +65,11 @@ def test_next_token_advances_all_and_loses_none(model: SmallBlocks) -> None:
 
 
 def test_a_long_prompt_holds_no_stream_up_for_more_than_a_budget(model: SmallBlocks) -> None:
-    facts: list[StepFacts] = []
+    steps: list[StepStats] = []
 
     class Watching(MetricsHook):
-        def on_step(self, f: StepFacts) -> None:
-            facts.append(f)
+        def on_step(self, f: StepStats) -> None:
+            steps.append(f)
 
     engine = Engine(model, EngineOptions(max_batch=4, max_step_tokens=16, cache_tokens=512), Watching())
     streams = [engine.start(prompt(3, i), greedy(40)) for i in range(2)]
@@ -78,8 +79,8 @@ def test_a_long_prompt_holds_no_stream_up_for_more_than_a_budget(model: SmallBlo
         before = [g.n_generated for g in streams]
         engine.step()
         assert [g.n_generated for g in streams] == [n + 1 for n in before]
-    assert max(f.prefill_tokens for f in facts) == 14  # 16, less one for each stream
-    assert sum(f.prefill_tokens for f in facts) == 3 + 3 + 200
+    assert max(f.prefill_tokens for f in steps) == 14  # 16, less one for each stream
+    assert sum(f.prefill_tokens for f in steps) == 3 + 3 + 200
 
 
 def test_prompts_go_on_however_many_decode(model: SmallBlocks) -> None:
@@ -159,8 +160,8 @@ def test_cancelling_frees_everything_at_once(when: str, model: SmallBlocks) -> N
         assert run_all(engine)
         assert other.end == "length"
     assert ended.count("cancelled") == (when != "ended")
-    g.free()
-    assert list(g) == []
+    engine.free(g)
+    assert list(engine.tokens(g)) == []
 
 
 def test_forks_share_blocks_until_they_write(model: SmallBlocks) -> None:
@@ -260,7 +261,7 @@ def test_hooks_hear_of_everything(model: SmallBlocks) -> None:
     class Recording(MetricsHook):
         def __init__(self) -> None:
             self.events: list[tuple[str, Any]] = []
-            self.facts: list[StepFacts] = []
+            self.steps: list[StepStats] = []
 
         def on_start(self, generation: Generation) -> None:
             self.events.append(("start", generation.n_prompt))
@@ -276,9 +277,9 @@ def test_hooks_hear_of_everything(model: SmallBlocks) -> None:
         def on_end(self, generation: Generation, reason: str) -> None:
             self.events.append(("end", reason))
 
-        def on_step(self, facts: StepFacts) -> None:
-            assert facts.engine.blocks_used + facts.engine.blocks_cached + facts.engine.blocks_free == 16
-            self.facts.append(facts)
+        def on_step(self, stats: StepStats) -> None:
+            assert stats.engine.blocks_used + stats.engine.blocks_cached + stats.engine.blocks_free == 16
+            self.steps.append(stats)
 
     hook = Recording()
     engine = Engine(model, EngineOptions(max_batch=2, cache_tokens=64), hook)
@@ -287,19 +288,19 @@ def test_hooks_hear_of_everything(model: SmallBlocks) -> None:
     names = [name for name, _ in hook.events]
     assert names == ["start", "first", "token", "token", "token", "end"]
     assert [value for name, value in hook.events if name == "token"] == g.ids[9:]
-    assert [f.prefill_tokens for f in hook.facts] == [9, 0, 0]
-    assert hook.facts[0].engine.prefix_misses == 2
-    assert hook.facts[-1].engine.blocks_cached == 2
+    assert [f.prefill_tokens for f in hook.steps] == [9, 0, 0]
+    assert hook.steps[0].engine.prefix_misses == 2
+    assert hook.steps[-1].engine.blocks_cached == 2
     again = engine.start(prompt(9), greedy(1))
     run_all(engine)
     assert again.progress.prefix_tokens == 8
-    assert hook.facts[-1].engine.prefix_hits == 2
+    assert hook.steps[-1].engine.prefix_hits == 2
 
 
 def test_log_probabilities_are_reported_where_asked_for(model: SmallBlocks) -> None:
     engine = engine_with(model)
     g = engine.start(prompt(4), SamplingParams(temperature=0, max_tokens=3, logprobs=5))
-    tokens = list(g)
+    tokens = list(engine.tokens(g))
     logits = model.forward(g.ids)
     for i, token in enumerate(tokens):
         row = logits[3 + i].astype(np.float64)
@@ -307,7 +308,7 @@ def test_log_probabilities_are_reported_where_asked_for(model: SmallBlocks) -> N
         assert token.logprob == pytest.approx(expected[token.id], abs=1e-5)  # float32 logits, other chunks
         assert len(token.top) == 5
         assert token.top[0] == (token.id, token.logprob)
-    assert next(engine.start(prompt(4), greedy(1))).logprob is None
+    assert engine.next_token(engine.start(prompt(4), greedy(1))).logprob is None
     with pytest.raises(RequestError, match="logprobs"):
         SamplingParams(logprobs=21)
 
@@ -316,7 +317,7 @@ def test_logits_that_cannot_be_used_end_one_sequence_only(model: SmallBlocks, mo
     engine = engine_with(model)
     bad, good = engine.start(prompt(3, 1), greedy(4)), engine.start(prompt(3, 2), greedy(4))
     engine.step()
-    original = model._model.step
+    original = model._model.evaluate
 
     def spoilt(parts: Any, *rest: Any, **named: Any) -> Any:
         logits = original(parts, *rest, **named)
@@ -325,12 +326,12 @@ def test_logits_that_cannot_be_used_end_one_sequence_only(model: SmallBlocks, mo
                 logits[row, 7] = np.nan
         return logits
 
-    monkeypatch.setattr(model._model, "step", spoilt)
+    monkeypatch.setattr(model._model, "evaluate", spoilt)
     run_all(engine)
     assert (bad.end, good.end) == ("error", "length")
-    assert next(bad).id == bad.ids[3]
+    assert engine.next_token(bad).id == bad.ids[3]
     with pytest.raises(RefengineError, match="logits\\[7\\] is NaN"):
-        next(bad)
+        engine.next_token(bad)
 
 
 def test_an_abort_ends_what_runs_and_the_engine_goes_on(model: SmallBlocks) -> None:
@@ -344,8 +345,8 @@ def test_an_abort_ends_what_runs_and_the_engine_goes_on(model: SmallBlocks) -> N
     for g in running:
         g.pending.clear()
         with pytest.raises(RefengineError, match="the device is gone"):
-            next(g)
-    assert [t.id for t in waiting] == ids_alone(model, prompt(9, 2), GREEDY)
+            next(engine.tokens(g))
+    assert [t.id for t in engine.tokens(waiting)] == ids_alone(model, prompt(9, 2), GREEDY)
     assert engine.idle
 
 
@@ -382,13 +383,13 @@ def test_scores_of_a_prompt(model: SmallBlocks) -> None:
 
 def test_a_prompt_that_is_scored_takes_nothing_from_the_prefix_cache(model: SmallBlocks) -> None:
     engine = engine_with(model)
-    list(engine.start(prompt(21), greedy(1)))
+    list(engine.tokens(engine.start(prompt(21), greedy(1))))
     g = engine.start(prompt(21), SamplingParams(max_tokens=1, prompt_logprobs=0))
-    list(g)
+    list(engine.tokens(g))
     assert g.progress.prefix_tokens == 0
     assert all(score is not None for score in g.prompt_scores[1:])
     again = engine.start(prompt(21), greedy(1))
-    list(again)
+    list(engine.tokens(again))
     assert again.progress.prefix_tokens > 0
 
 

@@ -82,14 +82,14 @@ def test_scores_of_a_prompt_are_those_of_its_logits_whatever_runs_beside_it(mode
     expected = [logprobs(row, token, 2) for row, token in zip(logits, ids[1:], strict=False)]
     for name, options in OPTIONS.items():
         engine = Engine(model, EngineOptions(**{"max_batch": 3, "max_step_tokens": 80, "cache_tokens": 640, **options}))
-        list(engine.start(ids[:100], SamplingParams(max_tokens=2)))  # fills the prefix cache
+        list(engine.tokens(engine.start(ids[:100], SamplingParams(max_tokens=2))))  # fills the prefix cache
         running = [
             engine.start(ids, SamplingParams(max_tokens=1, prompt_logprobs=2)),
             engine.start(ids[:70], SamplingParams(max_tokens=3, seed=1)),
             engine.start(ids[:70], SamplingParams(max_tokens=3, prompt_logprobs=0, logprobs=1)),
         ]
         for g in running:
-            list(g)
+            list(engine.tokens(g))
         whole, _, without_top = (g.prompt_scores for g in running)
         assert running[1].prompt_scores == []
         assert whole[0] is without_top[0] is None
@@ -130,7 +130,7 @@ def test_reference_attention_is_as_near_but_not_the_same(place: str, tiny_model:
         # As tests/kernels/test_models.py: rounding of 2^-11 over three layers.
         assert ((logits - exact) ** 2).mean() / (exact**2).mean() < 1e-5
     params = SamplingParams(temperature=0, max_tokens=4)
-    assert len(list(single_sequence(reference, ids, params))) == 4
+    assert len(list(refengine.generate(reference, ids, params))) == 4
     with pytest.raises(RequestError, match="attention 'tiled': choose flash or reference"):
         refengine.load(path, attention="tiled")
 
@@ -139,8 +139,8 @@ def test_draws_are_those_of_the_host(model: Model) -> None:
     from refengine.engine.sampling import sample
 
     for ids, params in requests(model)[1:3]:
-        generation = single_sequence(model, ids, params)
-        list(generation)
+        engine, generation = single_sequence(model, ids, params)
+        list(engine.tokens(generation))
         for i, row in enumerate(logits_alone(model, generation)):
             history = generation.ids[: generation.n_prompt + i]
             assert sample(row, params, history, generation.seed, i) == generation.ids[generation.n_prompt + i]
@@ -153,7 +153,7 @@ def test_nothing_is_allocated_after_warm_up(place: str, tiny_model: Any) -> None
     accounted, free = model.ops.memory.accounted(), engine.cache.pool.n_free
     for round_ in range(3):
         running = [engine.start(ids, params) for ids, params in requests(model)]
-        running[round_].free()
+        engine.free(running[round_])
         while not engine.idle:
             engine.step()
     assert engine.prefix is not None

@@ -182,7 +182,8 @@ def test_rows_that_only_fill_the_embedding_up_are_no_text(tmp_path: Path) -> Non
     assert tokenizer.vocab_size == model.config.n_vocab == 500
     assert tokenizer.decode([97, 261, 98, 499]) == "ab"
     assert tokenizer.token_text(261) == "[EMPTY_261]"
-    tokens = list(model.generate("abc", refengine.SamplingParams(temperature=2.0, max_tokens=50, seed=3, logprobs=5)))
+    params = refengine.SamplingParams(temperature=2.0, max_tokens=50, seed=3, logprobs=5)
+    tokens = list(refengine.generate(model, "abc", params))
     drawn = [token.id for token in tokens]
     assert any(i > USR for i in drawn)
     assert "".join(token.text for token in tokens) == tokenizer.decode(drawn, skip_special=True)

@@ -50,7 +50,7 @@ def test_prompt_without_a_template_gets_three_lines(model: refengine.Model, seed
     """What a client gets that sends the bare prompt: a line break first, then the poem."""
     params = refengine.SamplingParams(temperature=0.7, seed=seed, max_tokens=50)
     ids = model.tokenizer.encode(plain(PROMPT).rstrip("\n"))
-    text = "".join(token.text for token in model.generate(ids, params))
+    text = "".join(token.text for token in refengine.generate(model, ids, params))
     assert text.startswith("\n")
     assert Corpus().grammar.lexicon.scans(text.strip().split("\n")), text
 

@@ -28,7 +28,7 @@ FAULTY = """
 import pathlib, sys, time
 from refengine import model
 from refengine.cli import main as cli
-flag, step = pathlib.Path(sys.argv.pop(1)), model.Model.step
+flag, step = pathlib.Path(sys.argv.pop(1)), model.Model.evaluate
 class CUDARuntimeError(RuntimeError): pass
 def faulty(*arguments, **keywords):
     try:
@@ -41,7 +41,7 @@ def faulty(*arguments, **keywords):
         flag.unlink()
         raise {"memory": MemoryError, "device": CUDARuntimeError, "bug": ZeroDivisionError}[kind]("a secret")
     return step(*arguments, **keywords)
-model.Model.step = faulty
+model.Model.evaluate = faulty
 sys.exit(cli.main())
 """
 
@@ -64,14 +64,14 @@ SCRIPTED = """
 import sys
 from refengine import model
 from refengine.cli import main as cli
-said, step = sys.argv.pop(1).encode(), model.Model.step
+said, step = sys.argv.pop(1).encode(), model.Model.evaluate
 def scripted(self, parts, *arguments, **keywords):
     logits = step(self, parts, *arguments, **keywords)
-    for row, (sequence, _) in zip(logits, parts):
+    for row, (sequence, ids) in zip(logits, parts):
         row[:] = 0
-        row[said[(sequence.length - 1) % len(said)]] = 100
+        row[said[(sequence.length + len(ids) - 1) % len(said)]] = 100
     return logits
-model.Model.step = scripted
+model.Model.evaluate = scripted
 sys.exit(cli.main())
 """
 

@@ -10,20 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 import refengine
 from refengine.cache.paged import BLOCK_SIZE, CacheSequence, KVCache
-from refengine.config import ModelConfig
+from refengine.config import ModelConfig, RopeConfig
 from refengine.cuda import weight_bytes
 from refengine.cuda.layout import PACKING_BYTES, pack
 from refengine.cuda.memory import settled
+from refengine.cuda.upload import Described
+from refengine.cuda.workspace import packing_bytes
 from refengine.device import Device
+from refengine.engine.capacity import Capacity
 from refengine.engine.engine import Engine, EngineOptions
 from refengine.gguf.file import GGUFFile
 from refengine.model import PACKAGED_MODEL, Model
-from refengine.models import read_config
+from refengine.models import BY_ARCHITECTURE, read_config
+from refengine.weights import Matrix, Weights, load_weights
 from refengine.worker import startup
-from refengine.worker.capacity import Room, packing
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from tests.kernels.matrices import TILED, random_matrix
@@ -44,9 +48,34 @@ SEVEN_BILLION = ModelConfig(
     head_dim=128,
     n_ff=11008,
     norm_eps=1e-5,
-    rope=None,
+    rope=RopeConfig(128, 10000.0, 1.0, 4096, 0.0, 1.0),
 )
-ROOM = Room(SEVEN_BILLION, OPTIONS, DEVICE)
+
+
+def described(config: ModelConfig) -> Weights:
+    """What `load_weights` with `Described` gives of a file whose matrices are all Q4_0."""
+    placement = Described()
+    tensors: dict[str, Any] = {}
+    for name, spec in BY_ARCHITECTURE[config.arch].tensors(config).items():
+        if spec.optional:
+            tensors[name] = tensors[spec.same_as] if spec.same_as else None
+        elif len(spec.shape) == 1:
+            tensors[name] = placement.vector(np.zeros(spec.shape, np.float32))
+        else:
+            matrix = Matrix(name, GGMLQuantizationType.Q4_0, spec.shape, np.zeros(0, np.uint8))
+            tensors[name] = placement.matrix(matrix, lambda n: None)
+    return Weights(tensors, config.n_layer)
+
+
+def packaged_capacity(options: WorkerOptions) -> Capacity:
+    with GGUFFile(PACKAGED_MODEL) as gguf:
+        config = read_config(gguf)
+        shapes = load_weights(gguf, BY_ARCHITECTURE[config.arch].tensors(config), config.n_layer, Described())
+    return startup.capacity_of(config, options, DEVICE, shapes)
+
+
+SHAPES = described(SEVEN_BILLION)
+CAPACITY = startup.capacity_of(SEVEN_BILLION, OPTIONS, DEVICE, SHAPES)
 ARCHITECTURES = ("llama-q4_0", "qwen2-q4_k_m", "qwen3-q4_k_m", "phi3-mostly_q4_0", "gpt2-q5_1", "gpt-oss-mxfp4_moe")
 
 
@@ -66,21 +95,24 @@ def peak_of(function: Callable[[], object]) -> int:
 def test_what_is_reckoned_is_what_is_taken(name: str, tiny_model: Any) -> None:
     """The cache and the decode step's buffers to the byte."""
     model = refengine.load(tiny_model(name), "host")
-    room = Room(model.config, replace(OPTIONS, max_batch=3), "host")
+    capacity = startup.capacity_of(model.config, replace(OPTIONS, max_batch=3), "host", model.weights)
     engine = Engine(model, EngineOptions(3, cache_tokens=5 * BLOCK_SIZE))
     assert engine.cache.pool.n_blocks == 5
     assert model.ops.memory.accounted() == {
         "weights": weight_bytes(model.gguf.tensors.values()),
-        "kv": room.kv(5),
-        "workspace": room.step(5),
+        "kv": capacity.cache_bytes(5),
+        "workspace": capacity.decode_bytes(5),
     }
-    assert Room(model.config, replace(OPTIONS, max_batch=3, batching=False), "host").step(5) < room.step(5)
-    assert Room(model.config, replace(OPTIONS, attention="reference"), "host").step(5) == 0
+    alone = startup.capacity_of(model.config, replace(OPTIONS, max_batch=3, batching=False), "host", model.weights)
+    assert alone.decode_bytes(5) < capacity.decode_bytes(5)
+    reference = startup.capacity_of(model.config, replace(OPTIONS, attention="reference"), "host", model.weights)
+    assert reference.decode_bytes(5) == 0
 
 
 def test_the_cache_of_the_cpu_is_reckoned_too() -> None:
     model = refengine.load()
-    assert Room(model.config, OPTIONS, "cpu").kv(3) == model.new_cache(3 * BLOCK_SIZE).n_bytes
+    capacity = startup.capacity_of(model.config, OPTIONS, "cpu", None)
+    assert capacity.cache_bytes(3) == model.new_cache(3 * BLOCK_SIZE).n_bytes
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -94,7 +126,8 @@ def test_a_prompt_takes_what_is_reckoned_or_somewhat_more(name: str, tiny_model:
         model.step([(sequence, [1] * n_tokens)], cache, [n_tokens - 1])
         cache.free(sequence)
 
-    reckoned = Room(model.config, replace(OPTIONS, max_step_tokens=n_tokens), "host").prompt(2)
+    options = replace(OPTIONS, max_step_tokens=n_tokens)
+    reckoned = startup.capacity_of(model.config, options, "host", model.weights).prompt_bytes(2)
     assert 0.5 * settled(peak_of(prompt)) <= reckoned <= settled(peak_of(prompt))
 
 
@@ -103,35 +136,36 @@ def test_packing_takes_what_is_reckoned_or_somewhat_more(kind: str) -> None:
     w = random_matrix(kind, (256, 4096), 1)
     info = SimpleNamespace(name="m.weight", type=w.type, shape=w.shape, n_bytes=int(w.data.nbytes))
     peak = w.data.nbytes + peak_of(lambda: pack(np, w))
-    assert 0.8 * peak <= packing([info]) <= peak
+    assert 0.8 * peak <= packing_bytes([info]) <= peak
     assert w.type in PACKING_BYTES
     many = SimpleNamespace(name="m.weight", type=w.type, shape=(9, *w.shape), n_bytes=9 * int(w.data.nbytes))
-    assert packing([many, info]) == packing([info])  # one expert at a time
+    assert packing_bytes([many, info]) == packing_bytes([info])  # one expert at a time
 
 
 def test_the_cache_is_what_free_memory_allows() -> None:
     """Never more than there is; from the least start that works to what all sequences can use."""
-    least, wanted = ROOM.needed(1), 8 * KVCache.blocks_for(SEVEN_BILLION.n_ctx_train)
-    assert ROOM.blocks(least - 1) == 0
-    assert ROOM.blocks(least) == 1
-    found = {gib: ROOM.blocks(gib << 30) for gib in (1, 2, 4, 8, 16, 32)}
+    least, wanted = CAPACITY.needed_bytes(1), 8 * KVCache.blocks_for(SEVEN_BILLION.n_ctx_train)
+    assert CAPACITY.blocks(least - 1) == 0
+    assert CAPACITY.blocks(least) == 1
+    found = {gib: CAPACITY.blocks(gib << 30) for gib in (1, 2, 4, 8, 16, 32)}
     for gib, n_blocks in found.items():
         free = gib << 30
-        assert ROOM.needed(n_blocks) <= free
-        assert ROOM.kv(n_blocks) <= 0.9 * (free - ROOM.step(n_blocks))  # prompts of later requests have a tenth
-        assert n_blocks == wanted or ROOM.kv(n_blocks + 1) > 0.9 * free - ROOM.step(n_blocks) - ROOM.prompt(n_blocks)
+        assert CAPACITY.needed_bytes(n_blocks) <= free
+        decode, prompt = CAPACITY.decode_bytes(n_blocks), CAPACITY.prompt_bytes(n_blocks)
+        assert CAPACITY.cache_bytes(n_blocks) <= 0.9 * (free - decode)  # prompts of later requests have a tenth
+        assert n_blocks == wanted or CAPACITY.cache_bytes(n_blocks + 1) > 0.9 * free - decode - prompt
     assert list(found.values()) == sorted(set(found.values()))
-    assert ROOM.blocks(1 << 40) == wanted
-    alone = Room(SEVEN_BILLION, replace(OPTIONS, batching=False), DEVICE)
+    assert CAPACITY.blocks(1 << 40) == wanted
+    alone = startup.capacity_of(SEVEN_BILLION, replace(OPTIONS, batching=False), DEVICE, SHAPES)
     assert alone.blocks(1 << 40) == wanted // 8
 
 
 def test_a_cache_of_a_given_size_is_as_large_or_none() -> None:
-    room = Room(SEVEN_BILLION, replace(OPTIONS, kv_cache_size_mb=1000), DEVICE)
-    n_blocks = room.least_blocks
-    assert room.kv(n_blocks) <= 1000 << 20 < room.kv(n_blocks + 1)
-    assert room.blocks(room.needed(n_blocks)) == room.blocks(1 << 40) == n_blocks
-    assert room.blocks(room.needed(n_blocks) - 1) == 0
+    capacity = startup.capacity_of(SEVEN_BILLION, replace(OPTIONS, kv_cache_size_mb=1000), DEVICE, SHAPES)
+    n_blocks = capacity.min_blocks
+    assert capacity.cache_bytes(n_blocks) <= 1000 << 20 < capacity.cache_bytes(n_blocks + 1)
+    assert capacity.blocks(capacity.needed_bytes(n_blocks)) == capacity.blocks(1 << 40) == n_blocks
+    assert capacity.blocks(capacity.needed_bytes(n_blocks) - 1) == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "host"])
@@ -173,10 +207,10 @@ def start(**changes: Any) -> startup.Started:
 
 
 def needed(**changes: Any) -> int:
+    capacity = packaged_capacity(replace(OPTIONS, **changes))
     with GGUFFile(PACKAGED_MODEL) as gguf:
-        room = Room(read_config(gguf), replace(OPTIONS, **changes), DEVICE)
         tensors = gguf.tensors.values()
-        return weight_bytes(tensors) + max(room.needed(room.least_blocks), packing(tensors))
+        return weight_bytes(tensors) + max(capacity.needed_bytes(capacity.min_blocks), packing_bytes(tensors))
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv_cache_size_mb": 40}, {"max_batch": 64, "max_step_tokens": 4096}], ids=str)
@@ -203,12 +237,12 @@ def test_more_that_is_asked_for_needs_more() -> None:
 def test_the_engine_has_the_cache_that_there_is_room_for(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "load", lambda *a, **k: refengine.load(device="host"))
     monkeypatch.setattr(Engine, "warm_up", lambda engine: None)
-    room = Room(refengine.load().config, OPTIONS, DEVICE)
+    capacity = packaged_capacity(OPTIONS)
     for free in (needed(), needed() + (4 << 20)):
         gpu.free = free
         found = start().engine
-        assert 1 < found.cache.pool.n_blocks == room.blocks(free) < 64
-        assert found.options.max_step_tokens == room.step_tokens
+        assert 1 < found.cache.pool.n_blocks == capacity.blocks(free) < 64
+        assert found.options.max_step_tokens == capacity.options.max_step_tokens
 
 
 def test_memory_that_others_take_meanwhile(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +256,7 @@ def test_memory_that_others_take_meanwhile(gpu: SimpleNamespace, monkeypatch: py
         start()
     error = caught.value
     assert (error.code, error.available) == ("INSUFFICIENT_VRAM", 1000)
-    assert error.required == Room(refengine.load().config, OPTIONS, DEVICE).needed(1)
+    assert error.required == packaged_capacity(OPTIONS).needed_bytes(1)
 
 
 @pytest.mark.parametrize("device", [DEVICE, "cpu"])
@@ -236,7 +270,7 @@ def test_an_allocation_that_fails_is_told_with_bytes(
     if device == "cpu":
         monkeypatch.undo()
     gpu.free = 1 << 30
-    monkeypatch.setattr(startup, "load", lambda *a, **k: refengine.load())
+    monkeypatch.setattr(startup, "load", lambda *a, **k: refengine.load(device="cpu" if device == "cpu" else "host"))
     monkeypatch.setattr(startup, where, fails)
     with pytest.raises(startup.StartFailed, match="out of memory") as caught:
         start(device=device)

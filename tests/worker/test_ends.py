@@ -51,7 +51,7 @@ import pathlib, sys, time
 from refengine import model
 from refengine.cli import main as cli
 from refengine.engine.engine import Engine
-flag, step, facts, doomed = pathlib.Path(sys.argv.pop(1)), model.Model.step, Engine.facts, []
+flag, step, facts, doomed = pathlib.Path(sys.argv.pop(1)), model.Model.evaluate, Engine.stats, []
 def slow(*arguments, **keywords):
     if flag.exists():
         doomed.append(True)
@@ -61,7 +61,7 @@ def fatal(self):
     if doomed:
         raise ZeroDivisionError("a secret")
     return facts(self)
-model.Model.step, Engine.facts = slow, fatal
+model.Model.evaluate, Engine.stats = slow, fatal
 sys.exit(cli.main())
 """
 

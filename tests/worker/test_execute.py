@@ -30,7 +30,7 @@ def test_haiku_is_the_same_twice(server: Server, model: refengine.Model) -> None
     assert text_of(first) == text_of(second)
     assert len(text_of(first).strip().splitlines()) == 3
     params = refengine.SamplingParams(max_tokens=50, temperature=0.7, seed=42)
-    assert text_of(first) == "".join(token.text for token in model.generate(HAIKU["prompt"], params))
+    assert text_of(first) == "".join(token.text for token in refengine.generate(model, HAIKU["prompt"], params))
 
 
 def test_events_in_order_with_all_their_fields(server: Server) -> None:

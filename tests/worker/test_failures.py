@@ -16,8 +16,8 @@ ON_GPU = """
 import dataclasses
 from refengine.worker.jobs import engine_thread
 from refengine.worker.telemetry import status as facts
-of = facts.ModelFacts.of
-facts.ModelFacts.of = staticmethod(lambda model: dataclasses.replace(of(model), device="cuda:0"))
+of = facts.ModelInfo.of
+facts.ModelInfo.of = staticmethod(lambda model: dataclasses.replace(of(model), device="cuda:0"))
 engine_thread.vram_of = lambda model: {"weights": 3_000_000, "kv": 200_000, "workspace": 10_000}
 """
 VRAM = {"weights": 3_000_000, "kv": 200_000, "workspace": 10_000}

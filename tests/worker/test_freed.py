@@ -27,7 +27,7 @@ from refengine.worker.jobs.job import Job
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from refengine.worker.telemetry.metrics import EngineHook
-from refengine.worker.telemetry.status import ModelFacts, State
+from refengine.worker.telemetry.status import ModelInfo, State
 from tests.worker.server import free_port, until, write_talker
 
 UUID = "123e4567-e89b-12d3-a456-426614174000"
@@ -102,7 +102,7 @@ def test_a_shutdown_frees_all_of_it(talker: Path, taken: dict[str, weakref.ref[A
 def test_the_engines_thread_frees_what_still_runs_when_it_stops(talker: Path) -> None:
     def start() -> Started:
         model = refengine.load(talker)
-        return Started(Engine(model), State(ModelFacts.of(model)))
+        return Started(Engine(model), State(ModelInfo.of(model)))
 
     async def run() -> None:
         thread = EngineThread(start, Log(UUID, "m", "cpu", io.StringIO()), 60)
@@ -116,7 +116,7 @@ def test_the_engines_thread_frees_what_still_runs_when_it_stops(talker: Path) ->
         thread.stop()
         assert thread.join(10)
         assert started.engine.idle
-        assert started.engine.facts().blocks_used == 0
+        assert started.engine.stats().blocks_used == 0
 
     asyncio.run(run())
 

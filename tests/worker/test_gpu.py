@@ -61,6 +61,7 @@ def used_by_driver() -> int:
     return seen[-1]
 
 
+@pytest.mark.gpu_alone
 def test_what_is_accounted_for_is_what_the_driver_says() -> None:
     """A process also has its context, which the driver counts and nobody can see into: differences are compared."""
     before = used_by_driver()
@@ -84,7 +85,7 @@ def test_the_same_seed_gives_the_same_haiku_alone_and_in_company(server: Server)
         assert all(other.result()[-1][0] == "end" for other in others)
     model = refengine.load(device=DEVICE)
     params = refengine.SamplingParams(temperature=0.7, seed=42, max_tokens=50)
-    assert "".join(token.text for token in model.generate(HAIKU["prompt"], params)) == text_of(alone[0])
+    assert "".join(token.text for token in refengine.generate(model, HAIKU["prompt"], params)) == text_of(alone[0])
 
 
 def test_a_hundred_requests_leave_the_memory_as_it_was(server: Server) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import refengine
-from refengine.worker.errors import STATUS, Fault, fault_of
-from refengine.worker.telemetry.status import ModelFacts, State
+from refengine.worker.errors import STATUS, WorkerError, to_worker_error
+from refengine.worker.telemetry.status import ModelInfo, State
 from tests.tokenizer.test_hf_json import byte_level_json
 from tests.worker.server import HAIKU, Server, parsed, serving, write_talker
 from tools.make_model import write_model
@@ -49,7 +49,7 @@ def test_health_has_everything(server: Server) -> None:
 )
 def test_health_tells_of_this_model(name: str, kind: str, active: int | None, tiny_model: Any) -> None:
     model = refengine.load(tiny_model(name))
-    health = State(ModelFacts.of(model)).health()
+    health = State(ModelInfo.of(model)).health()
     assert (health["tokenizer_kind"], health["active_expert_count"]) == (kind, active)
     assert (health["vocab_size"], health["context_length"]) == (model.config.n_vocab, model.config.n_ctx_train)
     assert health["model"] == model.config.name
@@ -59,7 +59,7 @@ def test_health_tells_of_a_tokenizer_beside_the_model(tmp_path: Path) -> None:
     for arch, n_vocab in (("gpt2", 261), ("gpt-oss", 261)):
         write_model(tmp_path / f"{arch}.gguf", arch, "F32", vocab="none", n_vocab=n_vocab, n_layer=1)
         byte_level_json(tmp_path / "tokenizer.json")
-        facts = ModelFacts.of(refengine.load(tmp_path / f"{arch}.gguf"))
+        facts = ModelInfo.of(refengine.load(tmp_path / f"{arch}.gguf"))
         assert facts.tokenizer_kind == "hf-json"
 
 
@@ -144,7 +144,7 @@ def test_codes_have_their_status() -> None:
         "INTERNAL": 500,
     }
     assert listed.items() <= STATUS.items()
-    assert Fault("CANCELLED", "gone\n\x1b[31m").body() == {
+    assert WorkerError("CANCELLED", "gone\n\x1b[31m").body() == {
         "code": "CANCELLED",
         "message": "gone \\x1b[31m",
         "field": None,
@@ -153,10 +153,10 @@ def test_codes_have_their_status() -> None:
 
 def test_unexpected_errors_tell_no_details() -> None:
     cuda = type("CUDARuntimeError", (RuntimeError,), {})
-    assert fault_of(cuda("at 0x7f"), on_gpu=True).code == "CUDA_ERROR"
-    assert fault_of(cuda("at 0x7f"), on_gpu=False).code == "INTERNAL"
-    assert fault_of(MemoryError("the prompt")).code == "VRAM_OOM"
-    assert "prompt" not in fault_of(ValueError("the prompt")).message
+    assert to_worker_error(cuda("at 0x7f"), on_gpu=True).code == "CUDA_ERROR"
+    assert to_worker_error(cuda("at 0x7f"), on_gpu=False).code == "INTERNAL"
+    assert to_worker_error(MemoryError("the prompt")).code == "VRAM_OOM"
+    assert "prompt" not in to_worker_error(ValueError("the prompt")).message
 
 
 def test_silence_is_broken_by_comments_and_figures_come_where_asked_for(tmp_path: Path) -> None:

@@ -138,4 +138,4 @@ def test_greedy_answers(samples: dict[str, list[dict[str, Any]]], model: refengi
     for sample in samples["haiku_generate"]:
         params = refengine.SamplingParams(temperature=0, max_tokens=16, stop=("\n",))
         ids = ids_of(model, arguments_of(sample)[0][0])
-        assert sample["resps"][0][0] == "".join(token.text for token in model.generate(ids, params))
+        assert sample["resps"][0][0] == "".join(token.text for token in refengine.generate(model, ids, params))

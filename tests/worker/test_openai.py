@@ -174,7 +174,7 @@ def test_chat_goes_through_the_template(server: Server, model: refengine.Model) 
     prompt = model.tokenizer.render_chat(CHAT["messages"])
     ids = model.tokenizer.encode(prompt, add_special=False, parse_special=True)
     params = refengine.SamplingParams(seed=3, temperature=0.7)
-    expected = "".join(token.text for token in model.generate(ids, params))
+    expected = "".join(token.text for token in refengine.generate(model, ids, params))
     assert answer["object"] == "chat.completion"
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": expected}
     assert answer["usage"]["prompt_tokens"] == len(ids)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from refengine.worker.errors import Fault
+from refengine.worker.errors import WorkerError
 from refengine.worker.http.openai_requests import ChatRequest, CompletionRequest
 from refengine.worker.http.requests import parse
 from tests.worker.server import Server, serving
@@ -132,7 +132,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("kind", "fields", "where"), REFUSED)
 def test_what_is_not_offered_is_refused_by_name(kind: type, fields: dict[str, Any], where: str) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(WorkerError) as caught:
         read(kind, **fields)
     assert caught.value.field == next(iter(fields))
     assert caught.value.message.startswith(f"{where}: ")
@@ -142,7 +142,7 @@ def test_max_completion_tokens_is_max_tokens() -> None:
     assert read(ChatRequest, max_completion_tokens=7, max_tokens=None).sampling(60).max_tokens == 7
     assert read(ChatRequest, max_completion_tokens=7, max_tokens=7).sampling(60).max_tokens == 7
     for given in ({"max_completion_tokens": 7}, {"max_completion_tokens": 61, "max_tokens": None}):
-        with pytest.raises(Fault, match=r"^max_completion_tokens: given \d+, ") as caught:
+        with pytest.raises(WorkerError, match=r"^max_completion_tokens: given \d+, ") as caught:
             read(ChatRequest, **given).sampling(60)
         assert caught.value.field == "max_completion_tokens"
 

@@ -23,11 +23,11 @@ SLOW = """
 import sys, time
 from refengine import model
 from refengine.cli import main as cli
-seconds, step = float(sys.argv.pop(1)), model.Model.step
+seconds, step = float(sys.argv.pop(1)), model.Model.evaluate
 def slow(*arguments, **keywords):
     time.sleep(seconds)
     return step(*arguments, **keywords)
-model.Model.step = slow
+model.Model.evaluate = slow
 sys.exit(cli.main())
 """
 

@@ -10,8 +10,9 @@ import pytest
 
 import refengine
 from refengine.engine.engine import Engine
+from refengine.engine.sampling import SamplingParams
 from refengine.errors import DeviceError
-from refengine.worker.errors import Fault
+from refengine.worker.errors import WorkerError
 from refengine.worker.http import app, stream
 from refengine.worker.jobs import engine_thread
 from refengine.worker.jobs.engine_thread import EngineThread, Started
@@ -55,7 +56,7 @@ def test_failure_tells_where_and_not_what() -> None:
 
 def started() -> Started:
     model = refengine.load()
-    return Started(Engine(model), facts.State(facts.ModelFacts.of(model)))
+    return Started(Engine(model), facts.State(facts.ModelInfo.of(model)))
 
 
 async def until(true: Any) -> None:
@@ -92,7 +93,7 @@ def test_residency_is_checked_again_and_again(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_thread_that_ends_by_a_bug_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    listener: Any = SimpleNamespace(on_taken=lambda *a: None, on_tokens=lambda *a: told.append(a))
+    listener: Any = SimpleNamespace(on_start=lambda *a: None, on_error=lambda *a: told.append(a))
 
     def broken(model: object) -> dict[str, int]:
         raise ZeroDivisionError
@@ -102,15 +103,15 @@ def test_a_thread_that_ends_by_a_bug_leaves_nobody_waiting(monkeypatch: pytest.M
         state = (await thread.started).state
         thread.listener = listener
         monkeypatch.setattr(engine_thread, "vram_of", broken)
-        job = Job("j", 10)
+        job = Job("j", lambda: [5], SamplingParams(), {})
         job.ids = [5]
         thread.submit(job)
-        await until(lambda: any(arguments[3] is not None for arguments in told))
+        await until(lambda: told)
         assert told[-1][0] is job
-        assert told[-1][3].fault.code == "INTERNAL"
+        assert told[-1][1].code == "INTERNAL"
         assert state.health()["status"] == "unhealthy"
         assert thread.join(5)
-        with pytest.raises(Fault):
+        with pytest.raises(WorkerError):
             thread.submit(job)
 
     asyncio.run(run())
@@ -145,7 +146,7 @@ class Slow:
 def test_a_body_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "BODY_TIMEOUT_S", 0.02)
     request: Any = Slow()
-    with pytest.raises(Fault, match="was not there within") as caught:
+    with pytest.raises(WorkerError, match="was not there within") as caught:
         asyncio.run(app.read_body(request))
     assert caught.value.status == 408
 
@@ -156,7 +157,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
     worker: Any = SimpleNamespace(disconnected=left.append, options=SimpleNamespace(heartbeat_sec=60))
 
     async def run() -> None:
-        job = Job("j", 10)
+        job = Job("j", lambda: [5], SamplingParams(), {})
         await stream.EventStream(worker, [job], stream.sse)({"type": "http"}, Slow().receive, Slow().send)
         assert left == [job]
 

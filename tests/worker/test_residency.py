@@ -12,9 +12,8 @@ import pytest
 
 from refengine.cli.main import build_parser
 from refengine.cli.serve import options_of
-from refengine.cuda import KernelOps
 from refengine.cuda.memory import DeviceMemory
-from refengine.cuda.runtime.launch import Kernels
+from refengine.device import Device
 from refengine.errors import DeviceError
 from refengine.model import PACKAGED_MODEL
 from refengine.worker import startup
@@ -153,7 +152,7 @@ def model_on(device: str) -> Any:
         raise DeviceError("kv arena at 0x7f is no plain device memory")
 
     memory: Any = SimpleNamespace(check_residency=moved)
-    return SimpleNamespace(device=SimpleNamespace(name=device), ops=KernelOps(np, Kernels("host"), memory))
+    return SimpleNamespace(device=Device(np, device, "for a test"), memory=memory)
 
 
 def test_the_memory_of_a_gpu_is_checked() -> None:
@@ -181,6 +180,7 @@ def test_checks_are_a_minute_apart_unless_said_otherwise() -> None:
 MOVED = """
 import pathlib, sys
 from refengine.cli import main as cli
+from refengine.device import Device
 from refengine.errors import DeviceError
 from refengine.worker.jobs import engine_thread
 flag = pathlib.Path(sys.argv.pop(1))

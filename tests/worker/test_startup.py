@@ -24,7 +24,6 @@ from refengine.cli.serve import options_of
 from refengine.errors import RequestError
 from refengine.model import PACKAGED_MODEL
 from refengine.worker import startup
-from refengine.worker.capacity import Room
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from tests.cli_runner import ENVIRONMENT, ROOT, cli, write_no_vocab
@@ -179,8 +178,7 @@ def test_switches_reach_the_engine() -> None:
     numbers = ["--max-step-tokens", "64", "--copy-chunk-kb", "64"]
     for given, on in ((basic, True), ([*basic, *switches, *numbers], False)):
         options = options_of(build_parser().parse_args(["serve", *given]))
-        room = Room(refengine.load().config, options, "cpu")
-        engine = startup.Startup(options, Log(UUID, "m", "cpu"))._engine_options(room, 3)
+        engine = startup.capacity_of(refengine.load().config, options, "cpu", None).engine_options(3)
         assert (engine.batching, engine.prefix_cache, engine.graphs) == (on, on, on)
         assert engine.cache_tokens == 3 * 64
         assert engine.max_step_tokens == (128 if on else 64)

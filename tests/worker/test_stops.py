@@ -18,7 +18,7 @@ from refengine.bench.load import metric
 from refengine.engine.sampling import SamplingParams
 from refengine.model import Model
 from refengine.worker.jobs.engine_thread import EngineThread
-from refengine.worker.jobs.job import JobSpec
+from refengine.worker.jobs.job import Job
 from refengine.worker.jobs.worker import Worker
 from refengine.worker.options import WorkerOptions
 from refengine.worker.startup import Startup
@@ -32,11 +32,11 @@ import sys, time
 from refengine import model
 from refengine.cli import main as cli
 from refengine.worker.jobs.engine_thread import EngineThread
-seconds, step, join = float(sys.argv.pop(1)), model.Model.step, EngineThread.join
+seconds, step, join = float(sys.argv.pop(1)), model.Model.evaluate, EngineThread.join
 def slow(*arguments, **keywords):
     time.sleep(seconds)
     return step(*arguments, **keywords)
-model.Model.step = slow
+model.Model.evaluate = slow
 EngineThread.join = lambda self, timeout_s: join(self, 20 * timeout_s)
 sys.exit(cli.main())
 """
@@ -116,13 +116,13 @@ def test_what_waits_is_forgotten(server: Server, how: str) -> None:
 
 def test_what_a_shutdown_cuts_is_stopped(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the engine is told to end: one job decodes, one reads its prompt, one waits."""
-    step = Model.step
+    step = Model.evaluate
 
     def slow(*arguments: Any, **keywords: Any) -> Any:
         time.sleep(STEP_S)
         return step(*arguments, **keywords)
 
-    monkeypatch.setattr(Model, "step", slow)
+    monkeypatch.setattr(Model, "evaluate", slow)
     options = WorkerOptions(str(uuid.uuid4()), talker, "cpu", 8080, max_batch=2, max_step_tokens=9, prefix_cache=False)
     log = Log("id", "talker", "cpu", io.StringIO())
 
@@ -141,8 +141,9 @@ def test_what_a_shutdown_cuts_is_stopped(talker: Path, monkeypatch: pytest.Monke
         for body in (TALKS, READS, TALKS):
             ids = worker.tokenizer.encode(str(body["prompt"]))
             params = SamplingParams(seed=5, max_tokens=int(body["max_tokens"]))
-            jobs += worker.accept([JobSpec(f"{len(jobs)}", lambda ids=ids: ids, params, {})], None)
-            await jobs[-1].taken
+            jobs.append(Job(f"{len(jobs)}", lambda ids=ids: ids, params, {}))
+            worker.accept(jobs[-1:], None)
+            await jobs[-1].queue_position
         await soon(lambda: (state.load.engine.running, state.load.engine.waiting) == (2, 1) and jobs[0].tokens_out > 2)
         assert jobs[1].tokens_out == 0
         assert await worker.finish(0) == 3

@@ -15,8 +15,8 @@ STRAYS = """
 import asyncio, logging, sys, threading, warnings
 from refengine.engine.generation import Token
 from refengine.worker.telemetry.log import Log
-from refengine.worker.telemetry.uncaught import catch_strays
-catch_strays(Log("id", "model", "cpu"))
+from refengine.worker.telemetry.uncaught import log_uncaught
+log_uncaught(Log("id", "model", "cpu"))
 def fails(*arguments):
     raise ValueError("secret")
 def in_loop(function):
@@ -81,8 +81,8 @@ from refengine.cli import main as cli
 from refengine.worker.jobs.worker import Worker
 sys.argv.pop(1)
 on_tokens = Worker.on_tokens
-def careless(self, job, tokens, drawn, ended):
-    on_tokens(self, job, tokens, drawn, ended)
+def careless(self, job, tokens, drawn):
+    on_tokens(self, job, tokens, drawn)
     raise ValueError(f"{tokens}")
 Worker.on_tokens = careless
 sys.exit(cli.main())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError, field_validator
 
-from refengine.worker.errors import Fault
+from refengine.worker.errors import WorkerError
 from refengine.worker.http import app
 from refengine.worker.http.openai_requests import ChatRequest, CompletionRequest, DetokenizeRequest
 from refengine.worker.http.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, deadline_seconds, parse
@@ -212,7 +212,7 @@ WORDS = {
 @pytest.mark.parametrize("case", WORDS)
 def test_words_say_where_in_the_body_it_is(case: str) -> None:
     kind, body, words = WORDS[case]
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(WorkerError) as caught:
         parse(kind, json.dumps(body).encode())
     assert caught.value.message.startswith(words)
     assert caught.value.field == re.match(r"\w+", words)[0]  # type: ignore[index]
@@ -222,7 +222,7 @@ def test_long_stop_is_refused_before_the_engine_cuts_it_into_tokens() -> None:
     stop = "x" * 4097
     for kind, given in ((ExecuteRequest, [stop]), (CompletionRequest, [stop]), (CompletionRequest, stop)):
         body = {"job_id": "v"} if kind is ExecuteRequest else {}
-        with pytest.raises(Fault, match="at most 4096 characters") as caught:
+        with pytest.raises(WorkerError, match="at most 4096 characters") as caught:
             parse(kind, json.dumps({**body, "prompt": "x", "stop": given}).encode())
         assert (caught.value.code, caught.value.field) == ("INVALID_REQUEST", "stop")
 
@@ -259,7 +259,7 @@ def test_long_body_is_parsed_beside_the_event_loop(n_bytes: int, is_aside: bool)
     async def stream() -> AsyncIterator[bytes]:
         yield b'{"job_id":"a"}'.ljust(n_bytes)
 
-    worker: Any = SimpleNamespace(aside=asyncio.to_thread)
+    worker: Any = SimpleNamespace(run_aside=asyncio.to_thread)
     request: Any = SimpleNamespace(stream=stream)
     assert asyncio.run(app.parsed(worker, request, Noted)).job_id == "a"
     assert [thread is not threading.main_thread() for thread in threads] == [is_aside]
@@ -284,5 +284,5 @@ def test_parse_gives_defaults() -> None:
     assert (request.temperature, request.top_p, request.top_k, request.min_p) == (1.0, 1.0, 0, 0.0)
     assert (request.repetition_penalty, request.stop, request.seed) == (1.0, [], None)
     assert parse(CancelRequest, b'{"job_id": "a"}').job_id == "a"
-    with pytest.raises(Fault, match="given more than once"):
+    with pytest.raises(WorkerError, match="given more than once"):
         parse(CancelRequest, b'{"job_id": "a", "job_id": "a"}')

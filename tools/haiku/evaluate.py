@@ -59,7 +59,7 @@ def ask(model: Any, prompt: str, temperature: float, seed: int) -> str:
     """The model's answer to a user's message, at most MAX_TOKENS tokens."""
     ids = model.tokenizer.encode(chat(prompt), add_special=False, parse_special=True)
     params = refengine.SamplingParams(temperature=temperature, seed=seed, max_tokens=MAX_TOKENS)
-    return "".join(token.text for token in model.generate(ids, params))
+    return "".join(token.text for token in refengine.generate(model, ids, params))
 
 
 def answers(model: Any, corpus: Corpus, count: int, temperature: float, first_seed: int = 0) -> Iterable[Answer]:

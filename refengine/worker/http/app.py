@@ -17,11 +17,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from refengine.errors import RefengineError
-from refengine.worker.errors import Fault, fault_of
+from refengine.worker.errors import WorkerError, to_worker_error
 from refengine.worker.http.openai import error_of
 from refengine.worker.http.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, R, parse
 from refengine.worker.http.stream import EventStream, sse, taken, watching
-from refengine.worker.jobs.job import JobSpec
+from refengine.worker.jobs.job import Job
 from refengine.worker.jobs.worker import Worker
 from refengine.worker.telemetry.log import prompt_facts
 from refengine.worker.telemetry.metrics import CONTENT_TYPE
@@ -54,18 +54,19 @@ class Guard:
                 return
         await self._app(scope, receive, send)
 
-    def _fault(self, headers: Headers, path: str) -> Fault | None:
+    def _fault(self, headers: Headers, path: str) -> WorkerError | None:
         host = headers.get("host")
         if self._hosts is not None and host is not None and _name_in(host) not in self._hosts:
-            return Fault("INVALID_REQUEST", "Host: not a name of this worker (see --allowed-host)", "Host", status=421)
+            message = "Host: not a name of this worker (see --allowed-host)"
+            return WorkerError("INVALID_REQUEST", message, "Host", status=421)
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
-            return Fault("UNAUTHORIZED", "requests from pages of other sites are refused", "Origin", status=403)
+            return WorkerError("UNAUTHORIZED", "requests from pages of other sites are refused", "Origin", status=403)
         if self._key is None or path in OPEN_PATHS:
             return None
         if hmac.compare_digest(_key_in(headers.get("authorization", "")), self._key):  # takes as long for every key
             return None
-        return Fault("UNAUTHORIZED", "this worker wants its key: Authorization: Bearer KEY, or as a password")
+        return WorkerError("UNAUTHORIZED", "this worker wants its key: Authorization: Bearer KEY, or as a password")
 
 
 def _name_in(host: str) -> str:
@@ -91,17 +92,17 @@ def make_app(worker: Worker) -> FastAPI:
 
     app.add_middleware(Guard, key=worker.options.api_key, hosts=worker.options.hosts)
 
-    @app.exception_handler(Fault)
-    async def on_fault(request: Request, fault: Fault) -> Response:
+    @app.exception_handler(WorkerError)
+    async def on_fault(request: Request, fault: WorkerError) -> Response:
         return answer(fault, request.url.path)
 
     @app.exception_handler(RefengineError)
     async def on_error(request: Request, error: RefengineError) -> Response:
-        return answer(fault_of(error), request.url.path)
+        return answer(to_worker_error(error), request.url.path)
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
-        fault = Fault(
+        fault = WorkerError(
             "INVALID_REQUEST", f"{request.method} {request.url.path[:80]}: {error.detail}", None, error.status_code
         )
         refusal = answer(fault, request.url.path)
@@ -111,7 +112,7 @@ def make_app(worker: Worker) -> FastAPI:
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
         worker.log.failure(error)
-        return answer(fault_of(error), request.url.path)
+        return answer(to_worker_error(error), request.url.path)
 
     @app.post("/execute", openapi_extra=body_of(ExecuteRequest))
     async def execute(request: Request) -> Response:
@@ -121,8 +122,8 @@ def make_app(worker: Worker) -> FastAPI:
             body = await parsed(worker, request, ExecuteRequest)
             params = body.sampling(worker.options.max_tokens_out)
         encode = partial(worker.tokenizer.encode, body.prompt)
-        wanted = JobSpec(body.job_id, encode, params, prompt_facts(body.prompt))
-        jobs = worker.accept([wanted], request.headers.get("x-deadline"))
+        jobs = [Job(body.job_id, encode, params, prompt_facts(body.prompt))]
+        worker.accept(jobs, request.headers.get("x-deadline"))
         with watching(worker, jobs, request.receive):
             await taken(jobs)
         return EventStream(worker, jobs, sse)
@@ -154,7 +155,7 @@ def make_app(worker: Worker) -> FastAPI:
     return app
 
 
-def answer(fault: Fault, path: str = "") -> Response:
+def answer(fault: WorkerError, path: str = "") -> Response:
     """Under /v1/ as OpenAI's clients read it."""
     body = fault.body()
     if path.startswith("/v1/"):
@@ -163,27 +164,28 @@ def answer(fault: Fault, path: str = "") -> Response:
 
 
 async def parsed(worker: Worker, request: Request, kind: type[R]) -> R:
-    """What a body asks for; a long one is not parsed in the event loop's thread. Raises Fault."""
+    """What a body asks for; a long one is not parsed in the event loop's thread. Raises WorkerError."""
     body = await read_body(request)
-    return parse(kind, body) if len(body) <= LONG_BODY_BYTES else await worker.aside(partial(parse, kind, body))
+    return parse(kind, body) if len(body) <= LONG_BODY_BYTES else await worker.run_aside(partial(parse, kind, body))
 
 
 async def read_body(request: Request) -> bytes:
-    """All of it, within a size and a time. Raises Fault."""
+    """All of it, within a size and a time. Raises WorkerError."""
     parts, n_bytes = [], 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for part in request.stream():
                 n_bytes += len(part)
                 if n_bytes > MAX_BODY_BYTES:
-                    raise Fault(
+                    raise WorkerError(
                         "INVALID_REQUEST", f"the body: given more than the {MAX_BODY_BYTES} bytes allowed", status=413
                     )
                 parts.append(part)
     except TimeoutError:
-        raise Fault("INVALID_REQUEST", f"the body was not there within {BODY_TIMEOUT_S:g} s", status=408) from None
+        message = f"the body was not there within {BODY_TIMEOUT_S:g} s"
+        raise WorkerError("INVALID_REQUEST", message, status=408) from None
     except ClientDisconnect:
-        raise Fault("CANCELLED", "the client has gone") from None
+        raise WorkerError("CANCELLED", "the client has gone") from None
     return b"".join(parts)
 
 

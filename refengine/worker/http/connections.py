@@ -17,7 +17,7 @@ import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from refengine.worker.errors import Fault
+from refengine.worker.errors import WorkerError
 from refengine.worker.http.app import OPEN_PATHS, answer
 
 HEAD_TIMEOUT_S = 10.0  # from the end of the last answer, or the start of the connection, to a whole head
@@ -33,7 +33,7 @@ MAX_HEADERS = 100
 MAX_AHEAD_BYTES = 64 << 10  # of the next requests, sent before this one is answered
 SEND_BUFFER_BYTES = 128 << 10  # in the kernel; its own default lets a client that does not read hold megabytes
 
-FULL = Fault("QUEUE_FULL", "this worker has all the connections that it takes: come back later")
+FULL = WorkerError("QUEUE_FULL", "this worker has all the connections that it takes: come back later")
 
 
 class Http(h11.Connection):
@@ -116,9 +116,9 @@ class Connection(H11Protocol):
             self.transport.abort()
             return
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        self._send_away(Fault("INVALID_REQUEST", f"this is no HTTP request: {error or msg}", status=status))
+        self._send_away(WorkerError("INVALID_REQUEST", f"this is no HTTP request: {error or msg}", status=status))
 
-    def _send_away(self, fault: Fault) -> None:
+    def _send_away(self, fault: WorkerError) -> None:
         """Answer without the app, and close: the client has a moment to read it before what it sent resets it."""
         self._refused = True
         self._unset_keepalive_if_required()
@@ -143,7 +143,8 @@ class Connection(H11Protocol):
             self._seen, self._since = seen, now
         elif now - self._since > timeout_s:
             if phase == "head" and self.conn.trailing_data[0]:
-                self._send_away(Fault("INVALID_REQUEST", f"no whole request came within {timeout_s:g} s", status=408))
+                message = f"no whole request came within {timeout_s:g} s"
+                self._send_away(WorkerError("INVALID_REQUEST", message, status=408))
             else:
                 self.transport.abort()
 

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, SamplingParams
-from refengine.worker.errors import Fault
+from refengine.worker.errors import WorkerError
 from refengine.worker.http.requests import MAX_PROMPT_CHARS, Stop, Stops, Strict, sampling_of
 
 MAX_PROMPT_IDS = 1 << 17
@@ -67,7 +67,7 @@ class Common(Strict):
     user: str | None = None
 
     def sampling(self, max_tokens_out: int) -> SamplingParams:
-        """As the engine takes them. Raises RequestError, Fault."""
+        """As the engine takes them. Raises RequestError, WorkerError."""
         return self._sampling(max_tokens_out, None, None)
 
     def _sampling(self, max_tokens_out: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
@@ -110,7 +110,7 @@ class CompletionRequest(Common):
     def sampling(self, max_tokens_out: int) -> SamplingParams:
         """As the engine takes them; where no token is asked for it draws one all the same. Raises RequestError."""
         if self.max_tokens == 0 and not self.echo:
-            raise Fault("INVALID_REQUEST", "max_tokens: given 0, allowed with echo only", "max_tokens")
+            raise WorkerError("INVALID_REQUEST", "max_tokens: given 0, allowed with echo only", "max_tokens")
         asked = self.model_copy(update={"max_tokens": self.max_tokens if self.max_tokens != 0 else 1})
         return asked._sampling(max_tokens_out, self.logprobs, self.logprobs if self.echo else None)
 
@@ -168,17 +168,17 @@ class ChatRequest(Common):
     verbosity: None = None
 
     def sampling(self, max_tokens_out: int) -> SamplingParams:
-        """As the engine takes them. Raises RequestError, Fault."""
+        """As the engine takes them. Raises RequestError, WorkerError."""
         if self.top_logprobs is not None and not self.logprobs:
-            raise Fault("INVALID_REQUEST", "top_logprobs: given without logprobs: true", "top_logprobs")
+            raise WorkerError("INVALID_REQUEST", "top_logprobs: given without logprobs: true", "top_logprobs")
         limit, field = self.max_completion_tokens, "max_completion_tokens"
         if limit is None:
             limit = self.max_tokens
         elif self.max_tokens not in (None, limit):
-            raise Fault("INVALID_REQUEST", f"{field}: given {limit}, and {self.max_tokens} as max_tokens", field)
+            raise WorkerError("INVALID_REQUEST", f"{field}: given {limit}, and {self.max_tokens} as max_tokens", field)
         elif limit > max_tokens_out:
             message = f"{field}: given {limit}, allowed 1 to {max_tokens_out} on this worker"
-            raise Fault("INVALID_REQUEST", message, field)
+            raise WorkerError("INVALID_REQUEST", message, field)
         asked = self.model_copy(update={"max_tokens": limit})
         return asked._sampling(max_tokens_out, (self.top_logprobs or 0) if self.logprobs else None, None)
 
@@ -194,10 +194,11 @@ class TokenizeRequest(Strict):
     model: str | None = None
 
     def arguments(self) -> tuple[str, dict[str, bool]]:
-        """Text and keywords of `Tokenizer.encode`. Raises Fault unless one of the two texts is given."""
+        """Text and keywords of `Tokenizer.encode`. Raises WorkerError unless one of the two texts is given."""
         if (self.content is None) == (self.prompt is None):
             given = "neither" if self.content is None else "both"
-            raise Fault("INVALID_REQUEST", f"content: given {given} of content and prompt, allowed one", "content")
+            message = f"content: given {given} of content and prompt, allowed one"
+            raise WorkerError("INVALID_REQUEST", message, "content")
         if self.content is not None:
             return self.content, {"add_special": self.add_special, "parse_special": self.parse_special}
         return self.prompt or "", {"add_special": self.add_special_tokens, "parse_special": True}

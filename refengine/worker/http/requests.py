@@ -1,7 +1,7 @@
 """The JSON that clients send: parsed strictly, and checked before any work is done.
 
 Beyond JSON's own grammar: no NaN or infinity, no name twice in an object, no unknown field, no text where a number is
-expected. Every refusal is a Fault that names the field. Limits that need the model are the engine's to check.
+expected. Every refusal is a WorkerError that names the field. Limits that need the model are the engine's to check.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_STOPS, SamplingParams
-from refengine.worker.errors import MAX_FIELD, Fault
+from refengine.worker.errors import MAX_FIELD, WorkerError
 
 MAX_BODY_BYTES = 1 << 20  # a prompt of 32,768 characters, each as two escapes of six, takes 384 KiB
 MAX_PROMPT_CHARS = 32_768
@@ -90,19 +90,19 @@ R = TypeVar("R", bound=Strict)
 
 
 def parse(kind: type[R], body: bytes) -> R:
-    """A request from the bytes of a body. Raises Fault."""
+    """A request from the bytes of a body. Raises WorkerError."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_twins)
     except UnicodeDecodeError as e:
-        raise Fault("INVALID_REQUEST", f"the body is no UTF-8: byte {e.start} ({e.reason})") from None
+        raise WorkerError("INVALID_REQUEST", f"the body is no UTF-8: byte {e.start} ({e.reason})") from None
     except json.JSONDecodeError as e:
-        raise Fault("INVALID_REQUEST", f"the body is no JSON: {e.msg} at character {e.pos}") from None
+        raise WorkerError("INVALID_REQUEST", f"the body is no JSON: {e.msg} at character {e.pos}") from None
     except RecursionError:
-        raise Fault("INVALID_REQUEST", "the body is no JSON that is read here: nested too deeply") from None
+        raise WorkerError("INVALID_REQUEST", "the body is no JSON that is read here: nested too deeply") from None
     except ValueError as e:  # an integer of thousands of digits
-        raise Fault("INVALID_REQUEST", f"the body has a number that cannot be read: {e}") from None
+        raise WorkerError("INVALID_REQUEST", f"the body has a number that cannot be read: {e}") from None
     if not isinstance(value, dict):
-        raise Fault("INVALID_REQUEST", f"the body: given a JSON {type(value).__name__}, allowed an object")
+        raise WorkerError("INVALID_REQUEST", f"the body: given a JSON {type(value).__name__}, allowed an object")
     try:
         return kind.model_validate(value)
     except ValidationError as e:
@@ -110,7 +110,10 @@ def parse(kind: type[R], body: bytes) -> R:
 
 
 def deadline_seconds(header: str | None, now: datetime) -> float | None:
-    """Seconds that `X-Deadline` leaves: a number of seconds from now, or a point in time (RFC 3339). Raises Fault."""
+    """Seconds that `X-Deadline` leaves, given as seconds from now or as a point in time (RFC 3339).
+
+    Raises WorkerError for anything else.
+    """
     if header is None:
         return None
     text = header.strip()
@@ -121,7 +124,7 @@ def deadline_seconds(header: str | None, now: datetime) -> float | None:
     if not math.isfinite(left):
         raise _bad_deadline(text)
     if left <= 0:
-        raise Fault("INFERENCE_TIMEOUT", f"X-Deadline: given {text[:40]!r}, which has passed", "X-Deadline")
+        raise WorkerError("INFERENCE_TIMEOUT", f"X-Deadline: given {text[:40]!r}, which has passed", "X-Deadline")
     return left
 
 
@@ -135,8 +138,8 @@ def _seconds_until(text: str, now: datetime) -> float:
     return (moment - now).total_seconds()
 
 
-def _bad_deadline(text: str) -> Fault:
-    return Fault(
+def _bad_deadline(text: str) -> WorkerError:
+    return WorkerError(
         "INVALID_REQUEST",
         f"X-Deadline: given {text[:40]!r}, allowed seconds from now or a time with zone (2030-01-31T12:00:00Z)",
         "X-Deadline",
@@ -144,7 +147,7 @@ def _bad_deadline(text: str) -> Fault:
 
 
 def _no_constant(name: str) -> Any:
-    raise Fault("INVALID_REQUEST", f"the body has {name}, which is no JSON number")
+    raise WorkerError("INVALID_REQUEST", f"the body has {name}, which is no JSON number")
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,11 +155,11 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twin = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise Fault("INVALID_REQUEST", f"{twin[:MAX_FIELD]}: given more than once", twin)
+        raise WorkerError("INVALID_REQUEST", f"{twin[:MAX_FIELD]}: given more than once", twin)
     return found
 
 
-def _fault(error: ValidationError, body: dict[str, Any]) -> Fault:
+def _fault(error: ValidationError, body: dict[str, Any]) -> WorkerError:
     """One problem in words: where, what was given (of text only its length), what is allowed.
 
     A value that may be of several kinds has a problem for each: one within its kind counts most, then the deepest.
@@ -168,11 +171,11 @@ def _fault(error: ValidationError, body: dict[str, Any]) -> Fault:
     where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
     if found["type"] == "unknown_field":
         known = ", ".join(found["ctx"]["kind"].model_fields)
-        return Fault("INVALID_REQUEST", f"{where}: unknown field, allowed {known}", str(path[0]))
+        return WorkerError("INVALID_REQUEST", f"{where}: unknown field, allowed {known}", str(path[0]))
     if found["type"] == "missing":
-        return Fault("INVALID_REQUEST", f"{where}: is missing", str(path[0]))
+        return WorkerError("INVALID_REQUEST", f"{where}: is missing", str(path[0]))
     wanted = WANTED.get(found["type"], found["msg"])
-    return Fault("INVALID_REQUEST", f"{where}: given {_shown(found['input'])}; {wanted}", str(path[0]))
+    return WorkerError("INVALID_REQUEST", f"{where}: given {_shown(found['input'])}; {wanted}", str(path[0]))
 
 
 def _path(problem: ErrorDetails, body: dict[str, Any]) -> list[str | int]:

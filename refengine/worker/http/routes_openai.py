@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from refengine.engine.sampling import SamplingParams
 from refengine.errors import RefengineError
-from refengine.worker.errors import Fault
+from refengine.worker.errors import WorkerError
 from refengine.worker.http.app import body_of, parsed
 from refengine.worker.http.openai import Answer, Choice
 from refengine.worker.http.openai_requests import (
@@ -21,7 +21,7 @@ from refengine.worker.http.openai_requests import (
     TokenizeRequest,
 )
 from refengine.worker.http.stream import EventStream, events_of, json_of, taken, watching
-from refengine.worker.jobs.job import Event, Job, JobSpec
+from refengine.worker.jobs.job import Event, Job
 from refengine.worker.jobs.worker import Worker
 from refengine.worker.telemetry.log import prompt_facts
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 def make_router(worker: Worker) -> APIRouter:
     """All of them, for one worker."""
     router = APIRouter()
-    tokenizer, facts = worker.tokenizer, worker.state.facts
+    tokenizer, facts = worker.tokenizer, worker.state.model
 
     entry = {"id": facts.model, "object": "model", "created": 0, "owned_by": "refengine"}
     entry |= {"context_length": facts.context_length}
@@ -47,7 +47,7 @@ def make_router(worker: Worker) -> APIRouter:
         """The one model, by its name."""
         if model != facts.model:
             message = f"model: given {model[:80]!r}, this worker has {facts.model!r}"
-            raise Fault("INVALID_REQUEST", message, "model", status=404)
+            raise WorkerError("INVALID_REQUEST", message, "model", status=404)
         return entry
 
     @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
@@ -62,13 +62,11 @@ def make_router(worker: Worker) -> APIRouter:
             for i, text in enumerate(texts)
         ]
         answer = Answer(False, facts.model, choices, body.with_usage)
-        wanted = [
-            JobSpec(
-                answer.job_id(i), partial(ids_of, prompt, choice), params, prompt_facts(words_of(prompt)), answer.id
-            )
+        jobs = [
+            Job(answer.job_id(i), partial(ids_of, prompt, choice), params, prompt_facts(words_of(prompt)), answer.id)
             for i, (prompt, choice) in enumerate(zip(prompts, choices, strict=True))
         ]
-        return await _answer(worker, request, bool(body.stream), answer, wanted)
+        return await _answer(worker, request, bool(body.stream), answer, jobs)
 
     @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat(request: Request) -> Response:
@@ -76,14 +74,14 @@ def make_router(worker: Worker) -> APIRouter:
         body, params = await _read(worker, request, ChatRequest)
         messages = [message.for_template() for message in body.messages]
         answer = Answer(True, facts.model, [Choice(0, tokenizer, True, bool(body.logprobs))], body.with_usage)
-        wanted = JobSpec(
+        job = Job(
             answer.id,
             partial(tokenizer.encode_chat, messages),
             params,
             prompt_facts(json_of(messages)),
             field="messages",
         )
-        return await _answer(worker, request, bool(body.stream), answer, [wanted])
+        return await _answer(worker, request, bool(body.stream), answer, [job])
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
@@ -117,9 +115,9 @@ def make_router(worker: Worker) -> APIRouter:
 
     async def aside(work: Callable[[], T], field: str) -> T:
         try:
-            return await worker.aside(work)
+            return await worker.run_aside(work)
         except RefengineError as e:
-            raise Fault("INVALID_REQUEST", f"{field}: {e}", field) from None
+            raise WorkerError("INVALID_REQUEST", f"{field}: {e}", field) from None
 
     return router
 
@@ -129,22 +127,20 @@ def words_of(prompt: str | list[int]) -> str:
 
 
 async def _read(worker: Worker, request: Request, kind: type[R]) -> tuple[R, SamplingParams]:
-    """A body, and how it wants to be sampled. Raises Fault."""
+    """A body, and how it wants to be sampled. Raises WorkerError."""
     with worker.refusing():
         worker.check_open()
         body = await parsed(worker, request, kind)
         return body, body.sampling(worker.options.max_tokens_out)
 
 
-async def _answer(
-    worker: Worker, request: Request, stream: bool, answer: Answer, wanted: Sequence[JobSpec]
-) -> Response:
-    jobs = worker.accept(wanted, request.headers.get("x-deadline"))
+async def _answer(worker: Worker, request: Request, stream: bool, answer: Answer, jobs: Sequence[Job]) -> Response:
+    worker.accept(jobs, request.headers.get("x-deadline"))
     with watching(worker, jobs, request.receive):
         await taken(jobs)
         if not stream:
             events = await _all_events(jobs)
-            body = await worker.aside(lambda: json_of(answer.whole(events)))
+            body = await worker.run_aside(lambda: json_of(answer.whole(events)))
             return Response(body, media_type="application/json")
 
     def render(number: int, event: Event) -> str:
@@ -154,11 +150,11 @@ async def _answer(
 
 
 async def _all_events(jobs: Sequence[Job]) -> list[list[Event]]:
-    """Until the jobs have ended well. Raises Fault where one has not."""
+    """Until the jobs have ended well. Raises WorkerError where one has not."""
     found: list[list[Event]] = [[] for _ in jobs]
     async for events in events_of(jobs):
         for number, (name, data) in events:
             if name == "error":
-                raise Fault(data["code"], data["message"])
+                raise WorkerError(data["code"], data["message"])
             found[number].append((name, data))
     return found

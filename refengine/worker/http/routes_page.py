@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from swagger_ui_bundle import swagger_ui_path
 
-from refengine.worker.errors import Fault
+from refengine.worker.errors import WorkerError
 from refengine.worker.http.openapi import as_openapi_30
 from refengine.worker.jobs.worker import Worker
 
@@ -62,7 +62,7 @@ def make_page_router(worker: Worker) -> APIRouter:
     @router.get("/docs/{name}")
     async def docs_file(name: str) -> Response:
         if name not in DOCS_FILES:
-            raise Fault("INVALID_REQUEST", "no such file", status=404)
+            raise WorkerError("INVALID_REQUEST", "no such file", status=404)
         return FileResponse(swagger_ui_path / name, media_type=DOCS_FILES[name], headers=docs_headers)
 
     return router

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from refengine.worker.errors import Fault
+from refengine.worker.errors import WorkerError
 from refengine.worker.jobs.job import Event, Job
 from refengine.worker.jobs.worker import Worker
 
@@ -50,7 +50,7 @@ class EventStream(Response):
 
         async for events in events_of(self._jobs, left_s):
             if any(name in SLOW for _, (name, _) in events):
-                body = await self._worker.aside(partial(self._rendered, events))
+                body = await self._worker.run_aside(partial(self._rendered, events))
             else:
                 body = self._rendered(events)
             if not body and left_s() <= 0:  # there may be events, of which nothing is to be sent
@@ -98,7 +98,7 @@ def watching(worker: Worker, jobs: Sequence[Job], receive: Receive) -> Iterator[
     gone = asyncio.create_task(until_gone())
     try:
         yield
-    except Fault:  # of one of them
+    except WorkerError:  # of one of them
         for job in jobs:
             worker.cancel(job.job_id)
         raise
@@ -110,9 +110,9 @@ def watching(worker: Worker, jobs: Sequence[Job], receive: Receive) -> Iterator[
 
 
 async def taken(jobs: Sequence[Job]) -> None:
-    """Until the engine has all of them. Raises the Fault that ended one before."""
+    """Until the engine has all of them. Raises the WorkerError that ended one before."""
     for job in jobs:
-        await asyncio.shield(job.taken)
+        await asyncio.shield(job.queue_position)
 
 
 def sse(_: int, event: Event) -> str:

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from refengine.engine.engine import Engine
 from refengine.engine.generation import Generation, Score, Token
 from refengine.errors import DeviceError, RefengineError
-from refengine.worker.errors import Fault, fault_of
-from refengine.worker.jobs.job import Ended, Job, Taken
+from refengine.worker.errors import WorkerError, to_worker_error
+from refengine.worker.jobs.job import Job
 from refengine.worker.telemetry.log import Log
 from refengine.worker.telemetry.status import Load, State, check_residency, vram_of
 
@@ -35,9 +35,11 @@ class Started:
 class Listener(Protocol):
     """Who is told what happens; in the event loop's thread."""
 
-    def on_taken(self, job: Job, taken: Taken) -> None: ...
+    def on_start(self, job: Job, queue_position: int) -> None: ...
     def on_scores(self, job: Job, scores: list[Score | None]) -> None: ...
-    def on_tokens(self, job: Job, tokens: list[Token], drawn: float, ended: Ended | None) -> None: ...
+    def on_tokens(self, job: Job, tokens: list[Token], drawn: float) -> None: ...
+    def on_end(self, job: Job, stop_reason: str, prefix_tokens_reused: int) -> None: ...
+    def on_error(self, job: Job, error: WorkerError) -> None: ...
 
 
 class EngineThread:
@@ -51,12 +53,12 @@ class EngineThread:
         self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._jobs: dict[Generation, Job] = {}
         self._generations: dict[Job, Generation] = {}
-        self._fault: Fault | None = None  # what ended the thread
+        self._fault: WorkerError | None = None  # what ended the thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Raises Fault where the thread has ended."""
+        """Raises WorkerError where the thread has ended."""
         self._commands.put(("submit", job))
         if self._fault is not None:  # looked at afterwards: what was put before, the thread itself still finds
             raise self._fault
@@ -81,7 +83,7 @@ class EngineThread:
             self._tell(_settle, self.started, None, e)
             return
         self._engine, self._state = started.engine, started.state
-        self._on_gpu = started.state.facts.device.startswith("cuda")
+        self._on_gpu = started.state.model.device.startswith("cuda")
         self._next_check = time.monotonic() + self._residency_check_s
         self._look()
         self._tell(_settle, self.started, started, None)
@@ -94,10 +96,10 @@ class EngineThread:
                 self._engine.free(generation)
         except BaseException as e:  # a bug; without this thread nothing can be served
             self._log.failure(e)
-            self._fault = fault_of(e, self._on_gpu)
+            self._fault = to_worker_error(e, self._on_gpu)
             self._state.faults["engine"] = "the engine's thread has ended"
             for job in [*self._generations, *self._unread()]:
-                self._report(job, [], Ended(None, fault=self._fault))
+                self._report_error(job, self._fault)
 
     def _obey(self) -> bool:
         """Take all commands; where there is nothing to do, wait for one. False: stop."""
@@ -127,11 +129,11 @@ class EngineThread:
         except Exception as e:
             if not isinstance(e, RefengineError):
                 self._log.failure(e, job_id=job.job_id)
-            self._report(job, [], Ended(None, fault=fault_of(e, self._on_gpu)))
+            self._report_error(job, to_worker_error(e, self._on_gpu))
             return
         self._jobs[generation], self._generations[job] = job, generation
         if self.listener is not None:
-            self._tell(self.listener.on_taken, job, Taken(self._engine.queue_position(generation)))
+            self._tell(self.listener.on_start, job, self._engine.queue_position(generation))
 
     def _drop(self, job: Job) -> None:
         generation = self._generations.pop(job, None)
@@ -148,7 +150,7 @@ class EngineThread:
             self._state.faults.pop("step", None)
         except Exception as e:  # the device failed, or we have a bug: this step's requests end, the worker goes on
             self._log.failure(e)
-            fault = fault_of(e, self._on_gpu)
+            fault = to_worker_error(e, self._on_gpu)
             if fault.code == "CUDA_ERROR":
                 self._state.faults["step"] = fault.message
             aborted = RefengineError(fault.message)
@@ -159,22 +161,25 @@ class EngineThread:
             generation.pending.clear()
             if generation.prompt_scores and generation.n_generated == 1 and self.listener is not None:
                 self._tell(self.listener.on_scores, self._jobs[generation], generation.prompt_scores)
-            if generation.end is None:
-                self._report(self._jobs[generation], tokens, None)
-            elif generation.error is None:
-                self._end(generation, tokens, None)
-            else:
-                self._end(generation, tokens, fault if generation.error is aborted else fault_of(generation.error))
+            if tokens and self.listener is not None:
+                self._tell(self.listener.on_tokens, self._jobs[generation], tokens, time.perf_counter())
+            if generation.end is not None:
+                of_step = fault if generation.error is aborted else None
+                self._end(generation, of_step)
 
-    def _end(self, generation: Generation, tokens: list[Token], fault: Fault | None) -> None:
+    def _end(self, generation: Generation, fault: WorkerError | None) -> None:
+        """Free a sequence that has ended and report how. fault: the step's, which says more than the sequence's own."""
         job = self._jobs.pop(generation)
         del self._generations[job]
         self._engine.free(generation)
-        self._report(job, tokens, Ended(generation.end, generation.progress.prefix_tokens, fault))
+        if generation.error is not None:
+            self._report_error(job, fault or to_worker_error(generation.error))
+        elif self.listener is not None:
+            self._tell(self.listener.on_end, job, str(generation.end), generation.progress.prefix_tokens)
 
-    def _report(self, job: Job, tokens: list[Token], ended: Ended | None) -> None:
+    def _report_error(self, job: Job, fault: WorkerError) -> None:
         if self.listener is not None:
-            self._tell(self.listener.on_tokens, job, tokens, time.perf_counter(), ended)
+            self._tell(self.listener.on_error, job, fault)
 
     def _tell(self, function: Callable[..., Any], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to be told
@@ -182,7 +187,7 @@ class EngineThread:
 
     def _look(self) -> None:
         """What /health and /metrics will say."""
-        self._state.load = Load(vram_of(self._engine.model), self._engine.facts())
+        self._state.load = Load(vram_of(self._engine.model), self._engine.stats())
 
     def _check_residency(self) -> None:
         if time.monotonic() < self._next_check:

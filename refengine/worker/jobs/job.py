@@ -6,68 +6,47 @@ Lives in the event loop's thread alone; the engine's thread only reads what `sub
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from refengine.engine.generation import Score, Token
 from refengine.engine.sampling import SamplingParams
 from refengine.tokenizer import Tokenizer
-from refengine.worker.errors import Fault
 
 Event = tuple[str, dict[str, Any]]  # its name and data
 
 
-@dataclass(frozen=True)
-class JobSpec:
-    """What a client asks for, whatever the route. encode: gives the prompt's ids; it may take its time.
-
-    field: of the request, where the prompt is.
-    params: max_tokens is the worker's limit where the client names none; a seed is drawn where it has none.
-    answer_id: of the answer that the job is a part of; cancelling it ends all of them. None: there is no other part.
-    """
-
-    job_id: str
-    encode: Callable[[], list[int]]
-    params: SamplingParams
-    prompt_facts: dict[str, Any]
-    answer_id: str | None = None
-    field: str = "prompt"
-
-
-@dataclass(frozen=True)
-class Taken:
-    """The engine has taken a job in: queue_position 0 runs at once."""
-
-    queue_position: int
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The engine's last word on a job: its stop_reason, or the fault that ended it."""
-
-    stop_reason: str | None
-    prefix_tokens_reused: int = 0
-    fault: Fault | None = None
-
-
 class Job:
-    """job_id and answer_id as in `JobSpec`; ids and params are set before the engine sees the job.
+    """What a client asks for, whatever the route, and how far it has come.
 
-    preparing: makes the prompt's ids and hands the job to the engine.
-    taken: done when the engine has the job, failed with the Fault that ended it before.
-    outcome: None while it is alive, then one of metrics.OUTCOMES.
+    encode: makes the prompt's ids, which may take its time. prompt_facts: what may be logged of the prompt.
+    params: max_tokens is the worker's limit if the client names none; `Worker.accept` draws a seed if it has none.
+    answer_id: the answer that the job is a part of, whose cancellation ends all its jobs. None: it is the only part.
+    field: the request's field that holds the prompt, for error messages.
+    ids, timeout_s: set before the engine sees the job.
+    preparing: the task that makes the ids and hands the job to the engine.
+    queue_position: done when the engine has the job (0 runs at once); failed with the WorkerError that ended it before.
+    outcome: None while the job is alive, then one of metrics.OUTCOMES.
     """
 
-    def __init__(self, job_id: str, timeout_s: float, answer_id: str | None = None) -> None:
-        self.job_id, self.timeout_s, self.answer_id = job_id, timeout_s, answer_id
+    def __init__(
+        self,
+        job_id: str,
+        encode: Callable[[], list[int]],
+        params: SamplingParams,
+        prompt_facts: dict[str, Any],
+        answer_id: str | None = None,
+        field: str = "prompt",
+    ) -> None:
+        self.job_id, self.encode, self.params, self.prompt_facts = job_id, encode, params, prompt_facts
+        self.answer_id, self.field = answer_id, field
         self.arrived = time.perf_counter()
+        self.timeout_s = math.inf
         self.ids: Sequence[int] = ()
-        self.params = SamplingParams()
-        self.prompt_facts: dict[str, Any] = {}
-        self.taken: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
+        self.queue_position: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.preparing: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.outcome: str | None = None

@@ -21,10 +21,10 @@ from refengine.engine.generation import Score, Token
 from refengine.engine.sampling import choose_seed
 from refengine.errors import RefengineError
 from refengine.tokenizer import Tokenizer
-from refengine.worker.errors import Fault, fault_of
+from refengine.worker.errors import WorkerError, to_worker_error
 from refengine.worker.http.requests import ExecuteRequest, deadline_seconds
 from refengine.worker.jobs.engine_thread import EngineThread, Started
-from refengine.worker.jobs.job import Ended, Job, JobSpec, Taken
+from refengine.worker.jobs.job import Job
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log, now_rfc3339
 from refengine.worker.telemetry.metrics import Metrics
@@ -42,7 +42,7 @@ class Worker:
         model = started.engine.model
         assert model.tokenizer is not None  # a start-up sees to it
         self.tokenizer: Tokenizer = model.tokenizer
-        self._room = started.engine.max_batch + options.max_queue  # for jobs
+        self._max_jobs = started.engine.max_batch + options.max_queue
         self._max_tokens_in = options.max_tokens_in or model.n_ctx
         self._engine = engine
         engine.listener = self
@@ -53,110 +53,110 @@ class Worker:
         self.closing = False
         self.stop_asked = asyncio.Event()
 
-    def accept(self, wanted: Sequence[JobSpec], deadline: str | None) -> list[Job]:
-        """A job for each, on its way to the engine; all of them, or none. Raises Fault."""
+    def accept(self, jobs: Sequence[Job], deadline: str | None) -> None:
+        """Send jobs on their way to the engine: all of them, or none. Raises WorkerError if one may not come in."""
         try:
-            timeout_s = self._admit(wanted, deadline)
-        except Fault as e:
-            self.refused(e, wanted[0].job_id)
+            timeout_s = self._admit(jobs, deadline)
+        except WorkerError as e:
+            self.refused(e, jobs[0].job_id)
             raise
-        return [self._begin(one, timeout_s) for one in wanted]
+        for job in jobs:
+            self._begin(job, timeout_s)
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
-        """What is refused inside is counted and logged. Raises Fault."""
+        """What is refused inside is counted and logged. Raises WorkerError."""
         try:
             yield
-        except (Fault, RefengineError) as e:
-            fault = fault_of(e)
+        except (WorkerError, RefengineError) as e:
+            fault = to_worker_error(e)
             self.refused(fault)
             raise fault from None
 
-    def refused(self, fault: Fault, job_id: str | None = None) -> None:
+    def refused(self, fault: WorkerError, job_id: str | None = None) -> None:
         """Count and log a request that never became a job."""
         self.metrics.requests["refused"].inc()
         field = fault.field if fault.field in LOGGED_FIELDS else None  # not the name of an unknown one
         self.log("error", "WARNING", job_id=job_id, code=fault.code, field=field, status=fault.status)
 
-    def _admit(self, wanted: Sequence[JobSpec], deadline: str | None) -> float:
-        """The seconds that jobs are given. Raises Fault where one of them may not come in."""
+    def _admit(self, jobs: Sequence[Job], deadline: str | None) -> float:
+        """The seconds that new jobs are given. Raises WorkerError if one of them may not come in."""
         self.check_open()
         left = deadline_seconds(deadline, datetime.now(UTC))
         limit = self.options.max_tokens_out
-        for one in wanted:
-            given = one.params.max_tokens
+        for job in jobs:
+            given = job.params.max_tokens
             if given > limit:
                 message = f"max_tokens: given {given}, allowed 1 to {limit} on this worker"
-                raise Fault("INVALID_REQUEST", message, "max_tokens")
-            if one.job_id in self._jobs:
+                raise WorkerError("INVALID_REQUEST", message, "max_tokens")
+            if job.job_id in self._jobs:
                 message = "job_id: a job of this id is alive; ids must differ"
-                raise Fault("INVALID_REQUEST", message, "job_id", status=409)
-        if len(wanted) > self._room:
-            message = f"prompt: given {len(wanted)} of them, allowed {self._room} on this worker"
-            raise Fault("INVALID_REQUEST", message, "prompt")
-        if len(self._jobs) + len(wanted) > self._room:
+                raise WorkerError("INVALID_REQUEST", message, "job_id", status=409)
+        if len(jobs) > self._max_jobs:
+            message = f"prompt: given {len(jobs)} of them, allowed {self._max_jobs} on this worker"
+            raise WorkerError("INVALID_REQUEST", message, "prompt")
+        if len(self._jobs) + len(jobs) > self._max_jobs:
             n_wait = self.options.max_queue
-            raise Fault("QUEUE_FULL", f"{self._room - n_wait} requests run and {n_wait} wait: come back later")
+            message = f"{self._max_jobs - n_wait} requests run and {n_wait} wait: come back later"
+            raise WorkerError("QUEUE_FULL", message)
         return min(self.options.inference_timeout_sec, math.inf if left is None else left)
 
-    def _begin(self, wanted: JobSpec, timeout_s: float) -> Job:
-        job = Job(wanted.job_id, timeout_s, wanted.answer_id)
+    def _begin(self, job: Job, timeout_s: float) -> None:
+        job.timeout_s = timeout_s
         self._jobs[job.job_id] = job
         self._empty.clear()
-        params = wanted.params
-        job.params = params if params.seed is not None else replace(params, seed=choose_seed())
-        job.prompt_facts = wanted.prompt_facts
+        if job.params.seed is None:
+            job.params = replace(job.params, seed=choose_seed())
         job.timer = asyncio.get_running_loop().call_later(timeout_s, self._time_is_up, job)
-        job.preparing = asyncio.create_task(self._prepare(job, wanted))
-        return job
+        job.preparing = asyncio.create_task(self._prepare(job))
 
-    async def _prepare(self, job: Job, wanted: JobSpec) -> None:
+    async def _prepare(self, job: Job) -> None:
         try:
-            job.ids = await self.aside(partial(self._encoded, wanted))
+            job.ids = await self.run_aside(partial(self._encoded, job))
             self._engine.submit(job)
         except Exception as e:
-            if not isinstance(e, Fault | RefengineError):
+            if not isinstance(e, WorkerError | RefengineError):
                 self.log.failure(e, job_id=job.job_id)
-            self.end(job, fault_of(e))
+            self.end(job, to_worker_error(e))
 
-    def _encoded(self, wanted: JobSpec) -> list[int]:
-        """The prompt's ids, checked, as the parameters are. Raises Fault, RequestError."""
-        wanted.params.check_for_model(self.state.facts.vocab_size, self._n_tokens)
+    def _encoded(self, job: Job) -> list[int]:
+        """The prompt's ids, checked, as the parameters are. Raises WorkerError, RequestError."""
+        job.params.check_for_model(self.state.model.vocab_size, self._n_tokens)
         try:
-            ids = wanted.encode()
+            ids = job.encode()
         except RefengineError as e:  # of this text
-            raise Fault("INVALID_REQUEST", f"{wanted.field}: {e}", wanted.field) from None
+            raise WorkerError("INVALID_REQUEST", f"{job.field}: {e}", job.field) from None
         if len(ids) > self._max_tokens_in:
-            message = f"{wanted.field}: given {len(ids)} tokens, allowed 1 to {self._max_tokens_in} on this worker"
-            raise Fault("INVALID_REQUEST", message, wanted.field)
+            message = f"{job.field}: given {len(ids)} tokens, allowed 1 to {self._max_tokens_in} on this worker"
+            raise WorkerError("INVALID_REQUEST", message, job.field)
         return ids
 
     def _n_tokens(self, text: str) -> int:
         return len(self.tokenizer.encode(text, add_special=False))
 
-    async def aside(self, function: Callable[[], T]) -> T:
+    async def run_aside(self, function: Callable[[], T]) -> T:
         """Its result, from the one thread for what would hold up the event loop: long prompts, answers about them."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
-    def on_taken(self, job: Job, taken: Taken) -> None:
+    def on_start(self, job: Job, queue_position: int) -> None:
         if not job.alive:
             return
         started = {
             "job_id": job.job_id,
-            "model": self.state.facts.model,
+            "model": self.state.model.model,
             "started_at": now_rfc3339(),
             "seed": job.params.seed,
-            "queue_position": taken.queue_position,
+            "queue_position": queue_position,
         }
         job.emit("started", started)
-        job.taken.set_result(taken)
+        job.queue_position.set_result(queue_position)
         self.log(
             "execute_start",
             job_id=job.job_id,
             **job.prompt_facts,
             tokens_in=len(job.ids),
             max_tokens=job.params.max_tokens,
-            queue_position=taken.queue_position,
+            queue_position=queue_position,
             deadline_sec=round(job.timeout_s, 3),
         )
 
@@ -164,29 +164,31 @@ class Worker:
         if job.alive:
             job.emit("prompt", {"ids": job.ids, "scores": scores})
 
-    def on_tokens(self, job: Job, tokens: list[Token], drawn: float, ended: Ended | None) -> None:
+    def on_tokens(self, job: Job, tokens: list[Token], drawn: float) -> None:
         if not job.alive:
             return
-        if tokens and job.first_token is None:
+        if job.first_token is None:
             self.metrics.first_token_ms.observe((drawn - job.arrived) * 1000)
         for token in tokens:
             job.emit_token(token, drawn, self.tokenizer)
         self._emit_metrics(job, drawn)
-        if ended is None:
-            return
-        if ended.fault is not None:
-            self.end(job, ended.fault)
+
+    def on_error(self, job: Job, error: WorkerError) -> None:
+        self.end(job, error)
+
+    def on_end(self, job: Job, stop_reason: str, prefix_tokens_reused: int) -> None:
+        if not job.alive:
             return
         end = {
             "tokens_out": job.tokens_out,
             "decode_time_ms": job.decode_time_ms,
-            "stop_reason": ended.stop_reason,
+            "stop_reason": stop_reason,
             "first_token_ms": job.first_token_ms,
             "tokens_in": len(job.ids),
-            "prefix_tokens_reused": ended.prefix_tokens_reused,
+            "prefix_tokens_reused": prefix_tokens_reused,
         }
         job.emit("end", end)
-        self._close(job, str(ended.stop_reason))
+        self._close(job, stop_reason)
 
     def _emit_metrics(self, job: Job, now: float) -> None:
         """The event `metrics`, where the worker's options ask for it and its time has come."""
@@ -205,15 +207,15 @@ class Worker:
         }
         job.emit("metrics", figures)
 
-    def end(self, job: Job, fault: Fault, outcome: str | None = None) -> None:
+    def end(self, job: Job, fault: WorkerError, outcome: str | None = None) -> None:
         """End a job with an error. Harmless for one that has ended."""
         if not job.alive:
             return
-        if job.taken.done():
+        if job.queue_position.done():
             job.emit("error", fault.event())
         else:
-            job.taken.set_exception(fault)
-            job.taken.exception()  # whoever waits gets it; if nobody does, nobody is to be warned
+            job.queue_position.set_exception(fault)
+            job.queue_position.exception()  # whoever waits gets it; if nobody does, nobody is to be warned
         self._engine.cancel(job)
         outcome = outcome or OUTCOME_OF.get(fault.code, "error")
         if outcome == "refused":
@@ -226,15 +228,15 @@ class Worker:
         """End the job of this id, or all jobs of the answer of this id. Harmless where there is none."""
         for job in list(self._jobs.values()):
             if name in (job.job_id, job.answer_id):
-                self.end(job, Fault("CANCELLED", "the job was cancelled"))
+                self.end(job, WorkerError("CANCELLED", "the job was cancelled"))
 
     def disconnected(self, *jobs: Job) -> None:
         """Nobody reads any more. Harmless for a job that has ended."""
         for job in jobs:
-            self.end(job, Fault("CANCELLED", "the client has gone"), "disconnected")
+            self.end(job, WorkerError("CANCELLED", "the client has gone"), "disconnected")
 
     def _time_is_up(self, job: Job) -> None:
-        self.end(job, Fault("INFERENCE_TIMEOUT", f"not done after the {job.timeout_s:.3f} s it was given"))
+        self.end(job, WorkerError("INFERENCE_TIMEOUT", f"not done after the {job.timeout_s:.3f} s it was given"))
 
     def _close(self, job: Job, outcome: str, **fields: Any) -> None:
         self._forget(job, outcome)
@@ -259,9 +261,9 @@ class Worker:
             self._empty.set()
 
     def check_open(self) -> None:
-        """Raises Fault once the worker is closing."""
+        """Raises WorkerError once the worker is closing."""
         if self.closing:
-            raise Fault("SHUTTING_DOWN", "this worker is shutting down: ask another")
+            raise WorkerError("SHUTTING_DOWN", "this worker is shutting down: ask another")
 
     async def finish(self, grace_s: float) -> int:
         """Take nothing new in; the jobs that live finish, or are cut after `grace_s`. How many were cut."""
@@ -270,7 +272,7 @@ class Worker:
             await asyncio.wait_for(self._empty.wait(), grace_s)
         cut = list(self._jobs.values())
         for job in cut:
-            self.end(job, Fault("CANCELLED", "the worker is shutting down"))
+            self.end(job, WorkerError("CANCELLED", "the worker is shutting down"))
         return len(cut)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ class Metrics:
 
     def __init__(self, state: State) -> None:
         disable_created_metrics()
-        self._state, self._kind = state, state.facts.quant_kind
+        self._state, self._kind = state, state.model.quant_kind
         self._registry = registry = CollectorRegistry()
         plain, kind = ["quant_kind"], self._kind
 

@@ -9,8 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from refengine.cuda.ops import KernelOps
-from refengine.engine.hooks import EngineFacts
+from refengine.engine.hooks import EngineStats
 from refengine.model import Model
 from refengine.tokenizer import Tokenizer
 from refengine.weights import quant_kind
@@ -19,7 +18,7 @@ TOKENIZER_KINDS = {"ByteLevelBPE": "gguf-bpe", "SentencePieceBPE": "gguf-spm", "
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelInfo:
     """What never changes once the model is loaded."""
 
     model: str
@@ -33,11 +32,11 @@ class ModelFacts:
     active_expert_count: int | None
 
     @staticmethod
-    def of(model: Model) -> ModelFacts:
+    def of(model: Model) -> ModelInfo:
         """Asks the device for its name: called once, in the thread that uses it."""
         config, device = model.config, model.device
         on_gpu = device.name.startswith("cuda")
-        return ModelFacts(
+        return ModelInfo(
             model=config.name,
             quant_kind=quant_kind(model.gguf),
             tokenizer_kind=_tokenizer_kind(model.tokenizer),
@@ -55,16 +54,16 @@ class Load:
     """What the engine's thread saw when it last looked."""
 
     vram_bytes: dict[str, int] = field(default_factory=dict)
-    engine: EngineFacts = field(default_factory=EngineFacts)
+    engine: EngineStats = field(default_factory=EngineStats)
 
 
 class State:
     """faults: why the worker is unhealthy, by cause; none: healthy. resident: all of the model is in device memory."""
 
-    def __init__(self, facts: ModelFacts) -> None:
-        self.facts = facts
+    def __init__(self, model: ModelInfo) -> None:
+        self.model = model
         self.started = time.monotonic()
-        self.resident = facts.device.startswith("cuda")
+        self.resident = model.device.startswith("cuda")
         self.faults: dict[str, str] = {}
         self.load = Load()
 
@@ -77,37 +76,35 @@ class State:
         return time.monotonic() - self.started
 
     def health(self) -> dict[str, Any]:
-        facts = self.facts
+        model = self.model
         return {
             "status": "unhealthy" if self.faults else "healthy",
             "reasons": list(self.faults.values()),
-            "model": facts.model,
+            "model": model.model,
             "resident": self.resident,
-            "quant_kind": facts.quant_kind,
+            "quant_kind": model.quant_kind,
             "vram_bytes_used": self.vram_bytes_used,
             "vram_bytes": dict(self.load.vram_bytes),
-            "tokenizer_kind": facts.tokenizer_kind,
-            "vocab_size": facts.vocab_size,
-            "context_length": facts.context_length,
+            "tokenizer_kind": model.tokenizer_kind,
+            "vocab_size": model.vocab_size,
+            "context_length": model.context_length,
             "uptime_seconds": round(self.uptime, 3),
-            "device": facts.device,
-            "sm": facts.sm,
-            "cuda_runtime_version": facts.cuda_runtime_version,
-            "active_expert_count": facts.active_expert_count,
+            "device": model.device,
+            "sm": model.sm,
+            "cuda_runtime_version": model.cuda_runtime_version,
+            "active_expert_count": model.active_expert_count,
         }
 
 
 def vram_of(model: Model) -> dict[str, int]:
     """Bytes of device memory by purpose; none on the CPU."""
-    if not model.device.name.startswith("cuda") or not isinstance(model.ops, KernelOps):
-        return {}
-    return model.ops.memory.accounted()
+    return model.memory.accounted() if model.memory is not None and model.device.is_gpu else {}
 
 
 def check_residency(model: Model) -> None:
     """Raises DeviceError for a buffer that is not plain device memory. On the CPU there is nothing to check."""
-    if model.device.name.startswith("cuda") and isinstance(model.ops, KernelOps):
-        model.ops.memory.check_residency()
+    if model.memory is not None and model.device.is_gpu:
+        model.memory.check_residency()
 
 
 def _tokenizer_kind(tokenizer: Tokenizer | None) -> str | None:

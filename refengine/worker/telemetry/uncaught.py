@@ -39,7 +39,7 @@ def _harmless(record: logging.LogRecord) -> str | None:
     return record.msg.strip() if library == "uvicorn" and isinstance(record.msg, str) else None
 
 
-def catch_strays(log: Log) -> None:
+def log_uncaught(log: Log) -> None:
     """From here on, in the whole process."""
     logging.getLogger().handlers = [_ToLog(log)]
 

@@ -1,0 +1,113 @@
+"""The Python API above model and engine: `load` opens a model, `generate` yields the tokens that follow a prompt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from refengine.cuda import open_kernels
+from refengine.device import Device, MemoryAccount, open_device
+from refengine.engine.engine import single_sequence
+from refengine.engine.generation import Token
+from refengine.engine.kernel_runner import KernelRunner
+from refengine.engine.runner import ArrayRunner
+from refengine.engine.sampling import SamplingParams
+from refengine.errors import RequestError
+from refengine.gguf.file import GGUFFile
+from refengine.hub.files import resolve
+from refengine.model import PACKAGED_MODEL, Model
+from refengine.models import BY_ARCHITECTURE, read_config
+from refengine.ops import Ops, profile
+from refengine.tokenizer import load_tokenizer
+from refengine.weights import ArrayPlacement, check_tensors, load_weights
+
+
+def load(
+    path: str | os.PathLike[str] | GGUFFile | None = None,
+    device: str = "cpu",
+    numerics: str | None = None,
+    *,
+    kv_type: str | None = None,
+    n_ctx: int | None = None,
+    cpu_cache_mb: int | None = None,
+    attention: str = "flash",
+    progress: Callable[[int, int], None] | None = None,
+    copied: bool = False,
+    copy_chunk_kb: int = 1024,
+) -> Model:
+    """Open a GGUF file (the first part of a split one) and put its tensors on a device.
+
+    path:         None opens the packaged model, which writes haiku. Text may also name a model on the hub, which is
+                  downloaded into its cache: `hf:OWNER/REPO[@REVISION][:QUANT or FILE.gguf]`. A file that is already
+                  open is used as it is; the model keeps it open.
+    device:       `cpu`, `cuda`, `cuda:N`, `auto`; `host` runs the kernels on the CPU, to test and step through.
+    numerics:     `exact` (float32), `exact64`, `llamacpp`, `fast`; default: fast on cuda and host, else exact. On a
+                  GPU fast means raw kernels and weights as stored; every other profile, array code.
+    kv_type:      `f16`, `f32` or `f64` instead of the profile's.
+    n_ctx:        longest sequence in tokens (default: the model's context length).
+    cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory).
+    attention:    `flash`, or `reference` for array code that writes the score matrix. Kernels only: to compare.
+    progress:     called with the bytes done and the bytes in all.
+    copied:       on the CPU, weights are read into memory at once and not mapped: whatever happens to the file later,
+                  they stay as they are.
+    copy_chunk_kb: KiB of a copy to a GPU: what it needs of host memory does not grow with the model.
+    Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError`, `HubError` or `RequestError`.
+    """
+    if n_ctx is not None and not 1 <= n_ctx < 2**31:
+        raise RequestError(f"n_ctx {n_ctx} is outside 1..{2**31 - 1} tokens")
+    if cpu_cache_mb is not None and cpu_cache_mb < 0:
+        raise RequestError(f"cpu_cache_mb {cpu_cache_mb} must not be negative")
+    if not 1 <= copy_chunk_kb <= 1 << 20:
+        raise RequestError(f"copy_chunk_kb {copy_chunk_kb} is outside 1..{1 << 20} KiB")
+    if attention not in ("flash", "reference"):
+        raise RequestError(f"attention {attention!r}: choose flash or reference")
+    opened = open_device(device)
+    rounding = profile(numerics or ("exact" if opened.name == "cpu" else "fast"), kv_type)
+    if opened.name == "host" and not rounding.half_rows:
+        raise RequestError(f"device host runs the kernels, whose numerics are fast; {rounding.name} runs on cpu")
+    gguf = path if isinstance(path, GGUFFile) else GGUFFile(PACKAGED_MODEL if path is None else resolve(path))
+    config = read_config(gguf)
+    if n_ctx is not None and n_ctx > config.n_ctx_train and config.rope is None:
+        raise RequestError(f"n_ctx {n_ctx}: {config.arch} has learned positions, only {config.n_ctx_train} of them")
+    tokenizer = load_tokenizer(gguf)
+    architecture = BY_ARCHITECTURE[config.arch]
+    specs = architecture.tensors(config)
+    if rounding.half_rows and opened.name != "cpu":
+        check_tensors(gguf, specs)
+        kernels = open_kernels(opened, gguf.tensors.values(), attention, copy_chunk_kb << 10)
+        ops: Any = kernels.ops
+        memory: MemoryAccount | None = kernels.memory
+        make_runner: Any = KernelRunner
+        with kernels.memory.workspace():
+            weights = load_weights(gguf, specs, config.n_layer, kernels.uploader, progress)
+        kernels.memory.trim()
+    else:
+        cache_bytes = default_cache_bytes(opened) if cpu_cache_mb is None else cpu_cache_mb << 20
+        ops, memory, make_runner = Ops(opened.xp, rounding, cache_bytes), None, ArrayRunner
+        place = ArrayPlacement(opened.xp, copied, copy_chunk_kb << 10)
+        weights = load_weights(gguf, specs, config.n_layer, place, progress)
+    return Model(gguf, config, tokenizer, weights, ops, opened, n_ctx, make_runner=make_runner, memory=memory)
+
+
+def default_cache_bytes(device: Device) -> int:
+    """Half of the memory of the device (of the machine, for the CPU)."""
+    if device.xp is not np:
+        return int(device.xp.cuda.runtime.memGetInfo()[1]) // 2
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def generate(model: Model, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Token]:
+    """The tokens that follow a prompt (text, or ids taken as they are), one by one.
+
+    `Token.text` is what may be printed: whole code points, and nothing of a stop string. The iterator ends after an
+    end-of-generation token, a stop string, `params.max_tokens` tokens or the end of the context; `Token.stop_reason` of
+    the last token says which. Raises `RequestError` for a prompt or parameters that do not fit the model.
+    """
+    engine, generation = single_sequence(model, model.prompt_ids(prompt), params)
+    try:
+        yield from engine.tokens(generation)
+    finally:
+        engine.free(generation)

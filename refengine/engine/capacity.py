@@ -1,0 +1,103 @@
+"""How many cache blocks fit into a device's memory: arithmetic alone, so that a start fails before it allocates.
+
+Knows the sizes of the engine's parts (cache, decode step, one pass over a prompt); nothing of who asks.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from refengine.cache.paged import BLOCK_SIZE, KVCache
+from refengine.config import ModelConfig
+from refengine.cuda.ops import kv_bytes
+from refengine.cuda.workspace import prompt_bytes
+from refengine.engine.engine import EngineOptions, default_cache_tokens
+from refengine.engine.kernel_runner import step_bytes
+from refengine.models import BY_ARCHITECTURE
+from refengine.ops import profile
+
+RESERVE = 0.1  # of what weights and decode step leave, for passes that take more than the first prompt's
+
+
+@dataclass(frozen=True, eq=False)
+class Capacity:
+    """Bytes that an engine takes beside the weights, as a function of its number of cache blocks.
+
+    options: `cache_tokens` is ignored, since that is what is looked for. device: `cpu`, `host` or `cuda:N`.
+    weights: the decode step's plan looks at their names, types and shapes only; None on the CPU.
+    asked_bytes: the cache size that the user asked for, or None. attention: as for `load`.
+    """
+
+    config: ModelConfig
+    options: EngineOptions
+    device: str
+    weights: Any
+    asked_bytes: int | None = None
+    attention: str = "flash"
+
+    def engine_options(self, n_blocks: int) -> EngineOptions:
+        """The options with a cache of so many blocks."""
+        return replace(self.options, cache_tokens=n_blocks * BLOCK_SIZE)
+
+    def cache_bytes(self, n_blocks: int) -> int:
+        """Keys and values of all layers."""
+        cfg = self.config
+        shape = (n_blocks, BLOCK_SIZE, cfg.n_head_kv, cfg.head_dim)
+        if self.device == "cpu":
+            return 2 * cfg.n_layer * prod(shape) * np.dtype(profile("exact").kv_dtype).itemsize
+        return kv_bytes(2 * cfg.n_layer, shape)
+
+    def decode_bytes(self, n_blocks: int) -> int:
+        """Buffers of the fused decode step."""
+        if self.device == "cpu":
+            return 0
+        place = "host" if self.device == "host" else "cuda"
+        n_positions = min(self.config.n_ctx_train, n_blocks * BLOCK_SIZE)
+        return self._step_bytes(place, n_positions)
+
+    @functools.cache  # noqa: B019  A start asks for the same few sizes again and again, and then forgets the object.
+    def _step_bytes(self, place: str, n_positions: int) -> int:
+        decode = getattr(BY_ARCHITECTURE[self.config.arch], "decode", None)
+        given = (self.attention, self.options.n_running, n_positions)
+        return step_bytes(self.config, decode, self.weights, place, *given)
+
+    def prompt_bytes(self, n_blocks: int) -> int:
+        """Arrays of the longest pass over a prompt."""
+        n_tokens = min(self.options.max_step_tokens, self.config.n_ctx_train - 1, n_blocks * BLOCK_SIZE)
+        return prompt_bytes(self.config, n_tokens)
+
+    def needed_bytes(self, n_blocks: int) -> int:
+        """All of it together."""
+        return self.cache_bytes(n_blocks) + self.decode_bytes(n_blocks) + self.prompt_bytes(n_blocks)
+
+    @property
+    def min_blocks(self) -> int:
+        """The blocks asked for, or else one. 0 means that less than one block was asked for."""
+        return 1 if self.asked_bytes is None else self.asked_bytes // self.cache_bytes(1)
+
+    def blocks(self, free: int | None) -> int:
+        """The number of blocks to allocate when the weights leave `free` bytes; 0 if `min_blocks` do not fit.
+
+        free: None where the device does not say.
+        """
+        least = self.min_blocks
+        if free is not None and self.needed_bytes(least) > free:
+            return 0
+        if self.asked_bytes is not None:
+            return least
+        if free is None:
+            return KVCache.blocks_for(default_cache_tokens(self.options.n_running, self.config.n_ctx_train))
+        useful = self.options.n_running * KVCache.blocks_for(self.config.n_ctx_train)
+
+        def with_reserve(n_blocks: int) -> int:
+            decode = self.decode_bytes(n_blocks)
+            prompt = max(self.prompt_bytes(n_blocks), int(RESERVE * (free - decode)))
+            return self.cache_bytes(n_blocks) + decode + prompt
+
+        return max(least, bisect_right(range(1, useful + 1), free, key=with_reserve))
