@@ -101,7 +101,7 @@ def default_cache_bytes(device: Device) -> int:
 
 
 class Model:
-    """A loaded model. `config`, `tokenizer` (None without a vocabulary), `weights`, `gguf`, `ops`, `device`."""
+    """A loaded model. `config`, `vocabulary` (None without one), `weights`, `gguf`, `ops`, `device`."""
 
     def __init__(
         self,
@@ -113,10 +113,17 @@ class Model:
         device: Device,
         n_ctx: int | None = None,
     ) -> None:
-        self.gguf, self.config, self.tokenizer = gguf, config, tokenizer
+        self.gguf, self.config, self.vocabulary = gguf, config, tokenizer
         self.weights, self.ops, self.device = weights, ops, device
         self.n_ctx = n_ctx or config.n_ctx_train
         self._forward = BY_ARCHITECTURE[config.arch].forward
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises RequestError for a model whose file has no vocabulary."""
+        if self.vocabulary is None:
+            raise RequestError(f"{self.gguf.path} has no vocabulary: give the prompt as ids (--ids 1,2,3)")
+        return self.vocabulary
 
     def new_cache(self, n_tokens: int, n_sequences: int = 1) -> KVCache:
         """A KV cache with room for `n_sequences` sequences of `n_tokens` tokens each."""
@@ -176,8 +183,6 @@ class Model:
         """Ids of a prompt: text is encoded with the specials the metadata asks for, ids are taken as they are."""
         if not isinstance(prompt, str):
             return [int(i) for i in prompt]
-        if self.tokenizer is None:
-            raise RequestError(f"{self.gguf.path} has no vocabulary: give the prompt as ids (--ids 1,2,3)")
         return self.tokenizer.encode(prompt)
 
     def check_ids(self, ids: Sequence[int]) -> None:

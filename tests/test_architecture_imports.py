@@ -70,7 +70,8 @@ ROOMS = {
     **BELOW_ENGINE,
     "engine": Room(BELOW, {"numpy"}),  # no HTTP
     "hub.names": Room({"errors"}, set()),  # no network
-    "hub": Room({"errors", "hub.names"}, set(), frozenset({"huggingface_hub", "httpx", "filelock"})),  # no models: paths
+    # no models: paths
+    "hub": Room({"errors", "hub.names"}, set(), frozenset({"huggingface_hub", "httpx", "filelock", "tqdm"})),
     "model": Room({*ENGINE, "hub"}, {*ARRAYS, "tqdm"}),
     FACADE: Room(MODEL, set()),
     # no HTTP

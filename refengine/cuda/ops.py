@@ -71,8 +71,8 @@ class KernelOps:
         self.attention_by = attention_by
         # What the operations of one layer ask for again and again, by the object that it was made from.
         self._prepared: tuple[Any, _Prepared] | None = None
-        self._spans: tuple[Any, Any] | None = None
-        self._grouped: dict[int, tuple[Any, Any]] = {}
+        self._spans: tuple[Any, tuple[Array, Array, Array]] | None = None
+        self._grouped: dict[int, tuple[Any, tuple[Array, Array, Array]]] = {}
 
     @contextmanager
     def workspace(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from refengine.cache.paged import KVCache
 from refengine.cache.prefix import PrefixCache, PrefixStats
-from refengine.cuda import KernelOps
+from refengine.cuda.ops import KernelOps
 from refengine.engine.generation import Generation, Token
 from refengine.engine.hooks import EngineFacts, MetricsHook, StepFacts
 from refengine.engine.kernel_runner import KernelRunner
@@ -282,7 +282,7 @@ def checked_limit(model: Any, ids: Sequence[int], params: SamplingParams) -> int
             f"the prompt has {len(ids)} tokens and fills the context of {model.n_ctx}: no room for an answer",
             "prompt",
         )
-    tokenizer = model.tokenizer
+    tokenizer = model.vocabulary
     params.check_for_model(
         model.config.n_vocab, lambda text: len(tokenizer.encode(text, add_special=False)) if tokenizer else 0
     )

@@ -75,7 +75,7 @@ class Generation(Iterator[Token]):
         self.prefill_s = self.decode_s = 0.0
         self.started = self.last_token = time.perf_counter()
         self.first_token_s: float | None = None
-        tokenizer = engine.model.tokenizer
+        tokenizer = engine.model.vocabulary
         self._eog = frozenset() if tokenizer is None else tokenizer.eog_ids
         self._detokenizer = None if tokenizer is None else tokenizer.stream(skip_special=True, prompt_ids=self.ids)
         self._stops = StopMatcher(params.stop)

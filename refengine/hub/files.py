@@ -279,8 +279,9 @@ def _get(url: str, file: RepoFile, partial: Path, tell: Tell, progress: Callable
     """
     import httpx
     from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import tqdm
+    from tqdm import tqdm
 
+    hidden = True if constants.HF_HUB_DISABLE_PROGRESS_BARS else None  # None: where no terminal shows it
     token = get_token()
     headers = {"Accept-Encoding": "identity"} | ({} if token is None else {"Authorization": f"Bearer {token}"})
     done = partial.stat().st_size if partial.exists() else 0
@@ -290,7 +291,7 @@ def _get(url: str, file: RepoFile, partial: Path, tell: Tell, progress: Callable
     with (
         open(partial, "ab") as target,
         httpx.Client(headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as client,
-        tqdm(desc=file.name, total=file.size, initial=done, unit="B", unit_scale=True, disable=None) as bar,
+        tqdm(desc=file.name, total=file.size, initial=done, unit="B", unit_scale=True, disable=hidden) as bar,
     ):
         while file.size is None or done < file.size:
             try:

@@ -40,7 +40,7 @@ class ModelFacts:
         return ModelFacts(
             model=config.name,
             quant_kind=quant_kind(model.gguf),
-            tokenizer_kind=_tokenizer_kind(model.tokenizer),
+            tokenizer_kind=_tokenizer_kind(model.vocabulary),
             vocab_size=config.n_vocab,
             context_length=model.n_ctx,
             device=device.name,
