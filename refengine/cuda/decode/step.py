@@ -110,7 +110,7 @@ class DecodeStep:
             self._launch(bucket, trace or no_trace)
         else:
             graph.launch()
-        drawn = self._b["drawn"][:n]
+        drawn: Any = self._b["drawn"][:n]
         on_host = drawn.copy() if self._ops.xp is np else drawn.get()  # waits for the step
         self.state.advanced(on_host)
         return on_host, self._fused.logits_of(n)
