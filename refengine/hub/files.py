@@ -10,19 +10,18 @@ and start over. Only public names of the library are used, so that its lines 0.x
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import logging
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from refengine.errors import HubError, needs_extra, one_line
+from refengine.hub.explain import endpoint, explained, log_of_library, no_space, unreachable, without_secrets
 from refengine.hub.names import COMMIT, SPLIT_NAME, Reference, RepoFile, choose, models_of, parse, size_text
 
 MAX_HTTP_BYTES = 50 * 10**9  # the hub serves larger files in chunks only
@@ -30,8 +29,6 @@ PATIENCE_S = 0.5  # with another process that downloads the same, before it is s
 RETRIES = 5  # of a connection that breaks before it has brought another chunk
 CHUNK_BYTES = 10 * 2**20  # what is written at a time; an interruption loses less than this
 DIGEST_TOLD_BYTES = 2**30  # checking takes a while from here on: it is said
-
-_NETWORK_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 
 Tell = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -61,16 +58,16 @@ def fetch(reference: Reference, tell: Tell | None = None, progress: Progress | N
     tell = tell or (lambda text: None)
     with needs_extra("hub", f"{reference.text[:200]}, a model's name on the hub,"):
         import huggingface_hub  # noqa: F401
-    with _log_of_library(tell):
+    with log_of_library(tell):
         try:
             return _fetch(reference, tell, progress or (lambda done, total: None))
         except HubError:
             raise
         except Exception as e:
-            explained = _explained(reference, e)
-            if explained is None:
+            words = explained(reference, e)
+            if words is None:
                 raise
-            raise HubError(_without_secrets(f"{reference.text}: {explained}")) from None
+            raise HubError(without_secrets(f"{reference.text}: {words}")) from None
 
 
 def _fetch(reference: Reference, tell: Tell, progress: Progress) -> Found:
@@ -81,10 +78,10 @@ def _fetch(reference: Reference, tell: Tell, progress: Progress) -> Found:
     try:
         commit, files = _listing(reference)
     except Exception as e:
-        why = _unreachable(e)
+        why = unreachable(e)
         if why is None:
             raise
-        return _from_cache(reference, _without_secrets(why), tell)
+        return _from_cache(reference, without_secrets(why), tell)
     chosen = choose(reference, files)
     for file in chosen:
         if {"", ".", ".."} & set(re.split(r"[/\\]", file.name)):
@@ -158,7 +155,7 @@ def _listing(reference: Reference) -> tuple[str, list[RepoFile]]:
     except (ValueError, TypeError, KeyError, AttributeError):
         commit, files = None, []
     if commit is None or not COMMIT.fullmatch(commit):
-        raise HubError(f"{reference.text}: what answers at {_endpoint()} is not a hub")
+        raise HubError(f"{reference.text}: what answers at {endpoint()} is not a hub")
     return commit, files
 
 
@@ -180,7 +177,7 @@ def _from_cache(reference: Reference, why: str, tell: Tell) -> Found:
         ]
         has = f"what the cache has of this repo does not fit: {', '.join(there)}" if there else "the cache has nothing"
         raise HubError(
-            f"{reference.text}: the hub at {_endpoint()} cannot be reached ({why}), and {has}"
+            f"{reference.text}: the hub at {endpoint()} cannot be reached ({why}), and {has}"
             f"{'' if there else f' of this repo ({folder.parent})'}"
         ) from None
     name = _pinned_name(reference, revision, chosen)
@@ -218,7 +215,7 @@ def _check_space(reference: Reference, missing: Sequence[RepoFile]) -> None:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise HubError(f"{reference.text}: {_no_space(f'{size_text(needed)} are needed, {size_text(free)} are free')}")
+        raise HubError(f"{reference.text}: {no_space(f'{size_text(needed)} are needed, {size_text(free)} are free')}")
 
 
 def _is_begun(folder: Path, file: RepoFile) -> bool:
@@ -239,7 +236,7 @@ def _download(reference: Reference, commit: str, file: RepoFile, tell: Tell, pro
     metadata = get_hf_file_metadata(url)
     etag = metadata.etag
     if etag is None or metadata.commit_hash is None or re.fullmatch(r"[\w-]{1,200}", etag, re.ASCII) is None:
-        raise HubError(f"{reference.text}: what answers at {_endpoint()} is not a hub")
+        raise HubError(f"{reference.text}: what answers at {endpoint()} is not a hub")
     size = metadata.size if file.size is None else file.size
     if size is None or size <= MAX_HTTP_BYTES:
         folder = _repo_folder(reference)
@@ -317,7 +314,7 @@ def _get(url: str, file: RepoFile, partial: Path, tell: Tell, progress: Callable
                 n_failures += 1
                 if n_failures > RETRIES or (isinstance(e, _Refused) and not e.for_now):
                     raise
-                tell(f"{file.name}: {_without_secrets(one_line(str(e))[:200])}. Trying to resume the download")
+                tell(f"{file.name}: {without_secrets(one_line(str(e))[:200])}. Trying to resume the download")
                 time.sleep(2 ** (n_failures - 1))
 
 
@@ -338,10 +335,10 @@ def _complete(
         if file.size is not None and n_there > file.size:  # not this file's bytes
             partial.unlink()
             n_there = 0
-        why = str(e) if isinstance(e, _Refused) else _unreachable(e)
+        why = str(e) if isinstance(e, _Refused) else unreachable(e)
         if why is None:
             raise
-        why = _without_secrets(why)
+        why = without_secrets(why)
         then = (
             f"{size_text(n_there)} are there, and the same command goes on from them" if n_there else "try again later"
         )
@@ -380,104 +377,3 @@ def _remember(reference: Reference, commit: str) -> None:
             file.write(commit)
         os.chmod(temporary, 0o644)
         os.replace(temporary, note)
-
-
-class _ToTell(logging.Handler):
-    """What the library warns of, in one line, without the signatures of its URLs."""
-
-    def __init__(self, tell: Tell) -> None:
-        super().__init__(logging.WARNING)
-        self._tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._tell(one_line(re.sub(r" from https?://\S+:", ":", _without_secrets(record.getMessage()))))
-
-
-@contextlib.contextmanager
-def _log_of_library(tell: Tell) -> Iterator[None]:
-    from huggingface_hub.utils import logging as _  # noqa: F401  its import adds a handler that writes to stderr
-
-    logger = logging.getLogger("huggingface_hub")
-    handlers, propagate = list(logger.handlers), logger.propagate
-    logger.handlers, logger.propagate = [_ToTell(tell)], False
-    try:
-        yield
-    finally:
-        logger.handlers, logger.propagate = handlers, propagate
-
-
-def _without_secrets(text: str) -> str:
-    from huggingface_hub import get_token
-
-    token = get_token()
-    if token:
-        text = text.replace(token, "…")
-    return re.sub(r"(https?://[^\s?]*)\?[^\s'\"]*", r"\1?…", text)
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
-
-
-def _unreachable(error: Exception) -> str | None:
-    """Why the hub cannot be asked now; None where it answered, or where the error is another."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        status = error.response.status_code
-        return f"it answers with HTTP status {status}" if status in (408, 429) or status >= 500 else None
-    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    if isinstance(error, ConnectionError | TimeoutError | LocalEntryNotFoundError) or libraries & _NETWORK_LIBRARIES:
-        return one_line(str(_first_cause(error)))[:200] or type(error).__name__
-    return None
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """The operating system's error that a library's error comes from, where it is one; else the error itself."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno is not None:
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return error
-
-
-def _no_space(figures: str) -> str:
-    from huggingface_hub import constants
-
-    return f"no room in {constants.HF_HUB_CACHE}: {figures}; make room, or set HF_HOME to a folder on another disk"
-
-
-def _explained(reference: Reference, error: Exception) -> str | None:
-    """Words for an error of the library; None for one that nobody expects."""
-    from huggingface_hub import constants, errors, get_token
-
-    has_token = get_token() is not None
-    give_token = "with a token that may read it" if has_token else "with a token in HF_TOKEN (there is none)"
-    why = _unreachable(error)
-    if why is not None:
-        return f"the hub at {_endpoint()} cannot be reached ({why})"
-    if isinstance(error, errors.GatedRepoError):
-        return f"this repo is gated: ask for access on its page, and come again {give_token}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{_endpoint()} has no such repo, or it is private: check the name, or come again {give_token}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"this repo has no revision {reference.revision}"
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            return f"the hub refuses this (HTTP status {status}): come again {give_token}"
-        return f"the hub refuses this with HTTP status {status}"
-    if isinstance(error, errors.FileMetadataError):
-        return f"what answers at {_endpoint()} is not a hub"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _no_space("it is full")
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"the cache {constants.HF_HUB_CACHE} cannot be used: {error.strerror} ({error.filename})"
-    if isinstance(error, ValueError):  # a name of a repo or a file that is not allowed
-        return one_line(str(error))[:300]
-    return None
