@@ -41,3 +41,8 @@ def __getattr__(name: str) -> Any:
             if e.name != f"refengine.{name}":
                 raise
     raise AttributeError(f"module 'refengine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The lazy names as well, so that completion and help(refengine) show them."""
+    return sorted({*globals(), *__all__})

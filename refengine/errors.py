@@ -17,6 +17,10 @@ class RefengineError(Exception):
 class MissingLibraryError(RefengineError):
     """A library that this part of refengine needs is not installed. The message names the extra that brings it."""
 
+    def __init__(self, message: str, library: str) -> None:
+        super().__init__(message)
+        self.library = library
+
 
 class GGUFError(RefengineError):
     """The file is not well-formed GGUF. The message names the offence and its byte offset."""
@@ -79,7 +83,13 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] == "refengine":
             raise  # a fault of our own
-        raise MissingLibraryError(f"{what} needs {e.name}, which is not installed; {install_hint(extra)}") from None
+        raise _missing(what, str(e.name), extra) from None
+    except MissingLibraryError as e:  # of a part inside; the extra of the whole brings that as well
+        raise _missing(what, e.library, extra) from None
+
+
+def _missing(what: str, library: str, extra: str) -> MissingLibraryError:
+    return MissingLibraryError(f"{what} needs {library}, which is not installed; {install_hint(extra)}", library)
 
 
 def one_line(text: str) -> str:

@@ -22,7 +22,7 @@ PREFILL_CHUNK = 512  # tokens a forward call, llama.cpp's default micro-batch
 
 
 class Model:
-    """A loaded model. `config`, `tokenizer` (None without a vocabulary), `weights`, `gguf`, `ops`, `device`.
+    """A loaded model. `config`, `vocabulary` (None without one), `weights`, `gguf`, `ops`, `device`.
 
     make_runner: makes the runner of an engine from (model, cache, max_batch, graphs, trace); `load` hands it in. None
                  means array code.
@@ -42,13 +42,20 @@ class Model:
         make_runner: Callable[..., Any] | None = None,
         memory: MemoryAccount | None = None,
     ) -> None:
-        self.gguf, self.config, self.tokenizer = gguf, config, tokenizer
+        self.gguf, self.config, self.vocabulary = gguf, config, tokenizer
         self.weights, self.ops, self.device = weights, ops, device
         self.make_runner, self.memory = make_runner, memory
         self.n_ctx = n_ctx or config.n_ctx_train
         architecture = BY_ARCHITECTURE[config.arch]
         self._forward = architecture.forward
         self.decode = getattr(architecture, "decode", None)  # its fused step, where it has one
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises RequestError for a model whose file has no vocabulary."""
+        if self.vocabulary is None:
+            raise RequestError(f"{self.gguf.path} has no vocabulary: give the prompt as ids (--ids 1,2,3)")
+        return self.vocabulary
 
     def new_cache(self, n_tokens: int, n_sequences: int = 1) -> KVCache:
         """A KV cache with room for `n_sequences` sequences of `n_tokens` tokens each."""
@@ -110,8 +117,6 @@ class Model:
         """Ids of a prompt: text is encoded with the specials the metadata asks for, ids are taken as they are."""
         if not isinstance(prompt, str):
             return [int(i) for i in prompt]
-        if self.tokenizer is None:
-            raise RequestError(f"{self.gguf.path} has no vocabulary: give the prompt as ids (--ids 1,2,3)")
         return self.tokenizer.encode(prompt)
 
     def check_ids(self, ids: Sequence[int]) -> None:

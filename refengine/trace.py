@@ -18,9 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from refengine.array import Array
 from refengine.errors import TraceError
-
-Array = Any
 
 
 class Tracer(Protocol):
@@ -153,7 +152,7 @@ class Trace:
 
 def _like(x: Array, value: np.ndarray) -> Array:
     """`value` on the device of `x`."""
-    out = x.copy().astype(value.dtype)
+    out: Any = x.copy().astype(value.dtype)  # CuPy's
     out.set(np.ascontiguousarray(value))
     return out
 

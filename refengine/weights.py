@@ -18,10 +18,9 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from refengine import quants
+from refengine.array import Array
 from refengine.errors import ModelError
 from refengine.gguf.file import GGUFFile, TensorInfo, Unread
-
-Array = Any
 
 CHUNK_BYTES = 1 << 20  # of a copy to a GPU; W-1222
 
@@ -56,7 +55,7 @@ class Matrix:
 class Weights:
     """All tensors of a model. Attributes are GGUF names; `layers` is a list with one namespace a layer."""
 
-    def __init__(self, tensors: Mapping[str, Matrix | Array], n_layer: int) -> None:
+    def __init__(self, tensors: Mapping[str, Matrix | Array | None], n_layer: int) -> None:
         self.layers = [SimpleNamespace() for _ in range(n_layer)]
         self.n_bytes = 0  # tensor bytes on the device
         for name, value in tensors.items():
@@ -127,7 +126,7 @@ def load_weights(
     """
     check_tensors(gguf, specs)
     total = sum(info.n_bytes for info in gguf.tensors.values())
-    loaded: dict[str, Matrix | Array] = {}
+    loaded: dict[str, Matrix | Array | None] = {}
     n_done = 0
 
     def done(n_bytes: int) -> None:

@@ -17,7 +17,7 @@ def chromium() -> Iterator[Any]:
     driver, binary = shutil.which("chromedriver"), shutil.which("chromium")
     if driver is None or binary is None:
         pytest.skip("no chromium and chromedriver on this machine (Debian: apt install chromium chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="install refengine[test]")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="install the extra test")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for flag in FLAGS:

@@ -41,24 +41,25 @@ class Room:
 # longest name that fits it: refengine/gguf/cursor.py is in `gguf.cursor`, refengine/gguf/file.py in `gguf`.
 BELOW_ENGINE = {
     "errors": Room(set(), set()),
+    "array": Room(set(), {"numpy"}),  # a type
     "device": Room({"errors"}, {"numpy"}, frozenset({"cupy"})),
     # The GGUF rooms: no arrays on a GPU, no architectures, no quant arithmetic. Others know gguf.file only.
     "gguf.cursor": Room({"errors"}, ARRAYS),
     "gguf.parse": Room({"errors", "gguf.cursor"}, ARRAYS),
     "gguf.split": Room({"errors", "gguf.cursor", "gguf.parse"}, ARRAYS),
     "gguf": Room({"errors", "gguf.cursor", "gguf.parse", "gguf.split"}, ARRAYS),
-    "quants": Room({"errors"}, ARRAYS),  # no files
+    "quants": Room({"errors", "array"}, ARRAYS),  # no files
     "config": Room({"errors", "gguf"}, ARRAYS),
-    "weights": Room({"errors", "gguf", "quants", "config"}, {*ARRAYS, "tqdm"}),
+    "weights": Room({"errors", "array", "gguf", "quants", "config"}, {*ARRAYS, "tqdm"}),
     # no arrays
     "tokenizer": Room({"errors", "gguf"}, {"gguf", "tokenizers", "sentencepiece", "jinja2"}),
     "cache": Room({"errors", "config"}, {"numpy"}),  # no attention arithmetic
-    "trace": Room({"errors"}, {"numpy", "safetensors"}),
-    "ops": Room({"errors", "quants"}, ARRAYS),  # no config, cache, trace, CUDA
+    "trace": Room({"errors", "array"}, {"numpy", "safetensors"}),
+    "ops": Room({"errors", "array", "quants"}, ARRAYS),  # no config, cache, trace, CUDA
     # no HTTP, no files
     "cuda.runtime": Room({"errors"}, {"numpy"}, frozenset({"cupy"})),
     "cuda": Room(
-        {"errors", "device", "quants", "config", "weights", "cache", "ops", "cuda.runtime"},
+        {"errors", "array", "device", "quants", "config", "weights", "cache", "ops", "cuda.runtime"},
         ARRAYS,
         frozenset({"cupy"}),
     ),
@@ -75,7 +76,8 @@ ROOMS = {
     "model": Room(BELOW - {"cuda"}, {"numpy"}),  # no engine, no hub; kernels are handed in
     "engine": Room({*BELOW, "model"}, {"numpy"}),  # no HTTP
     "hub.names": Room({"errors"}, set()),  # no network
-    "hub": Room({"errors", "hub.names"}, set(), frozenset({"huggingface_hub"})),  # no models: paths
+    # no models: paths
+    "hub": Room({"errors", "hub.names"}, set(), frozenset({"huggingface_hub", "httpx", "filelock", "tqdm"})),
     "api": Room({*ENGINE, "hub"}, {"numpy"}),
     FACADE: Room(MODEL, set()),
     # no HTTP

@@ -57,7 +57,6 @@ def prompt_ids(model: refengine.Model, name: str, seed: int) -> list[int]:
     """N_TOKENS ids: conversations for a haiku model, anything for the others."""
     if name not in FILES:
         return np.random.default_rng(seed).integers(0, model.config.n_vocab, N_TOKENS).tolist()
-    assert model.tokenizer is not None
     text = "".join(Corpus().documents(1_000_000_000 + seed, 4))  # of a seed that training does not reach
     return model.tokenizer.encode(text, add_special=False, parse_special=True)[:N_TOKENS]
 

@@ -18,8 +18,6 @@ import numpy as np
 
 from refengine.errors import RequestError
 
-Array = Any
-
 BLOCK_SIZE = 64  # positions a block
 
 
@@ -142,7 +140,7 @@ class KVCache:
 
     def __init__(
         self,
-        arrays: Callable[[int, tuple[int, ...]], list[Array]],
+        arrays: Callable[[int, tuple[int, ...]], list[Any]],
         n_layer: int,
         n_head_kv: int,
         head_dim: int,
@@ -150,7 +148,7 @@ class KVCache:
         n_ctx: int,
         n_blocks: int,
         block_size: int = BLOCK_SIZE,
-        copy_block: Callable[[Array, int, int], None] | None = None,
+        copy_block: Callable[[Any, int, int], None] | None = None,
     ) -> None:
         """arrays: `Ops.kv_arrays`: how many, and the shape of each. copy_block: `Ops.kv_copy`, for forked sequences."""
         self._copy_block = copy_block

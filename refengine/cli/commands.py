@@ -50,7 +50,7 @@ def generate(arguments: argparse.Namespace) -> None:
     )
     text, ids = prompt_of(arguments)
     model = load_model(arguments)
-    tokenizer = model.tokenizer
+    tokenizer = model.vocabulary
     chat = arguments.chat
     if chat is None:
         chat = text is not None and tokenizer is not None and tokenizer.chat_template is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ def compile_kernels(arguments: argparse.Namespace) -> None:
     for arch in ARCHITECTURES if "all" in wanted else dict.fromkeys(wanted):
         with tqdm(desc=arch, unit=" files", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
 
-            def show(done: int, total: int, bar: tqdm = bar) -> None:
+            def show(done: int, total: int, bar: tqdm[Any] = bar) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 

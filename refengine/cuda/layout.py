@@ -32,10 +32,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from refengine import quants
+from refengine.array import Array
 from refengine.cuda.runtime.source import Struct
 from refengine.errors import ModelError
 
-Array = Any
 Type = GGMLQuantizationType
 
 TILE_ROWS, TILE_COLUMNS = 16, 32

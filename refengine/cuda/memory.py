@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from refengine.array import Array
 from refengine.errors import DeviceError
-
-Array = Any
 
 ALIGNMENT = 256  # bytes; W-1220
 PURPOSES = ("weights", "kv", "workspace")

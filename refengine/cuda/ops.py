@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from refengine.array import Array
 from refengine.cuda import reference
 from refengine.cuda.kernels import activation, embedding, matmul, moe, norm, quantize_rows
 from refengine.cuda.kernels import attention as attending
@@ -31,7 +32,6 @@ from refengine.errors import KernelError
 from refengine.ops import rope
 from refengine.ops.numerics import PROFILES
 
-Array = Any
 Angles = tuple[Array, Array]
 
 
@@ -147,7 +147,8 @@ class KernelOps:
         return y
 
     def rope_angles(self, positions: np.ndarray, constants: Any, freq_factors: Array | None = None) -> Angles:
-        on_host = freq_factors if freq_factors is None or self.xp is np else freq_factors.get()
+        factors: Any = freq_factors
+        on_host = factors if factors is None or self.xp is np else factors.get()
         cos, sin = rope.rope_angles(positions, constants, on_host, np.float32)
         return self.xp.asarray(cos), self.xp.asarray(sin)
 

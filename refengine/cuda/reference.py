@@ -69,4 +69,5 @@ def _values(xp: Any, cache: Any, blocks: Any) -> Any:
 
 def block_sums(halves: np.ndarray) -> np.ndarray:
     """Σ of every 32 halves in float64: what the kernel's float32 sums are near. (n_rows, n_in / 32)."""
-    return halves.reshape(len(halves), -1, TILE_COLUMNS).astype(np.float64).sum(axis=-1)
+    sums: np.ndarray = halves.reshape(len(halves), -1, TILE_COLUMNS).astype(np.float64).sum(axis=-1)
+    return sums

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from refengine.array import Array
 from refengine.cuda.kernels.sampling import Sampler, allocated
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError, RefengineError
-
-Array = Any
 
 _PROBLEMS = ("", "is NaN: the forward pass went wrong", "is +Inf: the forward pass overflowed", "")
 

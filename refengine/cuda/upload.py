@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from refengine.array import Array
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, pack, plane_bytes
 from refengine.cuda.memory import Arena, aligned
 from refengine.weights import CHUNK_BYTES, Matrix, read
-
-Array = Any
 
 SLAB_BYTES = 16 << 20  # of a matrix re-ordered at a time
 

@@ -147,7 +147,7 @@ class Engine:
                 f"cache has {self.cache.pool.n_blocks}: ask for fewer (max_tokens) or give it more (cache_tokens)",
                 "prompt",
             )
-        generation = Generation(ids, params, n_limit, self.model.tokenizer)
+        generation = Generation(ids, params, n_limit, self.model.vocabulary)
         self.scheduler.add(generation)
         self.hook.on_start(generation)
         return generation
@@ -296,7 +296,7 @@ def checked_limit(model: Any, ids: Sequence[int], params: SamplingParams) -> int
             f"the prompt has {len(ids)} tokens and fills the context of {model.n_ctx}: no room for an answer",
             "prompt",
         )
-    tokenizer = model.tokenizer
+    tokenizer = model.vocabulary
     params.check_for_model(
         model.config.n_vocab, lambda text: len(tokenizer.encode(text, add_special=False)) if tokenizer else 0
     )

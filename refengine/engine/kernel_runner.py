@@ -13,11 +13,10 @@ import numpy as np
 
 from refengine.cache.paged import BLOCK_SIZE, CacheSequence, KVCache
 from refengine.config import ModelConfig
-from refengine.cuda.decode.step import DecodeRow, DecodeStep, StepPlan
+from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan
 from refengine.cuda.sampling import checked_tokens, sample_rows
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
 from refengine.engine.scheduler import ScheduledChunk
-from refengine.errors import KernelError
 from refengine.trace import Tracer, no_trace, to_numpy
 
 
@@ -35,7 +34,7 @@ class KernelRunner:
         self._step: DecodeStep | None = None
         if model.ops.attention_by == "flash":
             given = (model.ops, model.config, model.decode, model.weights, cache)
-            with contextlib.suppress(KernelError):  # the model has no fused step: tokens go through `forward`
+            with contextlib.suppress(NoFusedStep):  # the model has no fused step: tokens go through `forward`
                 self._step = DecodeStep(*given, max_batch=max_batch, graphs=graphs)
 
     def warm_up(self, n_prompt: int) -> None:

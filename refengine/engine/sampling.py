@@ -223,7 +223,8 @@ def _weights(candidates: NDArray[np.floating[Any]], temperature: float) -> NDArr
     """round(2**40 * exp((logit - max) / temperature)), (n_candidates,) i64; the largest logit gets 2**40."""
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the largest to -Inf, weight 0
         exponents = (candidates.astype(np.float64) - np.float64(candidates.max())) / temperature
-    return np.rint(np.exp(exponents) * WEIGHT_ONE).astype(np.int64)
+    weights: NDArray[np.int64] = np.rint(np.exp(exponents) * WEIGHT_ONE).astype(np.int64)
+    return weights
 
 
 def _penalise(

@@ -1,33 +1,34 @@
 """Models by name: `hf:OWNER/REPO[@REVISION][:QUANT or FILE.gguf]` becomes a file in the hub's cache.
 
 The library huggingface_hub knows the protocol, the token and the cache, which is shared with all its users (HF_HOME).
-Done here, because it does not: which file of a repo is meant, and downloads that go on where an earlier run stopped.
-The latter are plain HTTP; only files too large for that go through the library's own way, and start over.
+Done here is what it does not do: choosing the file of a repo, and resuming a download that an earlier run began (recent
+releases delete what they have when they are interrupted). The content comes over plain HTTP and is stored under the
+names that the library documents for its cache; only files that are too large for plain HTTP are left to the library,
+and start over. Only public names of the library are used, so that its lines 0.x, 1.x and 2.x all serve.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import io
-import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from refengine.errors import HubError, needs_extra, one_line
+from refengine.hub.explain import endpoint, explained, log_of_library, no_space, unreachable, without_secrets
 from refengine.hub.names import COMMIT, SPLIT_NAME, Reference, RepoFile, choose, models_of, parse, size_text
 
 MAX_HTTP_BYTES = 50 * 10**9  # the hub serves larger files in chunks only
 PATIENCE_S = 0.5  # with another process that downloads the same, before it is said
+RETRIES = 5  # of a connection that breaks before it has brought another chunk
+CHUNK_BYTES = 10 * 2**20  # what is written at a time; an interruption loses less than this
 DIGEST_TOLD_BYTES = 2**30  # checking takes a while from here on: it is said
-
-_NETWORK_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 
 Tell = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -57,16 +58,16 @@ def fetch(reference: Reference, tell: Tell | None = None, progress: Progress | N
     tell = tell or (lambda text: None)
     with needs_extra("hub", f"{reference.text[:200]}, a model's name on the hub,"):
         import huggingface_hub  # noqa: F401
-    with _log_of_library(tell):
+    with log_of_library(tell):
         try:
             return _fetch(reference, tell, progress or (lambda done, total: None))
         except HubError:
             raise
         except Exception as e:
-            explained = _explained(reference, e)
-            if explained is None:
+            words = explained(reference, e)
+            if words is None:
                 raise
-            raise HubError(_without_secrets(f"{reference.text}: {explained}")) from None
+            raise HubError(without_secrets(f"{reference.text}: {words}")) from None
 
 
 def _fetch(reference: Reference, tell: Tell, progress: Progress) -> Found:
@@ -77,10 +78,10 @@ def _fetch(reference: Reference, tell: Tell, progress: Progress) -> Found:
     try:
         commit, files = _listing(reference)
     except Exception as e:
-        why = _unreachable(e)
+        why = unreachable(e)
         if why is None:
             raise
-        return _from_cache(reference, _without_secrets(why), tell)
+        return _from_cache(reference, without_secrets(why), tell)
     chosen = choose(reference, files)
     for file in chosen:
         if {"", ".", ".."} & set(re.split(r"[/\\]", file.name)):
@@ -136,21 +137,25 @@ def _pinned_in_cache(reference: Reference) -> Found | None:
 
 def _listing(reference: Reference) -> tuple[str, list[RepoFile]]:
     """The commit that the revision stands for now, and its files."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
+    if constants.HF_HUB_OFFLINE:
+        raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+    if not (get_token() or "").isascii():
+        raise HubError(f"{reference.text}: the token that is set (HF_TOKEN) has characters that no token has")
     try:
         info = HfApi().model_info(
             reference.repo, revision=reference.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
         commit = info.sha
         files = [RepoFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None) for s in info.siblings or []]
-    except (HFValidationError, UnicodeError):
+    except HFValidationError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError):
         commit, files = None, []
     if commit is None or not COMMIT.fullmatch(commit):
-        raise HubError(f"{reference.text}: what answers at {_endpoint()} is not a hub")
+        raise HubError(f"{reference.text}: what answers at {endpoint()} is not a hub")
     return commit, files
 
 
@@ -172,7 +177,7 @@ def _from_cache(reference: Reference, why: str, tell: Tell) -> Found:
         ]
         has = f"what the cache has of this repo does not fit: {', '.join(there)}" if there else "the cache has nothing"
         raise HubError(
-            f"{reference.text}: the hub at {_endpoint()} cannot be reached ({why}), and {has}"
+            f"{reference.text}: the hub at {endpoint()} cannot be reached ({why}), and {has}"
             f"{'' if there else f' of this repo ({folder.parent})'}"
         ) from None
     name = _pinned_name(reference, revision, chosen)
@@ -187,9 +192,8 @@ def _snapshot(folder: Path) -> list[RepoFile]:
 
 def _repo_folder(reference: Reference) -> Path:
     from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=reference.repo, repo_type="model")
+    return Path(constants.HF_HUB_CACHE) / f"models--{reference.repo.replace('/', '--')}"
 
 
 def _cached(reference: Reference, commit: str, name: str) -> Path | None:
@@ -211,7 +215,7 @@ def _check_space(reference: Reference, missing: Sequence[RepoFile]) -> None:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise HubError(f"{reference.text}: {_no_space(f'{size_text(needed)} are needed, {size_text(free)} are free')}")
+        raise HubError(f"{reference.text}: {no_space(f'{size_text(needed)} are needed, {size_text(free)} are free')}")
 
 
 def _is_begun(folder: Path, file: RepoFile) -> bool:
@@ -219,20 +223,20 @@ def _is_begun(folder: Path, file: RepoFile) -> bool:
 
 
 def _partial(folder: Path, etag: str | None) -> Path:
-    """Where a file grows: older versions of the library look there too."""
+    """Where a file grows. Versions 0.x of the library resume from there, too."""
     return folder / "blobs" / f"{etag}.incomplete"
 
 
 def _download(reference: Reference, commit: str, file: RepoFile, tell: Tell, progress: Callable[[int], None]) -> None:
     """Put a file into the cache: its content under its ETag here, its name beside it by the library."""
+    from filelock import FileLock
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.utils import WeakFileLock
 
     url = hf_hub_url(reference.repo, file.name, revision=commit)
     metadata = get_hf_file_metadata(url)
     etag = metadata.etag
     if etag is None or metadata.commit_hash is None or re.fullmatch(r"[\w-]{1,200}", etag, re.ASCII) is None:
-        raise HubError(f"{reference.text}: what answers at {_endpoint()} is not a hub")
+        raise HubError(f"{reference.text}: what answers at {endpoint()} is not a hub")
     size = metadata.size if file.size is None else file.size
     if size is None or size <= MAX_HTTP_BYTES:
         folder = _repo_folder(reference)
@@ -242,10 +246,10 @@ def _download(reference: Reference, commit: str, file: RepoFile, tell: Tell, pro
             parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             try:
-                held.enter_context(WeakFileLock(lock, timeout=PATIENCE_S))
+                held.enter_context(FileLock(lock, timeout=PATIENCE_S))
             except TimeoutError:
                 tell(f"{file.name}: another process downloads it; waiting for that")
-                held.enter_context(WeakFileLock(lock))
+                held.enter_context(FileLock(lock))
             if not blob.exists():
                 digest = file.sha256 or (etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
                 _complete(reference, RepoFile(file.name, size, digest), url, partial, tell, progress)
@@ -257,52 +261,84 @@ def _download(reference: Reference, commit: str, file: RepoFile, tell: Tell, pro
         hf_hub_download(reference.repo, file.name, revision=commit)
 
 
-class _Counted(io.BufferedWriter):
-    """A file that grows, and says how large it is."""
+class _Refused(Exception):
+    """An answer that is not the whole file: `status` of HTTP, or None where the answer ended too early."""
 
-    def __init__(self, path: Path, progress: Callable[[int], None]) -> None:
-        super().__init__(io.FileIO(path, "ab"))
-        self._progress = progress
+    def __init__(self, status: int | None) -> None:
+        super().__init__("it ended too early" if status is None else f"it answers with HTTP status {status}")
+        self.for_now = status is None or status in (408, 429) or status >= 500
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        n_written = super().write(data)
-        self._progress(self.tell())
-        return n_written
+
+def _get(url: str, file: RepoFile, partial: Path, tell: Tell, progress: Callable[[int], None]) -> None:
+    """Append to `partial` what it lacks. A connection that breaks is opened again, and goes on where it stopped.
+
+    Raises _Refused or httpx.TransportError where several attempts in turn bring nothing.
+    """
+    import httpx
+    from huggingface_hub import constants, get_token
+    from tqdm import tqdm
+
+    hidden = True if constants.HF_HUB_DISABLE_PROGRESS_BARS else None  # None: where no terminal shows it
+    token = get_token()
+    headers = {"Accept-Encoding": "identity"} | ({} if token is None else {"Authorization": f"Bearer {token}"})
+    done = partial.stat().st_size if partial.exists() else 0
+    progress(done)
+    n_failures = 0
+    # The hub redirects to another host, to which httpx does not hand the token on.
+    with (
+        open(partial, "ab") as target,
+        httpx.Client(headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as client,
+        tqdm(desc=file.name, total=file.size, initial=done, unit="B", unit_scale=True, disable=hidden) as bar,
+    ):
+        while file.size is None or done < file.size:
+            try:
+                with client.stream("GET", url, headers={"Range": f"bytes={done}-"} if done else {}) as response:
+                    if response.status_code >= 400:
+                        raise _Refused(response.status_code)
+                    if done and response.status_code != 206:  # this server knows no ranges and sends all of it
+                        target.truncate(0)
+                        bar.update(-done)
+                        done = 0
+                    for chunk in response.iter_bytes(CHUNK_BYTES):
+                        target.write(chunk)
+                        target.flush()
+                        done += len(chunk)
+                        n_failures = 0
+                        bar.update(len(chunk))
+                        progress(done)
+                if file.size is None:
+                    return
+                if done < file.size:
+                    raise _Refused(None)
+            except (httpx.TransportError, _Refused) as e:
+                n_failures += 1
+                if n_failures > RETRIES or (isinstance(e, _Refused) and not e.for_now):
+                    raise
+                tell(f"{file.name}: {without_secrets(one_line(str(e))[:200])}. Trying to resume the download")
+                time.sleep(2 ** (n_failures - 1))
 
 
 def _complete(
     reference: Reference, file: RepoFile, url: str, partial: Path, tell: Tell, progress: Callable[[int], None]
 ) -> None:
     """Download what is missing at the end of `partial`, and check all of it."""
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
     done = partial.stat().st_size if partial.exists() else 0
     if file.size is not None and done > file.size:
         partial.unlink()
         done = 0
     if done:
         tell(f"{file.name}: {size_text(done)} are there from an earlier run; it goes on from there")
-    progress(done)
     try:
-        with _Counted(partial, progress) as target:
-            http_get(
-                url,
-                target,
-                resume_size=done,
-                headers=build_hf_headers(),
-                expected_size=file.size,
-                displayed_filename=file.name,
-            )
+        _get(url, file, partial, tell, progress)
     except Exception as e:
         n_there = partial.stat().st_size if partial.exists() else 0
         if file.size is not None and n_there > file.size:  # not this file's bytes
             partial.unlink()
             n_there = 0
-        why = _unreachable(e) or ("it ended too early" if type(e) is OSError and e.errno is None else None)
+        why = str(e) if isinstance(e, _Refused) else unreachable(e)
         if why is None:
             raise
-        why = _without_secrets(why)
+        why = without_secrets(why)
         then = (
             f"{size_text(n_there)} are there, and the same command goes on from them" if n_there else "try again later"
         )
@@ -341,96 +377,3 @@ def _remember(reference: Reference, commit: str) -> None:
             file.write(commit)
         os.chmod(temporary, 0o644)
         os.replace(temporary, note)
-
-
-class _ToTell(logging.Handler):
-    """What the library warns of, in one line, without the signatures of its URLs."""
-
-    def __init__(self, tell: Tell) -> None:
-        super().__init__(logging.WARNING)
-        self._tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._tell(one_line(re.sub(r" from https?://\S+:", ":", _without_secrets(record.getMessage()))))
-
-
-@contextlib.contextmanager
-def _log_of_library(tell: Tell) -> Iterator[None]:
-    from huggingface_hub.utils import logging as _  # noqa: F401  its import adds a handler that writes to stderr
-
-    logger = logging.getLogger("huggingface_hub")
-    handlers, propagate = list(logger.handlers), logger.propagate
-    logger.handlers, logger.propagate = [_ToTell(tell)], False
-    try:
-        yield
-    finally:
-        logger.handlers, logger.propagate = handlers, propagate
-
-
-def _without_secrets(text: str) -> str:
-    from huggingface_hub import get_token
-
-    token = get_token()
-    if token:
-        text = text.replace(token, "…")
-    return re.sub(r"(https?://[^\s?]*)\?[^\s'\"]*", r"\1?…", text)
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
-
-
-def _unreachable(error: Exception) -> str | None:
-    """Why the hub cannot be asked now; None where it answered, or where the error is another."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        status = error.response.status_code
-        return f"it answers with HTTP status {status}" if status in (408, 429) or status >= 500 else None
-    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    if isinstance(error, ConnectionError | TimeoutError | LocalEntryNotFoundError) or libraries & _NETWORK_LIBRARIES:
-        return one_line(str(error))[:200] or type(error).__name__
-    return None
-
-
-def _no_space(figures: str) -> str:
-    from huggingface_hub import constants
-
-    return f"no room in {constants.HF_HUB_CACHE}: {figures}; make room, or set HF_HOME to a folder on another disk"
-
-
-def _explained(reference: Reference, error: Exception) -> str | None:
-    """Words for an error of the library; None for one that nobody expects."""
-    from huggingface_hub import constants, errors, get_token
-
-    has_token = get_token() is not None
-    give_token = "with a token that may read it" if has_token else "with a token in HF_TOKEN (there is none)"
-    why = _unreachable(error)
-    if why is not None:
-        return f"the hub at {_endpoint()} cannot be reached ({why})"
-    if isinstance(error, errors.GatedRepoError):
-        return f"this repo is gated: ask for access on its page, and come again {give_token}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{_endpoint()} has no such repo, or it is private: check the name, or come again {give_token}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"this repo has no revision {reference.revision}"
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            return f"the hub refuses this (HTTP status {status}): come again {give_token}"
-        return f"the hub refuses this with HTTP status {status}"
-    if isinstance(error, errors.FileMetadataError):
-        return f"what answers at {_endpoint()} is not a hub"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _no_space("it is full")
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"the cache {constants.HF_HUB_CACHE} cannot be used: {error.strerror} ({error.filename})"
-    if isinstance(error, UnicodeError):
-        return "the token that is set (HF_TOKEN) has characters that no token has"
-    if isinstance(error, ValueError):  # a name of a repo or a file that is not allowed
-        return one_line(str(error))[:300]
-    return None

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from refengine.array import Array
 from refengine.ops import activation, attention, halves, linear, moe, norm, rope
 from refengine.ops.linear import DequantCache
 from refengine.ops.numerics import PROFILES, Numerics, profile
 
 __all__ = ["PROFILES", "DequantCache", "Numerics", "Ops", "profile"]
 
-Array = Any
 Angles = tuple[Array, Array]
 
 
@@ -54,7 +54,8 @@ class Ops:
         return norm.layer_norm(self.xp, x, weight, bias, eps)
 
     def rope_angles(self, positions: np.ndarray, constants: Any, freq_factors: Array | None = None) -> Angles:
-        on_host = freq_factors if freq_factors is None or self.xp is np else freq_factors.get()
+        factors: Any = freq_factors
+        on_host = factors if factors is None or self.xp is np else factors.get()
         cos, sin = rope.rope_angles(positions, constants, on_host, self.numerics.dtype)
         return self.xp.asarray(cos), self.xp.asarray(sin)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-Array = Any
+from refengine.array import Array
 
 GELU_COEFFICIENT = 0.044715
 SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)

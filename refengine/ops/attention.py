@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from refengine.array import Array
 from refengine.ops.halves import rounded_rows, row_exponents
 
-Array = Any
 Probe = Callable[..., Array]  # probe(name, x=array) -> array
 
 TILE = 64  # positions that `attention_in_tiles`, as the kernels, weighs together

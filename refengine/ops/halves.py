@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-Array = Any
+from refengine.array import Array
 
 
 def row_exponents(xp: Any, x: Array) -> Array:

@@ -13,10 +13,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from refengine import quants
+from refengine.array import Array
 from refengine.ops.halves import rounded_rows
 from refengine.ops.numerics import Numerics
 
-Array = Any
 StoredMatrix = Any  # .name, .type, .shape (..., n_out, n_in), .rows(start, stop) -> raw bytes
 
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)  # whose products the `fast` profile forms in float32
@@ -69,7 +69,7 @@ def linear(xp: Any, x: Array, w: StoredMatrix, numerics: Numerics, cache: Dequan
         activation = quants.round_activation(xp, x, w.type)
     elif numerics.half_rows and w.type not in FLOATS:
         activation = rounded_rows(xp, x)
-    rounded = activation.astype(numerics.sum_dtype, copy=False)
+    rounded: Array = activation.astype(numerics.sum_dtype, copy=False)
     whole = cache.get(xp, w, first, first + n_out, numerics.sum_dtype)
     order = slice(None, None, -1) if numerics.reversed_sums else slice(None)
     rounded = rounded[:, order]

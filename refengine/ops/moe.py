@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-Array = Any
+from refengine.array import Array
 
 
 def top_experts(xp: Any, scores: Array, n_used: int) -> Array:

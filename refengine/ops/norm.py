@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-Array = Any
+from refengine.array import Array
 
 
 def rms_norm(xp: Any, x: Array, weight: Array, eps: float) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-Array = Any
+from refengine.array import Array
 
 
 def rope_angles(

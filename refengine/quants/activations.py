@@ -16,8 +16,9 @@ from typing import cast
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from refengine.array import Array
 from refengine.errors import ModelError
-from refengine.quants.blocks import SUPPORTED, Array, QuantFormat, require_supported
+from refengine.quants.blocks import SUPPORTED, QuantFormat, require_supported
 
 Type = GGMLQuantizationType
 

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from refengine.array import Array
 from refengine.errors import ModelError
 
-Array = Any  # numpy.ndarray or cupy.ndarray, by the `xp` of the call
 Type = GGMLQuantizationType
 Decoder = Callable[[ModuleType, "Fields", Array], None]
 

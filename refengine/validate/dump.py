@@ -184,7 +184,7 @@ class _Reader:
         return _bf16(value) if dtype == "bf16" and value.dtype == np.uint16 else value
 
     def _file(self, entry: dict[str, Any], where: str) -> Path:
-        file = self.folder / self._field(entry, "file", str, where)
+        file: Path = self.folder / self._field(entry, "file", str, where)
         if not file.resolve().is_relative_to(self.folder.resolve()):
             raise DumpError(f"{self.path}: {where}: file {entry['file']!r} is outside the dump's folder")
         if not file.is_file():
@@ -209,7 +209,8 @@ class _Reader:
     def _loaded(self, entry: dict[str, Any], file: Path, name: str, where: str) -> np.ndarray:
         try:
             if file.suffix == ".npy":
-                return np.load(file, mmap_mode="r", allow_pickle=False)
+                array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+                return array
             with safe_open(file, framework="numpy") as opened:
                 return np.asarray(opened.get_tensor(self._field(entry, "key", str, where, name)))
         except (SafetensorError, ValueError, OSError, TypeError) as e:

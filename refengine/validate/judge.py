@@ -230,7 +230,7 @@ def _in_other_width(model: Model) -> Model:
 def _variant(model: Model, **numerics: Any) -> Model:
     """The same model rounded in another way. It runs once: no dequantised weight is worth keeping."""
     ops = Ops(model.ops.xp, replace(model.ops.numerics, **numerics), cache_bytes=0)
-    return Model(model.gguf, model.config, model.tokenizer, model.weights, ops, model.device, model.n_ctx)
+    return Model(model.gguf, model.config, model.vocabulary, model.weights, ops, model.device, model.n_ctx)
 
 
 class _Run:
@@ -268,7 +268,8 @@ class _Run:
         if ours.dtype.kind != "f":  # chosen experts
             return ours
         values = to_numpy(ours)
-        shaken = values + values * self._rng.uniform(-self._amount, self._amount, values.shape).astype(values.dtype)
+        amounts = self._rng.uniform(-self._amount, self._amount, values.shape).astype(values.dtype)
+        shaken: np.ndarray = values + values * amounts
         return shaken  # Trace puts it on the tensor's device
 
     def _at(self, name: str) -> Callable[[np.ndarray], np.ndarray]:

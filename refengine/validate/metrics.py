@@ -121,7 +121,8 @@ def _cosine(x: np.ndarray, y: np.ndarray) -> float:
 def ulp_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """How many float32 numbers apart each pair is, +0 and -0 being one: (n,) int64. Finite numbers only."""
     with np.errstate(over="ignore"):
-        return np.abs(_ordered(x.astype(np.float32)) - _ordered(y.astype(np.float32)))
+        distance: np.ndarray = np.abs(_ordered(x.astype(np.float32)) - _ordered(y.astype(np.float32)))
+    return distance
 
 
 def _ordered(x: np.ndarray) -> np.ndarray:
@@ -239,7 +240,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities of every row, in nats, float64."""
     wide = logits.astype(np.float64)
     shifted = wide - wide.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    log_probabilities: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return log_probabilities
 
 
 def _top(logits: np.ndarray, k: int) -> np.ndarray:

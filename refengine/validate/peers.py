@@ -29,7 +29,7 @@ def is_dump(peer: str) -> bool:
 
 def default_ids(model: Model) -> list[int]:
     """A prompt for who gives none: a sentence with numbers, accents and punctuation, or ids 1, 2, 3 …"""
-    if model.tokenizer is not None:
+    if model.vocabulary is not None:
         return model.prompt_ids(DEFAULT_PROMPT)
     return [i % model.config.n_vocab for i in range(1, DEFAULT_TOKENS + 1)]
 

@@ -16,7 +16,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
     """Everything that was found, by plain values."""
     verdict, capture, graft = outcome.verdict, outcome.verdict.capture, outcome.graft
     first = verdict.first_own_error
-    return _plain({
+    report: dict[str, Any] = _plain({
         "schema": "refengine-verdict",
         "schema_version": SCHEMA_VERSION,
         "verdict": {0: "agrees", 1: "diverges", 3: "nothing compared"}[verdict.exit_code],
@@ -50,6 +50,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "unknown": list(verdict.unknown),
         "logits": verdict.logits and _logits(verdict.logits),
     })  # fmt: skip
+    return report
 
 
 def _logits(metrics: LogitMetrics) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Startup:
             raise StartFailed("MODEL_LOAD_FAILED", f"{path} cannot be read: {e.strerror or e}") from None
         except RefengineError as e:
             raise StartFailed("MODEL_LOAD_FAILED", str(e)) from None
-        if model.tokenizer is None:
+        if model.vocabulary is None:
             raise StartFailed("MODEL_LOAD_FAILED", f"{path} has no vocabulary: a worker serves text")
         self._log(
             "model_load_complete", seconds=round(time.perf_counter() - start, 3), weight_bytes=model.weights.n_bytes

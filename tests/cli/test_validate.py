@@ -132,7 +132,7 @@ def test_wrong_use_is_exit_code_2(arguments: tuple[str, ...], words: str, model:
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("arguments", [(), ("--ids", "5,42,79,116"), ("--kv-type", "f32", "an ox"), ("--repack",)])
 def test_llamacpp_live_agrees(arguments: tuple[str, ...], model: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="install refengine[validate] to compare with llama.cpp")
+    pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
     result = cli("validate", "--model", model, *arguments)
     assert result.code == 0, result.out + result.err
     assert result.out.startswith("AGREES: 63 tensors, each on the inputs that llama.cpp")
@@ -141,7 +141,7 @@ def test_llamacpp_live_agrees(arguments: tuple[str, ...], model: Path) -> None:
 @pytest.mark.llamacpp
 def test_llamacpp_under_the_wrong_profile_diverges_at_the_first_rounded_product(model: Path) -> None:
     """The control: `exact` does not round activations as llama.cpp does, and the verdict says where that begins."""
-    pytest.importorskip("llama_cpp", reason="install refengine[validate] to compare with llama.cpp")
+    pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
     result = cli("validate", "--model", model, "--numerics", "exact", "--kv-type", "f16")
     assert result.code == 1
     assert result.out.startswith("DIVERGES: Qcur-0#0 is the first")

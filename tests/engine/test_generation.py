@@ -32,7 +32,7 @@ class ScriptedModel:
     """Whatever it is fed, its arg-max follows the script. Remembers what it was fed."""
 
     def __init__(self, tokenizer: Tokenizer | None, script: SequenceOf[int], n_ctx: int = 64) -> None:
-        self.tokenizer: Any = tokenizer
+        self.vocabulary: Any = tokenizer
         self.config = SimpleNamespace(n_vocab=320)
         self.ops = self.make_runner = None
         self.n_ctx = n_ctx
@@ -44,8 +44,8 @@ class ScriptedModel:
         self.n_prompt = len(PROMPT)
 
     def _end(self) -> int:
-        assert self.tokenizer is not None
-        return int(self.tokenizer.eos_id)
+        assert self.vocabulary is not None
+        return int(self.vocabulary.eos_id)
 
     def check_ids(self, ids: SequenceOf[int]) -> None:
         if not ids:

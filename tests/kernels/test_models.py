@@ -137,7 +137,7 @@ def test_an_order_of_sums_that_depends_on_the_batch_is_caught(model: Model, expe
             return y if bias is None else y + bias
 
     careless = Model(
-        model.gguf, model.config, model.tokenizer, model.weights, Careless(model.ops), model.device, model.n_ctx
+        model.gguf, model.config, model.vocabulary, model.weights, Careless(model.ops), model.device, model.n_ctx
     )
     ids = ids_for(model, N_TOKENS)
     whole = careless.forward(ids)

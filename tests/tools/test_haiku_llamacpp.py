@@ -13,7 +13,7 @@ from refengine.validate.replay import replay
 from tools.haiku.corpus import Corpus, chat
 from tools.haiku.export import FILES, export
 
-pytest.importorskip("llama_cpp", reason="install refengine[validate] to compare with llama.cpp")
+pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
 pytestmark = pytest.mark.llamacpp
 
 PROMPTS, PER_TEST, TOKENS = 50, 10, 64

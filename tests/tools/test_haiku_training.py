@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="install refengine[haiku] to train models")
+torch = pytest.importorskip("torch", reason="install the extra haiku to train models")
 
 import refengine  # noqa: E402
 from refengine.validate.alignment import nmse  # noqa: E402
@@ -43,7 +43,7 @@ def run(output: Path, *options: str) -> dict[str, np.ndarray]:
 
 
 def test_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="install refengine[haiku] to train models")
+    pytest.importorskip("matplotlib", reason="install the extra haiku to train models")
     monkeypatch.setattr(train, "SAVE_EVERY", 3)
     monkeypatch.setattr(train, "VALIDATION", 8)
     unbroken = run(tmp_path / "a")

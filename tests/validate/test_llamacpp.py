@@ -11,7 +11,7 @@ from refengine.validate.capture import LOGITS
 from refengine.validate.judge import judge
 from tools.make_model import TINY
 
-pytest.importorskip("llama_cpp", reason="install refengine[validate] to compare with llama.cpp")
+pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
 pytestmark = pytest.mark.llamacpp
 
 

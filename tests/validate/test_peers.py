@@ -55,7 +55,7 @@ def test_the_command_takes_itself_as_a_peer(tiny_model: Any) -> None:
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("name", ["llama-f32", "gpt-oss-mxfp4_moe", "qwen2-q4_k_m"])
 def test_llamacpp_in_micro_batches_agrees(name: str, tiny_model: Any) -> None:
-    pytest.importorskip("llama_cpp", reason="install refengine[validate] to compare with llama.cpp")
+    pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
     kv_type = "f32" if name == "llama-f32" else "f16"
     model = refengine.load(tiny_model(name), numerics="llamacpp", kv_type=kv_type)
     ids = np.random.default_rng(2).integers(0, model.config.n_vocab, 40).tolist()
@@ -71,7 +71,7 @@ def test_llamacpp_in_micro_batches_agrees(name: str, tiny_model: Any) -> None:
 
 @pytest.mark.llamacpp
 def test_a_micro_batch_of_nothing_is_refused(tiny_model: Any) -> None:
-    pytest.importorskip("llama_cpp", reason="install refengine[validate] to compare with llama.cpp")
+    pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
     result = cli("validate", "--model", tiny_model("llama-f32"), "--kv-type", "f32", "--ubatch", "0")
     assert result.code == 2
     assert "micro-batch of 0 tokens must be 1 to" in result.err

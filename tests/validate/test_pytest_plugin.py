@@ -64,6 +64,6 @@ def test_a_prompt_for_a_dump_is_wrong_use(tiny_model, dump: Path, tmp_path: Path
 
 @pytest.mark.llamacpp
 def test_llamacpp_with_small_micro_batches(tiny_model, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="install refengine[validate] to compare with llama.cpp")
+    pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
     done = run_suite(tmp_path, f"{str(tiny_model('qwen2-q8_0'))!r}, list(range(1, 40)), n_ubatch=16")
     assert done.returncode == 0, done.stdout

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from refengine.array import Array
 from refengine.cuda.memory import Arena, aligned
-
-Array = Any
 
 
 @dataclass(frozen=True)

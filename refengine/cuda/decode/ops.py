@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from refengine.array import Array
 from refengine.cuda.decode.buffers import Buffer, Buffers
 from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, Norm, Product, Shares, Value
 from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows, rope
@@ -27,7 +28,6 @@ from refengine.cuda.layout import PackedMatrix, rows_of
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
 
-Array = Any
 Angles = tuple[Array, Array]
 
 

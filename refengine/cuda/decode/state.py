@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from refengine.array import Array
 from refengine.errors import KernelError
-
-Array = Any
 
 NOT_THERE = -1  # position of a row without a sequence
 

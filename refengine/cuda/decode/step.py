@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from refengine.array import Array
 from refengine.cache.paged import KVCache
 from refengine.config import ModelConfig
 from refengine.cuda.decode.buffers import Placed, Plan, Recorder
@@ -27,18 +28,21 @@ from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError, ModelError
 from refengine.ops.decode import DecodeOps, DecodeTrace, Value, no_trace
 
-Array = Any
 Decode = Callable[[ModelConfig, Any, DecodeOps, DecodeTrace], Value]  # `decode()` of a model file
 Shapes = dict[str, tuple[tuple[int, ...], Any]]
 
 ANGLES_AT_ONCE = 4096  # positions whose angles are made together, on the host
 
-__all__ = ["Decode", "DecodeRow", "DecodeStep", "StepPlan", "buckets_for"]
+__all__ = ["Decode", "DecodeRow", "DecodeStep", "NoFusedStep", "StepPlan", "buckets_for"]
 
 
 def buckets_for(max_batch: int) -> tuple[int, ...]:
     """The numbers of rows that kernels are launched for: powers of two below max_batch, and max_batch."""
     return (*(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch), max_batch)
+
+
+class NoFusedStep(KernelError):
+    """A model has no decode step in kernels: its tokens go through `forward`."""
 
 
 class _NoKernels(Kernels):
@@ -152,7 +156,7 @@ class DecodeStep:
         if max_batch >= 1:
             plan = StepPlan.of(decode, cfg, weights, place, max_batch=max_batch, **sizes)
         if plan is None or decode is None:
-            raise KernelError(f"no fused step for {max_batch} sequences of {cfg.arch} with heads of {cfg.head_dim}")
+            raise NoFusedStep(f"no fused step for {max_batch} sequences of {cfg.arch} with heads of {cfg.head_dim}")
         self._ops, self._cfg, self._decode, self._weights = ops, cfg, decode, weights
         self._plan, self.buckets = plan, buckets_for(max_batch)
         self._with_graphs = graphs and ops.xp is not np
@@ -200,7 +204,7 @@ class DecodeStep:
             self._launch(bucket, trace)
         else:
             graph.launch()
-        drawn = self._b["drawn"][:n]
+        drawn: Any = self._b["drawn"][:n]
         on_host = drawn.copy() if self._ops.xp is np else drawn.get()  # waits for the step
         self.state.advanced(on_host)
         return on_host, self._logits[bucket][:n]

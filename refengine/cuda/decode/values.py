@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from refengine.array import Array
 from refengine.cuda.decode.buffers import Buffer
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.kernels.rope import Rotation
 from refengine.cuda.layout import PackedMatrix
-
-Array = Any
 
 
 @dataclass(eq=False)
@@ -32,7 +30,7 @@ class Norm(Value):
     """A norm of rows, computed when the first product reads it. bias: of a layer norm; None: an RMS norm."""
 
     x: Value | None = None
-    weight: Array = None
+    weight: Array | None = None
     bias: Array | None = None
     eps: float = 0.0
 

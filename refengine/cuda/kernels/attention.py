@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from refengine.array import Array
 from refengine.cuda.memory import Arena
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
-
-Array = Any
 
 BLOCK_ROWS, TILE, SPLIT = 16, 64, 512  # rows of a block of threads; positions of a tile and of a split
 HEAD_DIMS = (32, 64, 96, 128)  # for which the kernels are compiled; smaller ones are filled up

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from refengine.array import Array
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
-
-Array = Any
+from refengine.cuda.runtime.source import Struct
 
 
 def embedding(kernels: Kernels, w: PackedMatrix, ids: Array, y: Array) -> None:
     """y[t] = row ids[t] of w, dequantised. ids: (n,) int32, each below w's rows; y: (n, n_in) float32."""
     n_in = w.shape[-1]
     kernel = f"embedding_{w.type.name.lower()}"
+    matrix: Array | Struct
     if w.is_float:
         grid: tuple[int, ...] = (len(ids),)
         threads, matrix = 128, w.float_rows

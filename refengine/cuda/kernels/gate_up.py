@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from refengine.array import Array
 from refengine.cuda.kernels.matmul import FEW_ROWS, NO_GROUPS, SEGMENT, narrow_launch
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
-
-Array = Any
 
 
 def fits(x: Rows, gate: PackedMatrix, up: PackedMatrix, groups: Groups | None = None) -> bool:

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from refengine.array import Array
 from refengine.cuda.kernels import matmul_f32
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
-
-Array = Any
 
 FEW_ROWS, MANY_ROWS = 8, 64  # rows that a block of rows8_* and of rows64_* multiplies
 SEGMENT = 256  # columns whose products are summed before segments are added

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
+from refengine.array import Array
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
-Array = Any
 MOST_USED = 32  # experts that a row may use: a warp holds them
 
 

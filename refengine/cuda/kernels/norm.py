@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from refengine.array import Array
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
 
-Array = Any
 THREADS = 256
 
 

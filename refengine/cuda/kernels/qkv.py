@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from refengine.array import Array
 from refengine.cuda.kernels.matmul import FEW_ROWS, SEGMENT, narrow_launch
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
 
-Array = Any
 NO_MATRIX = Struct(None, None, None, None)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
+from refengine.array import Array
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
 
-Array = Any
 BLOCK = 32  # columns whose sum is kept
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from refengine.array import Array
 from refengine.cuda.kernels.attention import PagedRows
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
 
-Array = Any
 Angles = tuple[Array, Array]
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from refengine.array import Array
 from refengine.cuda.runtime.launch import Kernels
 
-Array = Any
 BINS = 2048  # of sampling.cu
 
 

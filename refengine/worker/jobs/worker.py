@@ -40,7 +40,6 @@ class Worker:
     ) -> None:
         self.options, self.state, self.metrics, self.log = options, started.state, metrics, log
         model = started.engine.model
-        assert model.tokenizer is not None  # a start-up sees to it
         self.tokenizer: Tokenizer = model.tokenizer
         self._max_jobs = started.engine.max_batch + options.max_queue
         self._max_tokens_in = options.max_tokens_in or model.n_ctx

@@ -39,7 +39,7 @@ class ModelInfo:
         return ModelInfo(
             model=config.name,
             quant_kind=quant_kind(model.gguf),
-            tokenizer_kind=_tokenizer_kind(model.tokenizer),
+            tokenizer_kind=_tokenizer_kind(model.vocabulary),
             vocab_size=config.n_vocab,
             context_length=model.n_ctx,
             device=device.name,
