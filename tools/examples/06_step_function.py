@@ -10,7 +10,6 @@ engine = Engine(model, EngineOptions(max_batch=4, cache_tokens=1024))
 engine.warm_up()
 
 
-
 def chat(text: str) -> list[int]:
     """The ids of a user's message in the model's chat template."""
     return model.tokenizer.encode_chat([{"role": "user", "content": text}])
