@@ -89,21 +89,23 @@ class Fields:
 
 
 def _words(xp: ModuleType, packed: Array) -> Array:
-    """Bytes (n, k) u8 as words of eight: (n, k / 8) u64. NumPy shifts single bytes slowly."""
-    return xp.ascontiguousarray(packed).view(xp.uint64)
+    """A copy of bytes (n, k) u8 as words of eight: (n, k / 8) u64. NumPy shifts single bytes slowly.
+
+    A view would be misaligned where one block is all there is, which NumPy mends and a GPU refuses.
+    """
+    return packed.copy().view(xp.uint64)
 
 
 def _nibbles(xp: ModuleType, packed: Array, n_groups: int) -> Array:
-    """4-bit codes. Each group of bytes holds first its low, then its high nibbles: (n, n_groups, 2, bytes) u8.
-
-    Written column by column, because NumPy is slow along short last axes.
-    """
-    n = packed.shape[0]
-    words = _words(xp, packed).reshape(n, n_groups, -1)
-    halves = (words & LOW_NIBBLES, (words >> 4) & LOW_NIBBLES)
-    codes = xp.empty((n, n_groups, 2, words.shape[2]), dtype=xp.uint64)
-    for half, group, word in np.ndindex(2, *words.shape[1:]):
-        codes[:, group, half, word] = halves[half][:, group, word]
+    """4-bit codes. Each group of bytes holds first its low, then its high nibbles: (n, n_groups, 2, bytes) u8."""
+    words = _words(xp, packed).reshape(packed.shape[0], n_groups, -1)
+    low, high = words & LOW_NIBBLES, (words >> 4) & LOW_NIBBLES
+    codes = xp.empty((words.shape[0], n_groups, 2, words.shape[2]), dtype=xp.uint64)
+    if words.shape[2] == 2:  # Word by word, because NumPy is slow along short last axes.
+        for word in range(2):
+            codes[:, :, 0, word], codes[:, :, 1, word] = low[:, :, word], high[:, :, word]
+    else:
+        codes[:, :, 0], codes[:, :, 1] = low, high
     return codes.view(xp.uint8)
 
 
