@@ -15,6 +15,7 @@ from refengine.device import Device, MemoryAccount
 from refengine.errors import RequestError
 from refengine.gguf.file import GGUFFile
 from refengine.models import BY_ARCHITECTURE
+from refengine.ops.dequant import Dequantized
 from refengine.tokenizer import Tokenizer
 from refengine.trace import Trace, Tracer, check_known, no_trace, to_numpy
 
@@ -28,6 +29,7 @@ class Model:
     make_runner: makes the runner of an engine from (model, cache, max_batch, graphs, trace); `load` hands it in. None
                  means array code.
     memory:      accounts for the memory of a device that runs kernels; None where arrays are used.
+    dequantized: how many weights were dequantised at load, and how long that took; None where that is left for later.
     """
 
     def __init__(
@@ -42,10 +44,11 @@ class Model:
         *,
         make_runner: Callable[..., Any] | None = None,
         memory: MemoryAccount | None = None,
+        dequantized: Dequantized | None = None,
     ) -> None:
         self.gguf, self.config, self.vocabulary = gguf, config, tokenizer
         self.weights, self.ops, self.device = weights, ops, device
-        self.make_runner, self.memory = make_runner, memory
+        self.make_runner, self.memory, self.dequantized = make_runner, memory, dequantized
         self.n_ctx = n_ctx or config.n_ctx_train
         architecture = BY_ARCHITECTURE[config.arch]
         self._forward = architecture.forward

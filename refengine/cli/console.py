@@ -151,9 +151,17 @@ def load_model(arguments: argparse.Namespace) -> Model:
     reason = f" ({model.device.reason})" if arguments.device in ("auto", "host") else ""
     say(
         f"{model.config.name[:100]}: {model.config.arch} {quant_kind(model.gguf)}, device {model.device.name}{reason}, "
-        f"numerics {numerics_of(model)}, loaded in {time.perf_counter() - start:.2f} s"
+        f"numerics {numerics_of(model)}, loaded in {time.perf_counter() - start:.2f} s{_dequantized(model)}"
     )
     return model
+
+
+def _dequantized(model: Model) -> str:
+    """For the line about loading: how much of its time went into dequantising weights."""
+    done = model.dequantized
+    if done is None or not done.n_weights:
+        return ""
+    return f", of which {done.seconds:.2f} s dequantising {done.n_weights / 1e6:.3g} M weights"
 
 
 def numerics_of(model: Model) -> str:
