@@ -1,4 +1,4 @@
-"""How far refengine is from llama.cpp, and llama.cpp from the exact meaning of its files; a table for the README.
+"""How far refengine is from llama.cpp, and llama.cpp from the exact meaning of its files; a table for golden/README.md.
 
     python -m tools.report_parity [--kernels host|cuda]
 

@@ -1,4 +1,4 @@
-"""Every Python snippet of the README type-checks in a user's project under `mypy --strict`."""
+"""Every Python snippet of the READMEs type-checks in a user's project under `mypy --strict`."""
 
 import re
 import subprocess
@@ -15,8 +15,9 @@ FIXTURE = "def test_my_engine(assert_agrees: Callable[..., None]) -> None:"
 
 
 def snippets() -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    pages = ["README.md", *(f"refengine/{room}/README.md" for room in ("engine", "validate", "worker"))]
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in pages]
+    return [found for text in texts for found in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
 
 
 def checked(folder: Path, files: dict[str, str]) -> subprocess.CompletedProcess[str]:
