@@ -10,7 +10,8 @@ from refengine.cuda.kernels.matmul import NO_GROUPS
 from refengine.cuda.kernels.qkv import NO_MATRIX
 from refengine.cuda.layout import activation_order, pack
 from refengine.cuda.reference import block_sums, quantize_rows
-from refengine.cuda.runtime.source import Struct
+from refengine.cuda.runtime.host import HostModule
+from refengine.cuda.runtime.source import Struct, folder, source_of
 from tests.kernels.matrices import TILED, random_matrix
 from tests.kernels.runner import Kernels
 
@@ -145,6 +146,31 @@ def test_every_grouping_of_rows_gives_the_same_bits(kind: str, activations: Kern
         for kernel, warps in (("rows8", 2), ("rows8", 5), ("rows64", 3)):
             alone = product(matmul, kernel, w, prepared(activations, np.ascontiguousarray(x[rows])), None, warps)
             np.testing.assert_array_equal(alone, whole[rows])
+
+
+PLAIN = """
+extern "C" __global__ void plain(Matrix w, Activations x, float* y, int n_out, int n_in) {
+  int row = blockIdx.x;
+  for (int out = threadIdx.x; out < n_out; out += blockDim.x)
+    y[row * n_out + out] = plain_sum<TYPE>(planes_of(w, n_in), x, row, out) * x.scale[row];
+}
+"""
+
+
+@pytest.mark.parametrize("kind", TILED)
+def test_the_plain_loop_is_the_kernels_bit_for_bit(kind: str) -> None:
+    """On the CPU, whose tensor core rounds once; the last segment of a row is not whole where the type allows it."""
+    headers = ("common.cuh", "arguments.cuh", "quants.cuh", "matmul.cuh", "matmul_plain.cuh")
+    parts = [(name, (folder() / name).read_text(encoding="utf-8")) for name in headers]
+    plain = HostModule(source_of("plain", *parts, ("plain.cu", PLAIN.replace("TYPE", kind))))
+    n_rows, n_out, n_in = 3, 21, 512 if kind.endswith("_K") else 416
+    w = random_matrix(kind, (n_out, n_in), 30)
+    x = np.random.default_rng(31).standard_normal((n_rows, n_in)).astype(np.float32)
+    given = prepared(Kernels("quantize_rows", "host"), x)
+    expected = product(Kernels("matmul", "host"), "rows8", w, given, None)
+    y = np.full((n_rows, n_out), np.nan, np.float32)
+    plain.launch("plain", (n_rows,), (8,), [pack(np, w).struct, Struct(*given), y, n_out, n_in])
+    np.testing.assert_array_equal(y, expected)
 
 
 def test_the_order_of_threads_does_not_matter(activations: Kernels) -> None:
