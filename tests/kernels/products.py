@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from refengine.cuda.kernels.matmul import NO_GROUPS
+from refengine.cuda.kernels.moe import NO_GROUPS
 from refengine.cuda.layout import pack
 from refengine.cuda.runtime.source import Struct
 from tests.kernels.runner import Kernels

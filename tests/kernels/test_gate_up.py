@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from refengine.cuda.kernels.matmul import NO_GROUPS
+from refengine.cuda.kernels.moe import NO_GROUPS
 from refengine.cuda.layout import pack
 from refengine.cuda.runtime.source import Struct
 from tests.kernels.matrices import TILED, random_matrix

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from refengine.array import Array
-from refengine.cuda.kernels.matmul import FEW_ROWS, NO_GROUPS, SEGMENT, narrow_launch
-from refengine.cuda.kernels.moe import Groups
+from refengine.cuda.kernels.matmul import FEW_ROWS, SEGMENT, narrow_launch
+from refengine.cuda.kernels.moe import NO_GROUPS, Groups
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from refengine.array import Array
 from refengine.cuda.kernels import matmul_f32
-from refengine.cuda.kernels.moe import Groups
+from refengine.cuda.kernels.moe import NO_GROUPS, Groups
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
-from refengine.cuda.runtime.source import Struct
 
 FEW_ROWS, MANY_ROWS = 8, 64  # rows that a block of rows8_* and of rows64_* multiplies
 SEGMENT = 256  # columns whose products are summed before segments are added
-NO_GROUPS = Struct(None, None, None)
 WIDE = ("q8_0", "q4_k", "mxfp4")  # types of which 20 warps fit a multiprocessor; of the others, 16 do
 
 
@@ -35,7 +33,7 @@ def linear(
     """
     n_out, n_in = w.shape[-2:]
     if w.is_float:
-        matmul_f32.linear(kernels, x, w, y, bias, residual, groups, NO_GROUPS, FEW_ROWS, overlap)
+        matmul_f32.linear(kernels, x, w, y, bias=bias, residual=residual, groups=groups, overlap=overlap)
         return
     kind = w.type.name.lower()
     size = groups.size if groups else FEW_ROWS if x.n <= FEW_ROWS else MANY_ROWS

@@ -11,6 +11,7 @@ from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 MOST_USED = 32  # experts that a row may use: a warp holds them
+NO_GROUPS = Struct(None, None, None)  # row i goes to row i
 
 
 @dataclass(frozen=True)
