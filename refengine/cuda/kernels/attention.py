@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from refengine.array import Array
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.memory import Arena
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
@@ -101,6 +102,10 @@ def attention(
     _, block_size, n_head_kv, _ = k_cache.values.shape
     first, n_splits, apart = splits
     width = head_width(head_dim)
+    check_shape("attention", "the output", y, (n_tokens, n_head * head_dim))
+    check_shape("attention", "the sinks' array", sinks, (n_head,))
+    if apart:
+        check_shape("attention", "the space for splits", partial, (n_tokens, n_head, n_splits, head_dim + 2))
     caches = [k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents]
     sizes = [n_head, n_head_kv, head_dim, block_size, window, float(scale), first, n_splits]
     out = partial if apart else y
@@ -127,14 +132,20 @@ def attention_step(
     window: int,
     sinks: Array | None,
 ) -> None:
-    """Attention of one token for each of n sequences, in two launches that overlap. q, y: (n, n_head, head_dim)
-    float32.
+    """Attention of one token for each of n sequences, in two launches that overlap. q: (n, n_head, head_dim), y: (n,
+    n_head · head_dim) float32.
 
     positions: (n,) int32, below zero where there is no row; tables: (n, n_blocks) int32; partial: (n, n_head,
     most_splits, head_dim + 2) float32, space.
     """
     n, n_head, head_dim = q.shape
+    check_cache(n_head, head_dim, k_cache)
     _, block_size, n_head_kv, _ = k_cache.values.shape
+    check_shape("attention_step", "the output", y, (n, n_head * head_dim))
+    check_shape("attention_step", "the positions' array", positions, (n,))
+    check_shape("attention_step", "the tables' array", tables, (n, tables.shape[-1]))
+    check_shape("attention_step", "the sinks' array", sinks, (n_head,))
+    check_shape("attention_step", "the space for splits", partial, (n, n_head, partial.shape[2], head_dim + 2))
     most_splits = partial.shape[2]
     seen = min(most_splits, -(-window // SPLIT) + 1) if window else most_splits  # splits in which a row sees positions
     tiles = -(-n_head // n_head_kv // BLOCK_ROWS) * n
@@ -152,5 +163,6 @@ def attention_step(
 def kv_append(kernels: Kernels, rows: Array, slots: Array, cache: PagedRows) -> None:
     """Write rows (n_tokens, n_head_kv, head_dim) float32 into the cache at slots (n_tokens,) int64."""
     n_tokens, n_head_kv, head_dim = rows.shape
+    check_shape("kv_append", "the new rows' array", rows, (len(slots), *cache.values.shape[2:]))
     arguments = [rows, slots, cache.values, cache.exponents, head_dim]
     kernels.launch("attention", "kv_append_f16", (n_tokens, n_head_kv), 32, arguments)

@@ -7,6 +7,7 @@ from refengine.array import Array
 from refengine.cuda.kernels import matmul_f32
 from refengine.cuda.kernels.moe import NO_GROUPS, Groups
 from refengine.cuda.kernels.quantize_rows import Rows
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
 
@@ -32,6 +33,10 @@ def linear(
     float32; bias: (n_out,), or (n_expert, n_out). The sums do not depend on the number of rows or on the grouping.
     """
     n_out, n_in = w.shape[-2:]
+    x.check(w.name, n_in, floats=w.is_float)
+    check_shape(w.name, "the output", y, (len(groups.y_rows) if groups else x.n, n_out))
+    check_shape(w.name, "the bias", bias, w.shape[:-1])
+    check_shape(w.name, "the residual", residual, y.shape)
     if w.is_float:
         matmul_f32.linear(kernels, x, w, y, bias=bias, residual=residual, groups=groups, overlap=overlap)
         return
