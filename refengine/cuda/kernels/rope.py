@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from refengine.array import Array
 from refengine.cuda.kernels.attention import PagedRows, check_cache
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 Angles = tuple[Array, Array]
@@ -34,6 +36,11 @@ class Projections:
 
     parts: tuple[Array, Array, Array]
     strides: tuple[int, int, int]
+
+    @cached_property
+    def struct(self) -> Struct:
+        """`Projections` of arguments.cuh."""
+        return Struct(*self.parts)
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,7 @@ def rope_append(
     for part, stride, heads in zip(qkv.parts, qkv.strides, (n_head, n_head_kv, n_head_kv), strict=True):
         if part.size < (n - 1) * stride + heads * head_dim:
             raise KernelError(f"rope_append: {n} rows of {heads} heads of {head_dim} every {stride} of {part.size}")
-    caches = [k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents]
     sizes = [n_head, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, tables.shape[1]]
-    arguments = [*qkv.parts, *norms, rotation.cos, rotation.sin, positions, tables, q, *caches, *qkv.strides, *sizes]
-    arguments += [float(eps), float(q_factor)]
+    arrays = [qkv.struct, *norms, rotation.cos, rotation.sin, positions, tables, q, k_cache.struct, v_cache.struct]
+    arguments = [*arrays, *qkv.strides, *sizes, float(eps), float(q_factor)]
     kernels.launch("rope", "rope_append", (n, n_head + 2 * n_head_kv), 32, arguments, overlap=True)

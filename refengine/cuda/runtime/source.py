@@ -80,7 +80,7 @@ class Struct:
 
     def __init__(self, *arrays: Any) -> None:
         self.arrays = arrays
-        self.fits: str | None = None  # the C struct that the arrays were checked against
+        self.fits: set[str] = set()  # the C structs that the arrays were checked against
         self._packed: np.ndarray | None = None
 
     @property
@@ -212,11 +212,11 @@ def check_arguments(source: Source, kernel: str, arguments: Sequence[Any]) -> li
         elif parameter.members:
             if not isinstance(value, Struct) or len(value.arrays) != len(parameter.members):
                 raise KernelError(f"{kernel}: {parameter.name} must be a Struct of {len(parameter.members)} arrays")
-            if value.fits != parameter.kind:
+            if parameter.kind not in value.fits:
                 for member, array in zip(parameter.members, value.arrays, strict=True):
                     if array is not None:
                         _check_array(kernel, member, array, f"{parameter.name}.")
-                value.fits = parameter.kind
+                value.fits.add(parameter.kind)
         elif type(value) in _NUMBERS:
             try:
                 checked[i] = parameter.converted(value)
