@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from refengine.hub.files import resolve
 from refengine.model import PACKAGED_MODEL, Model
 from refengine.models import BY_ARCHITECTURE, read_config
 from refengine.ops import Ops, profile
+from refengine.ops.dequant import Dequantized
 from refengine.tokenizer import load_tokenizer
-from refengine.weights import ArrayPlacement, check_tensors, load_weights
+from refengine.weights import ArrayPlacement, TensorSpec, Weights, check_tensors, load_weights
 
 
 def load(
@@ -48,9 +49,10 @@ def load(
                   GPU fast means raw kernels and weights as stored; every other profile, array code.
     kv_type:      `f16`, `f32` or `f64` instead of the profile's.
     n_ctx:        longest sequence in tokens (default: the model's context length).
-    cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory).
+    cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory). On the CPU they are
+                  dequantised now, in threads; 0 dequantises at every use.
     attention:    `flash`, or `reference` for array code that writes the score matrix. Kernels only: to compare.
-    progress:     called with the bytes done and the bytes in all.
+    progress:     called with the bytes done and the bytes in all; bytes that are read and then dequantised count twice.
     copied:       on the CPU, weights are read into memory at once and not mapped: whatever happens to the file later,
                   they stay as they are.
     copy_chunk_kb: KiB of a copy to a GPU: what it needs of host memory does not grow with the model.
@@ -75,6 +77,7 @@ def load(
     tokenizer = load_tokenizer(gguf)
     architecture = BY_ARCHITECTURE[config.arch]
     specs = architecture.tensors(config)
+    dequantized: Dequantized | None = None
     if rounding.half_rows and opened.name != "cpu":
         check_tensors(gguf, specs)
         kernels = open_kernels(opened, gguf.tensors.values(), attention, copy_chunk_kb << 10)
@@ -88,8 +91,33 @@ def load(
         cache_bytes = default_cache_bytes(opened) if cpu_cache_mb is None else cpu_cache_mb << 20
         ops, memory, make_runner = Ops(opened.xp, rounding, cache_bytes), None, ArrayRunner
         place = ArrayPlacement(opened.xp, copied, copy_chunk_kb << 10)
-        weights = load_weights(gguf, specs, config.n_layer, place, progress)
-    return Model(gguf, config, tokenizer, weights, ops, opened, n_ctx, make_runner=make_runner, memory=memory)
+        if opened.xp is np and cache_bytes:
+            weights, dequantized = _load_dequantized(gguf, specs, config.n_layer, place, ops, progress)
+        else:
+            weights = load_weights(gguf, specs, config.n_layer, place, progress)
+    given = {"make_runner": make_runner, "memory": memory, "dequantized": dequantized}
+    return Model(gguf, config, tokenizer, weights, ops, opened, n_ctx, **given)
+
+
+def _load_dequantized(
+    gguf: GGUFFile,
+    specs: Mapping[str, TensorSpec],
+    n_layer: int,
+    place: ArrayPlacement,
+    ops: Ops,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Weights, Dequantized]:
+    """The weights, with the cache of `ops` filled. For `progress` each half of the work counts as the file's bytes."""
+    report = progress or (lambda done, total: None)
+    n_bytes = sum(info.n_bytes for info in gguf.tensors.values())
+    weights = load_weights(gguf, specs, n_layer, place, lambda done, _: report(done, 2 * n_bytes))
+    dequantized = ops.cache.fill(
+        weights.products(),
+        ops.numerics.sum_dtype,
+        lambda done, total: report(n_bytes + n_bytes * done // total, 2 * n_bytes),
+    )
+    report(2 * n_bytes, 2 * n_bytes)  # where nothing was dequantised, too
+    return weights, dequantized
 
 
 def default_cache_bytes(device: Device) -> int:

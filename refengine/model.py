@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from refengine.device import Device, MemoryAccount
 from refengine.errors import RequestError
 from refengine.gguf.file import GGUFFile
 from refengine.models import BY_ARCHITECTURE
+from refengine.ops.dequant import Dequantized
 from refengine.tokenizer import Tokenizer
-from refengine.trace import Tracer, no_trace, to_numpy
+from refengine.trace import Trace, Tracer, check_known, no_trace, to_numpy
 
 PACKAGED_MODEL = Path(__file__).parent / "data" / "haiku-q4_k_m.gguf"  # our own: trained by tools/haiku
 PREFILL_CHUNK = 512  # tokens a forward call, llama.cpp's default micro-batch
@@ -27,6 +29,7 @@ class Model:
     make_runner: makes the runner of an engine from (model, cache, max_batch, graphs, trace); `load` hands it in. None
                  means array code.
     memory:      accounts for the memory of a device that runs kernels; None where arrays are used.
+    dequantized: how many weights were dequantised at load, and how long that took; None where that is left for later.
     """
 
     def __init__(
@@ -41,13 +44,15 @@ class Model:
         *,
         make_runner: Callable[..., Any] | None = None,
         memory: MemoryAccount | None = None,
+        dequantized: Dequantized | None = None,
     ) -> None:
         self.gguf, self.config, self.vocabulary = gguf, config, tokenizer
         self.weights, self.ops, self.device = weights, ops, device
-        self.make_runner, self.memory = make_runner, memory
+        self.make_runner, self.memory, self.dequantized = make_runner, memory, dequantized
         self.n_ctx = n_ctx or config.n_ctx_train
         architecture = BY_ARCHITECTURE[config.arch]
         self._forward = architecture.forward
+        self._tensor_names: frozenset[str] | None = None  # of a forward pass, once they were wanted
         self.decode = getattr(architecture, "decode", None)  # its fused step, where it has one
 
     @property
@@ -99,25 +104,50 @@ class Model:
         cache.commit(parts)
         return logits
 
-    def forward(self, ids: Sequence[int], *, trace: Tracer = no_trace, chunk: int = PREFILL_CHUNK) -> np.ndarray:
+    def forward(
+        self,
+        ids: Sequence[int],
+        *,
+        trace: Tracer = no_trace,
+        chunk: int = PREFILL_CHUNK,
+        progress: Callable[[int], object] | None = None,
+    ) -> np.ndarray:
         """Logits of every position of a prompt, (n, n_vocab) in the profile's type, fed `chunk` tokens at a time.
 
-        Raises `RequestError` for no ids, an id outside the vocabulary, or more ids than the context holds.
+        ids: a sequence, array or tensor of one axis. progress: called with the number of tokens after each chunk.
+        Raises `RequestError` for ids that are none, not one list of integers, outside the vocabulary, or more than the
+        context holds; `TraceError`, before anything is computed, where the trace names a tensor that does not exist.
         """
-        self.check_ids(ids)
+        prompt = listed_ids(ids)
+        self.check_ids(prompt)
         if chunk < 1:
             raise RequestError(f"chunk {chunk} must be at least 1 token")
-        cache, sequence = self.new_cache(len(ids)), CacheSequence()
-        parts = [
-            to_numpy(self.step([(sequence, ids[i : i + chunk])], cache, trace=trace)) for i in range(0, len(ids), chunk)
-        ]
+        self.check_trace(trace)
+        cache, sequence = self.new_cache(len(prompt)), CacheSequence()
+        parts = []
+        for i in range(0, len(prompt), chunk):
+            new = prompt[i : i + chunk]
+            parts.append(to_numpy(self.step([(sequence, new)], cache, trace=trace)))
+            if progress is not None:
+                progress(len(new))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def check_trace(self, trace: Tracer) -> None:
+        """Raise `TraceError` where a trace breaks at or replaces a tensor that this model does not have.
+
+        The names are those of a forward pass of one token, which is made when they are first wanted.
+        """
+        if not isinstance(trace, Trace) or not trace.wanted:
+            return
+        if self._tensor_names is None:
+            seen = Trace()
+            self.step([(CacheSequence(), [0])], self.new_cache(1), trace=seen)
+            self._tensor_names = frozenset(seen.seen)
+        check_known(trace.wanted, self._tensor_names)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a prompt: text is encoded with the specials the metadata asks for, ids are taken as they are."""
-        if not isinstance(prompt, str):
-            return [int(i) for i in prompt]
-        return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else listed_ids(prompt)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) == 0:
@@ -127,3 +157,21 @@ class Model:
             raise RequestError(f"token id {wrong[0]} is outside the vocabulary of {self.config.n_vocab}", "prompt")
         if len(ids) > self.n_ctx:
             raise RequestError(f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}", "prompt")
+
+
+def listed_ids(ids: Any) -> list[int]:
+    """Token ids of one axis as a list: from a list, a NumPy or CuPy array, a torch tensor.
+
+    Raises `RequestError` for text, and for what is not one list of integers.
+    """
+    if isinstance(ids, str | bytes):
+        raise RequestError("the prompt is text where token ids are wanted: encode it first (model.tokenizer.encode)")
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    if not isinstance(ids, Iterable):
+        raise RequestError(f"the prompt is {type(ids).__name__}, expected one list of token ids")
+    listed = list(ids)
+    for i in listed:
+        if isinstance(i, bool) or not isinstance(i, Integral):
+            raise RequestError(f"the prompt has {i!r:.60} among its token ids, expected one list of integers")
+    return [int(i) for i in listed]

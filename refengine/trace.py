@@ -10,10 +10,11 @@ Knows nothing of models, devices or files: an array is whatever supports `dtype`
 
 from __future__ import annotations
 
+import os
 import pdb
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,6 +56,7 @@ class Trace:
     watch:   stop at the first tensor that holds NaN or Inf, with a `TraceError` that names it and the coordinate.
     replace: full name → array that takes the tensor's place, or a function of the tensor. Shapes must agree.
     on_break: called instead of opening pdb, with the full name and the array (for other debuggers and for tests).
+    strict:  a breakpoint or replacement whose tensor does not exist is an error, before anything is computed.
 
     A prompt fed in several calls of forward yields the rows of every call, joined by `result()`.
     """
@@ -67,6 +69,7 @@ class Trace:
         replace: Mapping[str, Array | Callable[[Array], Array]] | None = None,
         breakpoints: Iterable[str] = (),
         on_break: Callable[[str, Array], None] | None = None,
+        strict: bool = True,
     ) -> None:
         try:
             self._record = None if record is None else re.compile(record)
@@ -76,8 +79,14 @@ class Trace:
         self.replace = dict(replace or {})
         self.breakpoints = set(breakpoints)
         self.on_break = on_break
+        self._strict = strict
         self.tensors: dict[str, list[np.ndarray]] = {}
         self.seen: dict[str, None] = {}  # full names, in order
+
+    @property
+    def wanted(self) -> set[str]:
+        """Full names of the tensors that must exist: breakpoints and replacements, where they are strict."""
+        return self.breakpoints | set(self.replace) if self._strict else set()
 
     def breakpoint(self, name: str) -> None:
         """Stop in the debugger whenever tensor `name` (`Qcur-3`, or `Qcur-3#0` for an earlier occurrence) is made."""
@@ -113,9 +122,7 @@ class Trace:
 
     def check_names(self) -> None:
         """After a run: every break or replace name must have occurred. Raises `TraceError` naming the others."""
-        unknown = sorted((self.breakpoints | set(self.replace)) - self.seen.keys())
-        if unknown:
-            raise TraceError(f"no such tensor: {', '.join(unknown)}; this model has {_summary(self.seen)}")
+        check_known(self.wanted, self.seen)
 
     def _check_finite(self, full: str, x: Array) -> None:
         bad = ~np.isfinite(x)  # CuPy arrays answer NumPy's ufuncs
@@ -128,8 +135,14 @@ class Trace:
         )
 
     def _break(self, full: str, x: Array, frame: Any) -> None:
+        hook = os.environ.get("PYTHONBREAKPOINT", "")
         if self.on_break is not None:
             self.on_break(full, x)
+            return
+        if hook == "0":  # as for breakpoint(): no debugger at all
+            return
+        if hook:
+            sys.breakpointhook()
             return
         print(
             f"refengine: stopped after {full}, shape {tuple(x.shape)} {x.dtype}; it is the variable that the line "
@@ -142,12 +155,29 @@ class Trace:
 
     def _replaced(self, full: str, x: Array) -> Array:
         new = self.replace[full]
-        value = new(x) if callable(new) else new
+        value = as_array(new(x) if callable(new) else new)
         if tuple(value.shape) != tuple(x.shape):
             raise TraceError(f"replacement of {full} has shape {tuple(value.shape)}, the tensor has {tuple(x.shape)}")
         if isinstance(value, np.ndarray) and not isinstance(x, np.ndarray):
             value = _like(x, value)
         return value.astype(x.dtype, copy=False)
+
+
+def as_array(value: Any) -> Array:
+    """A NumPy or CuPy array as it is; a list, a torch tensor and the like as a NumPy array."""
+    if isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] == "cupy":
+        return value
+    if hasattr(value, "detach"):  # torch: off its graph and its device; NumPy has no bfloat16
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    return np.asarray(value)
+
+
+def check_known(wanted: Iterable[str], known: Collection[str]) -> None:
+    """Raise `TraceError` naming the tensors that are wanted and not known."""
+    unknown = sorted(set(wanted) - set(known))
+    if unknown:
+        raise TraceError(f"no such tensor: {', '.join(unknown)}; this model has {_summary(known)}")
 
 
 def _like(x: Array, value: np.ndarray) -> Array:

@@ -68,6 +68,15 @@ class Weights:
         owner = self if match[1] is None else self.layers[int(match[1])]
         return owner, match[2] + ("_bias" if match[3] == "bias" else "")
 
+    def products(self) -> list[Matrix]:
+        """The matrices that a forward pass multiplies with, each once: those of the layers, then the others.
+
+        Rows of an embedding (`token_embd`, `position_embd`) are only looked up, unless it is the output matrix as well.
+        """
+        owners: list[Any] = [*self.layers, self]
+        found = [v for o in owners for k, v in vars(o).items() if isinstance(v, Matrix) and not k.endswith("_embd")]
+        return list({w.name: w for w in found}.values())
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"this model has no tensor {name}")
 

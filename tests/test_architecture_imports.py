@@ -107,7 +107,11 @@ ROOMS = {
     "bench": Room({FACADE, *MODEL, "worker", "client", "client.events"}, {"numpy", "rich"}),
     "cli.console": Room({FACADE, *MODEL, "validate"}, {*ARRAYS, "tqdm"}),
     # One file a command.
-    "cli.commands": Room({FACADE, *MODEL, "validate", "cli.console"}, {*ARRAYS, "safetensors"}),
+    "cli.generate": Room({"errors", *ENGINE, "cli.console"}, set()),
+    "cli.logits": Room({"cli.console"}, {"numpy"}),
+    "cli.trace": Room({FACADE, "errors", "trace", "validate", "cli.console"}, {"numpy", "safetensors"}),
+    "cli.tokenize": Room({"errors", "gguf", "tokenizer", "cli.console"}, set()),
+    "cli.inspect": Room({"errors", "gguf", "models", "tokenizer", "weights", "cli.console"}, {"numpy"}),
     "cli.validate": Room({FACADE, *MODEL, "validate", "cli.console"}, {"tqdm", "rich"}),
     "cli.serve": Room({FACADE, *MODEL, "worker"}, set()),
     "cli.compile": Room({"errors", "device", "cuda", "cuda.runtime"}, {"tqdm"}),
@@ -124,7 +128,6 @@ ROOMS = {
             "worker",  # what is to be there before libraries
             "cli.arguments",
             "cli.worker_arguments",
-            "cli.commands",
             "cli.validate",
             "cli.serve",
             "cli.ask",

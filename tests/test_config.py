@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from refengine.config import SUPPORTED_ARCHITECTURES, ModelConfig, RopeConfig
+from refengine.config import ModelConfig, RopeConfig
 from refengine.errors import GGUFError, ModelError
 from refengine.gguf.file import GGUFFile
-from refengine.models import read_config
+from refengine.models import BY_ARCHITECTURE, read_config
 from tests.gguf_builder import ARRAY, BOOL, F32, F64, I32, STRING, U32, U64, GGUFBuilder
 from tests.model_files import Pair, add_pair
 
@@ -82,7 +82,7 @@ def refused(path: Path, arch: str, key: str, pair: Pair | None, **others: Pair |
 
 
 def test_supported_architectures_are_all_covered() -> None:
-    assert set(REQUIRED) == set(SUPPORTED_ARCHITECTURES)
+    assert set(REQUIRED) == set(BY_ARCHITECTURE)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3"])
@@ -183,7 +183,7 @@ def test_size_out_of_range_is_named(tmp_path: Path, arch: str, key: str, pair: P
     refused(tmp_path, arch, key, pair)
 
 
-@pytest.mark.parametrize("arch", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", BY_ARCHITECTURE)
 @pytest.mark.parametrize("eps", [float("nan"), float("inf"), float("-inf"), -1e-5, 1.0])
 def test_epsilon_out_of_range_is_named(tmp_path: Path, arch: str, eps: float) -> None:
     key = "attention.layer_norm_epsilon" if arch == "gpt2" else "attention.layer_norm_rms_epsilon"
@@ -231,7 +231,7 @@ def test_unknown_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
     builder = GGUFBuilder().pair("general.architecture", STRING, "mamba")
     with pytest.raises(ModelError, match="'mamba' is not supported") as caught:
         read_built(tmp_path, builder)
-    assert all(arch in str(caught.value) for arch in SUPPORTED_ARCHITECTURES)
+    assert all(arch in str(caught.value) for arch in BY_ARCHITECTURE)
 
 
 def test_long_architecture_is_cut_in_the_message(tmp_path: Path) -> None:

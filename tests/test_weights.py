@@ -1,14 +1,17 @@
 """Weights: a tensor that is missing, extra, wrongly shaped or of an unsupported type is named; what loads is exact."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+import refengine
 from refengine.errors import ModelError
 from refengine.gguf.file import GGUFFile
 from refengine.models import BY_ARCHITECTURE, read_config
+from refengine.ops import linear
 from refengine.weights import ArrayPlacement, Matrix, TensorSpec, Weights, check_tensors, load_weights, quant_kind
 from tests.gguf_builder import STRING, TENSOR_F16, TENSOR_F32, TENSOR_MXFP4, TENSOR_Q8_0, U32, GGUFBuilder
 from tests.model_files import float_bytes, read_floats, rewrite
@@ -189,6 +192,26 @@ def test_tied_output_is_the_embedding(models: dict[str, Path], tmp_path: Path) -
     untied = load_file(untied_path)
     assert untied.output is not untied.token_embd
     assert untied.output.name == "output.weight"
+
+
+def test_products_are_the_matrices_that_a_forward_pass_multiplies_with(models: dict[str, Path], tmp_path: Path) -> None:
+    untied_path = tmp_path / "untied.gguf"
+    write_model(untied_path, "qwen2", "F32", n_layer=1, tied=False)
+    for path in (*models.values(), untied_path):
+        model = refengine.load(path, cpu_cache_mb=0)
+        used: set[str] = set()
+        original = linear.linear
+
+        def spy(xp: Any, x: Any, w: Any, *rest: Any, original: Any = original, used: set[str] = used) -> Any:
+            used.add(w.name)
+            return original(xp, x, w, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear, "linear", spy)
+            model.forward([1, 2, 3])
+        products = [w.name for w in model.weights.products()]
+        assert len(products) == len(set(products))
+        assert set(products) == used, path.name
 
 
 def test_gpt_oss_has_no_tied_output(models: dict[str, Path], tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 HUB_HELP = """or hf:OWNER/REPO[@REVISION][:QUANT or :FILE.gguf], downloaded into the cache of huggingface_hub (HF_HOME,
 HF_TOKEN, HF_HUB_OFFLINE); QUANT is a part of the file's name, as Q4_K_M; without, it is the only model of the repo or
@@ -17,6 +21,32 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         if action.default is None or action.default in ([], "", False):
             return action.help
         return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Suggests the nearest command or option where one is misspelt."""
+
+    def error(self, message: str) -> NoReturn:
+        match = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if match:
+            message += _suggestion(match[1], re.findall(r"[\w-]+", match[2]))
+        self.print_usage(sys.stderr)
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def refuse(self, command: str, unknown: Sequence[str]) -> NoReturn:
+        """End with an error for arguments that a command does not have."""
+        (commands,) = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parser: argparse.ArgumentParser = commands.choices[command]
+        options = [option for action in parser._actions for option in action.option_strings]
+        wrong = next((word for word in unknown if word.startswith("-")), unknown[0])
+        hint = _suggestion(wrong.partition("=")[0], options)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
+def _suggestion(given: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParser:
@@ -69,7 +99,9 @@ def model_arguments(
 
 def prompt_arguments(parser: argparse.ArgumentParser, chunk: bool = True) -> None:
     group = parser.add_argument_group("prompt")
-    group.add_argument("--prompt", metavar="TEXT", help="prompt as text; `-` reads standard input")
+    group.add_argument(
+        "--prompt", metavar="TEXT", help="the prompt as text; @FILE reads a file, and - standard input, as a pipe does"
+    )
     group.add_argument("--ids", metavar="1,2,3", help="prompt as token ids, taken as they are; also as JSON: [1, 2, 3]")
     if chunk:
         group.add_argument("--chunk", type=int, default=512, metavar="N", help="prompt tokens a forward pass")
@@ -103,6 +135,7 @@ def trace_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TENSOR",
-        help="stop in pdb when tensor TENSOR (Qcur-3) has been made; repeatable",
+        help="stop in the debugger (pdb, or what PYTHONBREAKPOINT names) once tensor TENSOR (Qcur-3) has been made; "
+        "repeatable",
     )
     group.add_argument("--watch", action="store_true", help="stop at the first tensor with NaN or Inf and name it")

@@ -1,9 +1,12 @@
-"""What all commands share: the model and the prompt of the arguments, files that appear whole, words for people."""
+"""What the commands share: the model, the prompt and the trace that the arguments name, files that appear whole, and
+messages."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import stat
 import sys
 import tempfile
 import time
@@ -19,6 +22,7 @@ from refengine.api import load
 from refengine.errors import RequestError, one_line
 from refengine.hub.files import resolve
 from refengine.model import PACKAGED_MODEL, Model
+from refengine.trace import Trace, Tracer, no_trace
 from refengine.validate.capture import sha256_of_file
 from refengine.weights import quant_kind
 
@@ -38,21 +42,86 @@ def file_sha256(path: Path) -> str:
 
 
 def prompt_of(arguments: argparse.Namespace) -> tuple[str | None, list[int]]:
-    """The prompt as text, or None and ids. Exactly one way of giving it is allowed."""
+    """The prompt as text, or None and ids. Exactly one way of giving it is allowed.
+
+    `@FILE` reads a file, `-` standard input, and so does a pipe where no prompt is given.
+    """
     given = [v for v in (getattr(arguments, "text", None), arguments.prompt, arguments.ids) if v is not None]
+    if not given and _is_piped(sys.stdin):
+        given = ["-"]
     if len(given) != 1:
         raise RequestError(f"give the prompt once: as text or with --ids ({len(given)} were given)")
     if arguments.ids is not None:
         return None, parse_ids(arguments.ids)
-    return sys.stdin.read() if given[0] == "-" else given[0], []
+    text = given[0]
+    if text == "-":
+        read = sys.stdin.read()
+        if not read:
+            raise RequestError("standard input is empty: give the prompt as text, as @FILE or with --ids")
+        return read, []
+    if text.startswith("@"):
+        path = Path(text[1:]).expanduser()
+        try:
+            return path.read_text(encoding="utf-8"), []
+        except OSError as e:
+            raise RequestError(f"the prompt file {path} cannot be read: {e.strerror or e}") from None
+        except UnicodeDecodeError:
+            raise RequestError(f"the prompt file {path} is not UTF-8 text") from None
+    return text, []
+
+
+def _is_piped(stream: Any) -> bool:
+    """Whether a stream is a pipe or a file, and neither a terminal nor nothing."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # there is none, or it is closed or replaced
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
 def model_path(given: str | None) -> Path:
     """The file given, by its path or its name on the hub, or the packaged one, of which the user is told."""
     if given is not None:
-        return resolve(given, say)
+        return checked_model_path(given)
     say("no --model given: using the packaged haiku model (try: Write a haiku about the ocean)")
     return PACKAGED_MODEL
+
+
+def checked_model_path(given: str) -> Path:
+    """The file that a path or a name of the hub means. Raises RequestError that says what to do for what is neither."""
+    if given.startswith("hf:"):
+        return resolve(given, say)
+    path = Path(given).expanduser()
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.gguf"))
+        if not inside:
+            raise RequestError(f"{path} is a directory without a GGUF file: give the path of a .gguf file")
+        raise RequestError(f"{path} is a directory: give one of its files, {', '.join(inside[:5])}")
+    if path.suffix == ".safetensors":
+        raise RequestError(f"{path} is a safetensors file: convert it with llama.cpp's convert_hf_to_gguf.py first")
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^/]+)?", given) and not path.parent.is_dir():
+        raise RequestError(f"{given} is no file: for a model of that name on the hub, give hf:{given}")
+    return path
+
+
+def chunk(arguments: argparse.Namespace) -> int:
+    """Prompt tokens of one forward pass."""
+    if arguments.chunk < 1:
+        raise RequestError(f"--chunk {arguments.chunk} must be at least 1 token")
+    return int(arguments.chunk)
+
+
+def tracer(arguments: argparse.Namespace) -> Tracer:
+    """What `--break` and `--watch` ask for."""
+    if not arguments.breakpoints and not arguments.watch:
+        return no_trace
+    return Trace(watch=arguments.watch, breakpoints=arguments.breakpoints)
+
+
+def check_trace(tracer: Tracer) -> None:
+    """After a run: every name that was asked for has occurred."""
+    if isinstance(tracer, Trace):
+        tracer.check_names()
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
@@ -74,12 +143,25 @@ def load_model(arguments: argparse.Namespace) -> Model:
             attention=getattr(arguments, "attention", "flash"),
             progress=progress,
         )
+    if model.n_ctx > model.config.n_ctx_train:
+        say(
+            f"warning: --ctx {model.n_ctx} is more than the {model.config.n_ctx_train} tokens that the model was "
+            "trained for; expect nonsense beyond them"
+        )
     reason = f" ({model.device.reason})" if arguments.device in ("auto", "host") else ""
     say(
         f"{model.config.name[:100]}: {model.config.arch} {quant_kind(model.gguf)}, device {model.device.name}{reason}, "
-        f"numerics {numerics_of(model)}, loaded in {time.perf_counter() - start:.2f} s"
+        f"numerics {numerics_of(model)}, loaded in {time.perf_counter() - start:.2f} s{_dequantized(model)}"
     )
     return model
+
+
+def _dequantized(model: Model) -> str:
+    """For the line about loading: how much of its time went into dequantising weights."""
+    done = model.dequantized
+    if done is None or not done.n_weights:
+        return ""
+    return f", of which {done.seconds:.2f} s dequantising {done.n_weights / 1e6:.3g} M weights"
 
 
 def numerics_of(model: Model) -> str:
@@ -111,10 +193,10 @@ def written(path: Path) -> Iterator[str]:
         raise
 
 
-def progress_bar(what: str, total: int | None) -> Any:
+def progress_bar(what: str, total: int | None, unit: str = "B") -> Any:
     """A progress bar on a terminal, shown once the work has taken a second."""
     return tqdm(
-        desc=what, total=total, unit="B", unit_scale=True, delay=1.0, leave=False, disable=None, file=sys.stderr
+        desc=what, total=total, unit=unit, unit_scale=True, delay=1.0, leave=False, disable=None, file=sys.stderr
     )
 
 

@@ -1,4 +1,4 @@
-"""The `refengine` command: arguments only. What each command does is in the modules `refengine.cli.commands…`."""
+"""The `refengine` command: arguments only. What a command does is in the module of its name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import bdb
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from refengine.cli.arguments import (
     HUB_HELP,
     Help,
+    Parser,
     command,
     kernel_switches,
     model_arguments,
@@ -40,10 +42,10 @@ EPILOG = """examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     from refengine import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="refengine", description=DESCRIPTION, epilog=EPILOG, formatter_class=Help, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"refengine {__version__}")
@@ -189,7 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     `validate`: 0 agrees, 1 diverges, 3 nothing was compared.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.refuse(arguments.command, unknown)
     try:
         code = _function(arguments.command)(arguments) or 0
         sys.stdout.flush()
@@ -243,9 +248,7 @@ def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
         from refengine.cli.dump_header import dump_header
 
         return dump_header
-    from refengine.cli import commands
-
-    found: Callable[[argparse.Namespace], int | None] = getattr(commands, command)
+    found: Callable[[argparse.Namespace], int | None] = getattr(import_module(f"refengine.cli.{command}"), command)
     return found
 
 

@@ -317,6 +317,7 @@ def single_sequence(
     """An engine whose cache is just large enough for one sequence, and that sequence. Raises as `Engine.start`."""
     params = params or SamplingParams()
     n_tokens = len(ids) + checked_limit(model, ids, params)
+    model.check_trace(trace)
     options = EngineOptions(1, chunk, n_tokens, prefix_cache=False, graphs=graphs)
     engine = Engine(model, options, trace=trace)
     engine.runner.warm_up(0)  # The only prompt follows at once, so nothing is gained by a prompt of zeros before it.

@@ -14,7 +14,7 @@ import numpy as np
 
 from refengine.array import Array
 from refengine.ops import activation, attention, halves, linear, moe, norm, rope
-from refengine.ops.linear import DequantCache
+from refengine.ops.dequant import DequantCache
 from refengine.ops.numerics import PROFILES, Numerics, profile
 
 __all__ = ["PROFILES", "DequantCache", "Numerics", "Ops", "profile"]

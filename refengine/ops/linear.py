@@ -1,8 +1,7 @@
 """Products with stored weight matrices, and rows of them (embedding).
 
-Weights are dequantised when they are used. A bounded cache keeps the float values of the matrices that came first; the
-rest are dequantised in slices of rows at every use, so that a model larger than memory as float32 still runs.
-A matrix in the cache is never thrown out: layers are used in a fixed cycle, for which that beats least-recently-used.
+Products are formed with the float values of the weights. A matrix whose values have room in the cache (`ops.dequant`)
+is dequantised once; any other is dequantised in slices of rows at every use.
 """
 
 from __future__ import annotations
@@ -14,43 +13,12 @@ from gguf import GGMLQuantizationType
 
 from refengine import quants
 from refengine.array import Array
+from refengine.ops.dequant import DequantCache, StoredMatrix, float_rows
 from refengine.ops.halves import rounded_rows
 from refengine.ops.numerics import Numerics
 
-StoredMatrix = Any  # .name, .type, .shape (..., n_out, n_in), .rows(start, stop) -> raw bytes
-
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)  # whose products the `fast` profile forms in float32
 SLICE_ELEMENTS = 4 << 20  # of a matrix that is not cached, dequantised at a time: 16 MiB as float32
-
-
-class DequantCache:
-    """Float values of weight matrices, up to `budget` bytes, by matrix name and rows."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.n_bytes = 0
-        self._values: dict[tuple[str, int, int], Array] = {}
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def get(self, xp: Any, w: StoredMatrix, start: int, stop: int, dtype: Any) -> Array | None:
-        """Rows start..stop as (stop - start, n_in) `dtype`, or None where they have no room in the cache."""
-        key = (w.name, start, stop)
-        found = self._values.get(key)
-        if found is None:
-            n_bytes = (stop - start) * w.shape[-1] * np.dtype(dtype).itemsize
-            if self.n_bytes + n_bytes > self.budget:
-                return None
-            found = self._values[key] = float_rows(xp, w, start, stop, dtype)
-            self.n_bytes += n_bytes
-        return found
-
-
-def float_rows(xp: Any, w: StoredMatrix, start: int, stop: int, dtype: Any) -> Array:
-    """Rows start..stop, counted over all experts, dequantised: (stop - start, n_in)."""
-    values = quants.dequantize(xp, w.rows(start, stop), w.type, (stop - start, w.shape[-1]))
-    return values.astype(dtype, copy=False)
 
 
 def linear(xp: Any, x: Array, w: StoredMatrix, numerics: Numerics, cache: DequantCache, expert: int = 0) -> Array:

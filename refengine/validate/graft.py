@@ -47,7 +47,7 @@ def graft(model: Model, verdict: Verdict, name: str) -> Graft:
 def _logits(
     model: Model, capture: Capture, errors: dict[str, Callable[[np.ndarray], np.ndarray]], names: Iterable[str]
 ) -> np.ndarray:
-    trace = Trace(replace={name: errors[name] for name in names})
+    trace = Trace(replace={name: errors[name] for name in names}, strict=False)
     return model.forward(capture.ids, trace=trace, chunk=len(capture.ids))
 
 

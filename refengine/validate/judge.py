@@ -259,7 +259,7 @@ class _Run:
 
     def forward(self, model: Model, ids: Sequence[int]) -> np.ndarray:
         moved = {name: self._shake for name in self._shaken}
-        trace = Trace(replace=moved | {name: self._at(name) for name in self._peer})
+        trace = Trace(replace=moved | {name: self._at(name) for name in self._peer}, strict=False)
         logits = model.forward(ids, trace=trace, chunk=len(ids))
         self.seen = trace.seen
         return logits

@@ -16,7 +16,7 @@ from refengine.models import BY_ARCHITECTURE
 from refengine.ops import Ops
 from refengine.ops.activation import gelu
 from refengine.ops.attention import causal_mask
-from refengine.ops.linear import float_rows
+from refengine.ops.dequant import float_rows
 from refengine.trace import to_numpy
 
 PRODUCTS = r"^(embd$|[QKV]cur-\d+(#0)?$|wqkv|attn_out-|ffn_(up|gate|out|moe_(logits|up|gate|down))-|result_output$)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,7 +23,7 @@ def print_outcome(outcome: Outcome, console: Console, show_all: bool = False) ->
     for style, line in headline(outcome):
         console.print(escape(line), style=style, highlight=False, soft_wrap=True)
     if verdict.tensors:
-        console.print(_table(verdict, show_all))
+        console.print(_table(verdict, show_all, console.width))
     for line in _layout_lines(verdict) + _logit_lines(verdict) + _graft_lines(outcome.graft):
         console.print(escape(line), highlight=False, soft_wrap=True)
 
@@ -68,7 +69,8 @@ def _where(tensor: TensorVerdict) -> str:
     return f"on its own inputs: NMSE {local.nmse:.1e}, allowed {tensor.threshold:.1e}; {worst}"
 
 
-def _table(verdict: Verdict, show_all: bool) -> Table:
+def _table(verdict: Verdict, show_all: bool, width: int) -> Table:
+    """As many columns as the width has room for; a figure is never cut."""
     rows = list(verdict.tensors)
     if not show_all and len(rows) > SHOWN:
         first = verdict.first_own_error
@@ -79,14 +81,28 @@ def _table(verdict: Verdict, show_all: bool) -> Table:
             nearest = set(sorted(rows, key=lambda t: t.margin)[:SHOWN])
             rows = [t for t in rows if t in nearest]
     table = Table(caption=None if show_all else f"{len(rows)} of {len(verdict.tensors)} tensors; --all shows the rest")
-    for heading in ("tensor", "own error (NMSE)", "allowed", "total error (NMSE)", "max |error|", "ULP p99", ""):
-        table.add_column(heading, justify="left" if heading in ("tensor", "") else "right", no_wrap=True)
-    for t in rows:
-        mark = "own error" if t.own_error else "inherited" if t.total.nmse > 4 * t.threshold else ""
-        table.add_row(
-            escape(t.name), number(t.local.nmse), number(t.threshold), number(t.total.nmse),
-            number(t.total.max_abs), f"{t.local.ulp_p99:.0f}", mark, style="red" if t.own_error else None,
-        )  # fmt: skip
+    columns: list[tuple[str, Callable[[TensorVerdict], str]]] = [
+        ("own error\n(NMSE)", lambda t: number(t.local.nmse)),
+        ("\nallowed", lambda t: number(t.threshold)),
+        ("total error\n(NMSE)", lambda t: number(t.total.nmse)),
+        ("\nmax |error|", lambda t: number(t.total.max_abs)),
+        ("\nULP p99", lambda t: f"{t.local.ulp_p99:.0f}"),
+    ]
+    marks = ["own error" if t.own_error else "inherited" if t.total.nmse > 4 * t.threshold else "" for t in rows]
+    names = max((len(t.name) for t in rows), default=0)
+    # Each column has its longest line, two spaces and a rule; the rightmost figures are left out where it is narrow.
+    while len(columns) > 3:
+        cells = [max(max(map(len, h.split("\n"))), *(len(f(t)) for t in rows)) for h, f in columns]
+        if 1 + names + sum(cells) + len("own error") + 3 * (len(columns) + 2) <= width:
+            break
+        columns.pop()
+    table.add_column("\ntensor", overflow="fold")
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split("\n"))))
+    table.add_column("", no_wrap=True, min_width=len("own error"))
+    for t, mark in zip(rows, marks, strict=True):
+        style = "red" if t.own_error else None
+        table.add_row(escape(t.name), *(figure(t) for _, figure in columns), mark, style=style)
     return table
 
 

@@ -51,6 +51,9 @@ class ScriptedModel:
         if not ids:
             raise RequestError("the prompt is empty")
 
+    def check_trace(self, trace: Any) -> None:
+        pass
+
     def new_cache(self, n_tokens: int, n_sequences: int = 1) -> KVCache:
         cache = KVCache(
             zeros_of(np.float32), 1, 1, 2, n_ctx=self.n_ctx, n_blocks=KVCache.blocks_for(n_tokens, 4), block_size=4

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from refengine.ops import DequantCache, Ops, linear, profile
+from refengine.errors import ModelError
+from refengine.ops import DequantCache, Ops, dequant, linear, profile
 from refengine.weights import Matrix
 
 T = GGMLQuantizationType
@@ -145,7 +146,7 @@ def test_matrix_that_is_not_cached_is_done_in_slices(monkeypatch: pytest.MonkeyP
     raw, values = q8_0_rows(rng, 11)
     x = rng.normal(size=(3, N_IN)).astype(np.float32)
     asked: list[tuple[int, int]] = []
-    original = linear.float_rows
+    original = dequant.float_rows
 
     def spy(xp: Any, w: Any, start: int, stop: int, dtype: Any) -> Any:
         asked.append((start, stop))
@@ -241,6 +242,63 @@ def test_empty_budget_keeps_nothing() -> None:
     ops = Ops(np, profile("exact"), 0)
     ops.linear(np.ones((1, N_IN), np.float32), q8_matrix("a", 3, 1))
     assert (len(ops.cache), ops.cache.n_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fill_keeps_what_the_first_use_would_have_kept(
+    dtype: Any, n_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dequant, "BLOCK_ELEMENTS", 2 * N_IN + 5)  # two rows a block, and tails
+    experts = matrix(T.Q8_0, (3, 3, N_IN), q8_0_rows(np.random.default_rng(3), 9)[0], "experts")
+    floats = f32_matrix(np.random.default_rng(4), 4, N_IN)[0]
+    given = [experts, q8_matrix("a", 7, 1), q8_matrix("b", 5, 2), q8_matrix("a", 7, 1), floats]
+    lazy, cache = DequantCache(1 << 20), DequantCache(1 << 20)
+    expected = {(w.name, e): lazy.get(np, w, e * r, e * r + r, dtype) for w in given for e, r in rows_of(w)}
+    steps: list[tuple[int, int]] = []
+    done = cache.fill(given, dtype, lambda *step: steps.append(step), n_threads)
+    assert (len(cache), cache.n_bytes, done.n_bytes) == (len(lazy), lazy.n_bytes, lazy.n_bytes)
+    # A float32 matrix is kept as a view of the file where float32 is wanted.
+    n_weights = (7 + 5 + 9 + (4 if dtype == np.float64 else 0)) * N_IN
+    assert (done.n_weights, steps[-1]) == (n_weights, (n_weights, n_weights))
+    assert [step for step, _ in steps] == sorted({step for step, _ in steps})
+    monkeypatch.setattr(dequant, "float_rows", None)  # From here on, nothing can be dequantised.
+    for w in given:
+        for e, r in rows_of(w):
+            found = cache.get(np, w, e * r, e * r + r, dtype)
+            assert found is not None
+            assert found.dtype == dtype
+            np.testing.assert_array_equal(found, expected[w.name, e])
+    assert cache.fill(given, dtype).n_bytes == 0, "what is there is not dequantised again"
+
+
+def rows_of(w: Matrix) -> list[tuple[int, int]]:
+    """(expert, rows of an expert) for each expert of a matrix; (0, rows) where there are none."""
+    return [(e, w.shape[-2]) for e in range(w.shape[0] if len(w.shape) == 3 else 1)]
+
+
+def test_fill_stays_within_the_budget_and_leaves_experts_that_do_not_all_fit() -> None:
+    row = N_IN * 4
+    experts = matrix(T.Q8_0, (2, 3, N_IN), q8_0_rows(np.random.default_rng(3), 6)[0], "experts")
+    given = [experts, q8_matrix("a", 4, 1), q8_matrix("b", 5, 2), q8_matrix("c", 2, 3)]
+    cache = DequantCache(8 * row)
+    assert cache.fill(given, np.float32).n_weights == 6 * N_IN  # a and c; b does not fit beside a
+    assert (cache.n_bytes, len(cache)) == (6 * row, 2)
+    assert cache.get(np, experts, 0, 3, np.float32) is None
+    cache = DequantCache(16 * row)
+    assert cache.fill(given, np.float32).n_bytes == 11 * row  # 5 rows are left: one expert of the two would fit
+    assert cache.get(np, experts, 3, 6, np.float32) is not None, "an expert that is chosen still takes the room"
+    assert DequantCache(17 * row).fill(given, np.float32).n_bytes == 17 * row
+    assert DequantCache(0).fill(given, np.float32).n_bytes == 0
+
+
+def test_fill_that_fails_keeps_nothing() -> None:
+    whole = q8_matrix("a", 4, 1)
+    cut = Matrix("cut", T.Q8_0, (6, N_IN), whole.data[:-1])
+    cache = DequantCache(1 << 20)
+    with pytest.raises(ModelError, match="Q8_0: a tensor of shape"):
+        cache.fill([whole, cut], np.float32)
+    assert (len(cache), cache.n_bytes) == (0, 0)
 
 
 @pytest.mark.parametrize("numerics", ["exact", "exact64", "llamacpp"])

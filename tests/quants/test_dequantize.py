@@ -9,7 +9,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from refengine.errors import ModelError
 from refengine.quants import SUPPORTED, dequantize, mins, require_supported
-from refengine.quants.blocks import CHUNK_ELEMENTS
+from refengine.quants.blocks import CHUNK_ELEMENTS, _words
 
 T = GGMLQuantizationType
 NAMES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4"]
@@ -137,6 +137,16 @@ def test_dequantize_into_out_writes_there(type_):
     out = np.full(shape, np.nan, np.float32)
     assert dequantize(np, raw, type_, shape, out=out) is out
     np.testing.assert_array_equal(out, dequantize(np, raw, type_, shape))
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2])
+def test_words_of_eight_bytes_are_aligned(n_blocks):
+    # A GPU refuses a misaligned word; NumPy does not, so that only this test would see it here.
+    blocks = np.arange(n_blocks * 22, dtype=np.uint8).reshape(n_blocks, 22)
+    for offset in range(7):
+        words = _words(np, blocks[:, offset : offset + 16])
+        assert words.flags.aligned
+        np.testing.assert_array_equal(words.view(np.uint8), blocks[:, offset : offset + 16])
 
 
 def test_dequantize_f32_without_out_is_a_view():

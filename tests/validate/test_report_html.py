@@ -77,6 +77,10 @@ def test_every_figure_is_that_of_the_json(browser: Any, tiny_model: Any, tmp_pat
         assert [cells[6], cells[7]] == [number(t["local"]["max_abs"]), number(t["local"]["max_rel"])]
         assert json.loads(cells[9]) == t["local"]["worst"]
         assert float(cells[10]) == pytest.approx(t["local"]["worst_value"], rel=1e-6)
+    box = "document.querySelector('#tensors').parentElement"
+    page, needed, shown = browser.execute_script(f"return [innerWidth, {box}.scrollWidth, {box}.clientWidth];")
+    assert page == 1280
+    assert needed <= shown, "the last columns are hidden"
     for which, key in (("own", "local"), ("total", "total")):
         maps = f"table.map.{which} td a"
         found = dict(zip(
