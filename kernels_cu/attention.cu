@@ -1,8 +1,7 @@
 // Causal attention over the paged KV cache, the score matrix never written (FlashAttention-2, Dao 2023).
 //
 // Twin: refengine.ops.attention.attention; of kv_append_f16, refengine.ops.halves. q (n_tokens, n_head, head_dim) and
-// y (n_tokens, n_head * head_dim) float32. Cache: k, v (n_slots, n_head_kv, head_dim) halves, each row times a power of two,
-// whose exponent + 127 is in k_exponents, v_exponents (n_slots, n_head_kv): rows of 1e6 and of 1e-6 keep eleven bits.
+// y (n_tokens, n_head * head_dim) float32. k, v: the cache, see CachedRows: rows of 1e6 and of 1e-6 keep eleven bits.
 // sinks (n_head,) float32 or null. spans (n_spans, 4): first token, tokens, positions filled after them, where its block
 // table begins in `tables`. tiles (n_tiles, 2): span, first row in it; row i of a
 // span and KV head h is token i / group and query head h * group + i % group; a block of threads has 16 rows.
@@ -26,15 +25,23 @@
 //                     every length. May be launched to overlap with the kernel before it.
 // Dynamic shared memory: see Shared. Moves the visible part of K and V once for every 16 rows.
 
+#include "arguments.cuh"
+
 constexpr int ROWS = 16, TILE = 64, WARPS = 8;
 constexpr float LOG2_E = 1.4426950408889634f, NOTHING = -1.0f;
 
+// The cache of one sequence.
 struct Cache {
   const f16 *k, *v;
   const unsigned char *k_exponents, *v_exponents;
   const int* table;
   int block_size, n_head_kv, head_dim, n_kv;
 };
+
+__device__ __forceinline__ Cache cache_of(const CachedRows& k, const CachedRows& v, const int* table, int block_size,
+                                          int n_head_kv, int head_dim) {
+  return Cache{k.values, v.values, k.exponents, v.exponents, table, block_size, n_head_kv, head_dim, 0};
+}
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
 // 2^(m - M) for m ≤ M; both may be minus infinity.
@@ -308,12 +315,11 @@ __device__ __forceinline__ void attention(const float* q, const Cache& all, cons
 
 #define ATTENTION(name, G, SPLITS)                                                                                   \
   extern "C" __global__ void __launch_bounds__(256, 1)                                                               \
-      name(const float* q, const f16* k, const f16* v, const unsigned char* k_exponents,                             \
-           const unsigned char* v_exponents, const int* tables, const float* sinks, const int* spans,                \
+      name(const float* q, CachedRows k, CachedRows v, const int* tables, const float* sinks, const int* spans,      \
            const int* tiles, float* y, int n_head, int n_head_kv, int head_dim, int block_size, int window,          \
            float scale, int first_split, int n_splits) {                                                             \
-    attention<G, SPLITS>(q, Cache{k, v, k_exponents, v_exponents, tables, block_size, n_head_kv, head_dim, 0},       \
-                         tables, sinks, spans, tiles, y, n_head, window, scale, first_split, n_splits);              \
+    attention<G, SPLITS>(q, cache_of(k, v, tables, block_size, n_head_kv, head_dim), tables, sinks, spans, tiles, y, \
+                         n_head, window, scale, first_split, n_splits);                                              \
   }
 ATTENTION(attention_rows_32, 1, false)
 ATTENTION(attention_rows_64, 2, false)
@@ -363,12 +369,11 @@ __device__ __forceinline__ void attention_step(const float* q, Cache cache, cons
 
 #define ATTENTION_STEP(name, G)                                                                                      \
   extern "C" __global__ void __launch_bounds__(256, 1)                                                               \
-      name(const float* q, const f16* k, const f16* v, const unsigned char* k_exponents,                             \
-           const unsigned char* v_exponents, const int* tables, const int* positions, float* partial, int n_head,    \
-           int n_head_kv, int head_dim, int block_size, int window, float scale, int table_stride,                   \
+      name(const float* q, CachedRows k, CachedRows v, const int* tables, const int* positions, float* partial,      \
+           int n_head, int n_head_kv, int head_dim, int block_size, int window, float scale, int table_stride,       \
            int most_splits) {                                                                                        \
-    attention_step<G>(q, Cache{k, v, k_exponents, v_exponents, tables, block_size, n_head_kv, head_dim, 0}, tables,  \
-                      positions, partial, n_head, window, scale, table_stride, most_splits);                         \
+    attention_step<G>(q, cache_of(k, v, tables, block_size, n_head_kv, head_dim), tables, positions, partial,        \
+                      n_head, window, scale, table_stride, most_splits);                                             \
   }
 ATTENTION_STEP(attention_step_32, 1)
 ATTENTION_STEP(attention_step_64, 2)
@@ -410,11 +415,10 @@ extern "C" __global__ void attention_step_merge(const float* partial, const floa
 // Rows of K or V into the cache: values[slots[t], h] = half(x[t, h] · 2^-e), exponents[slots[t], h] = e + 127.
 // x (n_tokens, n_head_kv, head_dim) float32. Grid: x tokens, y KV heads; 32 threads.
 // Precondition: slots are different and inside the cache.
-extern "C" __global__ void kv_append_f16(const float* x, const long long* slots, f16* values, unsigned char* exponents,
-                                         int head_dim) {
+extern "C" __global__ void kv_append_f16(const float* x, const long long* slots, NewRows cache, int head_dim) {
   const float* row = x + (static_cast<long long>(blockIdx.x) * gridDim.y + blockIdx.y) * head_dim;
   long long at = slots[blockIdx.x] * gridDim.y + blockIdx.y;
   int e = row_exponent(row_top(row, head_dim));
-  for (int i = threadIdx.x; i < head_dim; i += 32) values[at * head_dim + i] = f32_to_f16(times_power(row[i], e));
-  if (threadIdx.x == 0) exponents[at] = static_cast<unsigned char>(e + 127);
+  for (int i = threadIdx.x; i < head_dim; i += 32) cache.values[at * head_dim + i] = f32_to_f16(times_power(row[i], e));
+  if (threadIdx.x == 0) cache.exponents[at] = static_cast<unsigned char>(e + 127);
 }

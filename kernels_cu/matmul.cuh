@@ -1,6 +1,36 @@
 // How products are formed: what matmul.cu, gate_up.cu and qkv.cu share. The order of additions is told in matmul.cu.
+//
+// A warp multiplies one tile of W, 16 outputs x 32 columns, with 8 rows of activations, in two mma.sync.m16n8k16: the first
+// takes columns 0-15, the second columns 16-31. Each of the 32 lanes holds a part of every operand. The numbers below are
+// lanes; lane = 4 r + c, with r from 0 to 7 and c from 0 to 3.
+//
+//   W (operand a)                  columns                               x (operand b)           columns
+//               0-3  4-7  8-11 12-15 | 16-19 20-23 24-27 28-31                   0-3  4-7  8-11 12-15 | 16-19 … 28-31
+//   output  0    0    1    2    3    |   0     1     2     3          row 0       0    1    2    3    |   0   …   3
+//           1    4    5    6    7    |   4     5     6     7              1       4    5    6    7    |   4   …   7
+//           …                        |                                    …                           |
+//           7   28   29   30   31    |  28    29    30    31              7      28   29   30   31    |  28   …  31
+//           8    0    1    2    3    |   0     1     2     3
+//           …                        |                                a lane holds 4 + 4 columns of row r: 16 bytes, next to
+//          15   28   29   30   31    |  28    29    30    31          each other in memory (layout.activation_order)
+//
+//   a lane holds 4 + 4 columns of outputs r and r + 8: a[0] and a[1]
+//
+//   sums (operand d)   row      0  1 | 2  3 | 4  5 | 6  7
+//               output  0       0  0 | 1  1 | 2  2 | 3  3             a lane holds the sums of outputs r and r + 8 for rows
+//                       …            |      |      |                  2c and 2c + 1:
+//                       7      28 28 |29 29 |30 30 |31 31               d[0] (r, 2c)      d[1] (r, 2c + 1)
+//                       8       0  0 | 1  1 | 2  2 | 3  3               d[2] (r + 8, 2c)  d[3] (r + 8, 2c + 1)
+//                       …            |      |      |
+//                      15      28 28 |29 29 |30 30 |31 31
+//
+// An mma of its own would want columns 2c, 2c + 1, 2c + 8 and 2c + 9 in lane c. It cannot tell in which order columns come
+// if both operands have the same one, so that number 2c + i of an mma is column 4c + i here, and number 2c + 8 + i is
+// column 4c + 2 + i: a lane's four are adjacent.
+//
+// matmul_plain.cuh has the same sums as a plain loop; read it first.
 
-// The rows of activations that a block of threads has: numbers 0 … count - 1.
+// The rows of activations that a block of threads multiplies, numbered from 0 to count - 1.
 struct Rows {
   int expert, first, count;
   const int *x_rows, *y_rows;
@@ -17,14 +47,14 @@ __device__ __forceinline__ Rows rows_of(const Groups& groups, int n_rows, int si
   return {0, first, min(size, n_rows - first), nullptr, nullptr};
 }
 
-// Where a lane's columns of a row's segment begin. Lanes of rows beyond the last take the last: no column of an mma knows
-// another, and what is not stored may be anything.
+// Where a lane's columns of a row's segment begin. Lanes whose row is beyond the last one take the last: the rows of an mma
+// do not influence each other, and sums of rows that do not exist are not stored.
 __device__ __forceinline__ const f16* columns_of(const Activations& x, int row, int start, int n_blocks) {
   return x.x + (static_cast<long long>(row) * n_blocks + start) * 32 + threadIdx.x % 4 * 8;
 }
 
-// The products of one block of 32 columns with 8 rows of activations, added to the sums of its segment. four: a lane's
-// columns.
+// Adds the products of one block of 32 columns with 8 rows of activations to the sums of its segment. four: the lane's
+// columns of its row.
 template <class Q>
 __device__ __forceinline__ void add_block(const MmaA (&a)[2], const typename Q::Scales (&scales)[2], int j,
                                           const uint4& four, MmaD& sums) {
@@ -55,7 +85,7 @@ __device__ __forceinline__ void block_operands(const typename Q::Words& words, c
     Q::operands(words, a);
 }
 
-// What a segment's sums still lack: the scale of all of it, and the minimums.
+// Completes the sums of a segment: multiplies by the scale of the whole segment, and subtracts the minimums' part.
 template <class Q, int N>
 __device__ __forceinline__ void finish_segment(const typename Q::Scales (&scales)[2], const Activations& x,
                                                const int (&row)[N], int start, int n_blocks, MmaD (&sums)[N]) {
@@ -88,8 +118,7 @@ __device__ __forceinline__ void finish_segment(const typename Q::Scales (&scales
   }
 }
 
-// What becomes of sum i of an mma: the row's scale, and the bias. For numbers beyond the rows and outputs that there are,
-// nothing: put(where in y, value) is not called.
+// Calls put(i, number of the row, output) for each of the lane's four sums whose row and output exist.
 template <class Put>
 __device__ __forceinline__ void for_sums(const Rows& rows, int tile, int n, int n_out, const Put& put) {
   int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
@@ -99,12 +128,13 @@ __device__ __forceinline__ void for_sums(const Rows& rows, int tile, int n, int 
     if (number < rows.count && out < n_out) put(i, number, out);
   }
 }
+// The output from a row's sum: times the row's scale, plus the bias.
 __device__ __forceinline__ float scaled_sum(float sum, const Activations& x, const Rows& rows, int number,
                                             const float* bias, int out, int n_out) {
   float value = __fmul_rn(sum, x.scale[rows.of_x(number)]);
   return bias ? __fadd_rn(value, bias[static_cast<long long>(rows.expert) * n_out + out]) : value;
 }
-// Where in y: of few rows below 2^32, which saves registers.
+// The type of an index into y. For few rows y has fewer than 2^32 elements, and 32 bits save registers.
 template <int N>
 struct Place {
   typedef unsigned long long Index;
@@ -126,12 +156,12 @@ __device__ __forceinline__ void store(const Activations& x, const Rows& rows, in
     });
 }
 
-// What a lane has of a segment, and where it goes on.
+// One segment of a tile, as a lane reads it.
 template <class Q>
 struct Segment {
   Lanes at;
   const f16* columns;
-  int left;  // blocks from its start to the end of the row; none where there is no such segment
+  int left;  // blocks from the segment's start to the end of the row; zero or less if there is no such segment
   typename Q::Scales scales[2];
 
   __device__ __forceinline__ void place(const Planes& w, long long tile, int segment) {
@@ -145,10 +175,10 @@ struct Segment {
   }
 };
 
-constexpr int COLUMNS_AHEAD = 4;  // blocks whose activations are asked for before the first is used
+constexpr int COLUMNS_AHEAD = 4;  // blocks whose activations are loaded before the first is used
 
-// The sums of a segment for up to 8 rows. Words and columns are asked for a few blocks ahead, those of the following
-// segment at last, and take the place of what has just been used.
+// Adds up a segment for up to 8 rows. Words and columns are loaded a few blocks ahead, into the place of those that have just
+// been used; at the end of the segment, those of the following one are loaded.
 template <class Q, bool FULL>
 __device__ __forceinline__ void segment8(const Segment<Q>& now, const Segment<Q>& following,
                                          typename Q::Words (&words)[Q::AHEAD], uint4 (&columns)[COLUMNS_AHEAD],
@@ -169,7 +199,8 @@ __device__ __forceinline__ void segment8(const Segment<Q>& now, const Segment<Q>
   }
 }
 
-// Which planes a tile has: of M matrices of one shape, item by item.
+// M matrices of one shape, multiplied with the same rows: a tile has n_segments items of each matrix, one matrix after
+// another.
 template <int M>
 struct SideBySide {
   Planes w[M];
@@ -182,7 +213,7 @@ struct SideBySide {
   }
   __device__ __forceinline__ int within(int tile) const { return tile; }
 };
-// Of up to three matrices with rows of one length, one under another: the second begins at tile `second`, the third at
+// Up to three matrices whose rows have one length, one below another: the second begins at tile `second`, the third at tile
 // `third`.
 struct Stacked {
   Planes w[3];
@@ -199,13 +230,13 @@ struct Stacked {
   }
 };
 
-// Products of a block of threads' tiles: finish(rows, tile, sums) is called for every lane of one warp with the tile's N
-// sums of 16 x 8.
+// Multiplies the tiles of a block of threads with up to 8 rows. For every tile, all lanes of one warp call
+// finish(rows, tile, sums) with its N sums of 16 x 8.
 template <class Q, class W, class Finish>
 __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Groups& groups, int n_rows, int n_out,
                                       const Finish& finish) {
   constexpr int M = W::N;
-  DYNAMIC_SHARED(float, partial);  // (2, M * n_segments, 4, 32): of one tile, and of the one before it
+  DYNAMIC_SHARED(float, partial);  // (2, M * n_segments, 4, 32): segments' sums of this tile and of the one before it
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_tiles = (n_out + 15) / 16;
   int n_blocks = w.w[0].n_blocks, n_segments = w.w[0].n_segments, n_items = M * n_segments;
   long long first_tile = 0;  // of the expert
@@ -243,7 +274,7 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x, n_done++) {
     float* sums_of_tile = partial + n_done % 2 * n_items * 128;
     for (int item = warp; item < n_items; item += n_warps) {
-      // After the last segment of a tile comes the first of the next.
+      // The last segment of a tile is followed by the first one of the next tile.
       bool last = item + n_warps >= n_items;
       int next_tile = last ? tile + gridDim.x : tile, next_item = last ? warp : item + n_warps;
       following.place(w.of(next_item, next_tile), first_tile + w.within(next_tile), segment_of(next_item));
@@ -272,10 +303,11 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
           total[m].x[i] =
               __fadd_rn(total[m].x[i], sums_of_tile[((m * n_segments + segment) * 4 + i) * 32 + lane]);
     }
-    finish(rows_of(groups, n_rows, 8), tile, total);  // looked up again: it would take registers
+    finish(rows_of(groups, n_rows, 8), tile, total);  // looked up again, since keeping it would take registers
   }
 }
 
+// Multiplies one tile a warp with up to 64 rows, segment after segment.
 template <class Q>
 __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const Groups& groups, int n_rows,
                                        const float* bias, const float* residual, float* y, int n_out) {

@@ -10,10 +10,12 @@
 //   rope_append  one new token for each of n_rows sequences: RMS norm of heads of Q and K (where q_norm and k_norm are given),
 //                the rotation (where cos is given), Q times q_factor (where that is not 1), and K and V into the cache as
 //                kv_append_f16 (attention.cu) does. Twins: those kernels one after another, with the same bits.
-// Rows of q, k and v are q_stride, k_stride and v_stride floats apart. q_norm, k_norm (head_dim,). cos, sin (n_positions,
+// Rows of Q, K and V begin at qkv and are q_stride, k_stride and v_stride floats apart. q_norm, k_norm (head_dim,). cos, sin (n_positions,
 // half) float32, by position. positions (n_rows,) int32: below zero, there is no such row, and nothing is written. tables
 // (n_rows, table_stride): blocks of the cache. q_out (n_rows, n_head, head_dim). Grid: x rows, y heads of Q, K and V one
 // after another; block: 32 threads. Precondition: head_dim at most 128. May be launched to overlap with the kernel before.
+#include "arguments.cuh"
+
 template <bool NEOX>
 __device__ __forceinline__ void rotate(const float* x, const float* cos, const float* sin, float* y, int half,
                                        int head_dim) {
@@ -52,11 +54,10 @@ __device__ __forceinline__ void norm_head(float* row, const float* weight, int n
 }
 
 extern "C" __global__ void __launch_bounds__(32)
-    rope_append(const float* q, const float* k, const float* v, const float* q_norm, const float* k_norm, const float* cos,
-                const float* sin, const int* positions, const int* tables, float* q_out, f16* k_cache, f16* v_cache,
-                unsigned char* k_exponents, unsigned char* v_exponents, int q_stride, int k_stride, int v_stride,
-                int n_head, int n_head_kv, int head_dim, int half, int neox, int block_size, int table_stride, float eps,
-                float q_factor) {
+    rope_append(Projections qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin,
+                const int* positions, const int* tables, float* q_out, NewRows k_cache, NewRows v_cache, int q_stride,
+                int k_stride, int v_stride, int n_head, int n_head_kv, int head_dim, int half, int neox, int block_size,
+                int table_stride, float eps, float q_factor) {
   __shared__ float row[MOST_HEAD_DIM];
   let_next_begin();
   wait_for_previous();
@@ -65,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(32)
   int head = blockIdx.y;
   bool of_q = head < n_head, of_k = !of_q && head < n_head + n_head_kv;
   if (!of_q) head -= of_k ? n_head : n_head + n_head_kv;
-  const float* from = of_q ? q : of_k ? k : v;
+  const float* from = of_q ? qkv.q : of_k ? qkv.k : qkv.v;
   from += static_cast<long long>(token) * (of_q ? q_stride : of_k ? k_stride : v_stride) + head * head_dim;
   for (int i = lane; i < head_dim; i += 32) row[i] = from[i];
   const float* weight = of_q ? q_norm : of_k ? k_norm : nullptr;
@@ -92,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(32)
   float top = 0.0f;
   for (int i = lane; i < head_dim; i += 32) top = larger_or_nan(top, fabsf(row[i]));
   int e = row_exponent(warp_top(top));
-  f16* values = of_k ? k_cache : v_cache;
+  f16* values = of_k ? k_cache.values : v_cache.values;
   for (int i = lane; i < head_dim; i += 32) values[at * head_dim + i] = f32_to_f16(times_power(row[i], e));
-  if (lane == 0) (of_k ? k_exponents : v_exponents)[at] = static_cast<unsigned char>(e + 127);
+  if (lane == 0) (of_k ? k_cache.exponents : v_cache.exponents)[at] = static_cast<unsigned char>(e + 127);
 }

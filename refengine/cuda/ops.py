@@ -171,9 +171,7 @@ class KernelOps:
         return [PagedRows(arena.take(shape, np.float16), arena.take(shape[:-1], np.uint8), arena) for _ in range(n)]
 
     def kv_append(self, cache: PagedRows, new: Array, slots: np.ndarray) -> None:
-        n_blocks, block_size, n_head_kv, head_dim = cache.values.shape
-        if new.shape != (len(slots), n_head_kv, head_dim):
-            raise KernelError(f"kv_append: rows {new.shape} for {len(slots)} slots of a cache {cache.values.shape}")
+        n_blocks, block_size, _, _ = cache.values.shape
         if len(slots) and not 0 <= slots.min() <= slots.max() < n_blocks * block_size:
             raise KernelError(f"kv_append: slots {slots.min()} to {slots.max()} of {n_blocks * block_size}")
         attending.kv_append(self.kernels, self._floats(new), self.xp.asarray(slots), cache)

@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_refused_before_the_launch(there: OpsThere) -> None
     cache = there.cache(2, 24, 3)
     with pytest.raises(KernelError, match=r"slots 5 to 192 of 192"):
         there.kv_append(cache.k[0], np.zeros((2, 2, 24), np.float32), np.array([5, 192]))
-    with pytest.raises(KernelError, match=r"rows \(2, 3, 24\) for 2 slots"):
+    with pytest.raises(KernelError, match=r"new rows' array has the shape \(2, 3, 24\), expected \(2, 2, 24\)"):
         there.kv_append(cache.k[0], np.zeros((2, 3, 24), np.float32), np.array([5, 6]))
     wide = there.cache(1, 256, 1)
     batch = wide.batch([(CacheSequence(), [0])])

@@ -181,6 +181,6 @@ def test_experts_of_rows_that_are_there(there: OpsThere) -> None:
 
     residual, down = random(9, 96, seed=4), random(9, 3, 96, seed=5)
     y = there.put(np.zeros((9, 96), np.float32))
-    moe.combine(kernels, there.put(down), there.put(expected), there.put(residual), y)
+    moe.combine(kernels, there.put(down.reshape(27, 96)), there.put(expected), there.put(residual), y)
     wanted = there.sum_experts(down * expected[:, :, None]) + residual
     np.testing.assert_array_equal(to_numpy(y), wanted)

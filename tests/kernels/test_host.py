@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refengine.cuda.runtime.host import HostModule
-from refengine.cuda.runtime.source import Struct, source_of
+from refengine.cuda.runtime.source import Struct, check_arguments, source_of
 from refengine.errors import KernelError
 
 KERNELS = """
@@ -163,7 +163,7 @@ FAULTS: dict[str, tuple[int, list[Any], int, str]] = {
     "lonely_lane": (32, [np.zeros(1, np.int32)], 0, r"names lane \d+, which has ended|divergent warp operation"),
     "not_in_mask": (32, [np.zeros(32, np.int32)], 0, r"thread 1: line \d+: the mask 0x00000001 leaves out the calling"),
 }  # fmt: skip
-CHECKED = {
+CHECKED: dict[str, tuple[int, list[Any], int, str]] = {
     "add_f32": (256, [np.zeros(256, np.float32), np.zeros(200, np.float32), np.zeros(256, np.float32), np.int32(256)],
                 0, r"add_f32: block \(0, 0, 0\) thread 200: out of bounds: reads 4 bytes, 0 past the end of 'b' "
                    r"\(800 bytes\)"),
@@ -201,6 +201,9 @@ def test_wrong_accesses_are_named(kernel: str, checked: HostModule) -> None:
         ([np.zeros(4), *[np.zeros(4, np.float32)] * 2, np.int32(4)], "a must be float32, found float64"),
         ([*[np.zeros(4, np.float32)] * 3, "4"], "n must be a number: '4'"),
         ([*[np.zeros(4, np.float32)] * 3, 1 << 31], "n is 2147483648, out of range for int"),
+        ([*[np.zeros(4, np.float32)] * 3, -1 - (1 << 31)], "n is -2147483649, out of range for int"),
+        ([*[np.zeros(4, np.float32)] * 3, 4.0], r"n must be a whole number, found 4\.0"),
+        ([*[np.zeros(4, np.float32)] * 3, float("nan")], "n must be a whole number, found nan"),
         ([*[np.zeros(4, np.float32)] * 3, np.int64(4)], "n must be int32, found int64"),
         ([np.float32(1), *[np.zeros(4, np.float32)] * 2, np.int32(4)], "a must be an array"),
         ([np.zeros(8, np.float32)[::2], *[np.zeros(4, np.float32)] * 2, np.int32(4)], "a must be contiguous"),
@@ -209,6 +212,21 @@ def test_wrong_accesses_are_named(kernel: str, checked: HostModule) -> None:
 def test_arguments_are_checked_before_a_launch(arguments: list[Any], message: str, checked: HostModule) -> None:
     with pytest.raises(KernelError, match=message):
         checked.launch("add_f32", (1,), (4,), arguments)
+
+
+def test_python_numbers_become_scalars_of_the_c_type() -> None:
+    text = 'extern "C" __global__ void k(int i, unsigned u, long long l, float f, double d) {}'
+    source = source_of("k", ("k.cu", text))
+    given = [-(1 << 31), (1 << 32) - 1, -(1 << 63), 0.1, 0.1]
+    checked = check_arguments(source, "k", given)
+    assert [c.dtype for c in checked] == [np.dtype(t) for t in ("i4", "u4", "i8", "f4", "f8")]
+    assert checked == [*given[:3], np.float32(0.1), 0.1]
+    assert check_arguments(source, "k", [True, False, True, 3, True]) == [1, 0, 1, 3.0, 1.0]
+    assert check_arguments(source, "k", [0, 0, 0, float("inf"), 1e300])[3:] == [np.inf, 1e300]
+    wrong = {"u": [0, -1, 0, 0.0, 0.0], "l": [0, 0, 1 << 63, 0.0, 0.0], "f": [0, 0, 0, 1e39, 0.0]}
+    for name, arguments in wrong.items():
+        with pytest.raises(KernelError, match=f"k: {name} is .*, out of range for "):
+            check_arguments(source, "k", arguments)
 
 
 STRUCT = """

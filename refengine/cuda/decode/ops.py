@@ -392,8 +392,7 @@ def _gate_up_fits(gate: Product, up: Product) -> bool:
     assert gate.w is not None
     assert up.w is not None
     assert gate.x is not None
-    few = gate.choice is not None or gate.x.n_rows <= FEW_ROWS
-    return few and gate.w.type == up.w.type and gate.w.shape == up.w.shape and not gate.w.is_float
+    return gate_up.fits(gate.w, up.w, gate.x.n_rows if gate.choice is None else FEW_ROWS)
 
 
 def _as_product(value: Value) -> Value:

@@ -1,4 +1,4 @@
-"""The kernels' bindings: one module for each file of `kernels_cu/`, with the same name.
+"""The kernels' bindings: one module for each file of `kernels_cu/`, with the same name, and `shapes` for all of them.
 
 A function launches one operation. It takes the launcher (`cuda.runtime.launch.Kernels`), the inputs, and the outputs it
 is to write; it knows the grid, the block, the shared memory and the preconditions, and allocates nothing. `cuda.ops`

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from refengine.array import Array
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.memory import Arena
 from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 BLOCK_ROWS, TILE, SPLIT = 16, 64, 512  # rows of a block of threads; positions of a tile and of a split
@@ -22,6 +25,11 @@ class PagedRows:
     values: Array
     exponents: Array
     arena: Arena | None = None
+
+    @cached_property
+    def struct(self) -> Struct:
+        """`CachedRows` or `NewRows` of arguments.cuh."""
+        return Struct(self.values, self.exponents)
 
     @property
     def nbytes(self) -> int:
@@ -101,10 +109,13 @@ def attention(
     _, block_size, n_head_kv, _ = k_cache.values.shape
     first, n_splits, apart = splits
     width = head_width(head_dim)
-    caches = [k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents]
+    check_shape("attention", "the output", y, (n_tokens, n_head * head_dim))
+    check_shape("attention", "the sinks' array", sinks, (n_head,))
+    if apart:
+        check_shape("attention", "the space for splits", partial, (n_tokens, n_head, n_splits, head_dim + 2))
     sizes = [n_head, n_head_kv, head_dim, block_size, window, float(scale), first, n_splits]
     out = partial if apart else y
-    arguments = [q, *caches, batch.tables, sinks, batch.spans, batch.tiles, out, *sizes]
+    arguments = [q, k_cache.struct, v_cache.struct, batch.tables, sinks, batch.spans, batch.tiles, out, *sizes]
     grid = (len(batch.tiles), n_head_kv, n_splits if apart else 1)
     kernel = f"attention_{'splits' if apart else 'rows'}_{width}"
     kernels.launch("attention", kernel, grid, 256, arguments, shared_bytes(width))
@@ -127,22 +138,27 @@ def attention_step(
     window: int,
     sinks: Array | None,
 ) -> None:
-    """Attention of one token for each of n sequences, in two launches that overlap. q, y: (n, n_head, head_dim)
-    float32.
+    """Attention of one token for each of n sequences, in two launches that overlap. q: (n, n_head, head_dim), y: (n,
+    n_head · head_dim) float32.
 
     positions: (n,) int32, below zero where there is no row; tables: (n, n_blocks) int32; partial: (n, n_head,
     most_splits, head_dim + 2) float32, space.
     """
     n, n_head, head_dim = q.shape
+    check_cache(n_head, head_dim, k_cache)
     _, block_size, n_head_kv, _ = k_cache.values.shape
+    check_shape("attention_step", "the output", y, (n, n_head * head_dim))
+    check_shape("attention_step", "the positions' array", positions, (n,))
+    check_shape("attention_step", "the tables' array", tables, (n, tables.shape[-1]))
+    check_shape("attention_step", "the sinks' array", sinks, (n_head,))
+    check_shape("attention_step", "the space for splits", partial, (n, n_head, partial.shape[2], head_dim + 2))
     most_splits = partial.shape[2]
     seen = min(most_splits, -(-window // SPLIT) + 1) if window else most_splits  # splits in which a row sees positions
     tiles = -(-n_head // n_head_kv // BLOCK_ROWS) * n
     at_once = min(seen, max(1, -(-BUSY // (tiles * n_head_kv))))
     width = head_width(head_dim)
-    caches = [k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents]
     sizes = [n_head, n_head_kv, head_dim, block_size, window, float(scale), tables.shape[1], most_splits]
-    arguments = [q, *caches, tables, positions, partial, *sizes]
+    arguments = [q, k_cache.struct, v_cache.struct, tables, positions, partial, *sizes]
     grid, shared = (tiles, n_head_kv, at_once), shared_bytes(width)
     kernels.launch("attention", f"attention_step_{width}", grid, 256, arguments, shared, overlap=True)
     arguments = [partial, sinks, positions, y, n_head, head_dim, window, most_splits]
@@ -152,5 +168,6 @@ def attention_step(
 def kv_append(kernels: Kernels, rows: Array, slots: Array, cache: PagedRows) -> None:
     """Write rows (n_tokens, n_head_kv, head_dim) float32 into the cache at slots (n_tokens,) int64."""
     n_tokens, n_head_kv, head_dim = rows.shape
-    arguments = [rows, slots, cache.values, cache.exponents, head_dim]
+    check_shape("kv_append", "the new rows' array", rows, (len(slots), *cache.values.shape[2:]))
+    arguments = [rows, slots, cache.struct, head_dim]
     kernels.launch("attention", "kv_append_f16", (n_tokens, n_head_kv), 32, arguments)

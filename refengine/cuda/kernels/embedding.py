@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from refengine.array import Array
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
@@ -11,6 +12,7 @@ from refengine.cuda.runtime.source import Struct
 def embedding(kernels: Kernels, w: PackedMatrix, ids: Array, y: Array) -> None:
     """y[t] = row ids[t] of w, dequantised. ids: (n,) int32, each below w's rows; y: (n, n_in) float32."""
     n_in = w.shape[-1]
+    check_shape(w.name, "the rows' array", y, (len(ids), n_in))
     kernel = f"embedding_{w.type.name.lower()}"
     matrix: Array | Struct
     if w.is_float:

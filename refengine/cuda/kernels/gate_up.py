@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from refengine.array import Array
-from refengine.cuda.kernels.matmul import FEW_ROWS, NO_GROUPS, SEGMENT, narrow_launch
-from refengine.cuda.kernels.moe import Groups
+from refengine.cuda.kernels.matmul import FEW_ROWS, SEGMENT, narrow_launch
+from refengine.cuda.kernels.moe import NO_GROUPS, Groups
 from refengine.cuda.kernels.quantize_rows import Rows
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
+from refengine.errors import KernelError
 
 
-def fits(x: Rows, gate: PackedMatrix, up: PackedMatrix, groups: Groups | None = None) -> bool:
-    """Whether `gate_up` takes them: quantised matrices of one type and shape, at most 8 rows, or groups of 8."""
-    few = groups.size == FEW_ROWS if groups else x.n <= FEW_ROWS
-    return gate.type == up.type and gate.shape == up.shape and not gate.is_float and few
+def fits(gate: PackedMatrix, up: PackedMatrix, n_together: int) -> bool:
+    """Whether `gate_up` takes them: quantised matrices of one type and shape, and at most 8 rows multiplied together.
+
+    n_together: the number of rows, or the size of groups.
+    """
+    return gate.type == up.type and gate.shape == up.shape and not gate.is_float and n_together <= FEW_ROWS
 
 
 def gate_up(
@@ -30,6 +34,13 @@ def gate_up(
     """y = swiglu(x gateᵀ + bias, x upᵀ + bias), or swiglu_clamped. y: (n_rows, n_ff) float32, n_rows pairs with groups.
     """
     n_out, n_in = gate.shape[-2:]
+    if not fits(gate, up, groups.size if groups else x.n):
+        found = f"{gate.type.name} {gate.shape} and {up.type.name} {up.shape} for {x.n} rows"
+        raise KernelError(f"{gate.name}: quantised matrices of one type and shape are taken together, found {found}")
+    x.check(gate.name, n_in, floats=False)
+    check_shape(gate.name, "the output", y, (len(groups.y_rows) if groups else x.n, n_out))
+    for w, bias in zip((gate, up), biases, strict=True):
+        check_shape(w.name, "the bias", bias, w.shape[:-1])
     n_groups = len(groups.group) if groups else 1
     n_segments = -(-n_in // SEGMENT)
     blocks, warps = narrow_launch(kernels, gate, n_out, 2 * n_segments, n_groups)
@@ -42,6 +53,12 @@ def gate_up(
 def up_gelu(kernels: Kernels, x: Rows, up: PackedMatrix, y: Array, bias: Array | None = None) -> None:
     """y = gelu(x upᵀ + bias), of quantised weights and at most 8 rows. y: (n_rows, n_ff) float32."""
     n_out, n_in = up.shape
+    if up.is_float or x.n > FEW_ROWS:
+        found = f"{x.n} rows and {up.type.name}"
+        raise KernelError(f"{up.name}: up_gelu takes at most {FEW_ROWS} rows and quantised weights, found {found}")
+    x.check(up.name, n_in, floats=False)
+    check_shape(up.name, "the output", y, (x.n, n_out))
+    check_shape(up.name, "the bias", bias, (n_out,))
     n_segments = -(-n_in // SEGMENT)
     blocks, warps = narrow_launch(kernels, up, n_out, n_segments, 1)
     arguments = [up.struct, x.struct, bias, y, n_out, n_in, x.n]

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from refengine.array import Array
 from refengine.cuda.kernels import matmul_f32
-from refengine.cuda.kernels.moe import Groups
+from refengine.cuda.kernels.moe import NO_GROUPS, Groups
 from refengine.cuda.kernels.quantize_rows import Rows
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
-from refengine.cuda.runtime.source import Struct
 
 FEW_ROWS, MANY_ROWS = 8, 64  # rows that a block of rows8_* and of rows64_* multiplies
 SEGMENT = 256  # columns whose products are summed before segments are added
-NO_GROUPS = Struct(None, None, None)
 WIDE = ("q8_0", "q4_k", "mxfp4")  # types of which 20 warps fit a multiprocessor; of the others, 16 do
 
 
@@ -34,8 +33,12 @@ def linear(
     float32; bias: (n_out,), or (n_expert, n_out). The sums do not depend on the number of rows or on the grouping.
     """
     n_out, n_in = w.shape[-2:]
+    x.check(w.name, n_in, floats=w.is_float)
+    check_shape(w.name, "the output", y, (len(groups.y_rows) if groups else x.n, n_out))
+    check_shape(w.name, "the bias", bias, w.shape[:-1])
+    check_shape(w.name, "the residual", residual, y.shape)
     if w.is_float:
-        matmul_f32.linear(kernels, x, w, y, bias, residual, groups, NO_GROUPS, FEW_ROWS, overlap)
+        matmul_f32.linear(kernels, x, w, y, bias=bias, residual=residual, groups=groups, overlap=overlap)
         return
     kind = w.type.name.lower()
     size = groups.size if groups else FEW_ROWS if x.n <= FEW_ROWS else MANY_ROWS

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from refengine.array import Array
-from refengine.cuda.kernels.moe import Groups
+from refengine.cuda.kernels.moe import NO_GROUPS, Groups
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
-from refengine.cuda.runtime.source import Struct
+
+ROWS = 8  # that a block multiplies
 
 
 def linear(
@@ -15,17 +16,16 @@ def linear(
     x: Rows,
     w: PackedMatrix,
     y: Array,
+    *,
     bias: Array | None,
     residual: Array | None,
     groups: Groups | None,
-    no_groups: Struct,
-    size: int,
     overlap: bool,
 ) -> None:
-    """As `matmul.linear`, from the rows' floats, `size` rows a block."""
+    """As `matmul.linear`, from the rows' floats."""
     n_out, n_in = w.shape[-2:]
-    n_groups = len(groups.group) if groups else -(-x.n // size)
-    struct = groups.struct if groups else no_groups
+    n_groups = len(groups.group) if groups else -(-x.n // ROWS)
+    struct = groups.struct if groups else NO_GROUPS
     arguments = [w.float_rows, x.floats, struct, bias, residual, y, n_out, n_in, x.n]
     kernel, grid = f"rows8_{w.type.name.lower()}", (-(-n_out // 8), n_groups)
     kernels.launch("matmul_f32", kernel, grid, 256, arguments, overlap=overlap, what=w.name)

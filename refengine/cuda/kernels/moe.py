@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from refengine.array import Array
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 MOST_USED = 32  # experts that a row may use: a warp holds them
+NO_GROUPS = Struct(None, None, None)  # row i goes to row i
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def top_experts(kernels: Kernels, scores: Array, chosen: Array) -> None:
     n_used = chosen.shape[1]
     if not 1 <= n_used <= n_expert:
         raise KernelError(f"top_experts: {n_used} of {n_expert} experts")
+    check_shape("top_experts", "the array of chosen experts", chosen, (n_tokens, n_used))
     kernels.launch("moe", "top_experts_f32", (n_tokens,), 32, [scores, chosen, n_expert, n_used])
 
 
@@ -56,6 +59,7 @@ def row_soft_max(kernels: Kernels, x: Array, y: Array) -> None:
     n = int(x.shape[-1])
     if n > MOST_USED:
         raise KernelError(f"row_soft_max: rows of {n}, at most {MOST_USED} are taken")
+    check_shape("row_soft_max", "the output", y, x.shape)
     kernels.launch("moe", "row_soft_max_f32", (int(x.size) // n,), 32, [x, y, n])
 
 
@@ -65,7 +69,13 @@ def route(kernels: Kernels, scores: Array, positions: Array, chosen: Array, shar
     positions: (n,) int32; a row whose position is below zero chooses expert -1, none.
     """
     n, n_expert = scores.shape
-    arguments = [scores, positions, chosen, shares, n_expert, chosen.shape[1]]
+    n_used = chosen.shape[1]
+    if not 1 <= n_used <= min(n_expert, MOST_USED):
+        raise KernelError(f"route: {n_used} of {n_expert} experts, at most {MOST_USED} are taken")
+    check_shape("route", "the positions' array", positions, (n,))
+    check_shape("route", "the array of chosen experts", chosen, (n, n_used))
+    check_shape("route", "the shares' array", shares, (n, n_used))
+    arguments = [scores, positions, chosen, shares, n_expert, n_used]
     kernels.launch("moe", "route_f32", (n,), 32, arguments, overlap=True)
 
 
@@ -74,6 +84,9 @@ def group_experts(
 ) -> None:
     """Fill `groups` from chosen (n_tokens, n_used) int32. share: pairs, one after another, that read one row."""
     n_pairs = int(chosen.size)
+    check_shape("group_experts", "the groups' array", groups.group, (most_groups(n_pairs, n_expert, groups.size), 3))
+    check_shape("group_experts", "the array of rows read", groups.x_rows, (n_pairs,))
+    check_shape("group_experts", "the array of rows written", groups.y_rows, (n_pairs,))
     arrays = [chosen, groups.group, groups.x_rows, groups.y_rows]
     sizes = [n_pairs, n_expert, len(groups.group), groups.size, share]
     kernels.launch("moe", "group_experts", (1,), 256, [*arrays, *sizes], 8 * n_expert, overlap=overlap)
@@ -83,6 +96,7 @@ def sum_experts(kernels: Kernels, experts: Array, y: Array) -> None:
     """y (n_tokens, n) = the sum over ranks, in their order, of experts (n_tokens, n_used, n). float32."""
     n_tokens, n_used, n = experts.shape
     n_elements = n_tokens * n
+    check_shape("sum_experts", "the output", y, (n_tokens, n))
     kernels.launch("moe", "sum_experts_f32", (-(-n_elements // 256),), 256, [experts, y, n_used, n, n_elements])
 
 
@@ -92,5 +106,8 @@ def combine(kernels: Kernels, down: Array, shares: Array, residual: Array, y: Ar
     Overlaps.
     """
     n, width = y.shape
+    check_shape("combine", "the array of outputs", down, (n * shares.shape[1], width))
+    check_shape("combine", "the shares' array", shares, (n, shares.shape[1]))
+    check_shape("combine", "the residual", residual, y.shape)
     arguments = [down, shares, residual, y, shares.shape[1], width]
     kernels.launch("moe", "combine_f32", (-(-width // 256), n), 256, arguments, overlap=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from refengine.array import Array
-from refengine.cuda.kernels.quantize_rows import Rows
+from refengine.cuda.kernels.quantize_rows import BLOCK, Rows
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
 
@@ -22,6 +23,7 @@ def layer_norm(kernels: Kernels, x: Array, weight: Array, bias: Array, eps: floa
 
 def _norm(kernels: Kernels, kernel: str, x: Array, vectors: list[Array], eps: float, y: Array) -> None:
     n = _width(kernel, x, vectors)
+    check_shape(kernel, "the output", y, x.shape)
     kernels.launch("norm", kernel, (int(x.size) // n,), THREADS, [x, *vectors, y, n, float(eps)])
 
 
@@ -37,6 +39,11 @@ def layer_norm_rows(kernels: Kernels, x: Array, weight: Array, bias: Array, eps:
 
 def _norm_rows(kernels: Kernels, kernel: str, x: Array, vectors: list[Array], eps: float, rows: Rows) -> None:
     n = _width(kernel, x, vectors)
+    check_shape(kernel, "the floats' array", rows.floats, x.shape)
+    if rows.halves is not None:
+        check_shape(kernel, "the halves' array", rows.halves, x.shape)
+        check_shape(kernel, "the sums' array", rows.sums, (len(x), n // BLOCK))
+        check_shape(kernel, "the scales' array", rows.scale, (len(x),))
     arguments = [x, *vectors, rows.floats, rows.halves, rows.scale, rows.sums, n, float(eps)]
     kernels.launch("norm", kernel, (len(x),), THREADS, arguments, 4 * n, overlap=True)
 

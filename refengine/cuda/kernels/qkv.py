@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from refengine.array import Array
 from refengine.cuda.kernels.matmul import FEW_ROWS, SEGMENT, narrow_launch
 from refengine.cuda.kernels.quantize_rows import Rows
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
+from refengine.errors import KernelError
 
 NO_MATRIX = Struct(None, None, None, None)
 
@@ -28,6 +30,13 @@ def qkv(kernels: Kernels, x: Rows, matrices: Sequence[PackedMatrix], biases: Seq
     first = matrices[0]
     n_in, n_out, n_segments = first.shape[1], sum(w.shape[0] for w in matrices), -(-first.shape[1] // SEGMENT)
     missing = 3 - len(matrices)
+    if x.n > FEW_ROWS or any(w.type != first.type or w.shape[1] != n_in or w.is_float for w in matrices):
+        found = [f"{w.type.name} {w.shape}" for w in matrices]
+        raise KernelError(f"{first.name}: at most {FEW_ROWS} rows and matrices of one type go together, found {found}")
+    x.check(first.name, n_in, floats=False)
+    check_shape(first.name, "the output", y, (x.n, n_out))
+    for w, bias in zip(matrices, biases, strict=True):
+        check_shape(w.name, "the bias", bias, (w.shape[0],))
     blocks, warps = narrow_launch(kernels, first, n_out, n_segments, 1)
     structs = [w.struct for w in matrices] + [NO_MATRIX] * missing
     sizes = [first.shape[0], matrices[1].shape[0], n_out, n_in, x.n]

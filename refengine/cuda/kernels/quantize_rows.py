@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from refengine.array import Array
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
+from refengine.errors import KernelError
 
 BLOCK = 32  # columns whose sum is kept
 
@@ -31,10 +33,23 @@ class Rows:
         """`Activations` of arguments.cuh."""
         return Struct(self.halves, self.sums, self.scale)
 
+    def check(self, tensor: str, n_in: int, *, floats: bool) -> None:
+        """Raises KernelError unless a product with `tensor`, of rows n_in wide, can read its floats or its halves."""
+        array = self.floats if floats else self.halves
+        if array is None or array.shape != (self.n, n_in):
+            found = "none" if array is None else f"rows of the shape {array.shape}"
+            kind = "floats" if floats else "halves"
+            raise KernelError(f"{tensor}: the product reads {kind} of the shape {(self.n, n_in)}, found {found}")
+
 
 def quantize_rows(kernels: Kernels, x: Array, rows: Rows, *, overlap: bool = False) -> None:
     """Write the halves, sums and scales of `rows` from x (n, n_in) float32."""
     n, n_in = x.shape
+    if n_in % BLOCK:
+        raise KernelError(f"quantize_rows_f16: rows of {n_in} are no multiple of {BLOCK}")
+    check_shape("quantize_rows_f16", "the halves' array", rows.halves, (n, n_in))
+    check_shape("quantize_rows_f16", "the sums' array", rows.sums, (n, n_in // BLOCK))
+    check_shape("quantize_rows_f16", "the scales' array", rows.scale, (n,))
     threads = min(1024, max(64, n_in // 8 // 32 * 32))
     arguments = [x, rows.halves, rows.scale, rows.sums, n_in]
     kernels.launch("quantize_rows", "quantize_rows_f16", (n,), threads, arguments, overlap=overlap)

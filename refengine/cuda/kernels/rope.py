@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from refengine.array import Array
-from refengine.cuda.kernels.attention import PagedRows
+from refengine.cuda.kernels.attention import PagedRows, check_cache
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 Angles = tuple[Array, Array]
@@ -22,6 +25,7 @@ def rope(kernels: Kernels, x: Array, angles: Angles, y: Array, *, neox: bool) ->
     kernel = "rope_neox_f32" if neox else "rope_norm_f32"
     if any(a.shape != (n_tokens, 1, half) for a in angles) or 2 * half > head_dim:
         raise KernelError(f"{kernel}: heads {x.shape}, angles {[a.shape for a in angles]}")
+    check_shape(kernel, "the output", y, x.shape)
     kernels.launch("rope", kernel, (n_tokens, n_head), 64, [x, *angles, y, half, head_dim])
 
 
@@ -32,6 +36,11 @@ class Projections:
 
     parts: tuple[Array, Array, Array]
     strides: tuple[int, int, int]
+
+    @cached_property
+    def struct(self) -> Struct:
+        """`Projections` of arguments.cuh."""
+        return Struct(*self.parts)
 
 
 @dataclass(frozen=True)
@@ -67,9 +76,17 @@ def rope_append(
     float32.
     """
     n, n_head, head_dim = q.shape
+    check_cache(n_head, head_dim, k_cache)
     _, block_size, n_head_kv, _ = k_cache.values.shape
-    caches = [k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents]
+    check_shape("rope_append", "the V cache", v_cache.values, k_cache.values.shape)
+    check_shape("rope_append", "the positions' array", positions, (n,))
+    check_shape("rope_append", "the tables' array", tables, (n, tables.shape[-1]))
+    for weight in norms:
+        check_shape("rope_append", "the weight of a norm", weight, (head_dim,))
+    for part, stride, heads in zip(qkv.parts, qkv.strides, (n_head, n_head_kv, n_head_kv), strict=True):
+        if part.size < (n - 1) * stride + heads * head_dim:
+            raise KernelError(f"rope_append: {n} rows of {heads} heads of {head_dim} every {stride} of {part.size}")
     sizes = [n_head, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, tables.shape[1]]
-    arguments = [*qkv.parts, *norms, rotation.cos, rotation.sin, positions, tables, q, *caches, *qkv.strides, *sizes]
-    arguments += [float(eps), float(q_factor)]
+    arrays = [qkv.struct, *norms, rotation.cos, rotation.sin, positions, tables, q, k_cache.struct, v_cache.struct]
+    arguments = [*arrays, *qkv.strides, *sizes, float(eps), float(q_factor)]
     kernels.launch("rope", "rope_append", (n, n_head + 2 * n_head_kv), 32, arguments, overlap=True)

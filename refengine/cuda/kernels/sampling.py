@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from refengine.array import Array
+from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
 
 BINS = 2048  # of sampling.cu
@@ -44,6 +45,7 @@ class Sampler:
     def draw(self, n: int, logits: Array, b: Mapping[str, Array]) -> None:
         """Draw from rows of logits (n, n_vocab) into b["drawn"]. b: `arrays`, and ids, positions (n,) int32."""
         n_parts, n_vocab, longest = self._n_parts, self._n_vocab, self._longest
+        check_shape("sampling", "the logits' array", logits, (n, n_vocab))
 
         def launch(kernel: str, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
             self._kernels.launch("sampling", kernel, grid, threads, arguments, overlap=True)

@@ -9,9 +9,10 @@ devices.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _TYPES: dict[str, tuple[str, ...]] = {
 }
 _DTYPES = {kind: frozenset(np.dtype(name) for name in names) for kind, names in _TYPES.items()}
 _SCALARS: dict[str, Any] = {kind: getattr(np, names[0]) for kind, names in _TYPES.items()}
+_REALS = ("float", "double")
 _NUMBERS = {int, float, bool}
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _STRUCT = re.compile(r"^struct (\w+) \{\n((?:  [^\n()]*\* ?\w+;\n)+)\};", re.MULTILINE)
@@ -43,6 +45,29 @@ _MACRO = re.compile(r"^#define (\w+)\((\w+)[^)]*\)((?:[^\n]*\\\n)*[^\n]*)", re.M
 _KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)', re.DOTALL
 )
+
+
+def _converter(kind: str) -> Callable[[Any], Any]:
+    scalar = _SCALARS[kind]
+
+    def whole(value: Any) -> Any:
+        if type(value) is float:
+            raise TypeError
+        return scalar(value)
+
+    def real(value: Any) -> Any:
+        if type(value) is float and abs(value) <= 1.0:  # nearly always: scales and epsilons
+            return scalar(value)
+        with np.errstate(over="ignore"):
+            number = scalar(value)
+        if np.isinf(number) and not isinf(value):
+            raise OverflowError
+        return number
+
+    return real if kind in _REALS else whole
+
+
+_CONVERTERS = {kind: _converter(kind) for kind in _TYPES}
 
 
 class Struct:
@@ -55,7 +80,7 @@ class Struct:
 
     def __init__(self, *arrays: Any) -> None:
         self.arrays = arrays
-        self.fits: str | None = None  # the C struct that the arrays were checked against
+        self.fits: set[str] = set()  # the C structs that the arrays were checked against
         self._packed: np.ndarray | None = None
 
     @property
@@ -74,13 +99,23 @@ def address_of(array: Any) -> int:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a kernel. kind: its C type without const and *. members: of a struct, its pointers."""
+    """One parameter of a kernel. kind: its C type without const and *. members: of a struct, its pointers.
+
+    dtypes: of arrays and NumPy scalars that fit. converted: a Python number as a scalar of the C type; it raises
+    OverflowError for a number out of range, and TypeError for a fraction where the C type is an integer's.
+    """
 
     name: str
     kind: str
     pointer: bool
     writable: bool
     members: tuple[Parameter, ...] = ()
+    dtypes: frozenset[np.dtype[Any]] = field(init=False, repr=False)
+    converted: Callable[[Any], Any] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:  # once for each kernel, for the sake of `check_arguments`
+        object.__setattr__(self, "dtypes", _DTYPES.get(self.kind, frozenset()))
+        object.__setattr__(self, "converted", _CONVERTERS.get(self.kind))
 
 
 @dataclass(frozen=True)
@@ -161,7 +196,7 @@ def check_arguments(source: Source, kernel: str, arguments: Sequence[Any]) -> li
     """The arguments as the kernel takes them: arrays, None for null pointers, NumPy scalars, Structs. See W-1431.
 
     Python numbers become scalars of the parameter's C type. Raises KernelError for what does not fit in number, type,
-    range or layout.
+    range or layout; a fraction does not fit an integer.
     """
     parameters = source.kernels.get(kernel)
     if parameters is None:
@@ -177,23 +212,25 @@ def check_arguments(source: Source, kernel: str, arguments: Sequence[Any]) -> li
         elif parameter.members:
             if not isinstance(value, Struct) or len(value.arrays) != len(parameter.members):
                 raise KernelError(f"{kernel}: {parameter.name} must be a Struct of {len(parameter.members)} arrays")
-            if value.fits != parameter.kind:
+            if parameter.kind not in value.fits:
                 for member, array in zip(parameter.members, value.arrays, strict=True):
                     if array is not None:
                         _check_array(kernel, member, array, f"{parameter.name}.")
-                value.fits = parameter.kind
+                value.fits.add(parameter.kind)
         elif type(value) in _NUMBERS:
             try:
-                checked[i] = _SCALARS[parameter.kind](value)
+                checked[i] = parameter.converted(value)
             except OverflowError:
                 raise KernelError(f"{kernel}: {parameter.name} is {value}, out of range for {parameter.kind}") from None
-        elif not isinstance(value, np.generic) or value.dtype not in _DTYPES[parameter.kind]:
+            except TypeError:
+                raise KernelError(f"{kernel}: {parameter.name} must be a whole number, found {value}") from None
+        elif not isinstance(value, np.generic) or value.dtype not in parameter.dtypes:
             raise KernelError(f"{kernel}: {parameter.name} must be {_misfit(parameter, value)}")
     return checked
 
 
 def _check_array(kernel: str, parameter: Parameter, value: Any, prefix: str = "") -> None:
-    if getattr(value, "dtype", None) not in _DTYPES[parameter.kind] or isinstance(value, np.generic):
+    if getattr(value, "dtype", None) not in parameter.dtypes or isinstance(value, np.generic):
         raise KernelError(f"{kernel}: {prefix}{parameter.name} must be {_misfit(parameter, value)}")
     if not value.flags.c_contiguous:
         raise KernelError(

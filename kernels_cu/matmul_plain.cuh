@@ -1,0 +1,62 @@
+// What the kernels of matmul.cu, gate_up.cu and qkv.cu compute for one output and one row, as a plain loop to read first.
+//
+// The kernels add the same numbers in the same order; they only divide the work among lanes, warps and blocks. No kernel
+// includes this file: tests/kernels/test_matmul.py compares its bits with theirs in the build for the CPU, where an mma
+// rounds once, at its end. Include arguments.cuh, quants.cuh and matmul.cuh before it.
+
+// The sum over all columns, before the row's scale, the bias and the residual. x: see Activations.
+template <class Q>
+__device__ float plain_sum(const Planes& w, const Activations& x, int row, int out) {
+  int tile = out / 16, of_tile = out % 16, r = of_tile % 8, lower = of_tile / 8;
+  float total = 0.0f;
+  for (int segment = 0; segment < w.n_segments; segment++) {
+    int first = segment * SEGMENT, count = min(SEGMENT, w.n_blocks - first);
+    typename Q::Scales scale = Q::scales(w, static_cast<long long>(tile) * w.n_segments + segment, of_tile);
+    typename Q::Scales scales[2] = {scale, scale};
+    float sum = 0.0f;  // of the segment
+    for (int j = 0; j < count; j++) {
+      const f16* columns = x.x + (static_cast<long long>(row) * w.n_blocks + first + j) * 32;
+      float products = 0.0f;  // of the block, or of half of it, where its scale does not stand in the operand
+      for (int half = 0; half < 2; half++) {
+        double exact = Q::SCALED ? sum : products;  // an mma rounds once here; a GPU's, a little differently
+        for (int k = 0; k < 16; k++) {
+          int c = k % 8 / 2, i = k % 2, second = k / 8;  // column 16 half + 4c + 2 second + i of the block
+          typename Q::Words words =
+              Q::load(lane_of<Q>(w, static_cast<long long>(tile) * w.n_blocks + first + j, 4 * r + c), 0);
+          MmaA a[2];
+          if constexpr (Q::SCALED)
+            Q::scaled_operands(words, scales, j, a);
+          else
+            Q::operands(words, a);
+          f16 weight = static_cast<f16>(a[half].x[2 * second + lower] >> 16 * i);
+          f16 value = columns[8 * c + 4 * half + 2 * second + i];
+          exact += static_cast<double>(f16_to_f32(weight)) * f16_to_f32(value);
+        }
+        (Q::SCALED ? sum : products) = static_cast<float>(exact);
+        if constexpr (!Q::SCALED)
+          if (half == 1 || Q::SPLIT) {
+            sum = __fmaf_rn(Q::factor(scale, j, half), products, sum);
+            products = 0.0f;
+          }
+      }
+    }
+    if constexpr (Q::WHOLE) sum = __fmul_rn(sum, Q::whole(scale));
+    if constexpr (Q::HAS_MINIMUM) {
+      double exact = 0.0;  // Σ over blocks of the minimum times 1/32 of the block's sum of activations
+      for (int second = 0; second < 2; second++)
+        for (int c = 0; c < 4; c++) {
+          int j = 4 * second + c;
+          if (j >= count) continue;
+          f16x2 minimums[2];  // of blocks c and c + 4, twice each
+          Q::minimum_operand(scale, c, minimums);
+          f16x2 parts = x.sums[static_cast<long long>(row) * w.n_blocks + first + j];
+          for (int i = 0; i < 2; i++)
+            exact += static_cast<double>(f16_to_f32(static_cast<f16>(minimums[second] >> 16 * i))) *
+                     f16_to_f32(static_cast<f16>(parts >> 16 * i));
+        }
+      sum = __fmaf_rn(32.0f * Q::minimum_whole(scale), static_cast<float>(exact), sum);
+    }
+    total = __fadd_rn(total, sum);
+  }
+  return total;
+}

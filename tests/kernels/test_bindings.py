@@ -1,0 +1,115 @@
+"""Bindings refuse arrays that a kernel would read or write out of bounds, and every kernel file has its binding."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+import refengine.cuda.kernels
+from refengine.cuda.kernels import (
+    activation,
+    attention,
+    embedding,
+    gate_up,
+    matmul,
+    moe,
+    norm,
+    qkv,
+    quantize_rows,
+    rope,
+)
+from refengine.cuda.kernels.attention import PagedRows
+from refengine.cuda.kernels.moe import Groups
+from refengine.cuda.kernels.quantize_rows import Rows
+from refengine.cuda.kernels.rope import Projections, Rotation
+from refengine.cuda.layout import PackedMatrix
+from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.runtime.source import names
+from refengine.errors import KernelError
+
+N, N_IN, N_OUT = 3, 64, 32
+
+
+def test_every_kernel_file_has_a_binding_and_tests_of_its_name() -> None:
+    bindings = {path.stem for path in Path(refengine.cuda.kernels.__path__[0]).glob("*.py")} - {"__init__", "shapes"}
+    assert bindings == set(names())
+    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    assert set(names()) <= tests
+
+
+def f32(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+def i32(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.int32)
+
+
+def matrix(*shape: int, kind: str = "Q8_0") -> PackedMatrix:
+    return PackedMatrix("blk.0.w", GGMLQuantizationType[kind], shape or (N_OUT, N_IN), {})
+
+
+def rows(n: int = N, n_in: int = N_IN) -> Rows:
+    return Rows(n, None, np.zeros((n, n_in), np.float16), np.zeros((n, n_in // 32), np.uint32), f32(n))
+
+
+def cache(head_dim: int = 32) -> PagedRows:
+    return PagedRows(np.zeros((2, 64, 1, head_dim), np.float16), np.zeros((2, 64, 1), np.uint8))
+
+
+Q, Y = f32(N, 2, 32), f32(N, 64)
+GROUPS = Groups(i32(4, 3), i32(N), i32(N), 8)
+STEP: dict[str, Any] = {"scale": 1.0, "window": 0, "sinks": None}
+PARTS = Projections((f32(N * 64), f32(N * 32), f32(N * 32)), (64, 32, 32))
+
+REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], str]] = {
+    "sizes of elements": (activation.add, (f32(4), f32(5), f32(4)), {}, "add_f32: shapes .* all of one size"),
+    "embedding": (embedding.embedding, (matrix(), i32(N), f32(N, 32)), {},
+                  r"blk\.0\.w: the rows' array has the shape \(3, 32\), expected \(3, 64\)"),
+    "output": (matmul.linear, (rows(), matrix(), f32(2, N_OUT)), {},
+               r"blk\.0\.w: the output has the shape \(2, 32\), expected \(3, 32\)"),
+    "bias": (matmul.linear, (rows(), matrix(), f32(N, N_OUT)), {"bias": f32(16)},
+             r"blk\.0\.w: the bias has the shape \(16,\), expected \(32,\)"),
+    "residual": (matmul.linear, (rows(), matrix(), f32(N, N_OUT)), {"residual": f32(N, 8)}, "the residual has"),
+    "width": (matmul.linear, (rows(n_in=32), matrix(), f32(N, N_OUT)), {},
+              r"blk\.0\.w: the product reads halves of the shape \(3, 64\), found rows of the shape \(3, 32\)"),
+    "floats": (matmul.linear, (rows(), matrix(kind="F32"), f32(N, N_OUT)), {}, r"reads floats .* found none"),
+    "experts": (matmul.linear, (rows(), matrix(4, N_OUT, N_IN), f32(N, N_OUT)),
+                {"groups": GROUPS, "bias": f32(N_OUT)}, r"the bias has the shape \(32,\), expected \(4, 32\)"),
+    "gate and up": (gate_up.gate_up, (rows(), matrix(), matrix(48, N_IN), f32(N, N_OUT)), {},
+                    r"one type and shape are taken together, found Q8_0 \(32, 64\) and Q8_0 \(48, 64\) for 3 rows"),
+    "many rows": (gate_up.gate_up, (rows(9), matrix(), matrix(), f32(9, N_OUT)), {}, "for 9 rows"),
+    "gelu": (gate_up.up_gelu, (rows(), matrix(kind="F32"), f32(N, N_OUT)), {}, "found 3 rows and F32"),
+    "qkv": (qkv.qkv, (rows(), [matrix(), matrix(kind="Q4_0")], [None, None], f32(N, 2 * N_OUT)), {},
+            r"matrices of one type go together, found \['Q8_0 \(32, 64\)', 'Q4_0 \(32, 64\)'\]"),
+    "part of a block": (quantize_rows.quantize_rows, (f32(N, 48), rows(n_in=64)), {}, "rows of 48 are no multiple"),
+    "sums": (quantize_rows.quantize_rows, (f32(N, 64), Rows(N, None, rows().halves, f32(N, 1), f32(N))), {},
+             r"the sums' array has the shape \(3, 1\), expected \(3, 2\)"),
+    "norm": (norm.rms_norm, (f32(N, 64), f32(64), 1e-5, f32(N, 32)), {}, "rms_norm_f32: the output has the shape"),
+    "norm's rows": (norm.rms_norm_rows, (f32(N, 64), f32(64), 1e-5, rows(2)), {}, "rms_norm_f16: the halves' array"),
+    "rope": (rope.rope, (Q, (f32(N, 1, 16), f32(N, 1, 16)), f32(N, 2, 16)), {"neox": True}, "the output has the shape"),
+    "strides": (rope.rope_append, (Projections(PARTS.parts, (64, 64, 32)), Rotation(None, None, True), i32(N),
+                i32(N, 2), Q, cache(), cache()), {}, "3 rows of 1 heads of 32 every 64 of 96"),
+    "another cache": (rope.rope_append, (PARTS, Rotation(None, None, True), i32(N), i32(N, 2), Q, cache(64), cache(64)),
+                      {}, "2 heads of 32 over a cache of 1 of 64"),
+    "splits": (attention.attention_step, (Q, cache(), cache(), i32(N), i32(N, 2), f32(N, 2, 1, 32), Y), STEP,
+               r"the space for splits has the shape \(3, 2, 1, 32\), expected \(3, 2, 1, 34\)"),
+    "tables": (attention.attention_step, (Q, cache(), cache(), i32(N), i32(2, 2), f32(N, 2, 1, 34), Y), STEP,
+               r"the tables' array has the shape \(2, 2\), expected \(3, 2\)"),
+    "slots": (attention.kv_append, (f32(N, 1, 32), np.zeros(2, np.int64), cache()), {},
+              r"kv_append: the new rows' array has the shape \(3, 1, 32\), expected \(2, 1, 32\)"),
+    "route": (moe.route, (f32(N, 40), i32(N), i32(N, 33), f32(N, 33)), {}, "route: 33 of 40 experts, at most 32"),
+    "groups": (moe.group_experts, (i32(N, 1), 4, 1, Groups(i32(2, 3), i32(N), i32(N), 8)), {},
+               r"the groups' array has the shape \(2, 3\), expected \(3, 3\)"),
+    "shares": (moe.combine, (f32(6, 8), f32(N, 3), f32(N, 8), f32(N, 8)), {}, "combine: the array of outputs has"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_arrays_that_do_not_fit_are_refused_with_what_was_expected(case: str) -> None:
+    binding, arguments, named, message = REFUSED[case]
+    with pytest.raises(KernelError, match=message):
+        binding(Kernels("host"), *arguments, **named)
