@@ -17,16 +17,15 @@ import numpy as np
 
 from refengine.array import Array
 from refengine.cuda.decode.buffers import Buffer, Buffers
-from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, Norm, Product, Shares, Value
+from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, NoFusedStep, Norm, Product, Shares, Value
 from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows, rope
 from refengine.cuda.kernels.attention import SPLIT, PagedRows, attention_step
 from refengine.cuda.kernels.matmul import FEW_ROWS
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import BLOCK, Rows
 from refengine.cuda.kernels.rope import Projections, Rotation
-from refengine.cuda.layout import PackedMatrix, rows_of
+from refengine.cuda.layout import TILE_ROWS, PackedMatrix, rows_of
 from refengine.cuda.runtime.launch import Kernels
-from refengine.errors import KernelError
 
 Angles = tuple[Array, Array]
 
@@ -192,7 +191,7 @@ class StepOps:
             or v.norm is not None
             or (k.factor, v.factor) != (1.0, 1.0)
         ):
-            raise KernelError("decode: attention takes Q and K rotated alike, V as it is, and a factor of Q alone")
+            raise NoFusedStep("decode: attention takes Q and K rotated alike, V as it is, and a factor of Q alone")
         projections, of_projections = self._projections(q.x, k.x, v.x)
         self._use(*of_projections)
         rotated = self._b.new((n, n_head, head_dim), np.float32)
@@ -253,12 +252,12 @@ class StepOps:
 
     def take_experts(self, scores: Value, chosen: Choice) -> Shares:
         if chosen.scores is not scores:
-            raise KernelError("decode: only the scores that experts were chosen by can be taken")
+            raise NoFusedStep("decode: only the scores that experts were chosen by can be taken")
         return Shares(chosen, soft_max=False)
 
     def row_soft_max(self, x: Any) -> Shares:
         if not isinstance(x, Shares) or x.soft_max:
-            raise KernelError("decode: softmax is of the chosen experts' scores only")
+            raise NoFusedStep("decode: softmax is of the chosen experts' scores only")
         return replace(x, soft_max=True)
 
     def linear_experts(self, x: Value, w: PackedMatrix, chosen: Choice, bias: Array | None = None) -> Value:
@@ -266,7 +265,7 @@ class StepOps:
 
     def sum_experts(self, experts: Value, shares: Shares) -> Value:
         if not shares.soft_max:
-            raise KernelError("decode: experts are weighted by a softmax of their scores")
+            raise NoFusedStep("decode: experts are weighted by a softmax of their scores")
         return ExpertSum(self._n, experts.width, experts=experts, shares=shares)
 
     def _combine(self, total: ExpertSum, residual: Value) -> Value:
@@ -323,7 +322,7 @@ class StepOps:
             y = self._normed(value, floats=True, halves=False)[0].floats
             assert value.buffer is not None, y
             return value.buffer
-        raise KernelError(f"decode: {type(value).__name__} has no kernel that computes it by itself")
+        raise NoFusedStep(f"decode: {type(value).__name__} has no kernel that computes it by itself")
 
     def _multiply(self, product: Product, residual: Value | None = None) -> Buffer:
         assert product.x is not None
@@ -401,6 +400,8 @@ def _as_product(value: Value) -> Value:
         return value
     whole = value.of
     assert whole.w is not None
+    if not whole.w.is_float and (value.start % TILE_ROWS or value.width % TILE_ROWS):
+        return value  # a tile has outputs of both parts
     w = rows_of(whole.w, value.start, value.start + value.width)
     bias = None if whole.bias is None else whole.bias[value.start : value.start + value.width]
     return Product(whole.n_rows, value.width, x=whole.x, w=w, bias=bias, choice=whole.choice)

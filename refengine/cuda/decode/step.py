@@ -19,13 +19,14 @@ from refengine.config import ModelConfig
 from refengine.cuda.decode.buffers import Placed, Plan, Recorder
 from refengine.cuda.decode.ops import Angles, StepArrays, StepOps
 from refengine.cuda.decode.state import DecodeRow, DecodeState
+from refengine.cuda.decode.values import NoFusedStep
 from refengine.cuda.kernels.attention import HEAD_DIMS, TILE, PagedRows
 from refengine.cuda.kernels.moe import MOST_USED
 from refengine.cuda.kernels.sampling import Sampler
 from refengine.cuda.memory import Arena, aligned
 from refengine.cuda.ops import KernelOps
 from refengine.cuda.runtime.launch import Kernels
-from refengine.errors import KernelError, ModelError
+from refengine.errors import KernelError
 from refengine.ops.decode import DecodeOps, DecodeTrace, Value, no_trace
 
 Decode = Callable[[ModelConfig, Any, DecodeOps, DecodeTrace], Value]  # `decode()` of a model file
@@ -39,10 +40,6 @@ __all__ = ["Decode", "DecodeRow", "DecodeStep", "NoFusedStep", "StepPlan", "buck
 def buckets_for(max_batch: int) -> tuple[int, ...]:
     """The numbers of rows that kernels are launched for: powers of two below max_batch, and max_batch."""
     return (*(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch), max_batch)
-
-
-class NoFusedStep(KernelError):
-    """A model has no decode step in kernels: its tokens go through `forward`."""
 
 
 class _NoKernels(Kernels):
@@ -118,7 +115,7 @@ class StepPlan:
             ops = StepOps(_NoKernels(place), arrays, recorder, bucket)
             try:
                 ops.array(decode(cfg, weights, ops, no_trace))
-            except (KernelError, ModelError):
+            except NoFusedStep:
                 return None
             plans[bucket] = recorder.plan()
         sampling = Sampler(Kernels(place), cfg.n_vocab, n_positions + 1).arrays(max_batch)
@@ -131,7 +128,7 @@ class DecodeStep:
     """Steps over the sequences of one cache. buckets: the numbers of rows that kernels are launched for; n_positions:
     how long a sequence may be.
 
-    Memory is taken here, once, of the purpose `workspace`. Raises DeviceError where it does not fit, KernelError where
+    Memory is taken here, once, of the purpose `workspace`. Raises DeviceError where it does not fit, NoFusedStep where
     the model has no fused step. What else runs on the device must be on the stream that is current when `run` is
     called, or be waited for.
     """

@@ -10,6 +10,11 @@ from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.kernels.rope import Rotation
 from refengine.cuda.layout import PackedMatrix
+from refengine.errors import KernelError
+
+
+class NoFusedStep(KernelError):
+    """Kernels have no way to compute what a model's `decode()` asks for: its tokens go through `forward`."""
 
 
 @dataclass(eq=False)
