@@ -26,6 +26,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu_alone: a GPU test that compares the driver's memory, so it runs alone")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `ci` repeat on more models what others show on two, for minutes: they run where $CI is set."""
+    if os.environ.get("CI"):
+        return
+    for item in items:
+        if item.get_closest_marker("ci") and not item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="takes long: set CI=1 to run it, as .ci/run does"))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Keeps other processes of the same run (`-n 4`) off the GPU while a test marked `gpu_alone` runs.

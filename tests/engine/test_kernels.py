@@ -13,8 +13,7 @@ from refengine.engine.sampling import SamplingParams, logprobs
 from refengine.errors import DeviceError, RequestError
 from refengine.model import Model
 from tests.engine.models import logits_alone, random_ids
-
-ONE_EACH = ("llama3-q4_k_m", "qwen2-q4_k_m", "qwen3-q4_k_m", "phi3-mostly_q4_0", "gpt-oss-mxfp4_moe", "gpt2-q5_1")
+from tests.kernels.test_models import ONE_EACH, in_ci
 
 
 def loaded(path: Any, place: str, **options: Any) -> Model:
@@ -24,7 +23,7 @@ def loaded(path: Any, place: str, **options: Any) -> Model:
         pytest.skip(f"no GPU: {e}")
 
 
-@pytest.fixture(scope="module", params=ONE_EACH)
+@pytest.fixture(scope="module", params=[in_ci(name) for name in ONE_EACH])
 def model(request: pytest.FixtureRequest, place: str, tiny_model: Any) -> Model:
     return loaded(tiny_model(request.param), place)
 

@@ -18,6 +18,8 @@ from refengine.validate.metrics import nmse
 from tools.make_model import TINY
 
 # One of each architecture and each way in which their files are mixed; every type of weights.
+# On the CPU, away from CI, a dense model and a mixture of experts stand for all.
+ALWAYS = ("qwen2-q4_k_m", "gpt-oss-mxfp4_moe")
 ONE_EACH = ("llama3-q4_k_m", "qwen2-q4_k_m", "qwen3-q4_k_m", "phi3-mostly_q4_0", "gpt-oss-mxfp4_moe", "gpt2-q5_1")
 N_TOKENS = 70
 
@@ -74,7 +76,12 @@ def cuts(n: int, size: int | np.random.Generator) -> list[slice]:
     return parts
 
 
-@pytest.fixture(scope="module", params=ONE_EACH)
+def in_ci(name: str) -> Any:
+    """A parameter whose tests run in CI only, unless its model is one of ALWAYS."""
+    return name if name in ALWAYS else pytest.param(name, marks=pytest.mark.ci)
+
+
+@pytest.fixture(scope="module", params=[in_ci(name) for name in ONE_EACH])
 def model(request: pytest.FixtureRequest, place: str, tiny_model: Any) -> Model:
     return loaded(tiny_model(request.param), place)
 
