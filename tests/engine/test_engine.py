@@ -207,9 +207,9 @@ def test_text_goes_on_in_both_forks(model: SmallBlocks) -> None:
         if i == 2:
             second = first.forked(first.params)
             for rest in script[2:]:
-                texts.append(second.accept(rest, None, ()).text)
+                texts.append(second.accept(rest).text)
             assert second.end == "stop"
-        first.accept(token, None, ())
+        first.accept(token)
     assert "".join(t.text for t in first.pending) == "a"
     assert first.end == "stop"
     assert "".join(texts) == ""

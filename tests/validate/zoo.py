@@ -21,7 +21,9 @@ N_TOKENS = 24
 
 
 def load(path: Path, name: str) -> Model:
-    return refengine.load(path, numerics="llamacpp", kv_type="f32" if TINY[name].type == "F32" else "f16")
+    # Faults change weights after loading: none may have been dequantised by then.
+    kv_type = "f32" if TINY[name].type == "F32" else "f16"
+    return refengine.load(path, numerics="llamacpp", kv_type=kv_type, cpu_cache_mb=0)
 
 
 def capture(model: Model, source: Path = Path("engine"), record: str = "") -> Capture:

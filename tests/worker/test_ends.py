@@ -35,10 +35,10 @@ from refengine.cli import main as cli
 from refengine.engine.engine import Engine
 sys.argv.pop(1)
 accept, ended = Engine._accept, []
-def faulty(self, generation, drawn):
+def faulty(self, generation, *drawn):
     if ended and ended.pop() == "now":
         raise ZeroDivisionError("a secret")
-    accept(self, generation, drawn)
+    accept(self, generation, *drawn)
     if generation.end is not None:
         ended.append("now" if len(self.scheduler.running) else "later")
 Engine._accept = faulty

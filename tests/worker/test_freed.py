@@ -107,8 +107,8 @@ def test_the_engines_thread_frees_what_still_runs_when_it_stops(talker: Path) ->
     async def run() -> None:
         thread = EngineThread(start, Log(UUID, "m", "cpu", io.StringIO()), 60)
         started = await thread.started
-        job = Job("j", 60)
-        job.ids, job.params = [5], SamplingParams(max_tokens=2000)
+        job = Job("j", lambda: [5], SamplingParams(max_tokens=2000), {})
+        job.ids = [5]
         thread.submit(job)
         async with asyncio.timeout(10):
             while not started.state.load.engine.blocks_used:

@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+from refengine.engine.sampling import SamplingParams
 from refengine.worker.http import stream
 from refengine.worker.jobs.job import Event, Job
 
@@ -30,7 +31,7 @@ def test_events_of_which_nothing_is_sent_are_silence() -> None:
         return event[1]["t"]
 
     async def run() -> None:
-        job = Job("j", 10)
+        job = Job("j", lambda: [5], SamplingParams(), {})
         sending = asyncio.create_task(stream.EventStream(worker, [job], render)({"type": "http"}, receive, send))
         for i in range(20):
             job.emit("token", {"t": "said" if i == 10 else ""})
