@@ -172,7 +172,7 @@ def test_cancel_and_deadline_end_a_stream(busy: Server) -> None:
             list(stream)
         assert (error.value.code, error.value.retriable, error.value.status) == ("CANCELLED", False, None)
         busy.settled()
-        late = caught(client, deadline=0.3, **LONG)
+        late = caught(client, deadline=1.5, **LONG)
         assert (late.code, late.retriable, late.status) == ("INFERENCE_TIMEOUT", True, None)
 
 

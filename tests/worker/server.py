@@ -91,8 +91,9 @@ class Server:
     def events(self, name: str) -> list[dict[str, Any]]:
         return [line for line in self.log if line["event"] == name]
 
-    def client(self, **keywords: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30, **keywords)
+    def client(self, read_s: float = 30, **keywords: Any) -> httpx.Client:
+        """A client that gives up when it has read nothing for so long; it may take its time to connect."""
+        return httpx.Client(base_url=self.url, timeout=httpx.Timeout(30, read=read_s), **keywords)
 
     def run(self, **body: Any) -> list[Event]:
         """All events of a request."""

@@ -107,8 +107,8 @@ def test_jobs_end_while_prompts_are_tokenized(slow: Server) -> None:
         assert seconds < WITHIN_S
         assert (late.result().status_code, late.result().json()["code"]) == (504, "INFERENCE_TIMEOUT")
         for path, body in (("/execute", {**SHORT, "job_id": "gone"}), ("/v1/completions", SHORT)):
-            with httpx.Client(base_url=slow.url, timeout=0.2) as hasty, pytest.raises(httpx.ReadTimeout):
-                hasty.post(path, json=body)
+            with slow.client(read_s=0.2) as client, pytest.raises(httpx.ReadTimeout):
+                client.post(path, json=body)
         until(lambda: sorted(ends(slow).values()) == ["cancelled", "disconnected", "disconnected", "timeout"], WITHIN_S)
         assert not first.done()
         assert first.result()[0].status_code == 200
@@ -121,8 +121,8 @@ def test_prompts_that_nobody_waits_for_are_not_tokenized(slow: Server) -> None:
         first = pool.submit(post, slow, "/execute", job_id="first", prompt="slow", max_tokens=1)
         time.sleep(0.5)
         for i in range(3):
-            with httpx.Client(base_url=slow.url, timeout=0.2) as hasty, pytest.raises(httpx.ReadTimeout):
-                hasty.post("/execute", json={"job_id": f"gone {i}", "prompt": "slow"})
+            with slow.client(read_s=0.2) as client, pytest.raises(httpx.ReadTimeout):
+                client.post("/execute", json={"job_id": f"gone {i}", "prompt": "slow"})
         _, seconds = post(slow, "/execute", **SHORT, job_id="next")
         assert seconds < ENCODE_S + WITHIN_S  # and not four times that
         assert first.result()[0].status_code == 200

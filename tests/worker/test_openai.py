@@ -241,8 +241,8 @@ def test_cancel_and_disconnect_while_nothing_is_sent(tmp_path_factory: pytest.Te
             client.post("/cancel", json={"job_id": server.events("execute_start")[0]["job_id"]})
         response = run.result()
         assert (response.status_code, response.json()["error"]["code"]) == (499, "CANCELLED")
-        with httpx.Client(base_url=server.url, timeout=0.1) as hasty, pytest.raises(httpx.ReadTimeout):
-            hasty.post("/v1/completions", json=body)
+        with server.client(read_s=0.1) as client, pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json=body)
         until(lambda: len(server.events("execute_end")) == 2)
         assert server.events("execute_end")[1]["outcome"] == "disconnected"
         server.settled()
