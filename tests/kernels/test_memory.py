@@ -136,6 +136,7 @@ def test_a_scale_beyond_all_reason_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_alone
 def test_on_a_gpu_what_does_not_fit_is_refused_first_and_what_is_there_is_device_memory(tiny_model: Any) -> None:
     try:
         model = refengine.load(tiny_model("gpt-oss-mxfp4_moe"), "cuda", "fast")

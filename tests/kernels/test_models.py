@@ -1,6 +1,6 @@
 """Whole models on the kernels: near `exact`, nearer than llama.cpp is, and bit for bit the same however they are fed.
 
-What is compared with llama.cpp is in test_kernels_llamacpp.py.
+test_llamacpp.py compares them with llama.cpp.
 """
 
 from collections.abc import Sequence
