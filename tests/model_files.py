@@ -10,6 +10,8 @@ from gguf import GGUFValueType
 from refengine.gguf.file import GGUFFile
 from tests.gguf_builder import ARRAY, U16, GGUFBuilder
 
+ModelFiles = Callable[[str], Path]  # what the fixture `tiny_model` is
+
 Pair = tuple[int, Any]  # value type and value; of an array (ARRAY, (element type, values))
 TensorData = tuple[tuple[int, ...], int, bytes]  # shape in NumPy order, tensor type, data
 

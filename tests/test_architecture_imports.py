@@ -195,10 +195,10 @@ def imports_of(source: str, path: Path) -> Iterator[Import]:
             if function in ("import_module", "__import__") and isinstance(node.args[0].value, str):
                 yield Import(node.args[0].value, node.lineno, at_import)
         if isinstance(node, ast.If) and getattr(node.test, "attr", getattr(node.test, "id", "")) == "TYPE_CHECKING":
-            for child in node.body:
-                yield from visit(child, False)
-            for child in node.orelse:
-                yield from visit(child, at_import)
+            for statement in node.body:
+                yield from visit(statement, False)
+            for statement in node.orelse:
+                yield from visit(statement, at_import)
             return
         is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
@@ -240,13 +240,13 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def test_every_import_is_in_the_table():
+def test_every_import_is_in_the_table() -> None:
     assert modules()
     found = [line for path in modules() for line in violations(path.read_text(encoding="utf-8"), path)]
     assert not found, "\n" + "\n".join(found)
 
 
-def test_the_table_points_one_way():
+def test_the_table_points_one_way() -> None:
     seen: set[str] = set()
     for name, room in ROOMS.items():
         assert room.rooms <= seen, f"{name} may import {room.rooms - seen}, which stand after it in the table"
@@ -291,7 +291,7 @@ def circle_in(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_no_modules_import_each_other_in_a_circle() -> None:
     sources = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): (
             path.read_text(encoding="utf-8"),
@@ -304,7 +304,7 @@ def test_no_modules_import_each_other_in_a_circle():
     assert circle_in(graph) == []
 
 
-def test_a_planted_circle_is_found():
+def test_a_planted_circle_is_found() -> None:
     lazy = "def f():\n    from refengine.engine.stop import StopMatcher"
     for_types = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from refengine.engine.hooks import Hook"
     sources = {
@@ -359,18 +359,18 @@ ALLOWED = {
 
 
 @pytest.mark.parametrize("case", PLANTED)
-def test_a_planted_violation_is_caught(case):
+def test_a_planted_violation_is_caught(case: str) -> None:
     file, source = PLANTED[case]
     assert len(violations(source, PACKAGE / file)) == 1
 
 
 @pytest.mark.parametrize("case", ALLOWED)
-def test_an_allowed_import_passes(case):
+def test_an_allowed_import_passes(case: str) -> None:
     file, source = ALLOWED[case]
     assert violations(source, PACKAGE / file) == []
 
 
-def test_an_unknown_room_says_what_to_do():
+def test_an_unknown_room_says_what_to_do() -> None:
     assert "unknown room refengine/gadgets: add it to ROOMS" in violations("", PACKAGE / "gadgets" / "new.py")[0]
     assert "unknown room refengine/gadget: add it to ROOMS" in violations("", PACKAGE / "gadget.py")[0]
 
@@ -385,7 +385,7 @@ print(len(sys.argv) - 1)
 """
 
 
-def test_every_module_imports_without_cupy_and_llama_cpp():
+def test_every_module_imports_without_cupy_and_llama_cpp() -> None:
     dotted = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in modules()]
     names = [name for name in dotted if not name.endswith("__main__")]
     command = [sys.executable, "-c", IMPORT_ALL, *names]

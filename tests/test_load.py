@@ -1,7 +1,6 @@
 """`refengine.load` on the CPU: the weights are dequantised at load, within the cache's bytes, and with progress."""
 
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +8,13 @@ import pytest
 import refengine
 from refengine.ops import dequant
 from tests.cli_runner import cli
+from tests.model_files import ModelFiles
 
 
 @pytest.mark.parametrize("numerics", ["exact", "exact64", "llamacpp"])
 @pytest.mark.parametrize("name", ["qwen2-q5_0", "gpt-oss-mxfp4"])
 def test_nothing_is_dequantised_after_load(
-    name: str, numerics: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, numerics: str, tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[tuple[int, int]] = []
     path = tiny_model(name)
@@ -31,7 +31,7 @@ def test_nothing_is_dequantised_after_load(
     np.testing.assert_array_equal(model.forward([1, 2, 3]), expected)
 
 
-def test_a_cache_that_is_too_small_is_filled_as_far_as_it_goes(tiny_model: Any) -> None:
+def test_a_cache_that_is_too_small_is_filled_as_far_as_it_goes(tiny_model: ModelFiles) -> None:
     path = tiny_model("llama-q4_0")
     whole = refengine.load(path).ops.cache.n_bytes
     budget = 1 << 20

@@ -105,7 +105,7 @@ def copy_bandwidth(xp: Any) -> float:
     """Bytes a second that a copy within device memory reads and writes."""
     source = xp.zeros(1 << 30, xp.uint8)
     target = xp.empty_like(source)
-    return 2 * source.nbytes / float(np.median(seconds(xp, lambda i: xp.copyto(target, source), 10)))
+    return float(2 * source.nbytes / np.median(seconds(xp, lambda i: xp.copyto(target, source), 10)))
 
 
 def bench(xp: Any, kernels: Kernels, kind: str, n_out: int, n_in: int, n_rows: int) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from typing import Any
 
-BODIES = {
+BODIES: dict[str, dict[str, Any]] = {
     "/execute": {"job_id": "raw", "prompt": "Write a haiku", "max_tokens": 3, "seed": 1},
     "/cancel": {"job_id": "raw"},
     "/v1/completions": {"prompt": "Write a haiku", "max_tokens": 3},

@@ -75,7 +75,8 @@ def encode_floats(values: np.ndarray, type_: GGMLQuantizationType) -> np.ndarray
         return values.astype("<f2").view(np.uint8)
     if type_ == T.BF16:
         bits = values.astype("<f4").view("<u4")
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").view(np.uint8)
+        rounded: np.ndarray = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return rounded.astype("<u2").view(np.uint8)
     raise ValueError(f"{type_.name} is not a float type")
 
 

@@ -39,7 +39,8 @@ def kl_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
 
     def log_softmax(x: np.ndarray) -> np.ndarray:
         shifted = x.astype(np.float64) - x.max(axis=1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        logarithms: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        return logarithms
 
     log_p, log_q = log_softmax(reference), log_softmax(logits)
     return float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean())
@@ -56,7 +57,8 @@ def model_file(name: str, folder: Path) -> Path:
 def prompt_ids(model: refengine.Model, name: str, seed: int) -> list[int]:
     """N_TOKENS ids: conversations for a haiku model, anything for the others."""
     if name not in FILES:
-        return np.random.default_rng(seed).integers(0, model.config.n_vocab, N_TOKENS).tolist()
+        ids: list[int] = np.random.default_rng(seed).integers(0, model.config.n_vocab, N_TOKENS).tolist()
+        return ids
     text = "".join(Corpus().documents(1_000_000_000 + seed, 4))  # of a seed that training does not reach
     return model.tokenizer.encode(text, add_special=False, parse_special=True)[:N_TOKENS]
 

@@ -18,7 +18,7 @@ from refengine.bench.clients import MAX_TOKENS, TEMPERATURE, Reference, problems
 from refengine.bench.figures import Figure
 from refengine.bench.load import metric, references, run_load, slope
 from refengine.bench.probe import Probe
-from refengine.bench.process import WorkerProcess
+from refengine.bench.process import WorkerProcess, free_port
 from refengine.bench.prompts import prompt_of
 from refengine.bench.report import commit, machine
 from refengine.client.client import Client
@@ -28,7 +28,7 @@ from refengine.model import PACKAGED_MODEL
 from refengine.worker.options import WorkerOptions
 from refengine.worker.server import BLAS_THREADS, _listen
 from tests.cli_runner import ENVIRONMENT, ROOT, cli, subprocess_cli
-from tests.worker.server import Server, free_port, serving
+from tests.worker.server import Server, serving
 
 TARGETS = {
     "W-1600": {"first token, by the worker's clock": "p95 < 100", "first token, by the client's clock": "p95 < 100"},

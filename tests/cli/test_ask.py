@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from refengine.bench.process import free_port
 from refengine.client.client import Client
 from tests.cli_runner import ENVIRONMENT, ROOT, cli, subprocess_cli
 from tests.client.test_client import KEY, LONG, PROMPT, SAMPLING
-from tests.worker.server import Server, free_port, serving, write_talker
+from tests.worker.server import Server, serving, write_talker
 
 
 @pytest.fixture(scope="module")

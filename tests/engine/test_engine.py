@@ -267,6 +267,7 @@ def test_hooks_hear_of_everything(model: SmallBlocks) -> None:
             self.events.append(("start", generation.n_prompt))
 
         def on_first_token(self, generation: Generation, seconds: float) -> None:
+            assert generation.first_token_s is not None
             assert seconds == generation.first_token_s > 0
             self.events.append(("first", generation.n_generated))
 
@@ -367,7 +368,8 @@ def test_options_are_checked(option: str, value: Any, message: str) -> None:
 def test_scores_of_a_prompt(model: SmallBlocks) -> None:
     ids = prompt(21)
     logits = model.forward(ids)
-    for options in ({}, {"max_step_tokens": 5}, {"max_batch": 2, "cache_tokens": 32}):
+    ways: list[dict[str, Any]] = [{}, {"max_step_tokens": 5}, {"max_batch": 2, "cache_tokens": 32}]
+    for options in ways:
         engine = Engine(model, EngineOptions(**{"cache_tokens": 256, **options}))
         other = engine.start(prompt(9), greedy(12))  # with 32 positions one of the two is preempted
         g = engine.start(ids, SamplingParams(max_tokens=6, prompt_logprobs=3))

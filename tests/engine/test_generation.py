@@ -230,7 +230,7 @@ def test_prompt_goes_in_chunks_then_token_by_token(tokenizer: Tokenizer, chunk: 
     run(model, chunk=chunk)
     assert model.fed == [*expected, *([i] for i in script)]
     inside = len(expected) - 1  # chunks of the prompt that another follows
-    asked = [[]] * inside + [[len(ids) - 1] for ids in model.fed[inside:]]
+    asked: list[list[int]] = [[]] * inside + [[len(ids) - 1] for ids in model.fed[inside:]]
     assert model.rows == asked, "only the last row's logits are asked for"
 
 
@@ -265,7 +265,8 @@ def test_unusable_requests_are_refused_before_the_model_runs(tokenizer: Tokenize
         single_sequence(model, PROMPT, SamplingParams(top_k=321))
     with pytest.raises(RequestError, match="stop"):
         single_sequence(model, PROMPT, SamplingParams(stop=("é" * 40,)))
-    assert model.fed == model.caches == []
+    assert model.fed == []
+    assert model.caches == []
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from refengine.errors import DeviceError, RequestError
 from refengine.model import Model
 from tests.engine.models import logits_alone, random_ids
 from tests.kernels.test_models import ONE_EACH, in_ci
+from tests.model_files import ModelFiles
 
 
 def loaded(path: Any, place: str, **options: Any) -> Model:
@@ -24,7 +25,7 @@ def loaded(path: Any, place: str, **options: Any) -> Model:
 
 
 @pytest.fixture(scope="module", params=[in_ci(name) for name in ONE_EACH])
-def model(request: pytest.FixtureRequest, place: str, tiny_model: Any) -> Model:
+def model(request: pytest.FixtureRequest, place: str, tiny_model: ModelFiles) -> Model:
     return loaded(tiny_model(request.param), place)
 
 
@@ -33,7 +34,7 @@ def requests(model: Model) -> list[tuple[list[int], SamplingParams]]:
     rng = np.random.default_rng(5)
     n_vocab = model.config.n_vocab
     common = rng.integers(0, n_vocab, 70).tolist()
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"temperature": 0},
         {"temperature": 0.9, "top_k": 40, "top_p": 0.9},
         {"temperature": 1.3, "min_p": 0.02, "repetition_penalty": 1.3},
@@ -66,7 +67,7 @@ class Recorded:
         monkeypatch.setattr(KernelRunner, "_results", staticmethod(spy))
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "all on": {},
     "no graphs": {"graphs": False},
     "no prefix cache": {"prefix_cache": False},
@@ -118,7 +119,7 @@ def test_switches_change_no_bit(model: Model, monkeypatch: pytest.MonkeyPatch) -
         recorded.rows.clear()
 
 
-def test_reference_attention_is_as_near_but_not_the_same(place: str, tiny_model: Any) -> None:
+def test_reference_attention_is_as_near_but_not_the_same(place: str, tiny_model: ModelFiles) -> None:
     path = tiny_model("gpt-oss-mxfp4_moe")
     flash, reference = loaded(path, place), loaded(path, place, attention="reference")
     ids = random_ids(np.random.default_rng(1), 70)
@@ -145,7 +146,7 @@ def test_draws_are_those_of_the_host(model: Model) -> None:
             assert sample(row, params, history, generation.seed, i) == generation.ids[generation.n_prompt + i]
 
 
-def test_nothing_is_allocated_after_warm_up(place: str, tiny_model: Any) -> None:
+def test_nothing_is_allocated_after_warm_up(place: str, tiny_model: ModelFiles) -> None:
     model = loaded(tiny_model("qwen2-q4_k_m"), place)
     engine = Engine(model, EngineOptions(max_batch=4, max_step_tokens=64, cache_tokens=640))
     engine.warm_up()

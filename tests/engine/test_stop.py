@@ -32,7 +32,7 @@ def run(stops: list[str], chunks: list[str]) -> tuple[str, bool]:
 
 @examples
 @given(stops=stop_lists, chunks=st.lists(texts, max_size=8))
-def test_stop_equals_the_definition_under_any_chunking(stops, chunks):
+def test_stop_equals_the_definition_under_any_chunking(stops: list[str], chunks: list[str]) -> None:
     text = "".join(chunks)
     cut = naive_cut(text, stops)
     assert run(stops, chunks) == (text if cut is None else text[: cut[0]], cut is not None)
@@ -40,7 +40,7 @@ def test_stop_equals_the_definition_under_any_chunking(stops, chunks):
 
 @examples
 @given(stops=stop_lists, chunks=st.lists(texts, max_size=8))
-def test_stop_is_told_by_the_chunk_that_completes_it(stops, chunks):
+def test_stop_is_told_by_the_chunk_that_completes_it(stops: list[str], chunks: list[str]) -> None:
     matcher = StopMatcher(stops)
     seen = ""
     for chunk in chunks:
@@ -51,7 +51,7 @@ def test_stop_is_told_by_the_chunk_that_completes_it(stops, chunks):
 
 @examples
 @given(stops=stop_lists, chunks=st.lists(texts, max_size=8))
-def test_stop_holds_back_only_what_could_become_one(stops, chunks):
+def test_stop_holds_back_only_what_could_become_one(stops: list[str], chunks: list[str]) -> None:
     matcher = StopMatcher(stops)
     seen = ""
     n_emitted = 0
@@ -65,7 +65,7 @@ def test_stop_holds_back_only_what_could_become_one(stops, chunks):
         assert len(seen) - n_emitted == max((len(p) for p in proper_prefixes if seen.endswith(p)), default=0)
 
 
-def test_stop_across_token_boundaries():
+def test_stop_across_token_boundaries() -> None:
     matcher = StopMatcher(["\n\nUser:"])
     pushes = [matcher.push(piece) for piece in ["Hi.", "\n", "\nUs", "ers", " \n", "\nUser", ": and more"]]
     assert pushes == [
@@ -81,26 +81,26 @@ def test_stop_across_token_boundaries():
     assert matcher.finish() == ""
 
 
-def test_stop_that_completes_first_wins_over_one_that_starts_first():
+def test_stop_that_completes_first_wins_over_one_that_starts_first() -> None:
     # "c" is complete before anybody can know whether "abcd" will be.
     assert run(["abcd", "c"], ["xabcd"]) == ("xab", True)
     assert run(["abcd", "c"], list("xabcd")) == ("xab", True)
     assert run(["d", "abcd"], ["xabcd"]) == ("x", True)
 
 
-def test_finish_returns_the_held_text():
+def test_finish_returns_the_held_text() -> None:
     matcher = StopMatcher(["END"])
     assert matcher.push("the EN") == ("the ", False)
     assert matcher.finish() == "EN"
     assert matcher.finish() == ""
 
 
-def test_no_stops_hold_back_nothing():
+def test_no_stops_hold_back_nothing() -> None:
     matcher = StopMatcher([])
     assert matcher.push("any") == ("any", False)
     assert matcher.finish() == ""
 
 
-def test_empty_stop_string_is_refused():
+def test_empty_stop_string_is_refused() -> None:
     with pytest.raises(RequestError, match="stop: given"):
         StopMatcher(["a", ""])

@@ -131,7 +131,8 @@ def check_accepted(file: GGUFFile, file_size: int) -> None:
         assert "\0" not in key
         assert isinstance(value, (bool, int, float, str, np.ndarray, list)), key
         assert not isinstance(value, list) or all(isinstance(text, str) for text in value), key
-        assert getattr(value, "dtype", None) != np.bool_ or value.view(np.uint8).max(initial=0) <= 1, key
+        if isinstance(value, np.ndarray) and value.dtype == np.bool_:
+            assert value.view(np.uint8).max(initial=0) <= 1, key
 
 
 def read(path: Path, file_size: int) -> str | None:

@@ -9,6 +9,7 @@ import struct
 import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,7 +91,7 @@ def with_pair(key: str | bytes, value_type: int, value: bytes, field: str, words
     return found_at(GGUFBuilder().pair("good", U8, 1).raw_pair(key, value_type, value), field, words, skip)
 
 
-def with_tensor(shape: list[int], tensor_type: int, field: str, words: str, skip: int = 0, **options: int) -> Case:
+def with_tensor(shape: list[int], tensor_type: int, field: str, words: str, skip: int = 0, **options: Any) -> Case:
     """A file with one tensor, "bad", behind a good one."""
     builder = GGUFBuilder().tensor("good", [3]).tensor("bad", shape, tensor_type, **options)
     return found_at(builder, f"{field}:bad", words, skip)

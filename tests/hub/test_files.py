@@ -160,10 +160,14 @@ def test_interrupted_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path)
 def test_two_that_want_the_same_download_it_once(hub: Hub, tmp_path: Path) -> None:
     hub.pause = 0.008  # 3 s
     line = [sys.executable, "-m", "refengine", "inspect", "--model", "hf:me/large"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    first = subprocess.Popen(line, cwd=ROOT, env=environment(hub, tmp_path), **pipes)
+
+    def start() -> subprocess.Popen[bytes]:
+        environ = environment(hub, tmp_path)
+        return subprocess.Popen(line, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    first = start()
     until(lambda: hub.paths("GET", "/cdn/"), 20)
-    second = subprocess.Popen(line, cwd=ROOT, env=environment(hub, tmp_path), **pipes)
+    second = start()
     said = [process.communicate(timeout=30) for process in (first, second)]
     assert [out[:4] for out, _ in said] == [b"file"] * 2
     assert b"large-Q4_K_M.gguf: another process downloads it; waiting for that" in said[1][1]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from refengine.cache.paged import KVCache
-from refengine.cuda import KernelOps, Kernels
 from refengine.cuda.memory import DeviceMemory
+from refengine.cuda.ops import KernelOps
+from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.upload import Uploader, bytes_for
 from refengine.device import open_device
 from refengine.errors import DeviceError
@@ -43,5 +44,7 @@ class OpsThere:
         return Uploader(self.xp, arena).matrix(w)
 
     def cache(self, n_head_kv: int, head_dim: int, n_blocks: int, block_size: int = 64) -> KVCache:
-        sizes = {"n_ctx": n_blocks * block_size, "n_blocks": n_blocks, "block_size": block_size}
-        return KVCache(self.ops.kv_arrays, 1, n_head_kv, head_dim, **sizes)
+        n_ctx = n_blocks * block_size
+        return KVCache(
+            self.ops.kv_arrays, 1, n_head_kv, head_dim, n_ctx=n_ctx, n_blocks=n_blocks, block_size=block_size
+        )

@@ -1,5 +1,7 @@
 """Element-wise operations, against their NumPy twins."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -20,7 +22,7 @@ def test_activations_are_within_float32_of_their_twins(activations: Kernels) -> 
     gate, up = (np.append(rng.standard_normal(1000) * 4, SPECIAL).astype(np.float32) for _ in range(2))
     n, grid = np.int64(len(gate)), (-(-len(gate) // 256),)
     with np.errstate(all="ignore"):
-        cases = {
+        cases: dict[str, tuple[list[np.ndarray], Callable[..., np.ndarray]]] = {
             "swiglu_f32": ([gate, up], activation.swiglu),
             "swiglu_clamped_f32": ([gate, up], activation.swiglu_clamped),
             "gelu_f32": ([gate], activation.gelu),

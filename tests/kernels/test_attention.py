@@ -131,7 +131,7 @@ def test_every_way_to_run_it_gives_the_same_bits(window: int, there: OpsThere) -
     alone = [Text([n], 6, 3, 48) for n in text.lengths]
     for j, one in enumerate(alone):
         one.q, one.k, one.v = [text.q[j]], [text.k[j]], [text.v[j]]
-    options = {"window": window, "sinks": text.sinks}
+    options: dict[str, Any] = {"window": window, "sinks": text.sinks}
     expected = [one.run(there, [[n]], **options)[0] for one, n in zip(alone, text.lengths, strict=True)]
     ways = {
         "together": text.run(there, [text.lengths], **options),

@@ -18,6 +18,7 @@ from refengine.models import llama
 from refengine.trace import to_numpy
 from refengine.weights import load_weights
 from tests.kernels.test_models import ONE_EACH, ids_for, loaded
+from tests.model_files import ModelFiles
 
 # Ways in which files are mixed that those do not have: floats, heads that share K or do not, frequency factors, ties.
 MORE = (
@@ -89,9 +90,9 @@ class Decoding:
         trace = (lambda name, il, x: layers.__setitem__(il, to_numpy(x).copy())) if traced else None
         drawn, on_device = self.fused.run(rows, trace)
         logits, written = to_numpy(on_device).copy(), self.contents()
-        expected: dict[int, np.ndarray] = {}
+        expected: dict[int | None, np.ndarray] = {}
 
-        def seen(name: str, il: int | None, x: Any, *_: Any) -> Any:
+        def seen(name: str, il: int | None, x: Any, occurrence: int | None = None) -> Any:
             if name == "l_out":
                 expected[il] = to_numpy(x)
             return x
@@ -115,7 +116,7 @@ def prompts(model: Model, n: int, seed: int) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module", params=ONE_EACH)
-def model(request: pytest.FixtureRequest, place: str, tiny_model: Any) -> Model:
+def model(request: pytest.FixtureRequest, place: str, tiny_model: ModelFiles) -> Model:
     return loaded(tiny_model(request.param), place)
 
 
@@ -140,7 +141,7 @@ def test_a_window_slides_over_more_than_it_holds(model: Model) -> None:
 
 
 @pytest.mark.parametrize("name", MORE)
-def test_other_files_bit_for_bit(name: str, place: str, tiny_model: Any) -> None:
+def test_other_files_bit_for_bit(name: str, place: str, tiny_model: ModelFiles) -> None:
     model = loaded(tiny_model(name), place)
     decoding = Decoding(model, max_batch=12, shuffle=1, n_tokens=30)
     for ids in prompts(model, 2, seed=5):
@@ -153,7 +154,7 @@ def test_other_files_bit_for_bit(name: str, place: str, tiny_model: Any) -> None
 
 
 @pytest.mark.parametrize("name", ["llama3-q4_k_m", "gpt-oss-mxfp4_moe"])
-def test_long_sequences_of_several_splits(name: str, place: str, tiny_model: Any) -> None:
+def test_long_sequences_of_several_splits(name: str, place: str, tiny_model: ModelFiles) -> None:
     """The cache is filled at random: what matters is which of it is read, and in which order it is added up."""
     model = refengine.load(loaded(tiny_model(name), place).gguf.path, "host" if place == "host" else "cuda", n_ctx=2048)
     decoding = Decoding(model, max_batch=3, n_tokens=1664, shuffle=2)
@@ -171,7 +172,7 @@ def test_long_sequences_of_several_splits(name: str, place: str, tiny_model: Any
     decoding.step(traced=False)
 
 
-def test_seventeen_sequences_and_what_joins_and_leaves(place: str, tiny_model: Any) -> None:
+def test_seventeen_sequences_and_what_joins_and_leaves(place: str, tiny_model: ModelFiles) -> None:
     model = loaded(tiny_model("llama-q4_0"), place)
     decoding = Decoding(model, max_batch=17, shuffle=4)
     assert decoding.fused.buckets == (1, 2, 4, 8, 16, 17)
@@ -192,7 +193,7 @@ def test_seventeen_sequences_and_what_joins_and_leaves(place: str, tiny_model: A
     decoding.step()
 
 
-def test_rows_that_are_not_there_change_nothing(place: str, tiny_model: Any) -> None:
+def test_rows_that_are_not_there_change_nothing(place: str, tiny_model: ModelFiles) -> None:
     model = loaded(tiny_model("gpt-oss-mxfp4_moe"), place)
     decoding = Decoding(model, max_batch=4)
     for ids in prompts(model, 3, seed=40):
@@ -210,7 +211,7 @@ def test_rows_that_are_not_there_change_nothing(place: str, tiny_model: Any) -> 
         assert set(np.flatnonzero(changed)) <= set(slots)
 
 
-def test_nothing_is_allocated_after_the_warm_up(place: str, tiny_model: Any) -> None:
+def test_nothing_is_allocated_after_the_warm_up(place: str, tiny_model: ModelFiles) -> None:
     model = loaded(tiny_model("llama-q4_0"), place)
     progress: list[tuple[int, int]] = []
     started = model.ops.memory.accounted()["workspace"]
@@ -245,7 +246,9 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_a_layer_is_few_launches(name: str, place: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_is_few_launches(
+    name: str, place: str, tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = loaded(tiny_model(name), place)
     decoding = Decoding(model, max_batch=9, n_tokens=64)
     n_launches, ends = 0, []
@@ -263,7 +266,7 @@ def test_a_layer_is_few_launches(name: str, place: str, tiny_model: Any, monkeyp
     assert tuple(each.max(axis=1).tolist()) == LAUNCHES[name]
 
 
-def test_what_does_not_fit_is_refused(place: str, tiny_model: Any) -> None:
+def test_what_does_not_fit_is_refused(place: str, tiny_model: ModelFiles) -> None:
     model = loaded(tiny_model("llama-q4_0"), place)
     decoding = Decoding(model, max_batch=2)
     decoding.join(ids_for(model, 4))

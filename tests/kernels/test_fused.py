@@ -1,5 +1,6 @@
 """Kernels of the decode step, one by one, are the chains that they stand for, bit for bit; every access is checked."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,13 @@ def test_a_norm_and_its_halves(n_embd: int, with_bias: bool, there: OpsThere) ->
     rows = empty_rows(there, n, n_embd, floats=True, halves=True)
     floats_only = empty_rows(there, n, n_embd, floats=True, halves=False)
     vectors = [there.put(weight), there.put(bias)] if with_bias else [there.put(weight)]
-    launch = norm.layer_norm_rows if with_bias else norm.rms_norm_rows
+    launch: Callable[..., None] = norm.layer_norm_rows if with_bias else norm.rms_norm_rows
     for given in (rows, floats_only):
         launch(kernels, there.put(x), *vectors, EPS, given)
     expected = there.layer_norm(x, weight, bias, EPS) if with_bias else there.rms_norm(x, weight, EPS)
-    np.testing.assert_array_equal(to_numpy(rows.floats), expected)
-    np.testing.assert_array_equal(to_numpy(floats_only.floats), expected)
+    for given in (rows, floats_only):
+        assert given.floats is not None
+        np.testing.assert_array_equal(to_numpy(given.floats), expected)
     alone = empty_rows(there, n, n_embd, floats=False, halves=True)
     quantize_rows(kernels, there.put(expected), alone)
     for name in ("halves", "sums", "scale"):
@@ -177,7 +179,8 @@ def test_experts_of_rows_that_are_there(there: OpsThere) -> None:
     for expert, first, count in groups[groups[:, 2] > 0].tolist():
         assert count <= 8
         reached += [(pair, expert) for pair in pairs[first : first + count].tolist()]
-    assert sorted(reached) == [(row * 3 + k, chosen[row, k]) for row in np.flatnonzero(active) for k in range(3)]
+    rows = np.flatnonzero(active).tolist()
+    assert sorted(reached) == [(row * 3 + k, int(chosen[row, k])) for row in rows for k in range(3)]
 
     residual, down = random(9, 96, seed=4), random(9, 3, 96, seed=5)
     y = there.put(np.zeros((9, 96), np.float32))

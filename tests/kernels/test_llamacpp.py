@@ -9,6 +9,7 @@ import refengine
 from refengine.errors import DeviceError
 from refengine.validate.judge import judge
 from refengine.validate.peers import capture_peer
+from tests.model_files import ModelFiles
 from tools.make_model import TINY
 from tools.report_parity import kernel_errors
 
@@ -30,7 +31,7 @@ JUDGED += ["llama-f32", "llama-f16", "llama-bf16", "llama-q4_1", "llama-q5_k", "
 
 
 @pytest.mark.parametrize("name", JUDGED)
-def test_the_judge_finds_no_error_of_the_kernels(name: str, place: str, tiny_model: Any) -> None:
+def test_the_judge_finds_no_error_of_the_kernels(name: str, place: str, tiny_model: ModelFiles) -> None:
     model = refengine.load(tiny_model(name), numerics="fast")
     try:
         capture = capture_peer(f"refengine:{place}", model)
@@ -42,7 +43,7 @@ def test_the_judge_finds_no_error_of_the_kernels(name: str, place: str, tiny_mod
     assert not verdict.unknown
 
 
-def test_the_judge_finds_a_fault_in_a_kernel(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_judge_finds_a_fault_in_a_kernel(tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """One part in ten thousand on the attention's scale: far below what the profile itself rounds away."""
     from refengine.cuda.ops import KernelOps
 

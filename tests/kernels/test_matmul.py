@@ -48,6 +48,7 @@ def test_products_are_within_float32_of_the_rounded_activations(
     bias = rng.standard_normal(n_out).astype(np.float32)
     given = prepared(activations, x)
     y = product(matmul, kernel, w, given, bias)
+    assert isinstance(w.data, np.ndarray)
     values = quants.dequantize(np, w.data, w.type, w.shape).astype(np.float64)
     rounded = np.empty((n_rows, n_in))
     rounded[:, activation_order(n_in)] = given[0].astype(np.float64) * given[2][:, None]

@@ -24,6 +24,7 @@ def test_float_products_are_within_float32(kind: str, n_in: int, there: OpsThere
     bias = rng.standard_normal(19).astype(np.float32)
     packed = there.matrix(w)
     y = there.linear(x, packed, there.put(bias))
+    assert isinstance(w.data, np.ndarray)
     values = quants.dequantize(np, w.data, w.type, w.shape).astype(np.float64)
     magnitude = np.abs(x).astype(np.float64) @ np.abs(values).T + np.abs(bias)
     # n_in / 32 fused multiply-adds in a lane, five levels of the tree, the bias.

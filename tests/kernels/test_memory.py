@@ -15,6 +15,7 @@ from refengine.cuda.memory import ALIGNMENT, Arena, DeviceMemory
 from refengine.cuda.upload import Uploader, bytes_for
 from refengine.errors import DeviceError, ModelError
 from tests.kernels.matrices import TILED, random_matrix
+from tests.model_files import ModelFiles
 from tools.make_model import write_model
 
 
@@ -50,7 +51,7 @@ def test_an_arena_gives_what_it_has_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt-oss-mxfp4_moe", "qwen2-q4_k_m"])
-def test_weights_are_accounted_to_the_byte(name: str, tiny_model: Any) -> None:
+def test_weights_are_accounted_to_the_byte(name: str, tiny_model: ModelFiles) -> None:
     model = refengine.load(tiny_model(name), "host")
     planes = [w for layer in model.weights.layers for w in vars(layer).values() if hasattr(w, "planes")]
     assert planes
@@ -85,7 +86,7 @@ def test_copies_to_a_device_are_as_large_as_was_said(monkeypatch: pytest.MonkeyP
         np.testing.assert_array_equal(packed.planes["low"], w.data)
 
 
-def test_the_size_of_copies_reaches_the_uploader(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_copies_reaches_the_uploader(tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
     class Seen(Uploader):
@@ -99,7 +100,7 @@ def test_the_size_of_copies_reaches_the_uploader(tiny_model: Any, monkeypatch: p
     assert sizes == [64 << 10, 1 << 20]
 
 
-def test_progress_reaches_the_end(tiny_model: Any) -> None:
+def test_progress_reaches_the_end(tiny_model: ModelFiles) -> None:
     seen: list[tuple[int, int]] = []
     model = refengine.load(tiny_model("llama-q4_0"), "host", progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (model.weights.n_bytes, model.weights.n_bytes)
@@ -119,7 +120,9 @@ print(max(seen) - before)
 
 
 @pytest.mark.parametrize("device", ["host", "cpu"])
-def test_what_has_been_read_of_a_file_does_not_stay_in_memory(device: str, tmp_path: Path, tiny_model: Any) -> None:
+def test_what_has_been_read_of_a_file_does_not_stay_in_memory(
+    device: str, tmp_path: Path, tiny_model: ModelFiles
+) -> None:
     large = tmp_path / "large.gguf"
     write_model(large, "qwen2", "Q8_0", n_layer=8, n_embd=512, n_head=8, head_dim=64, n_ff=6144)
     assert large.stat().st_size > 64 << 20
@@ -130,6 +133,7 @@ def test_what_has_been_read_of_a_file_does_not_stay_in_memory(device: str, tmp_p
 
 def test_a_scale_beyond_all_reason_is_refused() -> None:
     w = random_matrix("MXFP4", (16, 64), 1)
+    assert isinstance(w.data, np.ndarray)
     w.data.reshape(-1, 17)[5, 0] = 241
     with pytest.raises(ModelError, match=r"random MXFP4: a scale of 2\^114"):
         pack(np, w)
@@ -137,7 +141,7 @@ def test_a_scale_beyond_all_reason_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.gpu_alone
-def test_on_a_gpu_what_does_not_fit_is_refused_first_and_what_is_there_is_device_memory(tiny_model: Any) -> None:
+def test_on_a_gpu_what_does_not_fit_is_refused_first_and_what_is_there_is_device_memory(tiny_model: ModelFiles) -> None:
     try:
         model = refengine.load(tiny_model("gpt-oss-mxfp4_moe"), "cuda", "fast")
     except DeviceError as e:

@@ -15,6 +15,7 @@ from refengine.errors import DeviceError, RequestError
 from refengine.model import Model
 from refengine.trace import Trace, to_numpy
 from refengine.validate.metrics import nmse
+from tests.model_files import ModelFiles
 from tools.make_model import TINY
 
 # One of each architecture and each way in which their files are mixed; every type of weights.
@@ -36,7 +37,7 @@ def ids_for(model: Model, n: int, seed: int = 1) -> list[int]:
 
 
 @pytest.mark.parametrize("name", list(TINY))
-def test_logits_are_those_of_the_array_twin(name: str, place: str, tiny_model: Any) -> None:
+def test_logits_are_those_of_the_array_twin(name: str, place: str, tiny_model: ModelFiles) -> None:
     """Against `exact` the kernels and their NumPy twin, which rounds alike, are equally far."""
     path = tiny_model(name)
     ids = ids_for(exact := refengine.load(path), 24)
@@ -82,7 +83,7 @@ def in_ci(name: str) -> Any:
 
 
 @pytest.fixture(scope="module", params=[in_ci(name) for name in ONE_EACH])
-def model(request: pytest.FixtureRequest, place: str, tiny_model: Any) -> Model:
+def model(request: pytest.FixtureRequest, place: str, tiny_model: ModelFiles) -> Model:
     return loaded(tiny_model(request.param), place)
 
 
@@ -170,7 +171,7 @@ def test_a_nan_is_found_and_named(model: Model) -> None:
     assert f"tensor {after} " in seen[0]
 
 
-def test_the_host_runs_kernels_only(tiny_model: Any) -> None:
+def test_the_host_runs_kernels_only(tiny_model: ModelFiles) -> None:
     with pytest.raises(RequestError, match="device host runs the kernels, whose numerics are fast; exact runs on cpu"):
         refengine.load(tiny_model("llama-f32"), "host", "exact")
     model = refengine.load(tiny_model("llama-q4_0"), "host")

@@ -62,7 +62,7 @@ def stepped(
     return drawn
 
 
-SETTINGS = [
+SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 0.0, "repetition_penalty": 1.7},
     {},

@@ -36,7 +36,8 @@ class Tensor:
 
 def test_ids_are_lists_arrays_and_tensors(model: refengine.Model) -> None:
     expected = model.forward([1, 2, 3])
-    for ids in (np.array([1, 2, 3]), np.array([1, 2, 3], np.int32), (1, 2, 3), Tensor(np.array([1, 2, 3]))):
+    given: list[Any] = [np.array([1, 2, 3]), np.array([1, 2, 3], np.int32), (1, 2, 3), Tensor(np.array([1, 2, 3]))]
+    for ids in given:
         np.testing.assert_array_equal(model.forward(ids), expected)
 
 
@@ -61,7 +62,8 @@ def test_replacements_are_lists_and_tensors_too(model: refengine.Model) -> None:
     model.forward([1, 2], trace=seen)
     other = seen.result()["Vcur-1"] * 2
     expected = model.forward([1, 2], trace=refengine.Trace(replace={"Vcur-1": other}))
-    for value in (other.tolist(), Tensor(other), lambda x: x * 2):
+    replacements: list[Any] = [other.tolist(), Tensor(other), lambda x: x * 2]
+    for value in replacements:
         found = model.forward([1, 2], trace=refengine.Trace(replace={"Vcur-1": value}))
         np.testing.assert_array_equal(found, expected)
 

@@ -18,19 +18,19 @@ from tools.make_model import TINY, write_spec
 
 
 @pytest.fixture(params=MODELS)
-def golden(request, tmp_path):
+def golden(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Capture]:
     folder = GOLDEN / request.param
     return model_file(request.param, tmp_path), read_dump(folder)
 
 
-def run(path: Path, golden: Capture, numerics: str):
+def run(path: Path, golden: Capture, numerics: str) -> dict[str, np.ndarray]:
     model = refengine.load(path, numerics=numerics, kv_type=golden.flags["kv_type"])
     trace = refengine.Trace("^(l_out|kqv_out)-|^result_(norm|output)$")
     model.forward(golden.ids, trace=trace)
     return trace.result()
 
 
-def test_golden_belongs_to_the_model(golden):
+def test_golden_belongs_to_the_model(golden: tuple[Path, Capture]) -> None:
     path, dump = golden
     assert dump.flags["model_seed"] == SEED
     assert hashlib.sha256(path.read_bytes()).hexdigest() == dump.model_sha256
@@ -38,7 +38,7 @@ def test_golden_belongs_to_the_model(golden):
     assert load_file(dump.source.parent / "golden.safetensors").keys() == dump.tensors.keys()
 
 
-def test_golden_agrees(golden):
+def test_golden_agrees(golden: tuple[Path, Capture]) -> None:
     path, dump = golden
     is_f32 = dump.flags["kv_type"] == "f32"
     is_gpt2 = dump.flags["model"].startswith("gpt2")
@@ -52,7 +52,7 @@ def test_golden_agrees(golden):
         assert nmse(ours[name], theirs) <= tolerance, name
 
 
-def test_golden_control_a_wrong_seed_disagrees(golden, tmp_path):
+def test_golden_control_a_wrong_seed_disagrees(golden: tuple[Path, Capture], tmp_path: Path) -> None:
     _, dump = golden
     other = tmp_path / "other.gguf"
     # For the packaged model, random weights of its shape.
@@ -61,6 +61,6 @@ def test_golden_control_a_wrong_seed_disagrees(golden, tmp_path):
     assert nmse(run(other, dump, "exact")[LOGITS], dump.tensors[LOGITS]) > 0.1
 
 
-def test_every_golden_folder_is_tested():
+def test_every_golden_folder_is_tested() -> None:
     assert {p.name for p in GOLDEN.iterdir() if p.is_dir()} == {*MODELS, "perf"}
     assert all(np.isfinite(v).all() for m in MODELS for v in load_file(GOLDEN / m / "golden.safetensors").values())

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 import refengine
+from tests.model_files import ModelFiles
 from tools.make_model import TINY
 
 
 @pytest.mark.parametrize("name", [n for n in TINY if n.endswith(("-f32", "-q4_k_m", "_moe"))])
-def test_chunks_give_the_same_logits(tiny_model, name):
+def test_chunks_give_the_same_logits(tiny_model: ModelFiles, name: str) -> None:
     """Whole, seven at a time, one at a time: float32 sums of other matrix shapes, 1e-7 relative each."""
     model = refengine.load(tiny_model(name))
     ids = np.random.default_rng(3).integers(0, model.config.n_vocab, 48).tolist()
@@ -19,7 +20,7 @@ def test_chunks_give_the_same_logits(tiny_model, name):
 
 @pytest.mark.parametrize("name", ["llama-q4_k", "gpt-oss-mxfp4_moe", "qwen2-q5_1"])
 @pytest.mark.parametrize("numerics", ["exact", "llamacpp"])
-def test_weights_outside_the_cache_give_the_same_logits(tiny_model, name, numerics):
+def test_weights_outside_the_cache_give_the_same_logits(tiny_model: ModelFiles, name: str, numerics: str) -> None:
     """With no room for dequantised weights they are dequantised in slices at every use."""
     cached = refengine.load(tiny_model(name), numerics=numerics)
     uncached = refengine.load(tiny_model(name), numerics=numerics, cpu_cache_mb=0)

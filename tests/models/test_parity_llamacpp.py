@@ -4,14 +4,19 @@ llama.cpp runs on its CPU backend, flash attention off, weights in file layout.
 """
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import refengine
+from refengine.config import ModelConfig
 from refengine.validate.alignment import align
 from refengine.validate.metrics import nmse
 from refengine.validate.replay import replay
+from tests.model_files import ModelFiles
 from tools.make_model import TINY
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra `validate`)")
@@ -30,29 +35,29 @@ ROUNDED_MODELS = [name for name, spec in TINY.items() if spec.type != "F32"]
 TARGETS = ["qwen2-q4_k_m", "qwen2-mostly_q4_0", "phi3-q4_k_m", "phi3-mostly_q4_0", "gpt-oss-mxfp4_moe"]
 
 
-def prompt(model, seed=0, n=N_TOKENS):
+def prompt(model: refengine.Model, seed: int = 0, n: int = N_TOKENS) -> list[int]:
     return np.random.default_rng(seed).integers(0, model.config.n_vocab, n).tolist()
 
 
-def captured(path, ids, kv_type, pattern=""):
+def captured(path: Path, ids: list[int], kv_type: str, pattern: str = "") -> tuple[np.ndarray, dict[str, np.ndarray]]:
     with LlamaCpp(path, kv_type=kv_type, n_threads=1) as peer:
         return peer.tensors(ids, pattern)
 
 
-def worst_operation(compared):
+def worst_operation(compared: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[float, str]:
     """(NMSE, name) of the tensor furthest from the peer's."""
     return max((nmse(ours, theirs), name) for name, (ours, theirs) in compared.items())
 
 
 @pytest.mark.parametrize("name", [n for n in F32_MODELS if TINY[n].arch != "gpt2"])
-def test_f32_logits_equal_llamacpp(tiny_model, name):
+def test_f32_logits_equal_llamacpp(tiny_model: ModelFiles, name: str) -> None:
     model = refengine.load(tiny_model(name), numerics="exact")
     ids = prompt(model)
     theirs, _ = captured(tiny_model(name), ids, "f32", "^$")
     assert nmse(model.forward(ids), theirs) <= TIGHT
 
 
-def test_trained_model_logits_equal_llamacpp(shared_data):
+def test_trained_model_logits_equal_llamacpp(shared_data: Path) -> None:
     path = shared_data / "models" / "stories260K.gguf"
     model = refengine.load(path)
     ids = model.tokenizer.encode("Once upon a time, there was a little girl named Lily. " * 4)
@@ -62,7 +67,7 @@ def test_trained_model_logits_equal_llamacpp(shared_data):
 
 
 @pytest.mark.parametrize("name", [n for n in F32_MODELS if TINY[n].arch == "gpt2"])
-def test_gpt2_f32_differs_from_llamacpp_by_gelu_flips_alone(tiny_model, name):
+def test_gpt2_f32_differs_from_llamacpp_by_gelu_flips_alone(tiny_model: ModelFiles, name: str) -> None:
     """llama.cpp's GELU rounds its argument to float16. A float32 sum in another order falls across a rounding boundary
     now and then; one such flip is 6e-11 (NMSE of one layer's GELU) and 1e-9 at the logits. llama.cpp is as far from
     itself when it is fed token by token. With its GELU outputs grafted in, nothing above the float32 noise is left."""
@@ -80,7 +85,7 @@ def test_gpt2_f32_differs_from_llamacpp_by_gelu_flips_alone(tiny_model, name):
 
 
 @pytest.mark.parametrize("name", list(TINY))
-def test_every_operation_equals_llamacpp_on_its_own_inputs(tiny_model, name):
+def test_every_operation_equals_llamacpp_on_its_own_inputs(tiny_model: ModelFiles, name: str) -> None:
     kv_type = "f32" if TINY[name].type == "F32" else "f16"
     model = refengine.load(tiny_model(name), numerics="llamacpp", kv_type=kv_type)
     ids = prompt(model)
@@ -95,7 +100,7 @@ def test_every_operation_equals_llamacpp_on_its_own_inputs(tiny_model, name):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_target_types_end_to_end(tiny_model, name):
+def test_target_types_end_to_end(tiny_model: ModelFiles, name: str) -> None:
     """Rounding flips spread (see models.md): end to end only the order of magnitude is meaningful, so the median of
     several prompts is held to the project's bounds. Measured medians: l_out-0 1e-9 to 3e-6, logits 4e-6 to 2e-4."""
     model = refengine.load(tiny_model(name), numerics="llamacpp")
@@ -118,7 +123,7 @@ def test_target_types_end_to_end(tiny_model, name):
 
 
 @pytest.mark.parametrize("n_ctx", [256, 512])
-def test_longrope_factors_follow_the_context_asked_for(tiny_model, n_ctx):
+def test_longrope_factors_follow_the_context_asked_for(tiny_model: ModelFiles, n_ctx: int) -> None:
     """Trained on 256 tokens: short factors up to that context, long ones beyond, whatever the prompt's length."""
     path = tiny_model("phi3-f32-longrope")
     model = refengine.load(path, n_ctx=n_ctx)
@@ -130,7 +135,7 @@ def test_longrope_factors_follow_the_context_asked_for(tiny_model, n_ctx):
     assert nmse(other.forward(ids), theirs) > 1e-4  # the control: the other factors are another model
 
 
-FAULTS = {
+FAULTS: dict[str, tuple[str, Callable[[Any], ModelConfig]]] = {
     "epsilon": ("attn_norm-0", lambda m: dataclasses.replace(m.config, norm_eps=m.config.norm_eps * 2)),
     "rope base": (
         "Qcur-0",
@@ -140,7 +145,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_replay_names_a_planted_fault(tiny_model, fault):
+def test_replay_names_a_planted_fault(tiny_model: ModelFiles, fault: str) -> None:
     """The control: an engine that is wrong, in one small thing, is found at the right tensor."""
     model = refengine.load(tiny_model("llama-q8_0"), numerics="llamacpp")
     expected, broken = FAULTS[fault]
@@ -152,6 +157,6 @@ def test_replay_names_a_planted_fault(tiny_model, fault):
     assert wrong[0] == expected
 
 
-def test_align_refuses_another_size():
+def test_align_refuses_another_size() -> None:
     with pytest.raises(refengine.RefengineError, match="Qcur-0"):
         align("Qcur-0", np.zeros((3, 4)), np.zeros((3, 5)))

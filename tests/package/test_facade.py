@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_help_shows_the_public_names() -> None:
-    text = pydoc.render_doc(refengine, renderer=pydoc.plaintext)
+    text = pydoc.plain(pydoc.render_doc(refengine))
     for words in ("class Model", "class Trace", "class SamplingParams", "load(path"):
         assert words in text
     assert set(refengine.__all__) <= set(dir(refengine))

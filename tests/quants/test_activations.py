@@ -15,19 +15,19 @@ def rows(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((3, n)).astype(np.float32)
 
 
-def test_round_activation_f32_is_the_same_array():
+def test_round_activation_f32_is_the_same_array() -> None:
     x = rows(7)
     assert round_activation(np, x, T.F32) is x
 
 
 @pytest.mark.parametrize("type_", [T.F16, T.BF16], ids=lambda t: t.name)
-def test_round_activation_half_ties_go_to_even(type_):
+def test_round_activation_half_ties_go_to_even(type_: T) -> None:
     ulp = 2.0**-10 if type_ == T.F16 else 2.0**-7
     x = np.array([1 + ulp / 2, 1 + 3 * ulp / 2, 1 + 0.49 * ulp, -1 - ulp / 2], np.float32)
     assert round_activation(np, x, type_).tolist() == [1.0, 1 + 2 * ulp, 1.0, -1.0]
 
 
-def test_round_activation_bf16_keeps_infinities_and_nan():
+def test_round_activation_bf16_keeps_infinities_and_nan() -> None:
     x = np.array([np.inf, -np.inf, np.nan, 3.4e38, 1e-40], np.float32)
     got = round_activation(np, x, T.BF16)
     assert got[:2].tolist() == [np.inf, -np.inf]
@@ -36,14 +36,14 @@ def test_round_activation_bf16_keeps_infinities_and_nan():
     assert 0 < got[4] < 2e-40
 
 
-def test_round_activation_q8_0_by_hand():
+def test_round_activation_q8_0_by_hand() -> None:
     # largest magnitude 127 makes the scale exactly 1: codes are the values to nearest, ties to even
     x = np.zeros(32, np.float32)
     x[:6] = [-127, 0.5, 1.5, 2.5, -2.5, 126.4]
     assert round_activation(np, x, T.Q8_0)[:6].tolist() == [-127, 0, 2, 2, -2, 126]
 
 
-def test_round_activation_q8_k_by_hand():
+def test_round_activation_q8_k_by_hand() -> None:
     # the first element of largest magnitude becomes -127 and its sign moves into the scale
     x = np.zeros(256, np.float32)
     x[:5] = [1.0, 254.0, -254.0, 3.0, -5.0]
@@ -54,7 +54,7 @@ def test_round_activation_q8_k_by_hand():
 
 
 @pytest.mark.parametrize("type_", BLOCKED, ids=lambda t: t.name)
-def test_round_activation_error_is_below_one_step(type_):
+def test_round_activation_error_is_below_one_step(type_: T) -> None:
     block = 256 if SUPPORTED[type_].partner == "Q8_K" else 32
     x = rows(512)
     step = np.abs(x).reshape(3, -1, block).max(-1).repeat(block, axis=-1) / 127
@@ -66,7 +66,7 @@ def test_round_activation_error_is_below_one_step(type_):
 
 @pytest.mark.parametrize("type_", BLOCKED, ids=lambda t: t.name)
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-30, 1e-38, 1e-42])
-def test_round_activation_of_vanishing_rows_is_zero_or_close(type_, value):
+def test_round_activation_of_vanishing_rows_is_zero_or_close(type_: T, value: float) -> None:
     x = np.full((2, 256), value, np.float32)
     x[:, ::2] *= -1
     got = round_activation(np, x, type_)
@@ -77,7 +77,7 @@ def test_round_activation_of_vanishing_rows_is_zero_or_close(type_, value):
 
 
 @pytest.mark.parametrize("type_", BLOCKED, ids=lambda t: t.name)
-def test_round_activation_keeps_nan_visible_in_its_block_only(type_):
+def test_round_activation_keeps_nan_visible_in_its_block_only(type_: T) -> None:
     block = 256 if SUPPORTED[type_].partner == "Q8_K" else 32
     x = rows(512)
     x[1, 5] = np.nan
@@ -87,7 +87,7 @@ def test_round_activation_keeps_nan_visible_in_its_block_only(type_):
 
 
 @pytest.mark.parametrize("type_", BLOCKED, ids=lambda t: t.name)
-def test_quantize_activation_times_scale_is_round_activation(type_):
+def test_quantize_activation_times_scale_is_round_activation(type_: T) -> None:
     x = rows(512).reshape(3, 1, 512)
     codes, scale = quantize_activation(np, x, type_)
     assert codes.dtype == np.int8
@@ -95,14 +95,14 @@ def test_quantize_activation_times_scale_is_round_activation(type_):
     np.testing.assert_array_equal((codes * scale).reshape(x.shape), round_activation(np, x, type_))
 
 
-def test_round_activation_takes_strided_input_and_leaves_it_alone():
+def test_round_activation_takes_strided_input_and_leaves_it_alone() -> None:
     x = rows(512)
     before = x.copy()
     np.testing.assert_array_equal(round_activation(np, x[:, :256], T.Q4_K), round_activation(np, x, T.Q4_K)[:, :256])
     np.testing.assert_array_equal(x, before)
 
 
-def test_q8_1_sums_by_hand():
+def test_q8_1_sums_by_hand() -> None:
     # codes 127 and 31 times 1; d = 1 + 2^-12 is 1 as float16, but the sum is taken with d before that rounding
     d = 1 + 2**-12
     x = np.full(32, d, np.float32)
@@ -113,25 +113,25 @@ def test_q8_1_sums_by_hand():
     assert q8_1_sums(np, x).tolist() == [4064.0]  # 4064.99 rounds to a multiple of 2
 
 
-def test_q8_1_residual_is_sum_less_rounded_sum():
+def test_q8_1_residual_is_sum_less_rounded_sum() -> None:
     x = rows(96)
     rounded = round_activation(np, x, T.Q4_1).astype(np.float64).reshape(3, 3, 32).sum(-1)
     np.testing.assert_allclose(q8_1_residual(np, x), q8_1_sums(np, x) - rounded, rtol=0, atol=1e-6)
     assert np.abs(q8_1_residual(np, x)).max() > 1e-4  # it is not rounding noise of float32
 
 
-def test_quantize_activation_refuses_float_partners():
+def test_quantize_activation_refuses_float_partners() -> None:
     for type_ in (T.F32, T.F16, T.BF16):
         with pytest.raises(ModelError, match=f"{type_.name}: activations are rounded to {type_.name}"):
             quantize_activation(np, rows(32), type_)
 
 
 @pytest.mark.parametrize("type_", BLOCKED, ids=lambda t: t.name)
-def test_round_activation_refuses_rows_that_split_blocks(type_):
+def test_round_activation_refuses_rows_that_split_blocks(type_: T) -> None:
     with pytest.raises(ModelError, match="activation rows of 48"):
         round_activation(np, rows(48), type_)
 
 
-def test_round_activation_refuses_unsupported_types():
+def test_round_activation_refuses_unsupported_types() -> None:
     with pytest.raises(ModelError, match="IQ4_NL"):
         round_activation(np, rows(64), T.IQ4_NL)

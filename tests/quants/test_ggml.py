@@ -5,7 +5,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from refengine.quants import SUPPORTED, dequantize, mins, q8_1_residual, q8_1_sums, round_activation
-from tests import ggml_ctypes
+from tests.ggml_ctypes import Ggml, load
 
 pytestmark = pytest.mark.llamacpp
 T = GGMLQuantizationType
@@ -31,8 +31,8 @@ SCALES = [
 
 
 @pytest.fixture(scope="module")
-def ggml():
-    return ggml_ctypes.load()
+def ggml() -> Ggml:
+    return load()
 
 
 def assert_same_bits(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -48,7 +48,7 @@ def assert_same_values(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("type_", SUPPORTED, ids=lambda t: t.name)
-def test_dequantize_random_bits_equals_to_float(ggml, type_):
+def test_dequantize_random_bits_equals_to_float(ggml: Ggml, type_: T) -> None:
     fmt = SUPPORTED[type_]
     n_blocks = 200_000 // fmt.block_size
     raw = np.random.default_rng(int(type_)).integers(0, 256, n_blocks * fmt.block_bytes, dtype=np.uint8)
@@ -56,7 +56,7 @@ def test_dequantize_random_bits_equals_to_float(ggml, type_):
 
 
 @pytest.mark.parametrize("type_", [t for t, f in SUPPORTED.items() if f.block_size > 1], ids=lambda t: t.name)
-def test_dequantize_extreme_scales_equal_to_float(ggml, type_):
+def test_dequantize_extreme_scales_equal_to_float(ggml: Ggml, type_: T) -> None:
     fmt = SUPPORTED[type_]
     extremes = range(256) if type_ == T.MXFP4 else SCALES
     rng = np.random.default_rng(7)
@@ -65,7 +65,7 @@ def test_dequantize_extreme_scales_equal_to_float(ggml, type_):
         for second in [0] if type_ == T.MXFP4 else SCALES:
             block = rng.integers(0, 256, fmt.block_bytes, dtype=np.uint8).view(fmt.dtype)
             for name, value in zip(
-                [n for n in ("d", "m", "dmin") if n in fmt.dtype.names], (first, second), strict=False
+                [n for n in ("d", "m", "dmin") if n in (fmt.dtype.names or ())], (first, second), strict=False
             ):
                 block[name] = np.uint16(value).view(np.float16)
             if type_ == T.MXFP4:
@@ -75,14 +75,14 @@ def test_dequantize_extreme_scales_equal_to_float(ggml, type_):
     assert_same_bits(dequantize(np, raw, type_, (len(blocks) * fmt.block_size,)), ggml.to_float(type_, raw))
 
 
-def test_dequantize_every_half_and_bfloat16_bit_pattern(ggml):
+def test_dequantize_every_half_and_bfloat16_bit_pattern(ggml: Ggml) -> None:
     raw = np.arange(65536, dtype=np.uint16).view(np.uint8)
     for type_ in (T.F16, T.BF16):
         assert_same_bits(dequantize(np, raw, type_, (65536,)), ggml.to_float(type_, raw))
 
 
 @pytest.mark.parametrize("type_", SUPPORTED, ids=lambda t: t.name)
-def test_partner_is_ggmls_vec_dot_type(ggml, type_):
+def test_partner_is_ggmls_vec_dot_type(ggml: Ggml, type_: T) -> None:
     assert T(ggml.traits_cpu(type_).vec_dot_type).name == SUPPORTED[type_].partner
 
 
@@ -113,7 +113,7 @@ def activation_rows() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", activation_rows())
 @pytest.mark.parametrize("type_", [t for t in SUPPORTED if t != T.F32], ids=lambda t: t.name)
-def test_round_activation_equals_from_float(ggml, type_, kind):
+def test_round_activation_equals_from_float(ggml: Ggml, type_: T, kind: str) -> None:
     x = activation_rows()[kind]
     partner = PARTNERS[SUPPORTED[type_].partner]
     raw = ggml.from_float(partner, x.reshape(-1))
@@ -132,7 +132,7 @@ def test_round_activation_equals_from_float(ggml, type_, kind):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-38, 1e-44, 1e30, 3e38])
 @pytest.mark.parametrize("type_", [T.F16, T.BF16, T.Q4_0, T.Q6_K], ids=lambda t: t.name)
-def test_round_activation_of_extreme_rows_equals_from_float(ggml, type_, scale):
+def test_round_activation_of_extreme_rows_equals_from_float(ggml: Ggml, type_: T, scale: float) -> None:
     x = (np.random.default_rng(13).uniform(-1, 1, (4, 256)) * scale).astype(np.float32)
     partner = PARTNERS[SUPPORTED[type_].partner]
     raw = ggml.from_float(partner, x.reshape(-1))
@@ -146,7 +146,7 @@ def test_round_activation_of_extreme_rows_equals_from_float(ggml, type_, scale):
 
 
 @pytest.mark.parametrize("type_", [t for t in SUPPORTED if t != T.F32], ids=lambda t: t.name)
-def test_product_of_rounded_values_equals_vec_dot(ggml, type_):
+def test_product_of_rounded_values_equals_vec_dot(ggml: Ggml, type_: T) -> None:
     fmt = SUPPORTED[type_]
     rng = np.random.default_rng(int(type_))
     n_out, n_in = 24, 1280
@@ -154,7 +154,7 @@ def test_product_of_rounded_values_equals_vec_dot(ggml, type_):
     blocks = rng.integers(0, 256, (n_blocks, fmt.block_bytes), dtype=np.uint8)
     layout = blocks.reshape(-1).view(fmt.dtype)
     for name in ("d", "m", "dmin", "x"):
-        if name in fmt.dtype.names:
+        if name in (fmt.dtype.names or ()):
             values = rng.standard_normal(n_blocks) * 0.1
             is_bf16 = type_ == T.BF16
             layout[name] = (values.astype(np.float32).view(np.uint32) >> 16 if is_bf16 else values).astype(

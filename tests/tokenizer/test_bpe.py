@@ -180,7 +180,7 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, token_id: int) -
         tokenizer.decode([token_id])
 
 
-ONE_KEY_WRONG = {
+ONE_KEY_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no merges": ({"merges": None}, "tokenizer.ggml.merges is missing"),
     "merge without space": ({"merges": ["a b", "ab"]}, "merge 1 is 'ab'; expected two"),
     "merge of three": ({"merges": ["a b c"]}, "merge 0 is 'a b c'; expected two"),
@@ -201,7 +201,7 @@ ONE_KEY_WRONG = {
 @pytest.mark.parametrize("fault", ONE_KEY_WRONG)
 def test_malformed_metadata_is_refused_with_key_and_byte_offset(tmp_path: Path, fault: str) -> None:
     changes, message = ONE_KEY_WRONG[fault]
-    settings = {"model": "gpt2", "tokens": BYTE_CHARS, "merges": [], "pre": "gpt-2", **changes}
+    settings: dict[str, Any] = {"model": "gpt2", "tokens": BYTE_CHARS, "merges": [], "pre": "gpt-2", **changes}
     gguf = GGUFFile(write_vocabulary(tmp_path / "v.gguf", **settings))
     with pytest.raises(RefengineError) as caught:
         load_tokenizer(gguf)

@@ -205,7 +205,7 @@ def test_reply_at_the_very_end_of_its_time_stands_and_the_next_is_served(monkeyp
     for i in range(5):
         with monkeypatch.context() as late:
             assert render_chat_template("started", []) == "started"  # so that only a reply is late
-            late.setattr(chat.threading, "Timer", Late)
+            late.setattr(threading, "Timer", Late)
             assert render_chat_template(f"late {i}", []) == f"late {i}"
         assert render_chat_template(f"next {i}", []) == f"next {i}"
 

@@ -25,7 +25,8 @@ def byte_level_json(path: Path, *, merges: list[str] = MERGES, adds_bos: bool = 
     """The same vocabulary as `bpe_file(merges, SPECIAL, pre="gpt-2")`."""
     made = [merge.replace(" ", "") for merge in merges]
     ids = {text: i for i, text in enumerate([*BYTE_CHARS, *made])}
-    library = LibraryTokenizer(models.BPE(vocab=ids, merges=[tuple(merge.split(" ")) for merge in merges]))
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    library = LibraryTokenizer(models.BPE(vocab=ids, merges=pairs))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])

@@ -1,6 +1,7 @@
 """SentencePiece from small GGUF vocabularies: merging by score, byte fallback, the extra space, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceProcessor
@@ -131,7 +132,7 @@ def test_default_ids_outside_a_tiny_vocabulary_are_dropped(tmp_path: Path) -> No
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, None)
 
 
-MALFORMED = {
+MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "too few scores": ({"scores": [0.0] * 260}, "tokenizer.ggml.scores has 260 entries for 261 tokens"),
     "too few types": ({"types": [NORMAL]}, "tokenizer.ggml.token_type has 1 entries for 261 tokens"),
     "score is NaN": ({"scores": [0.0, float("nan")] + [0.0] * 259}, "the score of token 1 is not a number"),

@@ -9,7 +9,7 @@ import pytest
 
 from tools.haiku import grammar
 from tools.haiku.corpus import AGAIN, FORMS, Corpus, held_out
-from tools.haiku.grammar import LEXICON, LINES, Lexicon, forms, repeats, with_articles
+from tools.haiku.grammar import LEXICON, LINES, Haiku, Lexicon, forms, repeats, with_articles
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def corpus() -> Corpus:
     return Corpus()
 
 
-def poems(corpus: Corpus, count: int, unseen: bool = False):
+def poems(corpus: Corpus, count: int, unseen: bool = False) -> list[Haiku]:
     rng = random.Random(5)
     return [corpus.poem(topic, rng, unseen) for topic in corpus.topics for _ in range(count)]
 

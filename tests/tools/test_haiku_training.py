@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="install the extra haiku to train models")
 
 import refengine  # noqa: E402
-from refengine.validate.alignment import nmse  # noqa: E402
+from refengine.validate.metrics import nmse  # noqa: E402
 from tools.haiku import train  # noqa: E402
 from tools.haiku.export import CHECKPOINT, keep_checkpoint, load_checkpoint, write_gguf  # noqa: E402
 from tools.haiku.network import HaikuModel  # noqa: E402

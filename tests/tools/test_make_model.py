@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def types_of(path: Path) -> dict[str, T]:
 
 
 @pytest.mark.parametrize("name", ["llama-f32", "qwen2-q4_k_m", "phi3-q4_k_m", "gpt-oss-mxfp4_moe", "gpt2-bf16"])
-def test_same_seed_gives_same_file_and_another_seed_does_not(tmp_path, name):
+def test_same_seed_gives_same_file_and_another_seed_does_not(tmp_path: Path, name: str) -> None:
     first, again, other = tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "c.gguf"
     write_spec(first, TINY[name], seed=3)
     write_spec(again, TINY[name], seed=3)
@@ -39,7 +40,7 @@ def test_same_seed_gives_same_file_and_another_seed_does_not(tmp_path, name):
     assert first.stat().st_size == other.stat().st_size
 
 
-def test_tensor_bytes_depend_on_seed_and_name_only(tmp_path):
+def test_tensor_bytes_depend_on_seed_and_name_only(tmp_path: Path) -> None:
     """Not on the tensors before it: the tied model lacks output.weight, and has another embedding."""
     write_spec(tmp_path / "untied.gguf", TINY["llama-f32"])
     write_spec(tmp_path / "tied.gguf", TINY["llama-f32-tied"])
@@ -67,14 +68,14 @@ PINNED = {
 
 
 @pytest.mark.parametrize("type_", SUPPORTED, ids=lambda t: t.name)
-def test_random_tensor_bytes_are_pinned(type_):
+def test_random_tensor_bytes_are_pinned(type_: T) -> None:
     data = b"".join(p.tobytes() for p in random_tensor(random_stream(7, "blk.0.x.weight"), type_, 512, 0.05))
     assert hashlib.sha256(data).hexdigest()[:16] == PINNED[type_.name]
 
 
 @pytest.mark.parametrize("type_", SUPPORTED, ids=lambda t: t.name)
 @pytest.mark.parametrize("std", [1.0, 0.02])
-def test_random_tensor_has_the_wanted_scale_and_no_mean(type_, std):
+def test_random_tensor_has_the_wanted_scale_and_no_mean(type_: T, std: float) -> None:
     n = 256 * 1024
     pieces = [p.copy() for p in random_tensor(random_stream(1, "w"), type_, n, std)]
     values = dequantize(np, np.concatenate(pieces), type_, (n,)).astype(np.float64)
@@ -84,7 +85,7 @@ def test_random_tensor_has_the_wanted_scale_and_no_mean(type_, std):
     assert len(np.unique(values)) > (18 if type_ == T.MXFP4 else 100)
 
 
-def test_random_tensor_of_floats_takes_a_mean():
+def test_random_tensor_of_floats_takes_a_mean() -> None:
     (piece,) = random_tensor(random_stream(1, "norm"), T.F32, 4096, 0.1, mean=1.0)
     assert piece.view(np.float32).mean() == pytest.approx(1.0, abs=0.01)
     with pytest.raises(ValueError, match="zero mean"):
@@ -92,7 +93,7 @@ def test_random_tensor_of_floats_takes_a_mean():
 
 
 @pytest.mark.parametrize("type_", SUPPORTED, ids=lambda t: t.name)
-def test_random_tensor_comes_in_small_pieces(type_):
+def test_random_tensor_comes_in_small_pieces(type_: T) -> None:
     fmt = SUPPORTED[type_]
     n = 3 * CHUNK_BYTES // fmt.block_bytes // 2 * fmt.block_size
     sizes = [p.size for p in random_tensor(random_stream(1, "w"), type_, n, 1.0)]
@@ -102,7 +103,7 @@ def test_random_tensor_comes_in_small_pieces(type_):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_tiny_model_is_small_and_holds_what_its_name_says(tmp_path, name):
+def test_tiny_model_is_small_and_holds_what_its_name_says(tmp_path: Path, name: str) -> None:
     path = tmp_path / "model.gguf"
     spec = write_spec(path, TINY[name])
     assert path.stat().st_size < 4e6
@@ -121,14 +122,14 @@ def test_tiny_model_is_small_and_holds_what_its_name_says(tmp_path, name):
     assert others == {T.F32}
 
 
-def test_every_architecture_and_type_has_a_tiny_model():
+def test_every_architecture_and_type_has_a_tiny_model() -> None:
     for arch in ("llama", "qwen2", "qwen3", "phi3", "gpt-oss", "gpt2"):
         assert {TINY[f"{arch}-{f.name.lower()}"].type for f in SUPPORTED.values()} == {
             f.name for f in SUPPORTED.values()
         }
 
 
-def test_qwen2_q4_k_m_is_the_mixture_of_the_real_file(tmp_path):
+def test_qwen2_q4_k_m_is_the_mixture_of_the_real_file(tmp_path: Path) -> None:
     write_spec(tmp_path / "m.gguf", TINY["qwen2-q4_k_m"])
     types = types_of(tmp_path / "m.gguf")
     for layer, more in enumerate([False, False, True]):
@@ -142,7 +143,7 @@ def test_qwen2_q4_k_m_is_the_mixture_of_the_real_file(tmp_path):
     assert "output.weight" not in types
 
 
-def test_phi3_q4_k_m_is_the_mixture_of_the_real_file(tmp_path):
+def test_phi3_q4_k_m_is_the_mixture_of_the_real_file(tmp_path: Path) -> None:
     write_spec(tmp_path / "m.gguf", TINY["phi3-q4_k_m"])
     types = types_of(tmp_path / "m.gguf")
     assert types["blk.0.attn_qkv.weight"] == T.Q5_K
@@ -151,7 +152,7 @@ def test_phi3_q4_k_m_is_the_mixture_of_the_real_file(tmp_path):
     assert types["output.weight"] == T.Q6_K
 
 
-def test_gpt_oss_mxfp4_moe_is_the_mixture_of_the_real_file(tmp_path):
+def test_gpt_oss_mxfp4_moe_is_the_mixture_of_the_real_file(tmp_path: Path) -> None:
     write_spec(tmp_path / "m.gguf", TINY["gpt-oss-mxfp4_moe"])
     by_type: dict[T, set[str]] = {}
     for name, type_ in types_of(tmp_path / "m.gguf").items():
@@ -162,7 +163,7 @@ def test_gpt_oss_mxfp4_moe_is_the_mixture_of_the_real_file(tmp_path):
     assert {"ffn_gate_inp.weight", "attn_sinks.weight", "attn_norm.weight", "ffn_down_exps.bias"} <= by_type[T.F32]
 
 
-def test_mostly_q4_0_head_is_q6_k_or_q8_0(tmp_path):
+def test_mostly_q4_0_head_is_q6_k_or_q8_0(tmp_path: Path) -> None:
     write_spec(tmp_path / "phi3.gguf", TINY["phi3-mostly_q4_0"])
     write_spec(tmp_path / "qwen2.gguf", TINY["qwen2-mostly_q4_0"])
     phi3, qwen2 = types_of(tmp_path / "phi3.gguf"), types_of(tmp_path / "qwen2.gguf")
@@ -171,7 +172,7 @@ def test_mostly_q4_0_head_is_q6_k_or_q8_0(tmp_path):
     assert phi3["blk.0.attn_qkv.weight"] == qwen2["blk.0.attn_v.weight"] == T.Q4_0
 
 
-def test_use_more_bits_in_24_layers():
+def test_use_more_bits_in_24_layers() -> None:
     assert [i for i in range(24) if use_more_bits(i, 24)] == [0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23]
 
 
@@ -184,12 +185,14 @@ def test_use_more_bits_in_24_layers():
         ("gpt-oss-20b", 20_914_757_184, LlamaFileType.MOSTLY_MXFP4_MOE),
     ],
 )
-def test_full_size_models_have_the_published_parameter_counts(name, n_parameters, file_type):
+def test_full_size_models_have_the_published_parameter_counts(
+    name: str, n_parameters: int, file_type: LlamaFileType
+) -> None:
     assert sum(t.n_elements for t in tensors(FULL[name])) == n_parameters
     assert FULL[name].file_type == file_type
 
 
-def test_full_size_qwen2_types_by_bytes():
+def test_full_size_qwen2_types_by_bytes() -> None:
     by_type = Counter[str]()
     for t in tensors(FULL["qwen2.5-0.5b"]):
         by_type[t.type.name] += t.n_bytes
@@ -197,7 +200,7 @@ def test_full_size_qwen2_types_by_bytes():
     assert sum(by_type.values()) == pytest.approx(392e6, rel=0.01)  # the real file has 398 MB with its vocabulary
 
 
-def test_write_model_takes_overrides(tmp_path):
+def test_write_model_takes_overrides(tmp_path: Path) -> None:
     spec = write_model(tmp_path / "m.gguf", "qwen3", "Q5_1", seed=2, n_layer=1, n_ff=64)
     assert (spec.n_layer, spec.n_ff) == (1, 64)
     with GGUFFile(tmp_path / "m.gguf") as gguf:
@@ -220,13 +223,15 @@ def test_write_model_takes_overrides(tmp_path):
         ("llama", "Q8_0", {"n_ff": 48}, "ffn_down: rows of 48 are no multiple of Q8_0's 32"),
     ],
 )
-def test_impossible_models_are_refused(tmp_path, arch, type_, overrides, message):
+def test_impossible_models_are_refused(
+    tmp_path: Path, arch: str, type_: str, overrides: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         write_model(tmp_path / "m.gguf", arch, type_, **overrides)
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_copied_vocabulary_is_the_source_padded(tmp_path):
+def test_copied_vocabulary_is_the_source_padded(tmp_path: Path) -> None:
     write_spec(tmp_path / "small.gguf", TINY["phi3-f32"])
     spec = tiny("phi3", "Q8_0", n_vocab=450)
     write_spec(tmp_path / "large.gguf", spec, vocab_file=tmp_path / "small.gguf")
@@ -244,7 +249,7 @@ def test_copied_vocabulary_is_the_source_padded(tmp_path):
         model_vocab.copied(tmp_path / "small.gguf", 415)
 
 
-def test_command_writes_a_named_model_with_overrides(tmp_path, capsys):
+def test_command_writes_a_named_model_with_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "m.gguf"
     assert main(["gpt2-q8_0", str(path), "--seed", "5", "--set", "n_layer=1", "--set", "tied=false"]) == 0
     assert "m.gguf" in capsys.readouterr().err
@@ -253,12 +258,12 @@ def test_command_writes_a_named_model_with_overrides(tmp_path, capsys):
         assert "output.weight" in gguf.tensors
 
 
-def test_command_takes_architecture_and_type(tmp_path):
+def test_command_takes_architecture_and_type(tmp_path: Path) -> None:
     assert main(["llama", "Q5_1", str(tmp_path / "m.gguf")]) == 0
     assert types_of(tmp_path / "m.gguf")["blk.0.attn_q.weight"] == T.Q5_1
 
 
-def test_command_lists_all_names(capsys):
+def test_command_lists_all_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*FULL, *TINY]
@@ -272,7 +277,9 @@ def test_command_lists_all_names(capsys):
         (["llama-f32", "OUT", "--vocab", "OUT"], "OUT"),
     ],
 )
-def test_command_errors_are_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
+def test_command_errors_are_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     out = str(tmp_path / "OUT")
     assert main([out if a == "OUT" else a for a in arguments]) == 2
     error = capsys.readouterr().err.strip()
@@ -281,7 +288,7 @@ def test_command_errors_are_one_line_and_exit_code_2(tmp_path, capsys, arguments
 
 
 @pytest.mark.parametrize("arguments", [[], ["llama"], ["a", "b", "c", "d"], ["llama-f32", "x", "--set", "n_layers=2"]])
-def test_command_usage_errors_exit_with_2(capsys, arguments):
+def test_command_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
@@ -289,7 +296,7 @@ def test_command_usage_errors_exit_with_2(capsys, arguments):
 
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("name", TINY)
-def test_llama_cpp_evaluates_every_tiny_model(tmp_path, name):
+def test_llama_cpp_evaluates_every_tiny_model(tmp_path: Path, name: str) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     path = tmp_path / "model.gguf"
     spec = write_spec(path, TINY[name], seed=1)
@@ -310,7 +317,7 @@ def test_llama_cpp_evaluates_every_tiny_model(tmp_path, name):
 
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("name", ["llama-f32", "phi3-f32", "llama3-f32", "qwen2-f32", "gpt2-f32", "gpt-oss-f32"])
-def test_llama_cpp_tokenizes_with_synthetic_vocabularies(tmp_path, name):
+def test_llama_cpp_tokenizes_with_synthetic_vocabularies(tmp_path: Path, name: str) -> None:
     """Merges really apply, and bytes outside them still round-trip."""
     llama_cpp = pytest.importorskip("llama_cpp")
     write_spec(tmp_path / "model.gguf", TINY[name])

@@ -1,7 +1,7 @@
 """Layouts of other engines are recognised by their shapes and, where those leave it open, by their values."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from refengine.errors import TraceError
 from refengine.validate.alignment import align, part_of, put_into
 from refengine.validate.capture import LOGITS
 from refengine.validate.judge import AGREES, DIVERGES, judge
+from tests.model_files import ModelFiles
 from tests.validate.zoo import N_TOKENS, capture, config, load
 
 
@@ -17,7 +18,7 @@ def values(*shape: int) -> np.ndarray:
     return np.random.default_rng(5).standard_normal(shape).astype(np.float32)
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "as it is": (lambda x: x, ""),
     "heads merged": (lambda x: x.reshape(len(x), -1), ""),
     "flat": (lambda x: x.ravel(), ""),
@@ -71,7 +72,7 @@ CUT = ("attn_out", "ffn_inp", "ffn_norm", "ffn_up", "ffn_gate", "ffn_swiglu", "f
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-5])
-def test_an_engine_that_makes_only_the_last_logits_is_judged(eps: float, tiny_model: Any) -> None:
+def test_an_engine_that_makes_only_the_last_logits_is_judged(eps: float, tiny_model: ModelFiles) -> None:
     name = "qwen2-q8_0"
     engine, model = load(tiny_model(name), name), load(tiny_model(name), name)
     config(norm_eps=eps)(engine)
@@ -91,7 +92,7 @@ def test_an_engine_that_makes_only_the_last_logits_is_judged(eps: float, tiny_mo
         assert late.local.worst[0] == N_TOKENS - 1  # counted in the prompt
 
 
-def test_heads_first_q_and_transposed_v_agree(tiny_model: Any) -> None:
+def test_heads_first_q_and_transposed_v_agree(tiny_model: ModelFiles) -> None:
     name = "llama-q4_0"
     whole = capture(load(tiny_model(name), name))
     moved = dict(whole.tensors)
@@ -105,7 +106,7 @@ def test_heads_first_q_and_transposed_v_agree(tiny_model: Any) -> None:
     }
 
 
-def test_a_flip_between_equals_is_a_tie_and_another_is_not(tiny_model: Any) -> None:
+def test_a_flip_between_equals_is_a_tie_and_another_is_not(tiny_model: ModelFiles) -> None:
     """The head has one row twice: which of the two tokens is likeliest is decided by rounding alone."""
     name = "qwen3-f32"
     engine, model = load(tiny_model(name), name), load(tiny_model(name), name)

@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from refengine.errors import RequestError
 from refengine.validate.corpus import Prompt, Settings, read_prompts, run_corpus
 from tests.cli_runner import cli
+from tests.model_files import ModelFiles
 
 SELF = Settings(peer="refengine:exact64", numerics="exact")
 PROMPTS = [Prompt("a", [1, 2, 3, 4]), Prompt("b", [9, 8, 7])]
@@ -47,9 +47,10 @@ def test_what_is_no_prompt_is_named_by_its_line(content: str, words: str, tmp_pa
         read_prompts(tmp_path / "p.jsonl")
 
 
-def test_rows_of_two_processes_come_in_order_and_are_not_run_again(tiny_model: Any, tmp_path: Path) -> None:
+def test_rows_of_two_processes_come_in_order_and_are_not_run_again(tiny_model: ModelFiles, tmp_path: Path) -> None:
     models = [tiny_model("llama-f32"), tiny_model("qwen2-q4_k_m")]
-    output, counted = tmp_path / "r.jsonl", []
+    output = tmp_path / "r.jsonl"
+    counted: list[int] = []
     rows = run_corpus(models, PROMPTS, SELF, output, jobs=2, progress=counted.append)
     assert [(r["model"], r["prompt"]) for r in rows] == [(m.name, p) for m in models for p in ("a", "b")]
     assert all(r["verdict"] == "agrees" and r["least_margin"]["margin"] > 1 for r in rows)
@@ -62,7 +63,7 @@ def test_rows_of_two_processes_come_in_order_and_are_not_run_again(tiny_model: A
     assert output.read_text() == written
 
 
-def test_a_run_that_was_cut_off_goes_on(tiny_model: Any, tmp_path: Path) -> None:
+def test_a_run_that_was_cut_off_goes_on(tiny_model: ModelFiles, tmp_path: Path) -> None:
     output = tmp_path / "r.jsonl"
     rows = run_corpus([tiny_model("llama-f32")], PROMPTS, SELF, output)
     first, second = output.read_text().splitlines(keepends=True)
@@ -78,7 +79,7 @@ def test_a_run_that_was_cut_off_goes_on(tiny_model: Any, tmp_path: Path) -> None
         run_corpus([tiny_model("llama-f32")], PROMPTS, SELF, output)
 
 
-def test_other_settings_are_another_run(tiny_model: Any, tmp_path: Path) -> None:
+def test_other_settings_are_another_run(tiny_model: ModelFiles, tmp_path: Path) -> None:
     output = tmp_path / "r.jsonl"
     run_corpus([tiny_model("llama-f32")], PROMPTS[:1], SELF, output)
     other = Settings(peer="refengine:llamacpp", numerics="exact")
@@ -86,7 +87,7 @@ def test_other_settings_are_another_run(tiny_model: Any, tmp_path: Path) -> None
     assert len(output.read_text().splitlines()) == 2
 
 
-def test_the_command_sums_up_and_says_what_failed(tiny_model: Any, tmp_path: Path) -> None:
+def test_the_command_sums_up_and_says_what_failed(tiny_model: ModelFiles, tmp_path: Path) -> None:
     prompts, output = tmp_path / "p.jsonl", tmp_path / "r.jsonl"
     prompts.write_text('[5, 6, 7, 8]\n{"id": "far", "ids": [999999]}\n')
     given = ("validate", "--numerics", "exact", "--prompts", prompts, "--output", output, "--jobs", "2")

@@ -3,6 +3,8 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +91,11 @@ def test_axis_order_ggml_reverses_the_shape(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "f64", "i32", "i64"])
 def test_every_type_of_raw_data(dtype: str, tmp_path: Path) -> None:
     values = np.array([[1.5, -2.0, 3.0]]) if dtype[0] in "fb" else np.array([[1, -2, 3]])
-    raw = {
+    ways: dict[str, Callable[[], np.ndarray]] = {
         "bf16": lambda: (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16),
-        **{n: lambda d=d: values.astype(d) for n, d in {"f16": "f2", "f32": "f4", "f64": "f8", "i32": "i4"}.items()},
-    }.get(dtype, lambda: values.astype("i8"))()
+        **{n: partial(values.astype, d) for n, d in {"f16": "f2", "f32": "f4", "f64": "f8", "i32": "i4"}.items()},
+    }
+    raw = ways.get(dtype, partial(values.astype, "i8"))()
     folder = write(tmp_path, entry(shape=[1, 3], dtype=dtype, file="x.bin", offset=5))
     (tmp_path / "x.bin").write_bytes(b"12345" + raw.tobytes())
     assert np.array_equal(read_dump(folder).tensors["l_out-0"], values)
@@ -110,7 +113,11 @@ def test_npy_and_safetensors_files(tmp_path: Path) -> None:
 
 
 def test_manifest_of_what_a_trace_has_recorded_is_read_back(tmp_path: Path) -> None:
-    tensors = {"Qcur-10#0": np.ones((2, 3), np.float32), "result_norm": np.zeros((2, 4)), "blk-x": np.ones(1, np.int64)}
+    tensors: dict[str, np.ndarray] = {
+        "Qcur-10#0": np.ones((2, 3), np.float32),
+        "result_norm": np.zeros((2, 4)),
+        "blk-x": np.ones(1, np.int64),
+    }
     save_file(tensors, tmp_path / "t.safetensors")
     manifest = manifest_of("refengine", [5, 6], tensors, "t.safetensors", flags={"kv_type": "f16"})
     (tmp_path / "any.json").write_text(json.dumps(manifest))

@@ -8,6 +8,7 @@ import pytest
 
 from refengine.validate.graft import graft
 from refengine.validate.judge import judge
+from tests.model_files import ModelFiles
 from tests.validate.zoo import capture, layer, load, set_zero, swap
 
 NAME = "qwen2-f32"
@@ -20,7 +21,7 @@ def broken_twice(path: Path) -> Any:
     return model
 
 
-def test_a_graft_of_the_only_error_gives_the_broken_engines_logits(tiny_model: Any) -> None:
+def test_a_graft_of_the_only_error_gives_the_broken_engines_logits(tiny_model: ModelFiles) -> None:
     path = tiny_model(NAME)
     broken, model = load(path, NAME), load(path, NAME)
     layer(0, set_zero("attn_v_bias"))(broken)
@@ -34,7 +35,7 @@ def test_a_graft_of_the_only_error_gives_the_broken_engines_logits(tiny_model: A
     assert found.others.kl_max == 0.0  # nothing else was wrong
 
 
-def test_with_two_errors_each_has_its_share(tiny_model: Any) -> None:
+def test_with_two_errors_each_has_its_share(tiny_model: ModelFiles) -> None:
     path = tiny_model(NAME)
     model, seen = load(path, NAME), capture(broken_twice(path))
     verdict = judge(model, seen)
@@ -48,7 +49,7 @@ def test_with_two_errors_each_has_its_share(tiny_model: Any) -> None:
     assert found.alone.kl_mean > 1e-6
 
 
-def test_a_tensor_without_own_error_has_nothing_to_graft(tiny_model: Any) -> None:
+def test_a_tensor_without_own_error_has_nothing_to_graft(tiny_model: ModelFiles) -> None:
     path = tiny_model(NAME)
     model, seen = load(path, NAME), capture(broken_twice(path))
     with pytest.raises(ValueError, match="result_output has no error"):

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +12,12 @@ from refengine.errors import ModelError, RequestError, TraceError
 from refengine.validate.dump import manifest_of, read_dump
 from refengine.validate.judge import AGREES, DIVERGES, NOTHING_COMPARED, judge
 from refengine.validate.run import validate
+from tests.model_files import ModelFiles
 from tests.validate.zoo import FAULTS, N_TOKENS, Fault, capture, config, layer, load, ops, swap
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_verdict_names_the_tensor_where_the_fault_sits_and_its_cause(fault: Fault, tiny_model: Any) -> None:
+def test_verdict_names_the_tensor_where_the_fault_sits_and_its_cause(fault: Fault, tiny_model: ModelFiles) -> None:
     broken, model = fault.models(tiny_model(fault.model))
     before = capture(model)
     outcome = validate(model, capture(broken))
@@ -31,7 +31,7 @@ def test_verdict_names_the_tensor_where_the_fault_sits_and_its_cause(fault: Faul
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_the_verdict_on_a_dump_is_the_same(fault: Fault, tiny_model: Any, tmp_path: Path) -> None:
+def test_the_verdict_on_a_dump_is_the_same(fault: Fault, tiny_model: ModelFiles, tmp_path: Path) -> None:
     broken, model = fault.models(tiny_model(fault.model))
     seen = capture(broken)
     manifest = manifest_of("an engine", seen.ids, seen.tensors, "t.safetensors")
@@ -54,7 +54,7 @@ def test_the_verdict_on_a_dump_is_the_same(fault: Fault, tiny_model: Any, tmp_pa
         ("epsilon 1e-5 for 1e-6", ""),
     ],
 )
-def test_where_in_the_tensor_it_is_wrong(name: str, words: str, tiny_model: Any) -> None:
+def test_where_in_the_tensor_it_is_wrong(name: str, words: str, tiny_model: ModelFiles) -> None:
     fault = next(f for f in FAULTS if f.name == name)
     broken, model = fault.models(tiny_model(fault.model))
     assert validate(model, capture(broken)).where == words
@@ -64,7 +64,7 @@ HEALTHY = sorted({fault.model for fault in FAULTS})
 
 
 @pytest.mark.parametrize("name", HEALTHY)
-def test_an_engine_without_fault_agrees(name: str, tiny_model: Any) -> None:
+def test_an_engine_without_fault_agrees(name: str, tiny_model: ModelFiles) -> None:
     model = load(tiny_model(name), name)
     verdict = judge(load(tiny_model(name), name), capture(model))
     assert verdict
@@ -75,7 +75,7 @@ def test_an_engine_without_fault_agrees(name: str, tiny_model: Any) -> None:
     assert verdict.logits.kl_max < 1e-12
 
 
-def test_an_inherited_error_is_not_blamed_on_those_who_inherit(tiny_model: Any) -> None:
+def test_an_inherited_error_is_not_blamed_on_those_who_inherit(tiny_model: ModelFiles) -> None:
     """A fault in layer 0 alone: everything after it is far off in total and right by itself."""
     name = "llama-q8_0"
     broken = load(tiny_model(name), name)
@@ -87,7 +87,7 @@ def test_an_inherited_error_is_not_blamed_on_those_who_inherit(tiny_model: Any) 
     assert all(t.total.nmse > 1e-6 > t.threshold >= t.local.nmse for t in after)
 
 
-def test_nan_of_the_other_engine_is_an_own_error_where_it_first_appears(tiny_model: Any) -> None:
+def test_nan_of_the_other_engine_is_an_own_error_where_it_first_appears(tiny_model: ModelFiles) -> None:
     name = "llama-f32"
     broken = load(tiny_model(name), name)
     silu = ops(start=1, swiglu=lambda right, g, u: np.where(np.arange(g.shape[1]) == 5, np.nan, right(g, u)))
@@ -98,7 +98,7 @@ def test_nan_of_the_other_engine_is_an_own_error_where_it_first_appears(tiny_mod
     assert verdict.first_own_error.local.nonfinite_mismatches == N_TOKENS
 
 
-def test_a_partial_capture_is_judged_by_what_it_has(tiny_model: Any) -> None:
+def test_a_partial_capture_is_judged_by_what_it_has(tiny_model: ModelFiles) -> None:
     name = "llama-f32"
     model = load(tiny_model(name), name)
     whole = capture(model)
@@ -111,14 +111,14 @@ def test_a_partial_capture_is_judged_by_what_it_has(tiny_model: Any) -> None:
     assert verdict.exit_code == AGREES
 
 
-def test_nothing_compared_is_not_agreement(tiny_model: Any) -> None:
+def test_nothing_compared_is_not_agreement(tiny_model: ModelFiles) -> None:
     model = load(tiny_model("llama-f32"), "llama-f32")
     verdict = judge(model, replace(capture(model), tensors={"my_tensor": np.zeros(3)}))
     assert not verdict
     assert verdict.exit_code == NOTHING_COMPARED
 
 
-def test_what_does_not_belong_together_is_refused(tiny_model: Any) -> None:
+def test_what_does_not_belong_together_is_refused(tiny_model: ModelFiles) -> None:
     model = load(tiny_model("llama-f32"), "llama-f32")
     seen = capture(model)
     with pytest.raises(ModelError, match="another model file"):
@@ -131,7 +131,7 @@ def test_what_does_not_belong_together_is_refused(tiny_model: Any) -> None:
         judge(model, seen, tolerances=[("(", 1.0)])
 
 
-def test_a_tolerance_of_the_user_replaces_the_measured_one(tiny_model: Any) -> None:
+def test_a_tolerance_of_the_user_replaces_the_measured_one(tiny_model: ModelFiles) -> None:
     name = "qwen2-f32"
     broken = load(tiny_model(name), name)
     config(norm_eps=1e-5)(broken)

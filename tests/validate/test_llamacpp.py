@@ -1,6 +1,5 @@
 """llama.cpp, live, judged on every small model: no error of its own in any tensor."""
 
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import refengine
 from refengine.model import PACKAGED_MODEL
 from refengine.validate.capture import LOGITS
 from refengine.validate.judge import judge
+from tests.model_files import ModelFiles
 from tools.make_model import TINY
 
 pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.llamacpp
 
 
 @pytest.mark.parametrize("name", [*TINY, "packaged"])
-def test_llamacpp_has_no_error_of_its_own(name: str, tiny_model: Any) -> None:
+def test_llamacpp_has_no_error_of_its_own(name: str, tiny_model: ModelFiles) -> None:
     from refengine.validate.llamacpp import capture_llamacpp
 
     path = PACKAGED_MODEL if name == "packaged" else tiny_model(name)

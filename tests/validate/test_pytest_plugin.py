@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.cli_runner import ENVIRONMENT, ROOT, cli
+from tests.model_files import ModelFiles
 
 SUITE = """
 def test_mine(assert_agrees):
@@ -18,7 +19,7 @@ def test_mine(assert_agrees):
 
 
 @pytest.fixture
-def dump(tiny_model, tmp_path: Path) -> Path:
+def dump(tiny_model: ModelFiles, tmp_path: Path) -> Path:
     output = tmp_path / "d.safetensors"
     given = ("--ids", "5,6,7,8", "--model", tiny_model("llama-q4_0"), "--output", output)
     assert cli("trace", "--numerics", "llamacpp", *given).code == 0
@@ -39,13 +40,15 @@ def run_suite(folder: Path, arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_right_dump_passes(tiny_model, dump: Path, tmp_path: Path) -> None:
+def test_a_right_dump_passes(tiny_model: ModelFiles, dump: Path, tmp_path: Path) -> None:
     done = run_suite(tmp_path, f"{str(tiny_model('llama-q4_0'))!r}, peer={str(dump)!r}")
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
 
 
-def test_a_wrong_one_fails_with_the_verdict_and_no_traceback(tiny_model, dump: Path, tmp_path: Path) -> None:
+def test_a_wrong_one_fails_with_the_verdict_and_no_traceback(
+    tiny_model: ModelFiles, dump: Path, tmp_path: Path
+) -> None:
     values = load_file(tmp_path / "d.safetensors")
     values["ffn_up-1"] = values["ffn_up-1"] * np.float32(1.001)
     save_file(values, tmp_path / "d.safetensors")
@@ -56,14 +59,14 @@ def test_a_wrong_one_fails_with_the_verdict_and_no_traceback(tiny_model, dump: P
     assert "check_agreement" not in done.stdout
 
 
-def test_a_prompt_for_a_dump_is_wrong_use(tiny_model, dump: Path, tmp_path: Path) -> None:
+def test_a_prompt_for_a_dump_is_wrong_use(tiny_model: ModelFiles, dump: Path, tmp_path: Path) -> None:
     done = run_suite(tmp_path, f"{str(tiny_model('llama-q4_0'))!r}, 'hello', peer={str(dump)!r}")
     assert done.returncode == 1
     assert "a dump has its own prompt" in done.stdout
 
 
 @pytest.mark.llamacpp
-def test_llamacpp_with_small_micro_batches(tiny_model, tmp_path: Path) -> None:
+def test_llamacpp_with_small_micro_batches(tiny_model: ModelFiles, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
     done = run_suite(tmp_path, f"{str(tiny_model('qwen2-q8_0'))!r}, list(range(1, 40)), n_ubatch=16")
     assert done.returncode == 0, done.stdout

@@ -15,10 +15,11 @@ from refengine.validate.report_text import number
 from refengine.validate.run import validate
 from tests.chromium import chromium, prefer, texts
 from tests.cli_runner import cli
+from tests.model_files import ModelFiles
 from tests.validate.zoo import FAULTS, capture, load
 
 
-def report_of(fault_name: str, tiny_model: Any) -> dict[str, Any]:
+def report_of(fault_name: str, tiny_model: ModelFiles) -> dict[str, Any]:
     fault = next(f for f in FAULTS if f.name == fault_name)
     path = tiny_model(fault.model)
     broken = load(path, fault.model)
@@ -44,7 +45,7 @@ def is_in_view(browser: Any, selector: str) -> bool:
 
 
 @pytest.mark.parametrize("fault", ["no bias on Q of layer 1", "one swapped scale nibble in Q4_K", "no sinks"])
-def test_the_fault_is_seen_without_scrolling(fault: str, browser: Any, tiny_model: Any, tmp_path: Path) -> None:
+def test_the_fault_is_seen_without_scrolling(fault: str, browser: Any, tiny_model: ModelFiles, tmp_path: Path) -> None:
     report = report_of(fault, tiny_model)
     show(browser, to_html(report), tmp_path)
     name = report["first_own_error"]
@@ -63,7 +64,7 @@ def test_the_fault_is_seen_without_scrolling(fault: str, browser: Any, tiny_mode
         assert f"It is what comes out if {cause}." in texts(browser, ".cause")
 
 
-def test_every_figure_is_that_of_the_json(browser: Any, tiny_model: Any, tmp_path: Path) -> None:
+def test_every_figure_is_that_of_the_json(browser: Any, tiny_model: ModelFiles, tmp_path: Path) -> None:
     report = report_of("gate and up swapped", tiny_model)
     show(browser, to_html(report), tmp_path)
     rows = [row.split("\t") for row in browser.execute_script(
@@ -97,7 +98,7 @@ def test_every_figure_is_that_of_the_json(browser: Any, tiny_model: Any, tmp_pat
     assert report["facts"]["model_sha256"] in texts(browser, "dd")
 
 
-def test_it_can_be_read_by_keyboard_and_in_the_dark(browser: Any, tiny_model: Any, tmp_path: Path) -> None:
+def test_it_can_be_read_by_keyboard_and_in_the_dark(browser: Any, tiny_model: ModelFiles, tmp_path: Path) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.wait import WebDriverWait
@@ -119,7 +120,7 @@ def test_it_can_be_read_by_keyboard_and_in_the_dark(browser: Any, tiny_model: An
     assert found == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}
 
 
-def test_agreement_and_nothing_compared(browser: Any, tiny_model: Any, tmp_path: Path) -> None:
+def test_agreement_and_nothing_compared(browser: Any, tiny_model: ModelFiles, tmp_path: Path) -> None:
     from dataclasses import replace
 
     model = load(tiny_model("llama-q4_0"), "llama-q4_0")
@@ -131,7 +132,7 @@ def test_agreement_and_nothing_compared(browser: Any, tiny_model: Any, tmp_path:
     assert texts(browser, "h1") == ["Nothing compared"]
 
 
-def test_another_engines_text_is_text(browser: Any, tiny_model: Any, tmp_path: Path) -> None:
+def test_another_engines_text_is_text(browser: Any, tiny_model: ModelFiles, tmp_path: Path) -> None:
     from dataclasses import replace
 
     model = load(tiny_model("llama-q4_0"), "llama-q4_0")
@@ -143,12 +144,12 @@ def test_another_engines_text_is_text(browser: Any, tiny_model: Any, tmp_path: P
     assert browser.execute_script("return document.scripts.length + document.images.length;") == 0
 
 
-def test_nothing_is_fetched(tiny_model: Any) -> None:
+def test_nothing_is_fetched(tiny_model: ModelFiles) -> None:
     page = to_html(report_of("no sinks", tiny_model))
     assert not any(word in page for word in ("http:", "https:", "src=", "@import", "url(", "<link"))
 
 
-def test_the_command_writes_it_beside_the_json(tiny_model: Any, tmp_path: Path) -> None:
+def test_the_command_writes_it_beside_the_json(tiny_model: ModelFiles, tmp_path: Path) -> None:
     model, dump = tiny_model("llama-q4_0"), tmp_path / "d.safetensors"
     given = ("--ids", "5,6,7,8", "--model", model, "--numerics", "llamacpp", "--output", dump)
     assert cli("trace", *given).code == 0

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from refengine.gguf.file import GGUFFile
 from refengine.models import read_config
 from tests.cli_runner import cli
+from tests.model_files import ModelFiles
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = "attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_gate ffn_up ffn_down".split()  # noqa: SIM905
@@ -30,7 +30,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def weights(tiny_model: Any, tmp_path: Path) -> Path:
+def weights(tiny_model: ModelFiles, tmp_path: Path) -> Path:
     """The small Llama's tensors in the order in which the toy engine reads them."""
     with GGUFFile(tiny_model("llama-f32")) as gguf:
         cfg = read_config(gguf)
@@ -46,7 +46,7 @@ def weights(tiny_model: Any, tmp_path: Path) -> Path:
     return tmp_path / "weights.bin"
 
 
-def test_a_right_engine_agrees(engine: Path, weights: Path, tiny_model: Any, tmp_path: Path) -> None:
+def test_a_right_engine_agrees(engine: Path, weights: Path, tiny_model: ModelFiles, tmp_path: Path) -> None:
     subprocess.run([engine, weights, tmp_path / "dump"], check=True)
     model = tiny_model("llama-f32")
     result = cli("validate", "--model", model, "--peer", tmp_path / "dump", "--numerics", "exact")
@@ -56,7 +56,7 @@ def test_a_right_engine_agrees(engine: Path, weights: Path, tiny_model: Any, tmp
     assert "of our tensors were not captured" in result.out
 
 
-def test_its_planted_fault_is_found(engine: Path, weights: Path, tiny_model: Any, tmp_path: Path) -> None:
+def test_its_planted_fault_is_found(engine: Path, weights: Path, tiny_model: ModelFiles, tmp_path: Path) -> None:
     """Keys of layer 1 are rotated one position too far from position 4 on."""
     subprocess.run([engine, weights, tmp_path / "dump", "broken"], check=True)
     model = tiny_model("llama-f32")

@@ -43,7 +43,9 @@ class Broken(Ops):
             setattr(self, name, partial(self._call, getattr(ops, name), broken, start))
         self._calls = 0
 
-    def _call(self, right: Callable[..., Any], broken: Callable[..., Any], start: int, *args: Any, **kwargs: Any):
+    def _call(
+        self, right: Callable[..., Any], broken: Callable[..., Any], start: int, *args: Any, **kwargs: Any
+    ) -> Any:
         self._calls += 1
         return right(*args, **kwargs) if self._calls <= start else broken(right, *args, **kwargs)
 
@@ -64,6 +66,7 @@ def config(**changes: Any) -> Callable[[Model], None]:
 
 def rope(**changes: Any) -> Callable[[Model], None]:
     def apply(model: Model) -> None:
+        assert model.config.rope is not None
         model.config = replace(model.config, rope=replace(model.config.rope, **changes))
 
     return apply
@@ -216,7 +219,8 @@ def exchanged_strides(right: Any, Qcur: Any, k_cache: Any, v_cache: Any, batch: 
 
 
 def router_soft_max_first(model: Model) -> None:
-    take, soft_max, last = model.ops.take_experts, model.ops.row_soft_max, {}
+    take, soft_max = model.ops.take_experts, model.ops.row_soft_max
+    last: dict[str, Any] = {}
 
     def take_experts(right: Any, scores: Any, chosen: Any) -> Any:
         last.update(scores=scores, chosen=chosen)

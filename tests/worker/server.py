@@ -20,7 +20,12 @@ from tests.cli_runner import ENVIRONMENT, ROOT
 from tools.make_model import write_model
 
 Event = tuple[str, dict[str, Any]]
-HAIKU = {"prompt": "Write a haiku about GPU computing", "max_tokens": 50, "temperature": 0.7, "seed": 42}
+HAIKU: dict[str, Any] = {
+    "prompt": "Write a haiku about GPU computing",
+    "max_tokens": 50,
+    "temperature": 0.7,
+    "seed": 42,
+}
 
 # `refengine serve` whose next step raises what a file names: a device that fails in the middle of a step. While it says
 # `slow`, every step takes its time.

@@ -14,13 +14,14 @@ from typing import Any
 import httpx
 import pytest
 
+from refengine.bench.process import free_port
 from refengine.model import PACKAGED_MODEL
 from refengine.worker import options
 from refengine.worker.http import callback
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from tests.cli_runner import ENVIRONMENT, ROOT
-from tests.worker.server import command, free_port, until
+from tests.worker.server import command, until
 
 UUID = "123e4567-e89b-12d3-a456-426614174000"
 HEARD = b"HTTP/1.1 204 No Content\r\n\r\n"

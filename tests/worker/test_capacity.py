@@ -28,9 +28,11 @@ from refengine.model import PACKAGED_MODEL, Model
 from refengine.models import BY_ARCHITECTURE, read_config
 from refengine.weights import Matrix, Weights, load_weights
 from refengine.worker import startup
+from refengine.worker.jobs.engine_thread import Started
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from tests.kernels.matrices import TILED, random_matrix
+from tests.model_files import ModelFiles
 from tests.worker.test_startup import UUID, error_of, failed
 from tools.make_model import write_model
 
@@ -92,7 +94,7 @@ def peak_of(function: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_what_is_reckoned_is_what_is_taken(name: str, tiny_model: Any) -> None:
+def test_what_is_reckoned_is_what_is_taken(name: str, tiny_model: ModelFiles) -> None:
     """The cache and the decode step's buffers to the byte."""
     model = refengine.load(tiny_model(name), "host")
     capacity = startup.capacity_of(model.config, replace(OPTIONS, max_batch=3), "host", model.weights)
@@ -116,7 +118,7 @@ def test_the_cache_of_the_cpu_is_reckoned_too() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_prompt_takes_what_is_reckoned_or_somewhat_more(name: str, tiny_model: Any) -> None:
+def test_a_prompt_takes_what_is_reckoned_or_somewhat_more(name: str, tiny_model: ModelFiles) -> None:
     model = refengine.load(tiny_model(name), "host")
     cache = model.new_cache(2 * BLOCK_SIZE)
     n_tokens = 2 * BLOCK_SIZE
@@ -202,7 +204,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return found
 
 
-def start(**changes: Any) -> startup.Started:
+def start(**changes: Any) -> Started:
     return startup.Startup(replace(OPTIONS, **changes), Log(UUID, "m", DEVICE))()
 
 

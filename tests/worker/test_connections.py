@@ -328,12 +328,12 @@ def test_names_of_hosts_where_they_are_checked() -> None:
             "123e4567-e89b-12d3-a456-426614174000", Path("m"), "cpu", 8080, host=host, allowed_hosts=allowed
         ).hosts
 
-    always = {"localhost", "127.0.0.1", "::1"}
+    always = frozenset({"localhost", "127.0.0.1", "::1"})
     assert hosts("127.0.0.1") == hosts("::1") == hosts("localhost") == always
-    assert hosts("127.0.0.2") == {*always, "127.0.0.2"}
+    assert hosts("127.0.0.2") == always | {"127.0.0.2"}
     assert hosts("0.0.0.0") is None
     assert hosts("worker.example") is None
-    assert hosts("0.0.0.0", "Worker.example") == {*always, "0.0.0.0", "worker.example"}
+    assert hosts("0.0.0.0", "Worker.example") == always | {"0.0.0.0", "worker.example"}
 
 
 def test_allowed_host_is_answered_on_any_address() -> None:

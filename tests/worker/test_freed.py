@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 import refengine
+from refengine.bench.process import free_port
 from refengine.engine.engine import Engine
 from refengine.engine.sampling import SamplingParams
 from refengine.worker import server as life
@@ -28,7 +29,7 @@ from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from refengine.worker.telemetry.metrics import EngineHook
 from refengine.worker.telemetry.status import ModelInfo, State
-from tests.worker.server import free_port, until, write_talker
+from tests.worker.server import until, write_talker
 
 UUID = "123e4567-e89b-12d3-a456-426614174000"
 

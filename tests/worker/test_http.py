@@ -3,13 +3,13 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import refengine
 from refengine.worker.errors import STATUS, WorkerError, to_worker_error
 from refengine.worker.telemetry.status import ModelInfo, State
+from tests.model_files import ModelFiles
 from tests.tokenizer.test_hf_json import byte_level_json
 from tests.worker.server import HAIKU, Server, parsed, serving, write_talker
 from tools.make_model import write_model
@@ -47,7 +47,7 @@ def test_health_has_everything(server: Server) -> None:
     ("name", "kind", "active"),
     [("llama-q4_0", "gguf-spm", None), ("qwen2-q4_k_m", "gguf-bpe", None), ("gpt-oss-mxfp4_moe", "gguf-bpe", 2)],
 )
-def test_health_tells_of_this_model(name: str, kind: str, active: int | None, tiny_model: Any) -> None:
+def test_health_tells_of_this_model(name: str, kind: str, active: int | None, tiny_model: ModelFiles) -> None:
     model = refengine.load(tiny_model(name))
     health = State(ModelInfo.of(model)).health()
     assert (health["tokenizer_kind"], health["active_expert_count"]) == (kind, active)

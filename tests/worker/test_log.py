@@ -58,7 +58,7 @@ def test_lines_that_nobody_reads_are_lost_and_counted(
         log("ready", job_id=i)
     assert time.monotonic() - start < 5  # a busy machine; it would wait for ever
     found: list[dict[str, Any]] = []
-    thread = threading.Thread(target=lambda: [found.append(json.loads(line)) for line in reader])
+    thread = threading.Thread(target=lambda: found.extend(map(json.loads, reader)))
     thread.start()
     writer: Any = log._writer
     writer.drain(10)

@@ -12,7 +12,11 @@ import pytest
 import refengine
 from tests.worker.server import HAIKU, Server, serving, text_of, until, write_talker
 
-CHAT = {"messages": [{"role": "user", "content": "Write a haiku about the ocean"}], "seed": 3, "temperature": 0.7}
+CHAT: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Write a haiku about the ocean"}],
+    "seed": 3,
+    "temperature": 0.7,
+}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ MESSAGE = {"role": "user", "content": "Write a haiku about the ocean"}
 CHAT = {"messages": [MESSAGE], "max_tokens": 40, "seed": 3}
 COMPLETION = {"prompt": "Write a haiku", "max_tokens": 40, "seed": 3}
 BODIES: dict[type, dict[str, Any]] = {ChatRequest: CHAT, CompletionRequest: COMPLETION}
-PATHS = {ChatRequest: "/v1/chat/completions", CompletionRequest: "/v1/completions"}
+PATHS: dict[type, str] = {ChatRequest: "/v1/chat/completions", CompletionRequest: "/v1/completions"}
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_templates_get_a_name_where_there_is_one() -> None:
 
 def test_the_message_of_an_answer_can_be_sent_back(server: Server) -> None:
     """As OpenAI's client for Python holds it, in which what an answer lacks is None."""
-    said = {"role": "assistant", "content": content_of(server)}
+    said: dict[str, str | None] = {"role": "assistant", "content": content_of(server)}
     said |= {"refusal": None, "audio": None, "function_call": None, "tool_calls": None}
     assert content_of(server, messages=[MESSAGE, said, {"role": "user", "content": "Another one"}])
 

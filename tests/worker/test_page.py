@@ -15,7 +15,14 @@ from tests.worker.server import FAULTY, SCRIPTED, Server, serving, text_of, unti
 from tools.make_model import write_model
 
 SAID = "<img src=x onerror=\"document.title='owned'\"> é🌊 " + "wide" * 40
-PARAMETERS = {"max_tokens": 40, "temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 42, "logprobs": 4}
+PARAMETERS: dict[str, Any] = {
+    "max_tokens": 40,
+    "temperature": 0.9,
+    "top_p": 0.95,
+    "top_k": 50,
+    "seed": 42,
+    "logprobs": 4,
+}
 KEY = "key-of-this-test"
 
 # `refengine serve` whose steps take as long as an argument says: there is time to look, and to stop it.

@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.worker.server import FAULTY, Server, free_port, read, serving, text_of, until, write_talker
+from refengine.bench.process import free_port
+from tests.worker.server import FAULTY, Server, read, serving, text_of, until, write_talker
 
 LONG = {"prompt": "go on", "seed": 5, "temperature": 1.0}
 SHORT = {**LONG, "max_tokens": 5}
@@ -121,7 +122,7 @@ def test_id_of_a_live_job_is_refused_with_409_and_free_afterwards(server: Server
 def test_full_queue_gets_503_and_nothing_is_lost(server: Server) -> None:
     bodies = [{**LONG, "max_tokens": 1500, "job_id": f"queued{i}"} for i in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        runs = [pool.submit(lambda body=body: server.run(**body)) for body in bodies]
+        runs = [pool.submit(server.run, **body) for body in bodies]
         until(lambda: server.metric("worker_batch_size") + server.metric("worker_queue_depth") == 3)
         with server.client() as client:
             response = client.post("/execute", json={**SHORT, "job_id": "one too many"})
@@ -249,7 +250,7 @@ def test_cache_exhausted_by_running_requests(talker: Path) -> None:
     with serving(*arguments, "--on-shortage", "fail") as small, ThreadPoolExecutor(4) as pool:
         n_blocks = int(small.metric("worker_kv_blocks"))
         body = {**LONG, "max_tokens": n_blocks * 64 - 64}
-        runs = [pool.submit(lambda seed=seed: small.run(**{**body, "seed": seed})) for seed in range(4)]
+        runs = [pool.submit(small.run, **{**body, "seed": seed}) for seed in range(4)]
         last = [run.result()[-1] for run in runs]
         failed = [data for name, data in last if name == "error"]
         assert failed
@@ -277,7 +278,7 @@ def test_shutdown_while_it_streams(talker: Path, how: str) -> None:
     slow = {**LONG, "max_tokens": 2048, "logprobs": 20}
     grace = [] if how == "SIGTERM" else ["--shutdown-grace-sec", 0.5]
     with serving("--model", talker, "--max-batch", 2, *grace) as server, ThreadPoolExecutor(13) as pool:
-        runs: list[Any] = [pool.submit(lambda i=i: server.run(**slow, job_id=f"long{i}")) for i in range(12)]
+        runs: list[Any] = [pool.submit(server.run, **slow, job_id=f"long{i}") for i in range(12)]
         short = pool.submit(lambda: server.run(**SHORT, job_id="short"))
         until(lambda: len(server.events("execute_start")) == 13)
         start = time.monotonic()

@@ -16,9 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 import refengine
 from refengine import device
+from refengine.bench.process import free_port
 from refengine.cli.main import build_parser
 from refengine.cli.serve import options_of
 from refengine.errors import RequestError
@@ -27,12 +29,12 @@ from refengine.worker import startup
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from tests.cli_runner import ENVIRONMENT, ROOT, cli, write_no_vocab
-from tests.worker.server import HAIKU, Server, command, free_port, parsed, serving, until
+from tests.worker.server import HAIKU, Server, command, parsed, serving, until
 
 UUID = "123e4567-e89b-12d3-a456-426614174000"
 GOOD = {"--worker-id": UUID, "--device": "cpu", "--port": "8080"}
 
-BAD_ARGUMENTS = {
+BAD_ARGUMENTS: dict[str, tuple[dict[str, str | None], str]] = {
     "worker id": ({"--worker-id": "me"}, "--worker-id: given 'me', allowed a UUID"),
     "port low": ({"--port": "1023"}, "--port: given 1023, allowed 1024 to 65535"),
     "port high": ({"--port": "65536"}, "--port: given 65536, allowed 1024 to 65535"),
@@ -67,7 +69,8 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_argument_that_is_not_allowed(case: str) -> None:
     changes, message = BAD_ARGUMENTS[case]
-    given = {k: v for k, v in {**GOOD, **changes}.items() if v is not None}
+    changed: dict[str, str | None] = {**GOOD, **changes}
+    given = {k: v for k, v in changed.items() if v is not None}
     assert message in cli("serve", *[f"{k}={v}" for k, v in given.items()]).error
 
 
@@ -202,7 +205,7 @@ class Terminal(io.StringIO):
 def test_a_bar_is_shown_on_a_terminal_and_only_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(startup, "tqdm", partial(startup.tqdm, mininterval=0, miniters=1))  # it is over soon
+    monkeypatch.setattr(startup, "tqdm", partial(tqdm, mininterval=0, miniters=1))  # it is over soon
     options = WorkerOptions(UUID, PACKAGED_MODEL, "cpu", 8080)
     for stream, shown in ((io.StringIO(), False), (Terminal(), True)):
         startup.Startup(options, Log(UUID, "m", "cpu", stream))()

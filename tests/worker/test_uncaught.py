@@ -35,7 +35,7 @@ class Unraisable:
     def __del__(self):
         fails()
 """
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a callback of the loop": ("in_loop(fails)", {"source": "asyncio", "kind": "ValueError", "level": "ERROR"}),
     "a task": ("asyncio.run(lost())", {"source": "asyncio", "kind": "ValueError"}),
     "a thread": (

@@ -15,7 +15,14 @@ from pydantic import ValidationError, field_validator
 from refengine.worker.errors import WorkerError
 from refengine.worker.http import app
 from refengine.worker.http.openai_requests import ChatRequest, CompletionRequest, DetokenizeRequest
-from refengine.worker.http.requests import MAX_BODY_BYTES, CancelRequest, ExecuteRequest, deadline_seconds, parse
+from refengine.worker.http.requests import (
+    MAX_BODY_BYTES,
+    CancelRequest,
+    ExecuteRequest,
+    Strict,
+    deadline_seconds,
+    parse,
+)
 from tests.worker.server import HAIKU, Server, serving, text_of, until
 
 OK = {"job_id": "v", "prompt": "x"}
@@ -32,7 +39,7 @@ def with_(**fields: Any) -> str:
     return json.dumps({**OK, **fields})
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[str | bytes, str | None]] = {
     "no job_id": ('{"prompt": "x"}', "job_id"),
     "empty job_id": (with_(job_id=""), "job_id"),
     "job_id a number": (with_(job_id=1), "job_id"),
@@ -177,7 +184,7 @@ def test_refusals_are_counted_and_logged_without_content(server: Server) -> None
 
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
-WORDS = {
+WORDS: dict[str, tuple[type[Strict], dict[str, Any], str]] = {
     "a field of a message is missing": (ChatRequest, {"messages": [{"content": ""}]}, "messages[0].role: is missing"),
     "another field": (
         ChatRequest,
@@ -227,7 +234,7 @@ def test_long_stop_is_refused_before_the_engine_cuts_it_into_tokens() -> None:
         assert (caught.value.code, caught.value.field) == ("INVALID_REQUEST", "stop")
 
 
-MANY = {
+MANY: dict[str, tuple[type[Strict], dict[str, Any]]] = {
     "texts in lists": (CompletionRequest, {"prompt": [[""] * 5000] * 60}),
     "texts for ids": (DetokenizeRequest, {"tokens": [""] * 131072}),
     "numbers that are no ids": (CompletionRequest, {"prompt": [1.5] * 131072}),

@@ -15,10 +15,13 @@ import random
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tools.haiku.grammar import LINES, Grammar, Haiku, Template
+
+T = TypeVar("T")
 
 TRAINING_DOCUMENTS, TRAINING_SEED = 300_000, 0  # the training set
 SHARD = 10_000  # documents of one seed; shards are made side by side
@@ -141,7 +144,7 @@ def plain(prompt: str) -> str:
     return prompt + "\n"
 
 
-def _pick(options: tuple | list, rng: random.Random):
+def _pick(options: Sequence[T], rng: random.Random) -> T:
     return options[int(rng.random() * len(options))]
 
 

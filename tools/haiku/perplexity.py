@@ -19,14 +19,16 @@ from tqdm import tqdm
 
 import refengine
 from refengine.errors import RefengineError
+from refengine.tokenizer.base import Tokenizer
 from refengine.validate.llamacpp import LlamaCpp
-from tools.haiku.corpus import IM_END, Corpus, Haiku, Request, chat
+from tools.haiku.corpus import IM_END, Corpus, Request, chat
 from tools.haiku.export import FILES
+from tools.haiku.grammar import Haiku
 
 POEMS = 200
 
 
-def encoded(tokenizer, pairs: Sequence[tuple[Request, Haiku]]) -> list[tuple[list[int], int]]:
+def encoded(tokenizer: Tokenizer, pairs: Sequence[tuple[Request, Haiku]]) -> list[tuple[list[int], int]]:
     """Ids of whole chats, and how many of them are the request."""
     result = []
     for request, haiku in pairs:

@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -97,11 +97,12 @@ def validation_loss(model: HaikuModel, ids: torch.Tensor, counted: torch.Tensor)
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Linear warm-up over the first fiftieth, then a cosine down to a fiftieth of the peak."""
-    warm_up = max(1, args.steps // 50)
+    warm_up: int = max(1, args.steps // 50)
+    peak: float = args.lr
     if step < warm_up:
-        return args.lr * (step + 1) / warm_up
+        return peak * (step + 1) / warm_up
     done = (step - warm_up) / max(1, args.steps - warm_up)
-    return args.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -172,11 +173,11 @@ def _open_log(path: Path, first: int) -> TextIO:
     return file
 
 
-def _write_row(file: TextIO, row: list) -> None:
+def _write_row(file: TextIO, row: list[Any]) -> None:
     csv.writer(file, lineterminator="\n").writerow(row)
 
 
-def _save(path: Path, state: dict) -> None:
+def _save(path: Path, state: dict[str, Any]) -> None:
     """Whole or not at all."""
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
