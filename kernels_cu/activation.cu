@@ -3,6 +3,7 @@
 //   swiglu_f32          gate / (1 + e^-gate) · up
 //   swiglu_clamped_f32  g = min(gate, 7), u = clamp(up, -7, 7): g / (1 + e^(-1.702 g)) · (u + 1)
 //   add_f32             x + y
+//   scale_f32           x · factor
 //   gelu_f32            x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
 //
 // All arrays (n,) float32. Grid: x groups of 256 elements; block: 256 threads. 12 (8) bytes an element. A NaN stays.
@@ -28,6 +29,13 @@ extern "C" __global__ void add_f32(const float* x, const float* y, float* out, l
   wait_for_previous();
   long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < n) out[i] = __fadd_rn(x[i], y[i]);
+}
+
+extern "C" __global__ void scale_f32(const float* x, float* y, float factor, long long n) {
+  let_next_begin();
+  wait_for_previous();
+  long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = __fmul_rn(x[i], factor);
 }
 
 extern "C" __global__ void gelu_f32(const float* x, float* y, long long n) {

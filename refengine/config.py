@@ -10,7 +10,8 @@ Knows nothing of tensors, devices or arithmetic.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,12 +27,24 @@ MAX_LAYERS = 10_000  # more layers than a file can have tensors (llama.cpp stops
 
 
 @dataclass(frozen=True)
+class Number:
+    """A float of the metadata, from `low` to `high`. default: None where the key is required."""
+
+    low: float
+    high: float
+    default: float | None = None
+
+
+@dataclass(frozen=True)
 class Traits:
     """How an architecture's metadata are to be read; stands in its model file.
 
     rope: which elements of a head RoPE pairs, `norm` (2i, 2i + 1) or `neox` (i, i + n_rot / 2); None: learned
     positions. rope_whole_head: a file that rotates only a part of a head is refused. layer_norm: LayerNorm instead of
     RMSNorm. experts: every feed-forward is a mixture of experts. sliding_window: layers slide as the file says.
+    numbers: constants that this architecture has and the fields of `ModelConfig` do not cover, by their key without
+    the architecture's prefix: `{"logit_scale": Number(1e-6, 1e6)}` reads `NAME.logit_scale` into
+    `cfg.numbers["logit_scale"]`.
     """
 
     rope: str | None
@@ -39,6 +52,7 @@ class Traits:
     layer_norm: bool = False
     experts: bool = False
     sliding_window: bool = False
+    numbers: Mapping[str, Number] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class ModelConfig:
     n_ff_exp: int = 0
     n_swa: int = 0  # sliding window in tokens, 0 = none
     swa_layers: tuple[bool, ...] = ()  # which layers slide
+    numbers: Mapping[str, float] = field(default_factory=dict, hash=False)  # those of Traits.numbers
 
     @property
     def n_embd_q(self) -> int:
@@ -142,6 +157,7 @@ class _Reader:
             n_ff_exp=self.size("expert_feed_forward_length", per_layer=n_layer) if is_moe else 0,
             n_swa=n_swa,
             swa_layers=self.swa_layers(n_layer) if n_swa else (),
+            numbers={k: self.number(k, n.low, n.high, n.default) for k, n in self.traits.numbers.items()},
         )
 
     def key(self, name: str) -> str:
@@ -168,9 +184,13 @@ class _Reader:
             raise self.bad(name, f"value {value} is outside 1..{limit}")
         return value
 
-    def number(self, name: str, default: float, low: float, high: float) -> float:
-        """A float from low to high, both within what float32 holds; or `default` where the key is absent."""
-        value = self.gguf.get(self.key(name), float, default=default)
+    def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
+        """A float from low to high, both within what float32 holds; or `default` where the key is absent.
+
+        Without a default the key is required.
+        """
+        key = self.key(name)
+        value = self.gguf.get(key, float) if default is None else self.gguf.get(key, float, default=default)
         if not low <= value <= high:  # NaN is not between them
             raise self.bad(name, f"value {value} is outside {low:g}..{high:g}")
         return value
@@ -207,8 +227,8 @@ class _Reader:
             raise self.bad("rope.dimension_count", f"cannot rotate {n_rot} of {head_dim} elements of a head")
         if self.traits.rope_whole_head and n_rot != head_dim:
             raise self.bad("rope.dimension_count", f"{n_rot} rotated elements, expected the whole head of {head_dim}")
-        freq_base = self.number("rope.freq_base", 10000.0, 1.001, 1e30)
-        if self.number("rope.freq_base_swa", freq_base, 1.001, 1e30) != freq_base:
+        freq_base = self.number("rope.freq_base", 1.001, 1e30, 10000.0)
+        if self.number("rope.freq_base_swa", 1.001, 1e30, freq_base) != freq_base:
             raise self.bad("rope.freq_base_swa", "another base for sliding layers is not supported")
         scaling = self.gguf.get(self.key("rope.scaling.type"), str, default="linear")
         if scaling not in ("none", "linear", "yarn", "longrope"):
@@ -216,7 +236,7 @@ class _Reader:
         factor_key = "rope.scaling.factor"
         if self.key(factor_key) not in self.gguf.metadata:
             factor_key = "rope.scale_linear"  # its old name
-        factor = self.number(factor_key, 0.0, 0.0, 1e9)
+        factor = self.number(factor_key, 0.0, 1e9, 0.0)
         if 0.0 < factor < 1e-9:
             raise self.bad(factor_key, f"factor {factor} is too small")
         return RopeConfig(
@@ -225,7 +245,7 @@ class _Reader:
             freq_scale=1.0 if factor == 0.0 or scaling == "none" else 1.0 / factor,
             n_ctx_orig=self.size("rope.scaling.original_context_length", default=n_ctx_train),
             ext_factor=1.0 if scaling == "yarn" else 0.0,
-            attn_factor=self.number("rope.scaling.attn_factor", 1.0, -1e9, 1e9),
+            attn_factor=self.number("rope.scaling.attn_factor", -1e9, 1e9, 1.0),
         )
 
     def swa_layers(self, n_layer: int) -> tuple[bool, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from refengine.cache.paged import CacheSequence, KVCache
 from refengine.config import ModelConfig
@@ -106,7 +107,7 @@ class Model:
 
     def forward(
         self,
-        ids: Sequence[int],
+        ids: ArrayLike,
         *,
         trace: Tracer = no_trace,
         chunk: int = PREFILL_CHUNK,

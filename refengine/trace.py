@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from refengine.array import Array
 from refengine.errors import TraceError
@@ -66,7 +67,7 @@ class Trace:
         record: str | None = None,
         *,
         watch: bool = False,
-        replace: Mapping[str, Array | Callable[[Array], Array]] | None = None,
+        replace: Mapping[str, ArrayLike | Callable[[Array], ArrayLike]] | None = None,
         breakpoints: Iterable[str] = (),
         on_break: Callable[[str, Array], None] | None = None,
         strict: bool = True,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,11 +51,21 @@ class Matrix:
         return self.data[start * row_bytes : stop * row_bytes]
 
 
+class Layer:
+    """The tensors of one layer, as attributes under their GGUF names without `blk.N.` and `.weight`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = ", ".join(sorted(vars(self)))
+        raise AttributeError(f"no tensor {name} is declared for a layer of this model; tensors(cfg) declares {known}")
+
+
 class Weights:
-    """All tensors of a model. Attributes are GGUF names; `layers` is a list with one namespace a layer."""
+    """All tensors of a model. Attributes are GGUF names; `layers` is a list with one `Layer` a layer."""
 
     def __init__(self, tensors: Mapping[str, Matrix | Array | None], n_layer: int) -> None:
-        self.layers = [SimpleNamespace() for _ in range(n_layer)]
+        self.layers = [Layer() for _ in range(n_layer)]
         self.n_bytes = 0  # tensor bytes on the device
         for name, value in tensors.items():
             owner, attribute = self._place(name)
@@ -78,7 +87,7 @@ class Weights:
         return list({w.name: w for w in found}.values())
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"this model has no tensor {name}")
+        raise AttributeError(f"no tensor {name} is declared for this model by tensors(cfg)")
 
 
 class Placement(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from refengine.config import ModelConfig, RopeConfig
+from refengine.config import ModelConfig, Number, RopeConfig, Traits
 from refengine.errors import GGUFError, ModelError
 from refengine.gguf.file import GGUFFile
 from refengine.models import BY_ARCHITECTURE, read_config
@@ -25,19 +25,30 @@ COMMON: dict[str, Pair] = {
     "vocab_size": (U32, 31),
 }
 DENSE: dict[str, Pair] = {"feed_forward_length": (U32, 43)}
+EXPERTS: dict[str, Pair] = {
+    "expert_count": (U32, 9),
+    "expert_used_count": (U32, 4),
+    "expert_feed_forward_length": (U32, 37),
+}
+WINDOW: dict[str, Pair] = {"attention.sliding_window": (U32, 13)}
 RMS: dict[str, Pair] = {"attention.layer_norm_rms_epsilon": (F32, 2.0**-17)}
 REQUIRED: dict[str, dict[str, Pair]] = {
     **{arch: COMMON | DENSE | RMS for arch in ("llama", "qwen2", "qwen3", "phi3")},
     "gpt2": COMMON | DENSE | {"attention.layer_norm_epsilon": (F32, 2.0**-17)},
-    "gpt-oss": COMMON
-    | RMS
-    | {
-        "expert_count": (U32, 9),
-        "expert_used_count": (U32, 4),
-        "expert_feed_forward_length": (U32, 37),
-        "attention.sliding_window": (U32, 13),
-    },
+    "gpt-oss": COMMON | RMS | EXPERTS | WINDOW,
 }
+
+
+def required(traits: Traits) -> dict[str, Pair]:
+    """The required keys of an architecture that the table does not list."""
+    keys = COMMON | ({"attention.layer_norm_epsilon": (F32, 2.0**-17)} if traits.layer_norm else RMS)
+    keys |= EXPERTS if traits.experts else DENSE
+    keys |= WINDOW if traits.sliding_window else {}
+    return keys | {name: (F32, number.high) for name, number in traits.numbers.items() if number.default is None}
+
+
+for _arch, _module in BY_ARCHITECTURE.items():
+    REQUIRED.setdefault(_arch, required(_module.TRAITS))
 REQUIRED_KEYS = [(arch, key) for arch, keys in REQUIRED.items() for key in keys]
 OPTIONAL_SIZES = (
     "attention.head_count_kv",
@@ -81,8 +92,8 @@ def refused(path: Path, arch: str, key: str, pair: Pair | None, **others: Pair |
     return message
 
 
-def test_supported_architectures_are_all_covered() -> None:
-    assert set(REQUIRED) == set(BY_ARCHITECTURE)
+def test_the_table_is_what_the_traits_ask_for() -> None:
+    assert {arch: required(module.TRAITS) for arch, module in BY_ARCHITECTURE.items()} == REQUIRED
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3"])
@@ -171,13 +182,13 @@ def test_missing_key_is_named(tmp_path: Path, arch: str, key: str) -> None:
 
 @pytest.mark.parametrize(("arch", "key"), REQUIRED_KEYS)
 def test_ill_typed_key_is_named(tmp_path: Path, arch: str, key: str) -> None:
-    is_float = key.endswith("epsilon")
+    is_float = REQUIRED[arch][key][0] == F32
     wrong: list[Pair] = [(STRING, "7"), (BOOL, 1), (U32, 1) if is_float else (F32, 7.0), (ARRAY, (STRING, ["7"] * 5))]
     for pair in wrong:
         assert "expected" in refused(tmp_path, arch, key, pair)
 
 
-@pytest.mark.parametrize(("arch", "key"), [(a, k) for a, k in REQUIRED_KEYS if not k.endswith("epsilon")])
+@pytest.mark.parametrize(("arch", "key"), [(a, k) for a, k in REQUIRED_KEYS if REQUIRED[a][k][0] != F32])
 @pytest.mark.parametrize("pair", [(U32, 0), (I32, -1), (U64, 2**31), (U64, 2**64 - 1)], ids=["0", "-1", "2^31", "2^64"])
 def test_size_out_of_range_is_named(tmp_path: Path, arch: str, key: str, pair: Pair) -> None:
     refused(tmp_path, arch, key, pair)
@@ -186,8 +197,36 @@ def test_size_out_of_range_is_named(tmp_path: Path, arch: str, key: str, pair: P
 @pytest.mark.parametrize("arch", BY_ARCHITECTURE)
 @pytest.mark.parametrize("eps", [float("nan"), float("inf"), float("-inf"), -1e-5, 1.0])
 def test_epsilon_out_of_range_is_named(tmp_path: Path, arch: str, eps: float) -> None:
-    key = "attention.layer_norm_epsilon" if arch == "gpt2" else "attention.layer_norm_rms_epsilon"
+    (key,) = (key for key in REQUIRED[arch] if key.endswith("epsilon"))
     refused(tmp_path, arch, key, (F32, eps))
+
+
+NUMBERS = Traits(rope="norm", numbers={"logit_scale": Number(1e-3, 8.0), "cap": Number(0.0, 1e9, default=30.0)})
+
+
+def read_numbers(path: Path, changes: dict[str, Pair | None]) -> ModelConfig:
+    """As `read`, of a llama with constants of its own."""
+    builder = GGUFBuilder().pair("general.architecture", STRING, "llama")
+    for key, pair in (COMMON | DENSE | RMS | changes).items():
+        if pair is not None:
+            add_pair(builder, f"llama.{key}", pair)
+    with GGUFFile(builder.write(path / "model.gguf")) as gguf:
+        return ModelConfig.from_gguf(gguf, NUMBERS)
+
+
+def test_constants_of_one_architecture_are_read_and_checked(tmp_path: Path) -> None:
+    assert read_numbers(tmp_path, {"logit_scale": (F32, 0.375)}).numbers == {"logit_scale": 0.375, "cap": 30.0}
+    assert read_numbers(tmp_path, {"logit_scale": (F32, 8.0), "cap": (F32, 50.0)}).numbers["cap"] == 50.0
+    assert read(tmp_path, "llama", {"logit_scale": (F32, 0.375)}).numbers == {}
+    wrong: list[tuple[Pair | None, str]] = [
+        (None, "required key 'llama.logit_scale' is missing"),
+        ((U32, 1), "expected"),
+        ((F32, 9.0), "llama.logit_scale: value 9.0 is outside 0.001..8"),
+        ((F32, float("nan")), "value nan is outside"),
+    ]
+    for pair, message in wrong:
+        with pytest.raises((GGUFError, ModelError), match=message):
+            read_numbers(tmp_path, {"logit_scale": pair})
 
 
 def test_huge_layer_count_is_refused_before_anything_is_made_of_it(tmp_path: Path) -> None:

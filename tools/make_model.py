@@ -25,9 +25,9 @@ from refengine.errors import RefengineError
 from tools import model_vocab
 from tools.model_specs import ModelSpec, metadata, tensors
 from tools.model_weights import encode_floats, random_stream, random_tensor
-from tools.model_zoo import FULL, TINY, tiny
+from tools.model_zoo import FULL, IN_LLAMACPP, ONE_EACH, TINY, tiny
 
-__all__ = ["FULL", "TINY", "ModelSpec", "tiny", "write_model", "write_spec"]
+__all__ = ["FULL", "IN_LLAMACPP", "ONE_EACH", "TINY", "ModelSpec", "tiny", "write_model", "write_spec"]
 
 
 def write_model(path: str | Path, arch: str, type: str, seed: int = 0, **overrides: Any) -> ModelSpec:
@@ -95,7 +95,7 @@ def describe(name: str, spec: ModelSpec) -> str:
 def _override(text: str) -> tuple[str, Any]:
     """`field=value` with the value in the field's own type."""
     key, _, value = text.partition("=")
-    kinds = {f.name: str(f.type) for f in fields(ModelSpec)}
+    kinds = {f.name: str(f.type) for f in fields(ModelSpec) if f.name != "numbers"}
     if key not in kinds:
         raise argparse.ArgumentTypeError(f"unknown field {key!r}; known: {', '.join(kinds)}")
     try:

@@ -8,16 +8,17 @@ Shapes are in NumPy order: a matrix is (n_out, n_in).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 
+from refengine.models import BY_ARCHITECTURE
 from tools.model_vocab import Entry
 
 T, F, V = GGMLQuantizationType, LlamaFileType, GGUFValueType
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gpt-oss", "gpt2")
+ARCHITECTURES = tuple(BY_ARCHITECTURE)
 
 # All matrices in one type, or a mixture as real files have it; with the `general.file_type` that llama.cpp gives it.
 PURE = {
@@ -64,6 +65,7 @@ class ModelSpec:
     n_expert: int = 0
     n_expert_used: int = 0
     n_swa: int = 0
+    numbers: Mapping[str, float] = field(default_factory=dict, hash=False)  # as `Traits.numbers`
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -263,7 +265,8 @@ def metadata(spec: ModelSpec) -> list[Entry]:
     if spec.arch == "gpt2":
         return [*entries, f32("attention.layer_norm_epsilon", spec.norm_eps)]
     entries += [f32("attention.layer_norm_rms_epsilon", spec.norm_eps), f32("rope.freq_base", spec.rope_base)]
-    if spec.arch in ("llama", "phi3"):
+    entries += [f32(key, value) for key, value in spec.numbers.items()]
+    if spec.arch not in ("qwen2", "qwen3", "gpt-oss"):  # their converters leave it out
         entries.append(u32("rope.dimension_count", spec.head_dim))
     if spec.arch in ("qwen3", "gpt-oss") or spec.n_head * spec.head_dim != spec.n_embd:
         entries += [u32("attention.key_length", spec.head_dim), u32("attention.value_length", spec.head_dim)]

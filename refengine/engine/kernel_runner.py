@@ -4,7 +4,7 @@ The same bits as `model.evaluate` for all of them together. Knows nothing of sch
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from refengine.cuda.sampling import checked_tokens, sample_rows
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
 from refengine.engine.scheduler import ScheduledChunk
 from refengine.trace import Tracer, no_trace, to_numpy
+
+log = logging.getLogger(__name__)
 
 
 class KernelRunner:
@@ -34,8 +36,10 @@ class KernelRunner:
         self._step: DecodeStep | None = None
         if model.ops.attention_by == "flash":
             given = (model.ops, model.config, model.decode, model.weights, cache)
-            with contextlib.suppress(NoFusedStep):  # the model has no fused step: tokens go through `forward`
+            try:
                 self._step = DecodeStep(*given, max_batch=max_batch, graphs=graphs)
+            except NoFusedStep as e:
+                log.warning("tokens of %s are decoded by forward(), without a fused step: %s", model.config.arch, e)
 
     def warm_up(self, n_prompt: int) -> None:
         """Compile the kernels and capture the graphs; let a prompt take from the pool what it wants."""
@@ -109,8 +113,10 @@ def step_bytes(
     if attention_by != "flash":
         return 0
     sizes = {"max_batch": max_batch, "n_ctx": config.n_ctx_train, "n_positions": n_positions, "block_size": BLOCK_SIZE}
-    plan = StepPlan.of(decode, config, weights, place, **sizes)
-    return 0 if plan is None else plan.total_bytes
+    try:
+        return StepPlan.of(decode, config, weights, place, **sizes).total_bytes
+    except NoFusedStep:
+        return 0
 
 
 def checked_token(drawn: Any) -> int:

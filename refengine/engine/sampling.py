@@ -69,7 +69,7 @@ class SamplingParams:
     """uint64; None means that the caller draws one with `choose_seed` and reports it."""
     max_tokens: int = DEFAULT_MAX_TOKENS
     """Generated tokens, at least 1."""
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     """Up to 4 non-empty strings; see `refengine.engine.stop`."""
     logprobs: int | None = None
     """Report each token's log-probability, and of the 0 to 20 likeliest; None reports none."""

@@ -1,6 +1,7 @@
 """What a model's `decode()` is written against: one new token for each of n sequences, in the words of `forward()`.
 
-A `Value` stands for rows that may not have been computed yet. The protocol says what is computed; how many launches
+A `Value` stands for rows that may not have been computed yet; it has no arithmetic of its own, so that `x * factor` is
+`ops.scale(x, factor)` here. The protocol says what is computed; how many launches
 that takes, and which operations are fused into one, is the implementation's business (`cuda.decode.ops`): a norm, a
 bias, an activation or a residual may be deferred until the product beside it is known. An implementation refuses, with
 a RefengineError, a combination that it does not have.
@@ -69,7 +70,7 @@ class DecodeOps(Protocol):
         """RoPE of heads, on pairs (i, i + n_rot / 2). (n, n_head, head_dim)"""
 
     def scale(self, x: Value, factor: float) -> Value:
-        """x · factor, of heads. (n, n_head, head_dim)"""
+        """x · factor, rounded to float32 before: of heads (n, n_head, head_dim), or of rows (n, width)."""
 
     def attention(
         self,

@@ -13,7 +13,7 @@ from refengine.engine.sampling import SamplingParams, logprobs
 from refengine.errors import DeviceError, RequestError
 from refengine.model import Model
 from tests.engine.models import logits_alone, random_ids
-from tests.kernels.test_models import ONE_EACH, in_ci
+from tests.kernels.test_models import SOME
 from tests.model_files import ModelFiles
 
 
@@ -24,7 +24,7 @@ def loaded(path: Any, place: str, **options: Any) -> Model:
         pytest.skip(f"no GPU: {e}")
 
 
-@pytest.fixture(scope="module", params=[in_ci(name) for name in ONE_EACH])
+@pytest.fixture(scope="module", params=SOME)
 def model(request: pytest.FixtureRequest, place: str, tiny_model: ModelFiles) -> Model:
     return loaded(tiny_model(request.param), place)
 

@@ -39,3 +39,11 @@ def test_activations_are_within_float32_of_their_twins(activations: Kernels) -> 
             same = (y == expected.astype(np.float32)) | (np.isnan(y) & np.isnan(expected))
             close = same | (np.abs(y - expected) <= tolerance)
             assert close.all(), (kernel, given[0][~close], y[~close], expected[~close])
+
+
+def test_a_scale_is_one_rounding(activations: Kernels) -> None:
+    x = np.append(np.random.default_rng(6).standard_normal(1000) * 4, SPECIAL).astype(np.float32)
+    y = np.empty_like(x)
+    activations.launch("scale_f32", (-(-len(x) // 256),), (256,), [x, y, 0.3, np.int64(len(x))])
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(y, x * np.float32(0.3))

@@ -1,6 +1,7 @@
 """The fused decode step is the model file bit for bit, at every l_out and the logits, and draws what sampling draws."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,18 +9,22 @@ import pytest
 
 import refengine
 from refengine.cache.paged import CacheSequence, KVCache
-from refengine.cuda.decode.step import DecodeRow, DecodeStep, StepPlan
+from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan
 from refengine.cuda.upload import Described
+from refengine.engine.kernel_runner import KernelRunner
 from refengine.engine.sampling import SamplingParams, sample
 from refengine.errors import KernelError
 from refengine.gguf.file import GGUFFile
 from refengine.model import Model
-from refengine.models import llama
+from refengine.models import BY_ARCHITECTURE, llama
+from refengine.ops.decode import DecodeOps
 from refengine.trace import to_numpy
 from refengine.weights import load_weights
-from tests.kernels.test_models import ONE_EACH, ids_for, loaded
+from tests.kernels.test_models import ids_for, loaded
 from tests.model_files import ModelFiles
+from tools.make_model import ONE_EACH
 
+WITH_DECODE = [name for arch, name in ONE_EACH.items() if hasattr(BY_ARCHITECTURE[arch], "decode")]
 # Ways in which files are mixed that those do not have: floats, heads that share K or do not, frequency factors, ties.
 MORE = (
     "llama-bf16",
@@ -115,7 +120,7 @@ def prompts(model: Model, n: int, seed: int) -> list[list[int]]:
     return [ids_for(model, int(length), seed=seed + i) for i, length in enumerate(lengths)]
 
 
-@pytest.fixture(scope="module", params=ONE_EACH)
+@pytest.fixture(scope="module", params=WITH_DECODE)
 def model(request: pytest.FixtureRequest, place: str, tiny_model: ModelFiles) -> Model:
     return loaded(tiny_model(request.param), place)
 
@@ -219,9 +224,7 @@ def test_nothing_is_allocated_after_the_warm_up(place: str, tiny_model: ModelFil
     sizes = {"n_positions": decoding.fused.n_positions, "block_size": decoding.cache.block_size, "n_ctx": model.n_ctx}
     with GGUFFile(model.gguf.path) as gguf:  # what is asked before the weights are loaded
         described = load_weights(gguf, llama.tensors(model.config), model.config.n_layer, Described())
-    plan = StepPlan.of(llama.decode, model.config, described, place, max_batch=3, **sizes)
-    assert plan is not None
-    taken = plan.total_bytes
+    taken = StepPlan.of(llama.decode, model.config, described, place, max_batch=3, **sizes).total_bytes
     if place == "host":  # of a GPU, what the prompts' passes keep is accounted for as well
         assert model.ops.memory.accounted()["workspace"] == started + taken
     decoding.fused.warm_up(lambda done, total: progress.append((done, total)))
@@ -245,7 +248,7 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", WITH_DECODE)
 def test_a_layer_is_few_launches(
     name: str, place: str, tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +266,54 @@ def test_a_layer_is_few_launches(
     for bucket in (8, 9):
         decoding.fused._launch(bucket, lambda name, il, x: ends.append(n_launches))
     each = np.diff(np.array(ends).reshape(2, -1), axis=1)  # of the layers after the first
-    assert tuple(each.max(axis=1).tolist()) == LAUNCHES[name]
+    counted_now = tuple(each.max(axis=1).tolist())
+    assert name in LAUNCHES, f"add {name} to LAUNCHES in {__file__}: a layer is {counted_now} launches now"
+    assert counted_now == LAUNCHES[name]
+
+
+def test_the_reason_for_no_fused_step_is_told(tiny_model: ModelFiles, caplog: pytest.LogCaptureFixture) -> None:
+    model = loaded(tiny_model("llama-q4_0"), "host")
+    cache = model.new_cache(64)
+    layer = model.weights.layers[0]
+
+    def softmax_of_logits(cfg: Any, w: Any, ops: DecodeOps, trace: Any) -> Any:
+        return ops.row_soft_max(ops.linear(ops.embedding(w.token_embd), w.output))
+
+    def scaled_keys(cfg: Any, w: Any, ops: DecodeOps, trace: Any) -> Any:
+        x = ops.embedding(w.token_embd)
+        q, k, v = (ops.linear(x, w) for w in (layer.attn_q, layer.attn_k, layer.attn_v))
+        heads = [ops.heads(x, n) for x, n in zip((q, k, v), (cfg.n_head, cfg.n_head_kv, cfg.n_head_kv), strict=True)]
+        return ops.attention(0, heads[0], ops.scale(heads[1], 2.0), heads[2], scale=1.0)
+
+    cases: list[tuple[Any, Any, str]] = [
+        (None, model.config, r"the model file of llama has no decode\(\)"),
+        (llama.decode, replace(model.config, head_dim=20), "heads of 20 elements; kernels take multiples of 8 up to"),
+        (llama.decode, replace(model.config, n_expert_used=99), "99 experts a token; kernels take up to"),
+        (softmax_of_logits, model.config, "softmax is of the chosen experts' scores only"),
+        (scaled_keys, model.config, "a factor of Q alone"),
+    ]
+    for decode, config, reason in cases:
+        with pytest.raises(NoFusedStep, match=reason):
+            DecodeStep(model.ops, config, decode, model.weights, cache, max_batch=2)
+    model.decode = None
+    KernelRunner(model, cache, 2, graphs=False)
+    assert "llama are decoded by forward(), without a fused step: the model file of llama has no" in caplog.text
+
+
+def test_rows_are_scaled(tiny_model: ModelFiles) -> None:
+    """A logit scale, as several architectures have it."""
+    model = loaded(tiny_model("llama-q4_0"), "host")
+    factor = 0.3  # rounds
+
+    def scaled(cfg: Any, w: Any, ops: DecodeOps, trace: Any) -> Any:
+        return ops.scale(llama.decode(cfg, w, ops, trace), factor)
+
+    rows = [DecodeRow("a", 5, 0, [0], PARAMS[0], 1, 0, [5])]
+    logits = []
+    for decode in (llama.decode, scaled):
+        step = DecodeStep(model.ops, model.config, decode, model.weights, model.new_cache(64), max_batch=1)
+        logits.append(to_numpy(step.run(rows)[1]).copy())
+    np.testing.assert_array_equal(logits[1], logits[0] * np.float32(factor))
 
 
 def test_what_does_not_fit_is_refused(place: str, tiny_model: ModelFiles) -> None:

@@ -10,10 +10,10 @@ from refengine.errors import DeviceError
 from refengine.validate.judge import judge
 from refengine.validate.peers import capture_peer
 from tests.model_files import ModelFiles
-from tools.make_model import TINY
+from tools.make_model import IN_LLAMACPP, ONE_EACH, TINY
 from tools.report_parity import kernel_errors
 
-QUANTISED = [name for name, spec in TINY.items() if spec.type not in ("F32", "F16", "BF16")]
+QUANTISED = [name for name in IN_LLAMACPP if TINY[name].type not in ("F32", "F16", "BF16")]
 
 
 @pytest.mark.llamacpp
@@ -26,8 +26,8 @@ def test_kernels_are_nearer_to_exact_than_llamacpp_is(name: str, tmp_path: Path)
 
 
 # Every architecture, every type of weights, and a prompt of more than one tile of positions.
-JUDGED = ["llama3-q4_k_m", "qwen2-q4_k_m", "qwen3-q4_k_m", "phi3-mostly_q4_0", "gpt-oss-mxfp4_moe", "gpt2-q5_1"]
-JUDGED += ["llama-f32", "llama-f16", "llama-bf16", "llama-q4_1", "llama-q5_k", "llama-mxfp4", "gpt-oss-q8_0"]
+JUDGED = [*ONE_EACH.values(), "llama-f32", "llama-f16", "llama-bf16", "llama-q4_1", "llama-q5_k", "llama-mxfp4"]
+JUDGED += ["gpt-oss-q8_0"]
 
 
 @pytest.mark.parametrize("name", JUDGED)

@@ -16,12 +16,10 @@ from refengine.model import Model
 from refengine.trace import Trace, to_numpy
 from refengine.validate.metrics import nmse
 from tests.model_files import ModelFiles
-from tools.make_model import TINY
+from tools.make_model import ONE_EACH, TINY
 
-# One of each architecture and each way in which their files are mixed; every type of weights.
-# On the CPU, away from CI, a dense model and a mixture of experts stand for all.
-ALWAYS = ("qwen2-q4_k_m", "gpt-oss-mxfp4_moe")
-ONE_EACH = ("llama3-q4_k_m", "qwen2-q4_k_m", "qwen3-q4_k_m", "phi3-mostly_q4_0", "gpt-oss-mxfp4_moe", "gpt2-q5_1")
+# On the CPU, away from CI, a dense model and a mixture of experts stand for these.
+CI_ONLY = ("llama", "qwen3", "phi3", "gpt2")
 N_TOKENS = 70
 
 
@@ -77,12 +75,11 @@ def cuts(n: int, size: int | np.random.Generator) -> list[slice]:
     return parts
 
 
-def in_ci(name: str) -> Any:
-    """A parameter whose tests run in CI only, unless its model is one of ALWAYS."""
-    return name if name in ALWAYS else pytest.param(name, marks=pytest.mark.ci)
+# One of each architecture; those of CI_ONLY run in CI only.
+SOME = [pytest.param(name, marks=pytest.mark.ci if arch in CI_ONLY else ()) for arch, name in ONE_EACH.items()]
 
 
-@pytest.fixture(scope="module", params=[in_ci(name) for name in ONE_EACH])
+@pytest.fixture(scope="module", params=SOME)
 def model(request: pytest.FixtureRequest, place: str, tiny_model: ModelFiles) -> Model:
     return loaded(tiny_model(request.param), place)
 

@@ -17,7 +17,7 @@ from refengine.validate.alignment import align
 from refengine.validate.metrics import nmse
 from refengine.validate.replay import replay
 from tests.model_files import ModelFiles
-from tools.make_model import TINY
+from tools.make_model import IN_LLAMACPP, TINY
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra `validate`)")
 from refengine.validate.llamacpp import LlamaCpp
@@ -29,8 +29,7 @@ N_TOKENS = 56
 # relative 1e-7 each, over two or three layers), 1e-13 and less for a single operation on equal inputs.
 TIGHT = 1e-11
 
-F32_MODELS = [name for name, spec in TINY.items() if spec.type == "F32"]
-ROUNDED_MODELS = [name for name, spec in TINY.items() if spec.type != "F32"]
+F32_MODELS = [name for name in IN_LLAMACPP if TINY[name].type == "F32"]
 # One tiny model for every (architecture × tensor types) that the files of the target models contain.
 TARGETS = ["qwen2-q4_k_m", "qwen2-mostly_q4_0", "phi3-q4_k_m", "phi3-mostly_q4_0", "gpt-oss-mxfp4_moe"]
 
@@ -84,7 +83,7 @@ def test_gpt2_f32_differs_from_llamacpp_by_gelu_flips_alone(tiny_model: ModelFil
     assert nmse(model.forward(ids), theirs) <= 10 * nmse(by_token, theirs)
 
 
-@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize("name", IN_LLAMACPP)
 def test_every_operation_equals_llamacpp_on_its_own_inputs(tiny_model: ModelFiles, name: str) -> None:
     kv_type = "f32" if TINY[name].type == "F32" else "f16"
     model = refengine.load(tiny_model(name), numerics="llamacpp", kv_type=kv_type)

@@ -10,9 +10,10 @@ import pytest
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from refengine.gguf.file import GGUFFile
+from refengine.models import BY_ARCHITECTURE
 from refengine.quants import SUPPORTED, dequantize
 from tools import model_vocab
-from tools.make_model import FULL, TINY, main, tiny, write_model, write_spec
+from tools.make_model import FULL, IN_LLAMACPP, TINY, main, tiny, write_model, write_spec
 from tools.model_specs import PURE, tensors, use_more_bits
 from tools.model_weights import CHUNK_BYTES, random_stream, random_tensor
 
@@ -123,7 +124,7 @@ def test_tiny_model_is_small_and_holds_what_its_name_says(tmp_path: Path, name: 
 
 
 def test_every_architecture_and_type_has_a_tiny_model() -> None:
-    for arch in ("llama", "qwen2", "qwen3", "phi3", "gpt-oss", "gpt2"):
+    for arch in BY_ARCHITECTURE:
         assert {TINY[f"{arch}-{f.name.lower()}"].type for f in SUPPORTED.values()} == {
             f.name for f in SUPPORTED.values()
         }
@@ -295,7 +296,7 @@ def test_command_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str], ar
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", IN_LLAMACPP)
 def test_llama_cpp_evaluates_every_tiny_model(tmp_path: Path, name: str) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     path = tmp_path / "model.gguf"

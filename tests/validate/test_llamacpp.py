@@ -9,13 +9,13 @@ from refengine.model import PACKAGED_MODEL
 from refengine.validate.capture import LOGITS
 from refengine.validate.judge import judge
 from tests.model_files import ModelFiles
-from tools.make_model import TINY
+from tools.make_model import IN_LLAMACPP, TINY
 
 pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
 pytestmark = pytest.mark.llamacpp
 
 
-@pytest.mark.parametrize("name", [*TINY, "packaged"])
+@pytest.mark.parametrize("name", [*IN_LLAMACPP, "packaged"])
 def test_llamacpp_has_no_error_of_its_own(name: str, tiny_model: ModelFiles) -> None:
     from refengine.validate.llamacpp import capture_llamacpp
 

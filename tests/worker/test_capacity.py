@@ -34,7 +34,7 @@ from refengine.worker.telemetry.log import Log
 from tests.kernels.matrices import TILED, random_matrix
 from tests.model_files import ModelFiles
 from tests.worker.test_startup import UUID, error_of, failed
-from tools.make_model import write_model
+from tools.make_model import ONE_EACH, write_model
 
 DEVICE = "cuda:3"
 OPTIONS = WorkerOptions(UUID, PACKAGED_MODEL, DEVICE, 8080)
@@ -78,7 +78,6 @@ def packaged_capacity(options: WorkerOptions) -> Capacity:
 
 SHAPES = described(SEVEN_BILLION)
 CAPACITY = startup.capacity_of(SEVEN_BILLION, OPTIONS, DEVICE, SHAPES)
-ARCHITECTURES = ("llama-q4_0", "qwen2-q4_k_m", "qwen3-q4_k_m", "phi3-mostly_q4_0", "gpt2-q5_1", "gpt-oss-mxfp4_moe")
 
 
 def peak_of(function: Callable[[], object]) -> int:
@@ -93,7 +92,7 @@ def peak_of(function: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ONE_EACH.values())
 def test_what_is_reckoned_is_what_is_taken(name: str, tiny_model: ModelFiles) -> None:
     """The cache and the decode step's buffers to the byte."""
     model = refengine.load(tiny_model(name), "host")
@@ -117,7 +116,7 @@ def test_the_cache_of_the_cpu_is_reckoned_too() -> None:
     assert capacity.cache_bytes(3) == model.new_cache(3 * BLOCK_SIZE).n_bytes
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ONE_EACH.values())
 def test_a_prompt_takes_what_is_reckoned_or_somewhat_more(name: str, tiny_model: ModelFiles) -> None:
     model = refengine.load(tiny_model(name), "host")
     cache = model.new_cache(2 * BLOCK_SIZE)

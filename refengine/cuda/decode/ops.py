@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -167,8 +168,10 @@ class StepOps:
     def rope_neox(self, x: Heads, angles: Angles) -> Heads:
         return replace(x, rotation=Rotation(*angles, neox=True))
 
-    def scale(self, x: Heads, factor: float) -> Heads:
-        return replace(x, factor=factor)
+    def scale(self, x: Any, factor: float) -> Any:
+        if isinstance(x, Heads):
+            return replace(x, factor=factor)
+        return self._elements(partial(activation.scale, factor=factor), x)
 
     def attention(
         self,

@@ -83,14 +83,19 @@ class StepPlan:
         n_ctx: int,
         n_positions: int,
         block_size: int,
-    ) -> StepPlan | None:
-        """Plan a step without a device; None where there is no fused step for this model.
+    ) -> StepPlan:
+        """Plan a step without a device.
 
         weights: the model's, of which only names, types and shapes are looked at. n_positions: how long a sequence may
-        be, the smaller of the context and what the whole cache holds.
+        be, the smaller of the context and what the whole cache holds. Raises NoFusedStep with the reason where there is
+        no fused step for this model.
         """
-        if decode is None or cfg.head_dim % 8 or cfg.head_dim > HEAD_DIMS[-1] or cfg.n_expert_used > MOST_USED:
-            return None
+        if decode is None:
+            raise NoFusedStep(f"the model file of {cfg.arch} has no decode()")
+        if cfg.head_dim % 8 or cfg.head_dim > HEAD_DIMS[-1]:
+            raise NoFusedStep(f"heads of {cfg.head_dim} elements; kernels take multiples of 8 up to {HEAD_DIMS[-1]}")
+        if cfg.n_expert_used > MOST_USED:
+            raise NoFusedStep(f"{cfg.n_expert_used} experts a token; kernels take up to {MOST_USED}")
         n_blocks = -(-n_positions // block_size)
         shape = (n_blocks, block_size, cfg.n_head_kv, cfg.head_dim)
         values, exponents = _shaped(shape, np.float16), _shaped(shape[:-1], np.uint8)
@@ -113,10 +118,7 @@ class StepPlan:
         for bucket in buckets_for(max_batch):
             recorder = Recorder()
             ops = StepOps(_NoKernels(place), arrays, recorder, bucket)
-            try:
-                ops.array(decode(cfg, weights, ops, no_trace))
-            except NoFusedStep:
-                return None
+            ops.array(decode(cfg, weights, ops, no_trace))
             plans[bucket] = recorder.plan()
         sampling = Sampler(Kernels(place), cfg.n_vocab, n_positions + 1).arrays(max_batch)
         offsets = {bucket: plan.offsets for bucket, plan in plans.items()}
@@ -149,11 +151,10 @@ class DecodeStep:
         self.n_positions = min(kv.n_ctx, kv.n_blocks * kv.block_size)
         sizes = {"n_ctx": kv.n_ctx, "n_positions": self.n_positions, "block_size": kv.block_size}
         place = ops.kernels.place
-        plan = None
-        if max_batch >= 1:
-            plan = StepPlan.of(decode, cfg, weights, place, max_batch=max_batch, **sizes)
-        if plan is None or decode is None:
-            raise NoFusedStep(f"no fused step for {max_batch} sequences of {cfg.arch} with heads of {cfg.head_dim}")
+        if max_batch < 1:
+            raise KernelError(f"decode: max_batch is {max_batch}, expected at least 1")
+        plan = StepPlan.of(decode, cfg, weights, place, max_batch=max_batch, **sizes)
+        assert decode is not None
         self._ops, self._cfg, self._decode, self._weights = ops, cfg, decode, weights
         self._plan, self.buckets = plan, buckets_for(max_batch)
         self._with_graphs = graphs and ops.xp is not np

@@ -29,8 +29,13 @@ def add(kernels: Kernels, a: Array, b: Array, y: Array, *, overlap: bool = False
     _launch(kernels, "add_f32", a, b, y, overlap=overlap)
 
 
-def _launch(kernels: Kernels, kernel: str, *arrays: Array, overlap: bool) -> None:
+def scale(kernels: Kernels, x: Array, y: Array, *, factor: float, overlap: bool = False) -> None:
+    """y = x · factor, which is rounded to float32 before. Both of one shape, float32."""
+    _launch(kernels, "scale_f32", x, y, numbers=(factor,), overlap=overlap)
+
+
+def _launch(kernels: Kernels, kernel: str, *arrays: Array, numbers: tuple[float, ...] = (), overlap: bool) -> None:
     n = int(arrays[-1].size)
     if any(a.size != n for a in arrays):
         raise KernelError(f"{kernel}: shapes {[a.shape for a in arrays]}, expected all of one size")
-    kernels.launch("activation", kernel, (-(-n // THREADS),), THREADS, [*arrays, n], overlap=overlap)
+    kernels.launch("activation", kernel, (-(-n // THREADS),), THREADS, [*arrays, *numbers, n], overlap=overlap)
