@@ -39,11 +39,9 @@ __device__ __forceinline__ uint32_t select_or(uint32_t word, uint32_t mask, uint
 // --- Half precision ---
 #ifdef HOSTCUDA
 inline float f16_to_f32(f16 bits) {
-  uint32_t sign = uint32_t{bits & 0x8000u} << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
-  if (exponent) return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
-  float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-  return __uint_as_float(sign | __float_as_uint(magnitude));
+  uint32_t sign = uint32_t{bits & 0x8000u} << 16, magnitude = uint32_t{bits & 0x7fffu} << 13;
+  float finite = __uint_as_float(magnitude) * 0x1p112f;  // the exponents' biases are 127 and 15; exact
+  return __uint_as_float(sign | (magnitude < 0x0f800000u ? __float_as_uint(finite) : magnitude | 0x7f800000u));
 }
 // To nearest, ties to even.
 inline f16 f32_to_f16(float x) {
@@ -165,22 +163,21 @@ inline void mma_m16n8k16(MmaD& d, const MmaA& a, const MmaB& b, int line = __bui
   hostcuda::warp_operation(
       [](hostcuda::Lane* lanes, unsigned) {
         auto half = [](f16x2 pair, int i) { return double{f16_to_f32(pair >> (16 * i) & 0xffff)}; };
-        double A[16][16], B[16][8];
+        double A[16][16], B[16][8], D[16][8];
         for (int lane = 0; lane < 32; lane++) {
           const auto& given = *static_cast<const MmaOperands*>(lanes[lane].in);
           int r = lane / 4, c = lane % 4;
           for (int i = 0; i < 8; i++) A[r + 8 * (i / 2 % 2)][2 * c + 8 * (i / 4) + i % 2] = half(given.a.x[i / 2], i % 2);
           for (int i = 0; i < 4; i++) B[2 * c + 8 * (i / 2) + i % 2][r] = half(given.b.x[i / 2], i % 2);
+          for (int i = 0; i < 4; i++) D[r + 8 * (i / 2)][2 * c + i % 2] = given.d.x[i];
         }
+        // Products of halves are exact in double; one rounding at the end.
+        for (int row = 0; row < 16; row++)
+          for (int k = 0; k < 16; k++)
+            for (int column = 0; column < 8; column++) D[row][column] += A[row][k] * B[k][column];
         for (int lane = 0; lane < 32; lane++) {
-          const auto& given = *static_cast<const MmaOperands*>(lanes[lane].in);
           auto& out = *static_cast<MmaD*>(lanes[lane].out);
-          for (int i = 0; i < 4; i++) {
-            int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-            double sum = given.d.x[i];  // products of halves are exact in double; one rounding at the end
-            for (int k = 0; k < 16; k++) sum += A[row][k] * B[k][column];
-            out.x[i] = static_cast<float>(sum);
-          }
+          for (int i = 0; i < 4; i++) out.x[i] = static_cast<float>(D[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2]);
         }
       },
       ALL_LANES, &in, &d, 0, line);

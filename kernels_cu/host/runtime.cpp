@@ -31,7 +31,8 @@ Thread* running = nullptr;
 
 namespace {
 
-constexpr std::size_t STACK_BYTES = 64 << 10;
+// Not a power of two: the tops of all stacks would share one set of the processor's caches.
+constexpr std::size_t STACK_BYTES = (64 << 10) + 320;
 constexpr unsigned MAX_THREADS = 1024;
 constexpr std::size_t MAX_SHARED = 228 << 10;
 
@@ -227,6 +228,7 @@ bool start_machine() {
   std::size_t bytes = MAX_THREADS * STACK_BYTES + MAX_THREADS * sizeof(Fibre);
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return false;
+  madvise(memory, bytes, MADV_HUGEPAGE);  // a stack a thread: with small pages most switches miss the TLB
   stacks = static_cast<char*>(memory);
   fibres = reinterpret_cast<Fibre*>(stacks + MAX_THREADS * STACK_BYTES);
   auto start = reinterpret_cast<std::uintptr_t>(memory);
@@ -319,7 +321,7 @@ void warp_operation(WarpOperation operation, unsigned mask, const void* in, void
   self.state = State::in_warp_operation;
   unsigned base = self.thread.linear - self.thread.lane;
   Lane lanes[32];
-  for (unsigned lane = 0; lane < 32; lane++) {
+  for (unsigned lane = 32; lane-- > 0;) {  // threads run forwards, so that the last one is missing the longest
     if (!(mask >> lane & 1)) continue;
     if (base + lane >= n_threads) fail("line %d: the mask 0x%08x names lane %u, which the block lacks", line, mask, lane);
     const Fibre& other = fibres[base + lane];
