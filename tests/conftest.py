@@ -28,7 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `ci` repeat on more models what others show on two, for minutes: they run where $CI is set."""
-    if os.environ.get("CI"):
+    from tests.levels import IN_CI
+
+    if IN_CI:
         return
     for item in items:
         if item.get_closest_marker("ci") and not item.get_closest_marker("gpu"):

@@ -13,23 +13,27 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from refengine.models import BY_ARCHITECTURE
 from tools.model_specs import ARCHITECTURES, PURE, ModelSpec
 from tools.model_vocab import default_size
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the tiny models of one architecture have in common, as fields of ModelSpec.
+    """What the tiny models of one architecture have in common.
 
     odd: sizes whose rows divide into blocks of 32 only; by_256: sizes for blocks of 256, an odd number of them where
-    that is cheap. common: what both have. stands_for_it: the model of TINY that stands for the architecture in tests
-    which run once an architecture; by default NAME-q4_k_m of by_256, which is then made. in_llamacpp: whether the
-    llama.cpp that tests compare with has the architecture.
+    that is cheap. vocab: a kind of tools/model_vocab.py. numbers: a value for every key of the architecture's
+    `TRAITS.numbers` that has no default. common: other fields of ModelSpec. stands_for_it: the model of TINY that
+    stands for the architecture in tests which run once an architecture; by default NAME-q4_k_m of by_256, which is
+    then made. in_llamacpp: whether the llama.cpp that tests compare with has the architecture.
     """
 
     odd: Mapping[str, Any] = field(default_factory=lambda: sizes(96, 6, 3, 16, 224))
     by_256: Mapping[str, Any] = field(default_factory=lambda: sizes(256, 4, 2, 64, 768))
-    common: Mapping[str, Any] = field(default_factory=lambda: {"vocab": "llama-spm"})
+    vocab: str = "llama-spm"
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    common: Mapping[str, Any] = field(default_factory=dict)
     stands_for_it: str = ""
     in_llamacpp: bool = True
 
@@ -44,25 +48,27 @@ _SPECIAL = {
     "qwen2": Family(
         odd=sizes(96, 2, 1, 48, 224),
         by_256=sizes(256, 8, 2, 32, 768),
-        common={"vocab": "qwen2", "tied": True, "norm_eps": 1e-6, "rope_base": 1e6},
+        vocab="qwen2",
+        common={"tied": True, "norm_eps": 1e-6, "rope_base": 1e6},
         stands_for_it="qwen2-q4_k_m",
     ),
     "qwen3": Family(
         odd=sizes(96, 6, 3, 48, 224),
         by_256=sizes(256, 4, 2, 128, 768),
-        common={"vocab": "qwen2", "norm_eps": 1e-6, "rope_base": 1e6},
+        vocab="qwen2",
+        common={"norm_eps": 1e-6, "rope_base": 1e6},
     ),
     "phi3": Family(
         odd=sizes(96, 2, 2, 48, 160),
         by_256=sizes(256, 4, 4, 64, 768),
-        common={"vocab": "phi-3"},
+        vocab="phi-3",
         stands_for_it="phi3-mostly_q4_0",
     ),
     "gpt-oss": Family(
         odd=sizes(96, 6, 3, 48, 224),
         by_256=sizes(256, 8, 2, 32, 256),
+        vocab="gpt-4o",
         common={
-            "vocab": "gpt-4o",
             "rope_base": 150000.0,
             **{"rope_scaling": "yarn", "rope_factor": 32.0, "n_ctx_orig": 64, "n_swa": 16},
             **{"n_expert": 4, "n_expert_used": 2, "n_layer": 2, "n_ctx": 2048},
@@ -72,7 +78,8 @@ _SPECIAL = {
     "gpt2": Family(
         odd=sizes(96, 6, 6, 16, 224),
         by_256=sizes(256, 4, 4, 64, 768),
-        common={"vocab": "gpt-2", "tied": True},
+        vocab="gpt-2",
+        common={"tied": True},
         stands_for_it="gpt2-q5_1",
     ),
 }
@@ -86,8 +93,12 @@ def tiny(arch: str, type: str, **overrides: Any) -> ModelSpec:
         raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
     by_256 = type in PURE and GGML_QUANT_SIZES[GGMLQuantizationType[type]][0] == 256
     family = FAMILIES[arch]
-    fields = {"n_layer": 3, **(family.by_256 if by_256 else family.odd), **family.common, **overrides}
+    fields = {"n_layer": 3, "vocab": family.vocab, "numbers": family.numbers, **family.common}
+    fields |= {**(family.by_256 if by_256 else family.odd), **overrides}
     fields.setdefault("n_vocab", default_size(fields["vocab"]))
+    required = {name for name, number in BY_ARCHITECTURE[arch].TRAITS.numbers.items() if number.default is None}
+    if required - set(fields["numbers"]):
+        raise ValueError(f"{arch} needs numbers {sorted(required)}: give them in its Family in tools/model_zoo.py")
     unknown = set(overrides) - set(ModelSpec.__dataclass_fields__)
     if unknown:
         raise ValueError(f"unknown fields {sorted(unknown)}; known: {', '.join(ModelSpec.__dataclass_fields__)}")

@@ -13,6 +13,7 @@ from refengine.engine.sampling import SamplingParams, logprobs
 from refengine.engine.scheduler import affordable
 from refengine.errors import RefengineError, RequestError
 from tests.engine.models import SmallBlocks, one_layer, random_ids
+from tests.levels import in_ci
 
 BLOCK = 4
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -239,11 +240,11 @@ def test_a_common_beginning_is_computed_once(tmp_path_factory: pytest.TempPathFa
     assert fed[True] <= fed[False] / 20
 
 
-def test_a_thousand_requests_through_a_small_cache(model: SmallBlocks) -> None:
+def test_many_requests_go_through_a_small_cache(model: SmallBlocks) -> None:
     engine = engine_with(model, cache_tokens=240, max_batch=8, max_step_tokens=32)
     rng = np.random.default_rng(3)
     requests = []
-    for i in range(1000):
+    for i in range(in_ci(1000, 200)):
         n, m = int(rng.integers(1, 60)), int(rng.integers(1, 40))
         requests.append(engine.start(prompt(n, i % 50), SamplingParams(temperature=0.7, seed=i, max_tokens=m)))
     run_all(engine)

@@ -13,8 +13,10 @@ from refengine.engine.sampling import SamplingParams, logprobs
 from refengine.errors import DeviceError, RequestError
 from refengine.model import Model
 from tests.engine.models import logits_alone, random_ids
-from tests.kernels.test_models import SOME
+from tests.kernels.test_models import mostly_in_ci
+from tests.levels import in_ci
 from tests.model_files import ModelFiles
+from tools.make_model import ONE_EACH
 
 
 def loaded(path: Any, place: str, **options: Any) -> Model:
@@ -24,7 +26,7 @@ def loaded(path: Any, place: str, **options: Any) -> Model:
         pytest.skip(f"no GPU: {e}")
 
 
-@pytest.fixture(scope="module", params=SOME)
+@pytest.fixture(scope="module", params=mostly_in_ci(ONE_EACH))
 def model(request: pytest.FixtureRequest, place: str, tiny_model: ModelFiles) -> Model:
     return loaded(tiny_model(request.param), place)
 
@@ -74,13 +76,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no batching": {"batching": False},
     "all off, in chunks of 7": {"graphs": False, "prefix_cache": False, "batching": False, "max_step_tokens": 7},
 }
+# Whether one of them alone changes a bit is asked in CI.
+SWITCHES = in_ci(list(OPTIONS.items()), [item for item in OPTIONS.items() if item[0].startswith("all")])
 
 
 def test_scores_of_a_prompt_are_those_of_its_logits_whatever_runs_beside_it(model: Model) -> None:
     ids = np.random.default_rng(3).integers(0, model.config.n_vocab, 150).tolist()
     logits = model.forward(ids)
     expected = [logprobs(row, token, 2) for row, token in zip(logits, ids[1:], strict=False)]
-    for name, options in OPTIONS.items():
+    for name, options in SWITCHES:
         engine = Engine(model, EngineOptions(**{"max_batch": 3, "max_step_tokens": 80, "cache_tokens": 640, **options}))
         list(engine.tokens(engine.start(ids[:100], SamplingParams(max_tokens=2))))  # fills the prefix cache
         running = [
@@ -100,7 +104,7 @@ def test_scores_of_a_prompt_are_those_of_its_logits_whatever_runs_beside_it(mode
 def test_switches_change_no_bit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(monkeypatch)
     expected: list[np.ndarray] = []
-    for name, options in OPTIONS.items():
+    for name, options in SWITCHES:
         engine = Engine(model, EngineOptions(**{"max_batch": 3, "max_step_tokens": 80, "cache_tokens": 640, **options}))
         assert isinstance(engine.runner, KernelRunner)
         if not expected:

@@ -20,6 +20,7 @@ from refengine.engine.sampling import SamplingParams, sample
 from refengine.errors import DeviceError
 from refengine.trace import to_numpy
 from tests.engine.models import SmallBlocks, logits_alone, one_layer, random_ids
+from tests.levels import in_ci
 
 BLOCK, N_BLOCKS = 4, 24
 TEXTS = [random_ids(np.random.default_rng(i), 40) for i in range(3)]  # prompts begin alike
@@ -133,11 +134,11 @@ def test_blocks_are_accounted_for_at_every_step(tmp_path_factory: pytest.TempPat
         model = SmallBlocks(one_layer(tmp_path_factory.mktemp("machine"), "cpu"), BLOCK)
 
     n = 0
-    while STEPS["OnArrays"] < 20_000:  # a handful of examples has some thousands
+    while STEPS["OnArrays"] < in_ci(20_000, 4_000):  # a handful of examples has some thousands
         run_state_machine_as_test(
             OnArrays,
             settings=settings(
-                max_examples=60,
+                max_examples=in_ci(60, 20),
                 stateful_step_count=60,
                 deadline=None,
                 derandomize=n == 0,
@@ -199,7 +200,7 @@ def test_on_kernels_every_sequence_is_what_it_is_alone(
             self.live.append(self.engine.start(ids, params))
 
     STEPS["OnKernels"] = 0
-    while STEPS["OnKernels"] < 500:
+    while STEPS["OnKernels"] < in_ci(500, 150):
         run_state_machine_as_test(
             OnKernels,
             settings=settings(

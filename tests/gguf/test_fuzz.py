@@ -1,4 +1,4 @@
-"""Mutations of a valid GGUF file, 21,000 in all: each is refused with a GGUFError, or is read and lies inside the file.
+"""Mutations of a valid GGUF file, 21,000 in CI: each is refused with a GGUFError, or is read and lies inside the file.
 
 Hypothesis draws the mutations, so a failure is shrunk to the smallest one. Anything but GGUFError (a crash of the
 parser, a MemoryError, a UnicodeDecodeError) fails the test. Each kind is a case of its own, so that they spread
@@ -18,8 +18,9 @@ from hypothesis.strategies import SearchStrategy
 from refengine.errors import GGUFError
 from refengine.gguf.file import GGUFFile
 from tests.gguf_builder import BLOCKS, tiny_builder
+from tests.levels import in_ci
 
-EXAMPLES_PER_KIND = 3_500
+EXAMPLES_PER_KIND = in_ci(3_500, 500)
 
 BUILDER = tiny_builder(version=3)
 BASE = BUILDER.build()

@@ -20,11 +20,11 @@ from refengine.models import BY_ARCHITECTURE, llama
 from refengine.ops.decode import DecodeOps
 from refengine.trace import to_numpy
 from refengine.weights import load_weights
-from tests.kernels.test_models import ids_for, loaded
+from tests.kernels.test_models import ids_for, loaded, mostly_in_ci
 from tests.model_files import ModelFiles
 from tools.make_model import ONE_EACH
 
-WITH_DECODE = [name for arch, name in ONE_EACH.items() if hasattr(BY_ARCHITECTURE[arch], "decode")]
+WITH_DECODE = {arch: name for arch, name in ONE_EACH.items() if hasattr(BY_ARCHITECTURE[arch], "decode")}
 # Ways in which files are mixed that those do not have: floats, heads that share K or do not, frequency factors, ties.
 MORE = (
     "llama-bf16",
@@ -35,6 +35,7 @@ MORE = (
     "gpt-oss-f32-three-of-five",
     "gpt2-f32-untied",
 )
+DAILY = ("llama-f32-wide-heads", "phi3-q4_0-gqa", "gpt-oss-f32-three-of-five")
 PARAMS = (
     SamplingParams(temperature=0.0),
     SamplingParams(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.3),
@@ -120,7 +121,7 @@ def prompts(model: Model, n: int, seed: int) -> list[list[int]]:
     return [ids_for(model, int(length), seed=seed + i) for i, length in enumerate(lengths)]
 
 
-@pytest.fixture(scope="module", params=WITH_DECODE)
+@pytest.fixture(scope="module", params=mostly_in_ci(WITH_DECODE))
 def model(request: pytest.FixtureRequest, place: str, tiny_model: ModelFiles) -> Model:
     return loaded(tiny_model(request.param), place)
 
@@ -145,7 +146,7 @@ def test_a_window_slides_over_more_than_it_holds(model: Model) -> None:
     assert uploads[1:] == [1, 0]  # the block table, when the sequence gets its second block
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in DAILY else pytest.mark.ci) for n in MORE])
 def test_other_files_bit_for_bit(name: str, place: str, tiny_model: ModelFiles) -> None:
     model = loaded(tiny_model(name), place)
     decoding = Decoding(model, max_batch=12, shuffle=1, n_tokens=30)
@@ -248,7 +249,7 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("name", WITH_DECODE)
+@pytest.mark.parametrize("name", mostly_in_ci(WITH_DECODE))
 def test_a_layer_is_few_launches(
     name: str, place: str, tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

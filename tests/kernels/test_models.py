@@ -75,11 +75,12 @@ def cuts(n: int, size: int | np.random.Generator) -> list[slice]:
     return parts
 
 
-# One of each architecture; those of CI_ONLY run in CI only.
-SOME = [pytest.param(name, marks=pytest.mark.ci if arch in CI_ONLY else ()) for arch, name in ONE_EACH.items()]
+def mostly_in_ci(names: dict[str, str]) -> list[Any]:
+    """Parameters for models by their architecture; those of CI_ONLY run in CI only."""
+    return [pytest.param(name, marks=pytest.mark.ci if arch in CI_ONLY else ()) for arch, name in names.items()]
 
 
-@pytest.fixture(scope="module", params=SOME)
+@pytest.fixture(scope="module", params=mostly_in_ci(ONE_EACH))
 def model(request: pytest.FixtureRequest, place: str, tiny_model: ModelFiles) -> Model:
     return loaded(tiny_model(request.param), place)
 
