@@ -34,7 +34,7 @@ def bench(arguments: argparse.Namespace) -> int:
     figures, facts = (_worker if arguments.what == "worker" else _load)(arguments, serve, device)
     health = facts["health"]
     title = f"refengine bench {arguments.what}: {health['model']} ({health['quant_kind']}) on {health['device']}"
-    show(figures, Console(highlight=False, width=None if sys.stdout.isatty() else 140), title)
+    show(figures, Console(highlight=False, width=None if sys.stdout.isatty() else 1000), title)
     if output is not None:
         with written(output) as temporary:
             text = json.dumps(record(figures, facts, shlex.join(["refengine", *sys.argv[1:]])), indent=1)

@@ -158,7 +158,7 @@ def test_interrupted_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path)
 
 
 def test_two_that_want_the_same_download_it_once(hub: Hub, tmp_path: Path) -> None:
-    hub.pause = 0.008  # 3 s
+    hub.pause = 0.5  # the first is to last until the second has come
     line = [sys.executable, "-m", "refengine", "inspect", "--model", "hf:me/large"]
 
     def start() -> subprocess.Popen[bytes]:
@@ -168,9 +168,12 @@ def test_two_that_want_the_same_download_it_once(hub: Hub, tmp_path: Path) -> No
     first = start()
     until(lambda: hub.paths("GET", "/cdn/"), 20)
     second = start()
-    said = [process.communicate(timeout=30) for process in (first, second)]
+    assert second.stderr is not None
+    lines = [second.stderr.readline() for _ in range(2)]
+    hub.pause = 0.0
+    said = [process.communicate(timeout=60) for process in (first, second)]
     assert [out[:4] for out, _ in said] == [b"file"] * 2
-    assert b"large-Q4_K_M.gguf: another process downloads it; waiting for that" in said[1][1]
+    assert b"large-Q4_K_M.gguf: another process downloads it; waiting for that" in lines[1]
     assert len(hub.paths("GET", "/cdn/")) == 1
 
 
@@ -219,7 +222,7 @@ def test_signal_ends_a_worker_that_downloads(hub: Hub, tmp_path: Path) -> None:
         start = time.monotonic()
         process.terminate()
         assert process.wait(timeout=10) == 0
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 5  # at once, on a busy machine; the download hangs for ever
     assert [line["event"] for line in server.log][-1] == "shutdown"  # all lines are JSON
 
 

@@ -161,7 +161,7 @@ def read(events: Iterator[Event], n: int) -> list[Event]:
     return [next(events) for _ in range(n)]
 
 
-def until(true: Any, seconds: float = 10.0) -> None:
+def until(true: Any, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not so within {seconds} s"
@@ -182,7 +182,7 @@ def command(*arguments: object, script: tuple[str, object] | None = None) -> tup
 
 @contextmanager
 def serving(
-    *arguments: object, script: tuple[str, object] | None = None, device: str = "cpu", seconds: float = 30
+    *arguments: object, script: tuple[str, object] | None = None, device: str = "cpu", seconds: float = 120
 ) -> Iterator[Server]:
     """A worker that is ready within so many seconds; it is stopped at the end if it still runs."""
     with tempfile.TemporaryDirectory() as folder:

@@ -304,7 +304,7 @@ def test_signal_ends_a_worker_that_has_such_clients(tmp_path: Path) -> None:
         start = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=20) == 0
-        assert time.monotonic() - start < 5.5
+        assert time.monotonic() - start < 8  # 5 s at most, and some for a busy machine
 
 
 def test_host_that_a_page_has_rebound_is_refused(server: Server) -> None:

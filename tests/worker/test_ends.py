@@ -66,7 +66,7 @@ sys.exit(cli.main())
 """
 
 WITHIN_S = 3.0  # for an end to be told, on a busy machine; tokenizing takes longer
-ENCODE_S = 8.0
+ENCODE_S = 10.0
 SHORT = {"prompt": "go on", "seed": 5, "max_tokens": 5}
 
 
@@ -143,7 +143,7 @@ def test_a_shutdown_tells_those_whose_prompts_are_tokenized(slow: Server) -> Non
             response, _ = one.result()
             assert (response.status_code, response.json()["code"]) == (499, "CANCELLED")
     assert slow.process.wait(timeout=20) == 0
-    assert time.monotonic() - start < 5.5  # 5 s, and half a second for a busy machine; the last prompt takes longer
+    assert time.monotonic() - start < 5 + WITHIN_S  # jobs have 5 s; the prompt that is tokenized takes longer
     assert set(ends(slow).values()) == {"cancelled"}
     assert "Traceback" not in slow.log_file.read_text()
 

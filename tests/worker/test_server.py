@@ -295,7 +295,7 @@ def test_shutdown_while_it_streams(talker: Path, how: str) -> None:
 
         until(refuses)
         assert server.process.wait(timeout=20) == 0
-        assert time.monotonic() - start < 5.5  # 5 s, and half a second for a busy machine to start a thread
+        assert time.monotonic() - start < 8  # 5 s, and some for a busy machine
         results = [run.result() for run in [*runs, short]]
         endings = {(name, data.get("code")) for name, data in (events[-1] for events in results)}
         assert endings <= {("end", None), ("error", "CANCELLED")}
