@@ -369,7 +369,7 @@ def test_signal_while_libraries_are_imported(number: signal.Signals) -> None:
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
     (found,) = [json.loads(text) for text in err.splitlines()]
-    assert (found["event"], found["reason"]) == ("shutdown", "stopped while it started")
+    assert (found["event"], found["reason"]) == ("shutdown", "stopped during the start")
     assert (found["model_ref"], found["gpu_device"]) == ("m.gguf", "cuda:3")
 
 
