@@ -59,7 +59,7 @@ def checked_tokens(out: np.ndarray) -> list[int]:
     """Tokens of `sample_rows`, on the host. Raises RefengineError for unusable logits, as `engine.sampling.draw`."""
     for row, (_, problem, where) in enumerate(out.tolist()):
         if problem == 3:
-            raise RefengineError(f"row {row}: all logits are -Inf: no token can be drawn")
+            raise RefengineError(f"row {row}: all logits are -Inf: no token can be sampled")
         if problem:
             raise RefengineError(f"row {row}: logits[{where}] {_PROBLEMS[problem]}; trace the model to find where")
     return [int(token) for token in out[:, 0]]
