@@ -240,7 +240,7 @@ def test_unknown_names_are_reported_with_the_known_ones(llama: Model) -> None:
 
 
 def test_names_of_a_run_that_never_happened() -> None:
-    with pytest.raises(TraceError, match="nothing was run"):
+    with pytest.raises(TraceError, match="no forward pass was run"):
         Trace(breakpoints=["Qcur-0"]).check_names()
 
 

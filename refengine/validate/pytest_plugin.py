@@ -56,7 +56,7 @@ def check_agreement(
     from refengine.validate.run import validate
 
     if prompt is not None and is_dump(str(peer)):
-        raise RequestError("a dump has its own prompt: leave yours out")
+        raise RequestError("a dump contains its prompt: do not give another one")
     loaded = refengine.load(model, device, numerics, kv_type=kv_type, cpu_cache_mb=0)
     ids = None if prompt is None else loaded.prompt_ids(prompt)
     capture = capture_peer(str(peer), loaded, ids, names=NameMap.read(names) if names else None, **llamacpp)

@@ -162,4 +162,4 @@ def test_learned_positions_bound_the_context(tmp_path: Path) -> None:
     assert "only 8 of them" in cli(*arguments, "--ctx", 9).error
     result = cli(*arguments)
     assert result.code == 2
-    assert "9 tokens, the context holds 8" in result.err
+    assert "9 tokens, but the context has 8" in result.err

@@ -323,7 +323,7 @@ def test_key_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "given both": ("--api-key", "key-of-the-line", "--api-key-file", str(file)),
         "cannot be read": ("--api-key-file", str(tmp_path / "none")),
         "given 0 characters": ("--api-key-file", "/dev/null"),
-        "is no text": ("--api-key-file", str(PACKAGED_MODEL)),
+        "is not a text file": ("--api-key-file", str(PACKAGED_MODEL)),
     }
     for message, given in wrong.items():
         with pytest.raises(RequestError, match=message):
