@@ -186,7 +186,7 @@ def test_split_count_that_differs_is_refused(tmp_path: Path) -> None:
 def test_split_count_out_of_range_is_refused(tmp_path: Path, count: tuple[str, int, int], words: str) -> None:
     builder = split_builder(0, 2, 1, count=count)
     path = builder.write(tmp_path / "m-00001-of-00002.gguf")
-    position = builder.at["key:split.no" if "want" in words else "key:split.count"]
+    position = builder.at["key:split.no" if "need" in words else "key:split.count"]
     assert_split_refused(path, path, position, words)
 
 
