@@ -74,7 +74,7 @@ def test_a_run_that_was_cut_off_goes_on(tiny_model: Any, tmp_path: Path) -> None
     assert len(lines) == 2
     assert json.loads(lines[1])["prompt"] == "b"
     output.write_text("my notes\n" + first)
-    with pytest.raises(RequestError, match="line 1 is no result"):
+    with pytest.raises(RequestError, match="line 1 is not a result"):
         run_corpus([tiny_model("llama-f32")], PROMPTS, SELF, output)
 
 
