@@ -1,6 +1,6 @@
 """The clients of a load test, in a separate process. They send requests and compare the answers with references.
 
-    python -m refengine.bench.clients    (reads a task as JSON from standard input; prints lines of JSON, the result last)
+    python -m refengine.bench.clients    (reads a task as JSON from standard input; prints JSON lines, the result last)
 
 The process has a lower priority than the worker, because it shares the worker's cores; real clients run elsewhere.
 """

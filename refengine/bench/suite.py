@@ -63,7 +63,7 @@ QUICK = Plan(
 
 
 class Suite:
-    """Runs all measurements. arguments: those of `refengine serve`. compiles: whether a first start compiles kernels."""
+    """Runs all measurements. arguments: for `refengine serve`. compiles: whether a first start compiles kernels."""
 
     def __init__(self, arguments: Sequence[str], compiles: bool, plan: Plan, progress: Callable[[str], None]) -> None:
         self._arguments, self._compiles, self._plan, self._say = arguments, compiles, plan, progress

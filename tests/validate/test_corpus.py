@@ -32,7 +32,7 @@ def test_a_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
     [
         ("", "has no prompt"),
         ('"a"\n{', "line 2 is not JSON"),
-        ("[]", "line 1 must be a text"),
+        ("[]", "line 1 must be a string"),
         ('[1, "a"]', "line 1 must be"),
         ('{"text": "a"}', "line 1 must be"),
         ("7", "line 1 must be"),
