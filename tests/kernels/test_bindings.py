@@ -66,7 +66,7 @@ STEP: dict[str, Any] = {"scale": 1.0, "window": 0, "sinks": None}
 PARTS = Projections((f32(N * 64), f32(N * 32), f32(N * 32)), (64, 32, 32))
 
 REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], str]] = {
-    "sizes of elements": (activation.add, (f32(4), f32(5), f32(4)), {}, "add_f32: shapes .* all of one size"),
+    "sizes of elements": (activation.add, (f32(4), f32(5), f32(4)), {}, "add_f32: shapes .* all to have the same size"),
     "embedding": (embedding.embedding, (matrix(), i32(N), f32(N, 32)), {},
                   r"blk\.0\.w: the rows' array has the shape \(3, 32\), expected \(3, 64\)"),
     "output": (matmul.linear, (rows(), matrix(), f32(2, N_OUT)), {},
@@ -80,12 +80,12 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
     "experts": (matmul.linear, (rows(), matrix(4, N_OUT, N_IN), f32(N, N_OUT)),
                 {"groups": GROUPS, "bias": f32(N_OUT)}, r"the bias has the shape \(32,\), expected \(4, 32\)"),
     "gate and up": (gate_up.gate_up, (rows(), matrix(), matrix(48, N_IN), f32(N, N_OUT)), {},
-                    r"one type and shape are taken together, found Q8_0 \(32, 64\) and Q8_0 \(48, 64\) for 3 rows"),
+                    r"the same type and shape, found Q8_0 \(32, 64\) and Q8_0 \(48, 64\) for 3 rows"),
     "many rows": (gate_up.gate_up, (rows(9), matrix(), matrix(), f32(9, N_OUT)), {}, "for 9 rows"),
     "gelu": (gate_up.up_gelu, (rows(), matrix(kind="F32"), f32(N, N_OUT)), {}, "found 3 rows and F32"),
     "qkv": (qkv.qkv, (rows(), [matrix(), matrix(kind="Q4_0")], [None, None], f32(N, 2 * N_OUT)), {},
-            r"matrices of one type go together, found \['Q8_0 \(32, 64\)', 'Q4_0 \(32, 64\)'\]"),
-    "part of a block": (quantize_rows.quantize_rows, (f32(N, 48), rows(n_in=64)), {}, "rows of 48 are no multiple"),
+            r"matrices of the same type, found 3 and \['Q8_0 \(32, 64\)', 'Q4_0 \(32, 64\)'\]"),
+    "part of a block": (quantize_rows.quantize_rows, (f32(N, 48), rows(n_in=64)), {}, "rows of 48 are not a multiple"),
     "sums": (quantize_rows.quantize_rows, (f32(N, 64), Rows(N, None, rows().halves, f32(N, 1), f32(N))), {},
              r"the sums' array has the shape \(3, 1\), expected \(3, 2\)"),
     "norm": (norm.rms_norm, (f32(N, 64), f32(64), 1e-5, f32(N, 32)), {}, "rms_norm_f32: the output has the shape"),
@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
                r"the tables' array has the shape \(2, 2\), expected \(3, 2\)"),
     "slots": (attention.kv_append, (f32(N, 1, 32), np.zeros(2, np.int64), cache()), {},
               r"kv_append: the new rows' array has the shape \(3, 1, 32\), expected \(2, 1, 32\)"),
-    "route": (moe.route, (f32(N, 40), i32(N), i32(N, 33), f32(N, 33)), {}, "route: 33 of 40 experts, at most 32"),
+    "route": (moe.route, (f32(N, 40), i32(N), i32(N, 33), f32(N, 33)), {}, "route: 33 of 40 experts, allowed at most 32"),
     "groups": (moe.group_experts, (i32(N, 1), 4, 1, Groups(i32(2, 3), i32(N), i32(N), 8)), {},
                r"the groups' array has the shape \(2, 3\), expected \(3, 3\)"),
     "shares": (moe.combine, (f32(6, 8), f32(N, 3), f32(N, 8), f32(N, 8)), {}, "combine: the array of outputs has"),

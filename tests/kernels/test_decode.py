@@ -277,6 +277,6 @@ def test_what_does_not_fit_is_refused(place: str, tiny_model: Any) -> None:
     ):
         with pytest.raises(KernelError, match=message):
             decoding.fused.run([DecodeRow(**{**given, **wrong})])
-    with pytest.raises(KernelError, match="decode: 3 rows, of 1 to 2"):
+    with pytest.raises(KernelError, match="decode: 3 rows, allowed 1 to 2"):
         decoding.fused.run([row] * 3)
     decoding.step()

@@ -171,7 +171,7 @@ def test_dequantize_refuses_wrong_byte_counts(type_, delta):
 
 
 def test_dequantize_refuses_rows_that_split_blocks():
-    with pytest.raises(ModelError, match=r"Q4_K: rows of shape \(2, 128\) are no multiple of blocks of 256"):
+    with pytest.raises(ModelError, match=r"Q4_K: rows of shape \(2, 128\) are not a multiple of 256 elements"):
         dequantize(np, np.zeros(144, np.uint8), T.Q4_K, (2, 128))
 
 
