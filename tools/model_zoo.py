@@ -1,7 +1,7 @@
-"""The models that tools/make_model.py knows by name: tiny ones for tests, and the target models at full size.
+"""The named models of tools/make_model.py: tiny ones for tests, and the target models at full size.
 
-TINY has every architecture × tensor type as `<arch>-<type>`, with odd sizes (6 heads over 3 kv heads, heads of 48, rows
-of 96, 160, 224 and 288), and named variants after them. FULL has the shapes and type mixtures of the files users have.
+TINY has every architecture × tensor type as `<arch>-<type>`, with unusual sizes (6 heads over 3 kv heads, heads of 48,
+rows of 96, 160, 224 and 288), and then named variants. FULL has the shapes and type mixtures of common model files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
 
 
 def tiny(arch: str, type: str, **overrides: Any) -> ModelSpec:
-    """A small model of any architecture and type. Overrides are fields of ModelSpec. Raises ValueError for bad ones."""
+    """A small model of an architecture and type. Overrides are fields of ModelSpec. Raises ValueError if invalid."""
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
     by_256 = type in PURE and GGML_QUANT_SIZES[GGMLQuantizationType[type]][0] == 256

@@ -1,4 +1,4 @@
-"""What every kernel takes of a GPU: registers, shared memory, stack and spills, by architecture. Needs no GPU.
+"""Reports the registers, shared memory, stack and spills of every kernel, by architecture. Needs no GPU.
 
     python -m tools.report_kernels          compares with golden/kernels.json
     python -m tools.report_kernels --write  records it there
@@ -33,7 +33,7 @@ def measured() -> dict[str, Any]:
 
 
 def written(record: dict[str, Any]) -> str:
-    """JSON with a line a kernel."""
+    """JSON with one line per kernel."""
     lines = ",\n".join(f'  "{kernel}": {json.dumps(figures)}' for kernel, figures in record["kernels"].items())
     head = f'{{"nvrtc": {json.dumps(record["nvrtc"])}, "fields": {json.dumps(record["fields"])}, "kernels": {{\n'
     return f"{head}{lines}\n}}}}\n"
@@ -41,7 +41,7 @@ def written(record: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="record what is measured")
+    parser.add_argument("--write", action="store_true", help="write the results to golden/kernels.json")
     found = measured()
     if parser.parse_args().write:
         RECORD.write_text(written(found), encoding="utf-8")
