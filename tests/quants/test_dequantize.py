@@ -166,7 +166,7 @@ def test_dequantize_refuses_unusable_out():
 def test_dequantize_refuses_wrong_byte_counts(type_, delta):
     fmt = SUPPORTED[type_]
     raw = np.zeros(3 * fmt.block_bytes + delta, np.uint8)
-    with pytest.raises(ModelError, match=rf"{fmt.name}.*takes {3 * fmt.block_bytes} bytes, got {raw.size}"):
+    with pytest.raises(ModelError, match=rf"{fmt.name}.*has {3 * fmt.block_bytes} bytes, got {raw.size}"):
         dequantize(np, raw, type_, (3, fmt.block_size))
 
 
