@@ -1,4 +1,4 @@
-// Activations of the feed-forward, element by element. Twins: refengine.ops.activation.
+// Activations of the feed-forward, element by element. The array code for each is in refengine.ops.activation.
 //
 //   swiglu_f32          gate / (1 + e^-gate) · up
 //   swiglu_clamped_f32  g = min(gate, 7), u = clamp(up, -7, 7): g / (1 + e^(-1.702 g)) · (u + 1)
@@ -6,8 +6,8 @@
 //   scale_f32           x · factor
 //   gelu_f32            x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
 //
-// All arrays (n,) float32. Grid: x groups of 256 elements; block: 256 threads. 12 (8) bytes an element. A NaN stays.
-// May be launched to overlap with the kernel before it.
+// All arrays are (n,) float32. Grid: x groups of 256 elements; block: 256 threads. Moves 12 (gelu: 8) bytes per element.
+// NaN gives NaN. May be launched to overlap with the previous kernel.
 #include "activation.cuh"
 
 extern "C" __global__ void swiglu_f32(const float* gate, const float* up, float* y, long long n) {

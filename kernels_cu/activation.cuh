@@ -1,4 +1,4 @@
-// Activations of the feed-forward, of one element. A NaN stays: comparisons that it fails leave it as it is.
+// Activations of the feed-forward for one element. NaN gives NaN: the comparisons keep it, because they are false for it.
 
 __device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
 

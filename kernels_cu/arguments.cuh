@@ -1,7 +1,7 @@
-// Arguments of kernels that belong together, passed by value. Their members are pointers. refengine/cuda/runtime/source.py
-// reads them from here, and a launch gives an array, or null, for each.
+// Structs of kernel arguments that belong together, passed by value. Their members are pointers.
+// refengine/cuda/runtime/source.py reads the structs from this file; a launch gives an array, or null, for each member.
 
-// A matrix as it lies on the device (refengine/cuda/layout.py): codes, further bits of codes, scales, scales of scales.
+// A matrix in the device's layout (refengine/cuda/layout.py): codes, upper bits of codes, scales, scales of scales.
 struct Matrix {
   const unsigned char* low;
   const unsigned char* high;
@@ -9,15 +9,15 @@ struct Matrix {
   const unsigned char* d;
 };
 
-// Rows of activations as products take them: see quantize_rows.cu.
+// Rows of activations in the form that products read: see quantize_rows.cu.
 struct Activations {
   const f16* x;
   const unsigned* sums;
   const float* scale;
 };
 
-// K or V of a layer in the cache, for kernels that read it. values (n_slots, n_head_kv, head_dim): each row times a power of
-// two; exponents (n_slots, n_head_kv): that power's exponent + 127.
+// K or V of one layer in the cache, for kernels that read it. values (n_slots, n_head_kv, head_dim): each row divided by a
+// power of two; exponents (n_slots, n_head_kv): that power's exponent + 127.
 struct CachedRows {
   const f16* values;
   const unsigned char* exponents;
@@ -29,15 +29,15 @@ struct NewRows {
   unsigned char* exponents;
 };
 
-// Where Q, K and V of one new token for each of several rows begin.
+// The addresses of Q, K and V of the first row; there is one new token per row.
 struct Projections {
   const float* q;
   const float* k;
   const float* v;
 };
 
-// Which rows go to which experts, from group_experts (moe.cu). Where all are null, row i goes to row i.
-// group (n_groups, 3): expert, first slot, number of slots; slot s takes row x_rows[s] and gives row y_rows[s].
+// Which rows use which expert, from group_experts (moe.cu). If all members are null, output row i is made from row i.
+// group (n_groups, 3): expert, first slot, number of slots. Slot s reads row x_rows[s] and writes row y_rows[s].
 struct Groups {
   const int* group;
   const int* x_rows;

@@ -1,29 +1,29 @@
-// Causal attention over the paged KV cache, the score matrix never written (FlashAttention-2, Dao 2023).
+// Causal attention over the paged KV cache, without writing the score matrix (FlashAttention-2, Dao 2023).
 //
-// Twin: refengine.ops.attention.attention; of kv_append_f16, refengine.ops.halves. q (n_tokens, n_head, head_dim) and
-// y (n_tokens, n_head * head_dim) float32. k, v: the cache, see CachedRows: rows of 1e6 and of 1e-6 keep eleven bits.
-// sinks (n_head,) float32 or null. spans (n_spans, 4): first token, tokens, positions filled after them, where its block
-// table begins in `tables`. tiles (n_tiles, 2): span, first row in it; row i of a
-// span and KV head h is token i / group and query head h * group + i % group; a block of threads has 16 rows.
+// Array code: refengine.ops.attention.attention; for kv_append_f16, refengine.ops.halves. q (n_tokens, n_head, head_dim)
+// and y (n_tokens, n_head * head_dim) float32. k, v: the cache, see CachedRows; rows of 1e6 and of 1e-6 keep eleven bits.
+// sinks (n_head,) float32 or null. spans (n_spans, 4): first token, number of tokens, positions filled after them, begin of
+// its block table in `tables`. tiles (n_tiles, 2): span, first row in it. Row i of a span and KV head h is token i / group
+// and query head h * group + i % group; a block of threads has 16 rows.
 //
-// Order of additions, of positions alone, however many tokens, rows and sequences come together:
+// The order of additions depends on positions only, not on the number of tokens, rows and sequences in the batch:
 //   tile of 64 positions, from a multiple of 64:  s = (mma over head_dim, columns as below) · q scale · scale · log2(e) · k
 //       scale; m = max s; p = 2^(s - m); l = Σ p: 16 in a lane ascending, then by shuffles; P = half(p · v scale · 2^e), the
 //       largest of a row in [2^14, 2^15); o = (four mma over the positions, ascending) · 2^-e
 //   split of 512: its 8 tiles folded in order;  row: its splits folded in order, then the sink; y = o / l
 //   fold of (m', l', o') into (m, l, o): M = max; l = l · 2^(m - M) + l' · 2^(m' - M), o likewise
-// What a row may not see is left out of a fold: a tile, a split without a visible position changes no bit.
-// Scores are never large: products of halves are exact, scales are powers of two but for `scale`.
+// A tile or split without a visible position is left out of a fold, so it changes no bit.
+// Products of halves are exact, and their sums cannot overflow; all factors of a score except `scale` are powers of two.
 //
-// attention_rows_*:   grid x tiles, y KV heads; 8 warps, a tile of positions each; splits one after another.
-// attention_splits_*: grid x tiles, y KV heads, z splits from first_split on; results to partial (rows, n_splits,
-//                     head_dim + 2): o, m, l. attention_merge folds them: grid x tokens, y heads; head_dim threads.
-// attention_step_*:   one token a sequence, all of it on the device: positions (n_rows,) int32, below zero where there is no
-//                     such row; tables (n_rows, table_stride). Grid x rows · ⌈group / 16⌉, y KV heads, z any number Z: block z
-//                     takes splits z, z + Z, … from the first one that the row sees; results to partial (n_rows, n_head,
-//                     most_splits, head_dim + 2), counted from that one. attention_step_merge folds them. One launch serves
-//                     every length. May be launched to overlap with the kernel before it.
-// Dynamic shared memory: see Shared. Moves the visible part of K and V once for every 16 rows.
+// attention_rows_*:   grid x tiles, y KV heads; 8 warps, with one tile of positions each; splits one after another.
+// attention_splits_*: grid x tiles, y KV heads, z splits from first_split on; writes o, m, l to partial (rows, n_splits,
+//                     head_dim + 2). attention_merge folds them: grid x tokens, y heads; head_dim threads.
+// attention_step_*:   one token per sequence, with all state on the device: positions (n_rows,) int32, below zero for rows
+//                     that do not exist; tables (n_rows, table_stride). Grid x rows · ⌈group / 16⌉, y KV heads, z any number
+//                     Z: block z takes splits z, z + Z, … from the first split that the row sees; writes to partial (n_rows,
+//                     n_head, most_splits, head_dim + 2), counted from that split. attention_step_merge folds them. The same
+//                     launch is right for every length. May be launched to overlap with the previous kernel.
+// Dynamic shared memory: see Shared. Reads the visible part of K and V once for every 16 rows.
 
 #include "arguments.cuh"
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ Cache cache_of(const CachedRows& k, const CachedRows&
 }
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
-// 2^(m - M) for m ≤ M; both may be minus infinity.
+// 2^(m - M) for m ≤ M; both may be -infinity.
 __device__ __forceinline__ float weight(float m, float M) { return m == M ? 1.0f : exp2f(m - M); }
 __device__ __forceinline__ float largest_of_four(float x) {
   x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
@@ -54,14 +54,14 @@ __device__ __forceinline__ float sum_of_four(float x) {
   x += __shfl_xor_sync(ALL_LANES, x, 1);
   return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
-// The largest magnitude of a row of n numbers that a warp has, or NaN.
+// The largest magnitude in a row of n numbers, computed by a warp; NaN if the row has one.
 __device__ __forceinline__ float row_top(const float* row, int n) {
   float top = 0.0f;
   for (int i = threadIdx.x % 32; i < n; i += 32) top = larger_or_nan(top, fabsf(row[i]));
   return warp_top(top);
 }
 
-// G groups of 32 columns of a head.
+// For heads with G groups of 32 columns.
 template <int G>
 struct Shared {
   static constexpr int STRIDE = (G | 1) * 32;  // halves of a row of q: 16-byte loads of eight lanes meet no bank twice
@@ -72,13 +72,13 @@ struct Shared {
   float o[WARPS][G * 16][32];  // as lanes hold it: [number of 4 columns and which of 4 sums][lane]
 };
 
-// Row and column of what lane `lane` has in o[f].
+// Row and column of the element that lane `lane` has in o[f].
 __device__ __forceinline__ int row_in(int f, int lane) { return lane / 4 + f % 4 / 2 * 8; }
 __device__ __forceinline__ int column_in(int f, int lane) {
   return f / 16 * 32 + 4 * (2 * (lane % 4) + f % 2) + f / 4 % 4;
 }
 
-// 16 rows of q as halves. A warp takes rows w and w + 8; rows beyond the end are zeros.
+// Loads 16 rows of q as halves. A warp loads rows w and w + 8; rows after the end are zeros.
 template <int G>
 __device__ __forceinline__ void load_q(Shared<G>& shared, const float* q, const int* span, int first_row, int group,
                                        int n_head, int head, int head_dim) {
@@ -94,7 +94,7 @@ __device__ __forceinline__ void load_q(Shared<G>& shared, const float* q, const 
   }
 }
 
-// One tile of positions for 16 rows: its m, l and o go to the warp's place in shared memory.
+// Computes one tile of positions for 16 rows; writes m, l and o to the warp's place in shared memory.
 template <int G>
 __device__ __forceinline__ void attend_tile(Shared<G>& shared, const Cache& cache, int head, int start, const int (&position)[2],
                                             int window, float scale) {
@@ -103,7 +103,7 @@ __device__ __forceinline__ void attend_tile(Shared<G>& shared, const Cache& cach
                    start % cache.block_size;
   long long stride = static_cast<long long>(cache.n_head_kv) * cache.head_dim;
   const f16 *k = cache.k + slot * stride + head * cache.head_dim, *v = cache.v + slot * stride + head * cache.head_dim;
-  // Exponents of positions 2 · lane and the next: K, V, K, V in a word. 2^-127 · 2^0 where nothing is.
+  // The exponents of positions 2 · lane and 2 · lane + 1: K, V, K, V in a word. 0 for positions that do not exist.
   uint32_t exponents = 0;
 #pragma unroll
   for (int i = 0; i < 2; i++)
@@ -182,7 +182,7 @@ __device__ __forceinline__ void attend_tile(Shared<G>& shared, const Cache& cach
     MmaD o[4] = {};
 #pragma unroll
     for (int kk = 0; kk < 4; kk++) {
-      uint2 rows[4];  // of positions 2c, 2c + 1, 2c + 8, 2c + 9: columns 4r … 4r + 3
+      uint2 rows[4];  // columns 4r … 4r + 3 of positions 2c, 2c + 1, 2c + 8, 2c + 9
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         int at = kk * 16 + 2 * c + i % 2 + 8 * (i / 2);
@@ -209,7 +209,7 @@ __device__ __forceinline__ void attend_tile(Shared<G>& shared, const Cache& cach
   }
 }
 
-// (m, l) with (other_m, other_l) folded in; what o and the other o are multiplied by. NOTHING: leave the other out.
+// Folds (other_m, other_l) into (m, l); gives the factors for o and the other o. NOTHING: the other one is left out.
 __device__ __forceinline__ void fold(float& m, float& l, float other_m, float other_l, float& keep, float& add) {
   keep = 1.0f, add = NOTHING;
   if (other_m == minus_infinity() && other_l == 0.0f) return;
@@ -222,14 +222,14 @@ __device__ __forceinline__ float folded(float o, float other, float keep, float 
   return __fadd_rn(__fmul_rn(o, keep), __fmul_rn(other, add));
 }
 
-// What the sink adds to (m, l), and what y is: o · the result.
+// Folds the sink into (m, l); the result is the factor by which o is multiplied to give y.
 __device__ __forceinline__ float finish(float m, float l, const float* sinks, int head) {
   if (!sinks) return 1.0f / l;
   float sink = __fmul_rn(sinks[head], LOG2_E), M = fmaxf(m, sink), keep = weight(m, M);
   return keep / __fadd_rn(__fmul_rn(l, keep), weight(sink, M));
 }
 
-// All of a block: splits from `split` to before `end`, for 16 rows; their fold in shared.total_* and o.
+// The work of a block: folds splits `split` to `end` - 1 for 16 rows into shared.total_* and o.
 template <int G>
 __device__ __forceinline__ void attend(Shared<G>& shared, const Cache& cache, int head, int split, int end, int first_position,
                                        int last_position, const int (&position)[2], int window, float scale,
@@ -412,9 +412,9 @@ extern "C" __global__ void attention_step_merge(const float* partial, const floa
   y[row * head_dim + d] = __fmul_rn(o, finish(m, l, sinks, blockIdx.y));
 }
 
-// Rows of K or V into the cache: values[slots[t], h] = half(x[t, h] · 2^-e), exponents[slots[t], h] = e + 127.
+// Writes rows of K or V to the cache: values[slots[t], h] = half(x[t, h] · 2^-e), exponents[slots[t], h] = e + 127.
 // x (n_tokens, n_head_kv, head_dim) float32. Grid: x tokens, y KV heads; 32 threads.
-// Precondition: slots are different and inside the cache.
+// Precondition: the slots differ and are inside the cache.
 extern "C" __global__ void kv_append_f16(const float* x, const long long* slots, NewRows cache, int head_dim) {
   const float* row = x + (static_cast<long long>(blockIdx.x) * gridDim.y + blockIdx.y) * head_dim;
   long long at = slots[blockIdx.x] * gridDim.y + blockIdx.y;

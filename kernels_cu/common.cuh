@@ -1,7 +1,7 @@
-// Put in front of every kernel file: types, and the few instructions that C++ has no words for.
+// Inserted before every kernel file: types, and the few instructions that cannot be written in C++.
 //
-// Nothing is included: the sources compile with NVRTC alone. HOSTCUDA is set where they are built for the CPU
-// (kernels_cu/host), which has its own bodies for what is assembler here.
+// Nothing is included, so that NVRTC alone can compile the sources. HOSTCUDA is defined in the build for the CPU
+// (kernels_cu/host), which has its own code in place of the assembler here.
 #ifndef HOSTCUDA
 typedef unsigned char uint8_t;
 typedef signed char int8_t;
@@ -16,7 +16,7 @@ typedef uint32_t f16x2;  // two; the first in the low bits
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// --- Dynamic shared memory: `type* name`, of the size given at the launch ---
+// --- Dynamic shared memory: declares `type* name`; the launch gives its size ---
 #ifdef HOSTCUDA
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(hostcuda::dynamic_shared())
 #else
@@ -30,7 +30,7 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 inline uint32_t select_or(uint32_t word, uint32_t mask, uint32_t others) { return (word & mask) | others; }
 #else
 __device__ __forceinline__ uint32_t select_or(uint32_t word, uint32_t mask, uint32_t others) {
-  uint32_t result;  // written out: with two constants the compiler makes two instructions of it
+  uint32_t result;  // in assembler, because the compiler makes two instructions of it if there are two constants
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(others));
   return result;
 }
@@ -43,7 +43,7 @@ inline float f16_to_f32(f16 bits) {
   float finite = __uint_as_float(magnitude) * 0x1p112f;  // the exponents' biases are 127 and 15; exact
   return __uint_as_float(sign | (magnitude < 0x0f800000u ? __float_as_uint(finite) : magnitude | 0x7f800000u));
 }
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline f16 f32_to_f16(float x) {
   uint32_t bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return sign | 0x7fffu;
@@ -56,7 +56,7 @@ inline f16 f32_to_f16(float x) {
 }
 inline f16x2 pack_f16x2(f16 low, f16 high) { return low | uint32_t{high} << 16; }
 inline f16x2 f32_to_f16x2(float low, float high) { return pack_f16x2(f32_to_f16(low), f32_to_f16(high)); }
-// a · b + c on both halves, rounded once.
+// a · b + c for both halves, rounded once.
 inline f16x2 fma_f16x2(f16x2 a, f16x2 b, f16x2 c) {
   auto one = [](f16 a, f16 b, f16 c) {
     return f32_to_f16(static_cast<float>(double{f16_to_f32(a)} * f16_to_f32(b) + f16_to_f32(c)));
@@ -87,22 +87,22 @@ __device__ __forceinline__ f16x2 fma_f16x2(f16x2 a, f16x2 b, f16x2 c) {
 }
 #endif
 
-// --- Overlap with the kernels before and after, where a launch asks for it (programmatic dependent launch, sm_90) ---
-// The next kernel in the stream may begin; it waits below before it reads what this one writes.
+// --- Overlap with the previous and the next kernel, if a launch asks for it (programmatic dependent launch, sm_90) ---
+// Lets the next kernel in the stream begin; it calls wait_for_previous before it reads what this kernel writes.
 __device__ __forceinline__ void let_next_begin() {
 #if !defined(HOSTCUDA) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-// Until the kernels before have ended and what they wrote is there. Weights may be read earlier, nothing else.
+// Waits until the previous kernels have ended and their results are visible. Before it, only weights may be read.
 __device__ __forceinline__ void wait_for_previous() {
 #if !defined(HOSTCUDA) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// --- Loads of several words, aligned to their size ---
-// load_constant: from memory that no kernel writes meanwhile (weights); load_words: from any.
+// --- Loads of several words, aligned to their total size ---
+// load_constant: from memory that no kernel writes at the same time (weights); load_words: from any memory.
 #ifdef HOSTCUDA
 template <class T>
 T load_words(const void* address) {
@@ -115,7 +115,7 @@ T load_constant(const void* address) {
   return *static_cast<const T*>(address);
 }
 #else
-// Written out, so that the compiler leaves them where they stand: what is asked for early is there when it is wanted.
+// In assembler, so that the compiler does not move them: a load that is issued early has finished when its value is used.
 template <class T>
 __device__ __forceinline__ T load_words(const void* address) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 16, "a word or four");
@@ -148,10 +148,10 @@ __device__ __forceinline__ T load_constant(const void* address) {
 }
 #endif
 
-// --- The tensor core: d = a · b + d with a (16, 16) and b (16, 8) of halves, d (16, 8) of floats ---
-// Lane 4·r + c holds of a: rows r (a[0], a[2]) and r + 8 (a[1], a[3]), columns 2c, 2c + 1 (a[0], a[1]) and 2c + 8,
-// 2c + 9 (a[2], a[3]); of b: column r, rows 2c, 2c + 1 (b[0]) and 2c + 8, 2c + 9 (b[1]); of d: rows r (d[0], d[1]) and
-// r + 8 (d[2], d[3]), columns 2c and 2c + 1. (PTX ISA, mma.m16n8k16.)
+// --- Tensor cores: d = a · b + d with halves a (16, 16) and b (16, 8), and floats d (16, 8) ---
+// Lane 4·r + c has from a: rows r (a[0], a[2]) and r + 8 (a[1], a[3]), columns 2c, 2c + 1 (a[0], a[1]) and 2c + 8,
+// 2c + 9 (a[2], a[3]); from b: column r, rows 2c, 2c + 1 (b[0]) and 2c + 8, 2c + 9 (b[1]); from d: rows r (d[0], d[1])
+// and r + 8 (d[2], d[3]), columns 2c and 2c + 1. (PTX ISA, mma.m16n8k16.)
 struct MmaA { f16x2 x[4]; };
 struct MmaB { f16x2 x[2]; };
 struct MmaD { float x[4]; };
@@ -190,13 +190,13 @@ __device__ __forceinline__ void mma_m16n8k16(MmaD& d, const MmaA& a, const MmaB&
 }
 #endif
 
-// --- Sums in one order ---
-// Of a value of each lane, by a butterfly: the same bits in every lane, whatever the rest of the grid does.
+// --- Sums in a fixed order ---
+// The sum of one value per lane, by a butterfly: the same bits in every lane, independent of the rest of the grid.
 __device__ __forceinline__ float warp_sum(float x) {
   for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
   return x;
 }
-// Of a value of each thread of a block; `scratch` has a float for every warp, and may be used again after the call.
+// The sum of one value per thread of a block. `scratch` has a float for every warp; it may be reused after the call.
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
   int warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
   float sum = warp_sum(x);
@@ -208,19 +208,19 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
   return total;
 }
 
-// --- Rows as halves, times a power of two ---
+// --- Rows as halves times a power of two ---
 __device__ __forceinline__ float power_of_two(int e) { return __uint_as_float(static_cast<uint32_t>(127 + e) << 23); }
-// The exponent that brings a row whose largest magnitude is `top` into [2^14, 2^15); 0 for zeros, NaN and infinity.
+// The exponent e for which top · 2^-e is in [2^14, 2^15), where top is a row's largest magnitude; 0 for 0, NaN, infinity.
 __device__ __forceinline__ int row_exponent(float top) {
   int field = static_cast<int>(__float_as_uint(top) >> 23 & 255);
   return field == 255 || top == 0.0f ? 0 : max(field - 127 - 14, -126);
 }
-// x · 2^-e, in two factors that are floats: 2^126 is the most that a row needs.
+// x · 2^-e, with two factors, because 2^-e may be too large for a float.
 __device__ __forceinline__ float times_power(float x, int e) {
   int first = -e / 2;
   return __fmul_rn(__fmul_rn(x, power_of_two(first)), power_of_two(-e - first));
 }
-// The larger of two magnitudes; a NaN, for which no comparison holds, is kept.
+// The larger of two magnitudes; NaN if one of them is NaN.
 __device__ __forceinline__ float larger_or_nan(float a, float b) { return a != a || b <= a ? a : b; }
 __device__ __forceinline__ float warp_top(float x) {
   for (int offset = 16; offset; offset /= 2) x = larger_or_nan(x, __shfl_xor_sync(ALL_LANES, x, offset));

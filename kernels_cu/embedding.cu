@@ -1,9 +1,9 @@
-// Rows of the embedding matrix, dequantised: out[t, k] = W[ids[t], k], bit for bit ggml's value.
+// Dequantised rows of the embedding matrix: out[t, k] = W[ids[t], k], bit for bit ggml's value.
 //
-// Twin: refengine.ops.linear.embedding. ids (n_tokens,) int32; out (n_tokens, n_in) float32.
+// Array code: refengine.ops.linear.embedding. ids (n_tokens,) int32; out (n_tokens, n_in) float32.
 // Grid: x tokens, y 32-column blocks in groups of 8; block: 32 threads, thread 4·b + c has lane c's columns of block b.
-// Moves the row once, 4 bytes out for each column. No sums.
-// Precondition: every id is below n_out; below zero, of a row that is not there, is 0. F32 and BF16 matrices are rows as in the file.
+// Reads each row once and writes 4 bytes per column. No sums.
+// Precondition: every id is below n_out. An id below zero (no row) gives zeros. F32 and BF16: rows as stored in the file.
 #include "arguments.cuh"
 #include "quants.cuh"
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ void embed(const Planes& w, const int* ids, float* ou
       f16x2 codes = row < 8 ? a[half].x[2 * pair] : a[half].x[2 * pair + 1];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        // Rounded twice, as ggml does: the product, then the difference. It has no code for -0: adding 0 makes it 0.
+        // Rounded twice, as in ggml: the product, then the difference. Adding 0 turns a code of -0 (ggml has 0) into 0.
         float code = __fadd_rn(f16_to_f32(codes >> 16 * i & 0xffffu), 0.0f), value = __fmul_rn(code, scale);
         if (Q::HAS_MINIMUM) value = __fadd_rn(value, -minimum);
         to[half * 16 + c * 4 + pair * 2 + i] = value;
@@ -49,7 +49,7 @@ EMBEDDING(embedding_q6_k, Q6_K)
 EMBEDDING(embedding_mxfp4, MXFP4)
 EMBEDDING(embedding_f16, F16)
 
-// Rows that lie as in the file. Grid: x tokens; block: any.
+// Rows that are stored as in the file. Grid: x tokens; block: any.
 extern "C" __global__ void embedding_f32(const float* w, const int* ids, float* out, int n_in) {
   const float* row = w + static_cast<long long>(max(ids[blockIdx.x], 0)) * n_in;
   for (int i = threadIdx.x; i < n_in; i += blockDim.x) out[static_cast<long long>(blockIdx.x) * n_in + i] = row[i];

@@ -1,11 +1,11 @@
-// The first half of a feed-forward in one kernel, for up to 8 rows a block: products with gate and up, biases, activation.
+// The first half of a feed-forward in one kernel: products with gate and up, biases, activation; up to 8 rows per block.
 //
 //   gate_up_*   y = swiglu(x gateᵀ + gate_bias, x upᵀ + up_bias), or swiglu_clamped, by `clamped`
 //   up_gelu_*   y = gelu(x upᵀ + up_bias)
 //
-// Twins: rows8_* of matmul.cu and the activations of activation.cu one after another: the same bits. Arguments, groups of
-// experts, launch and order of additions are those of rows8_*, with both matrices of one shape and type; dynamic shared
-// memory of gate_up_*: 2048 bytes a segment. Saves writing gate and up and reading them again.
+// Gives the same bits as rows8_* of matmul.cu followed by activation.cu. Arguments, groups of experts, launch and order of
+// additions are those of rows8_*; both matrices have the same shape and type. Dynamic shared memory of gate_up_*: 2048
+// bytes per segment. This kernel saves writing and reading gate and up.
 #include "arguments.cuh"
 #include "quants.cuh"
 #include "activation.cuh"

@@ -1,7 +1,7 @@
-// How products are formed: what matmul.cu, gate_up.cu and qkv.cu share. The order of additions is told in matmul.cu.
+// Products: the code that matmul.cu, gate_up.cu and qkv.cu share. The order of additions is described in matmul.cu.
 //
 // A warp multiplies one tile of W, 16 outputs x 32 columns, with 8 rows of activations, in two mma.sync.m16n8k16: the first
-// takes columns 0-15, the second columns 16-31. Each of the 32 lanes holds a part of every operand. The numbers below are
+// has columns 0-15, the second columns 16-31. Each of the 32 lanes has a part of every operand. The numbers below are
 // lanes; lane = 4 r + c, with r from 0 to 7 and c from 0 to 3.
 //
 //   W (operand a)                  columns                               x (operand b)           columns
@@ -24,11 +24,11 @@
 //                       …            |      |      |
 //                      15      28 28 |29 29 |30 30 |31 31
 //
-// An mma of its own would want columns 2c, 2c + 1, 2c + 8 and 2c + 9 in lane c. It cannot tell in which order columns come
-// if both operands have the same one, so that number 2c + i of an mma is column 4c + i here, and number 2c + 8 + i is
-// column 4c + 2 + i: a lane's four are adjacent.
+// By definition, an mma has columns 2c, 2c + 1, 2c + 8 and 2c + 9 in lane c. The order of columns does not change its
+// result if both operands have the same order. So column 2c + i of an mma is column 4c + i here, and column 2c + 8 + i is
+// column 4c + 2 + i, which makes a lane's four columns adjacent.
 //
-// matmul_plain.cuh has the same sums as a plain loop; read it first.
+// matmul_plain.cuh computes the same sums in a plain loop; read it first.
 
 // The rows of activations that a block of threads multiplies, numbered from 0 to count - 1.
 struct Rows {
@@ -47,14 +47,14 @@ __device__ __forceinline__ Rows rows_of(const Groups& groups, int n_rows, int si
   return {0, first, min(size, n_rows - first), nullptr, nullptr};
 }
 
-// Where a lane's columns of a row's segment begin. Lanes whose row is beyond the last one take the last: the rows of an mma
-// do not influence each other, and sums of rows that do not exist are not stored.
+// The address of a lane's columns in a row's segment. Lanes whose row does not exist use the last row: the rows of an mma
+// do not affect each other, and sums of rows that do not exist are not stored.
 __device__ __forceinline__ const f16* columns_of(const Activations& x, int row, int start, int n_blocks) {
   return x.x + (static_cast<long long>(row) * n_blocks + start) * 32 + threadIdx.x % 4 * 8;
 }
 
-// Adds the products of one block of 32 columns with 8 rows of activations to the sums of its segment. four: the lane's
-// columns of its row.
+// Adds the products of one block of 32 columns with 8 rows of activations to the segment's sums. four: the lane's columns
+// of its row.
 template <class Q>
 __device__ __forceinline__ void add_block(const MmaA (&a)[2], const typename Q::Scales (&scales)[2], int j,
                                           const uint4& four, MmaD& sums) {
@@ -118,7 +118,7 @@ __device__ __forceinline__ void finish_segment(const typename Q::Scales (&scales
   }
 }
 
-// Calls put(i, number of the row, output) for each of the lane's four sums whose row and output exist.
+// Calls put(i, row, output) for each of the lane's four sums whose row and output exist.
 template <class Put>
 __device__ __forceinline__ void for_sums(const Rows& rows, int tile, int n, int n_out, const Put& put) {
   int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
@@ -161,7 +161,7 @@ template <class Q>
 struct Segment {
   Lanes at;
   const f16* columns;
-  int left;  // blocks from the segment's start to the end of the row; zero or less if there is no such segment
+  int left;  // blocks from the segment's start to the end of the row; zero or less if the segment does not exist
   typename Q::Scales scales[2];
 
   __device__ __forceinline__ void place(const Planes& w, long long tile, int segment) {
@@ -177,8 +177,8 @@ struct Segment {
 
 constexpr int COLUMNS_AHEAD = 4;  // blocks whose activations are loaded before the first is used
 
-// Adds up a segment for up to 8 rows. Words and columns are loaded a few blocks ahead, into the place of those that have just
-// been used; at the end of the segment, those of the following one are loaded.
+// Adds up a segment for up to 8 rows. Words and columns are loaded a few blocks ahead and replace those just used; at the
+// end of the segment, those of the next segment are loaded.
 template <class Q, bool FULL>
 __device__ __forceinline__ void segment8(const Segment<Q>& now, const Segment<Q>& following,
                                          typename Q::Words (&words)[Q::AHEAD], uint4 (&columns)[COLUMNS_AHEAD],
@@ -199,7 +199,7 @@ __device__ __forceinline__ void segment8(const Segment<Q>& now, const Segment<Q>
   }
 }
 
-// M matrices of one shape, multiplied with the same rows: a tile has n_segments items of each matrix, one matrix after
+// M matrices of the same shape, multiplied with the same rows: a tile has n_segments items of each matrix, one matrix after
 // another.
 template <int M>
 struct SideBySide {
@@ -213,7 +213,7 @@ struct SideBySide {
   }
   __device__ __forceinline__ int within(int tile) const { return tile; }
 };
-// Up to three matrices whose rows have one length, one below another: the second begins at tile `second`, the third at tile
+// Up to three matrices with the same row length, one below another: the second begins at tile `second`, the third at tile
 // `third`.
 struct Stacked {
   Planes w[3];
@@ -307,7 +307,7 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   }
 }
 
-// Multiplies one tile a warp with up to 64 rows, segment after segment.
+// Multiplies one tile per warp with up to 64 rows, segment after segment.
 template <class Q>
 __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const Groups& groups, int n_rows,
                                        const float* bias, const float* residual, float* y, int n_out) {

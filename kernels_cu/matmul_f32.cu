@@ -1,10 +1,10 @@
-// Products with F32 and BF16 weights, which no tensor core takes as they are: float32 throughout.
+// Products with F32 and BF16 weights in float32, because tensor cores would round them.
 //
-// Twins: refengine.ops.linear.linear and linear_experts. y[t, o] = Σ_k W[o, k] x[t, k] + bias[o] + residual[t, o]; x (·, n_in) float32, W rows
-// as in the file, y (·, n_out) float32, bias (n_out,) and residual, as y, float32 or null; groups and
-// bias of experts as in matmul.cu. May be launched to overlap with the kernel before it.
-// Order of additions, of n_in alone: lane l adds columns l, l + 32, … with fused multiply-adds, then warp_sum.
-// Grid: x groups of n_warps outputs, y groups of 8 rows; a warp has one output. Weights are read once for 8 rows.
+// Array code: refengine.ops.linear.linear and linear_experts. y[t, o] = Σ_k W[o, k] x[t, k] + bias[o] + residual[t, o];
+// x (·, n_in) float32, W rows as in the file, y (·, n_out) float32, bias (n_out,) and residual (as y) float32 or null;
+// groups and bias of experts as in matmul.cu. May be launched to overlap with the previous kernel.
+// The order of additions depends on n_in only: lane l adds columns l, l + 32, … with fused multiply-adds, then warp_sum.
+// Grid: x groups of n_warps outputs, y groups of 8 rows; a warp computes one output. Weights are read once for 8 rows.
 #include "arguments.cuh"
 
 __device__ __forceinline__ float value_of(float w) { return w; }

@@ -1,8 +1,8 @@
-// What the kernels of matmul.cu, gate_up.cu and qkv.cu compute for one output and one row, as a plain loop to read first.
+// The computation of matmul.cu, gate_up.cu and qkv.cu for one output and one row, as a plain loop. Read this file first.
 //
-// The kernels add the same numbers in the same order; they only divide the work among lanes, warps and blocks. No kernel
+// The kernels add the same numbers in the same order, but divide the work among lanes, warps and blocks. No kernel
 // includes this file: tests/kernels/test_matmul.py compares its bits with theirs in the build for the CPU, where an mma
-// rounds once, at its end. Include arguments.cuh, quants.cuh and matmul.cuh before it.
+// rounds only once, at its end. Include arguments.cuh, quants.cuh and matmul.cuh before it.
 
 // The sum over all columns, before the row's scale, the bias and the residual. x: see Activations.
 template <class Q>
@@ -13,12 +13,12 @@ __device__ float plain_sum(const Planes& w, const Activations& x, int row, int o
     int first = segment * SEGMENT, count = min(SEGMENT, w.n_blocks - first);
     typename Q::Scales scale = Q::scales(w, static_cast<long long>(tile) * w.n_segments + segment, of_tile);
     typename Q::Scales scales[2] = {scale, scale};
-    float sum = 0.0f;  // of the segment
+    float sum = 0.0f;  // the sum of the segment
     for (int j = 0; j < count; j++) {
       const f16* columns = x.x + (static_cast<long long>(row) * w.n_blocks + first + j) * 32;
-      float products = 0.0f;  // of the block, or of half of it, where its scale does not stand in the operand
+      float products = 0.0f;  // of the block, or of half of it, if its scale is not part of the operand
       for (int half = 0; half < 2; half++) {
-        double exact = Q::SCALED ? sum : products;  // an mma rounds once here; a GPU's, a little differently
+        double exact = Q::SCALED ? sum : products;  // an mma rounds once here; on a GPU slightly differently
         for (int k = 0; k < 16; k++) {
           int c = k % 8 / 2, i = k % 2, second = k / 8;  // column 16 half + 4c + 2 second + i of the block
           typename Q::Words words =

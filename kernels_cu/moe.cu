@@ -1,20 +1,20 @@
-// Mixture of experts: choosing experts, weighing them, grouping their rows, adding up what they say.
+// Mixture of experts: chooses experts, computes their shares, groups their rows, and sums up their outputs.
 //
-//   top_experts_f32    chosen[t, k] = index of the k-th highest of scores[t], ties to the lower. Twin: ops.moe.top_experts
-//   row_soft_max_f32   y[t] = e^(x - max) / Σ e^(x - max) over n ≤ 32 numbers.              Twin: ops.moe.row_soft_max
-//   sum_experts_f32    y[t] = ((x[t, 0] + x[t, 1]) + x[t, 2]) + …, the router's rank order. Twin: ops.moe.sum_experts
+//   top_experts_f32    chosen[t, k] = index of the k-th highest of scores[t], ties to the lower.   See ops.moe.top_experts
+//   row_soft_max_f32   y[t] = e^(x - max) / Σ e^(x - max) over n ≤ 32 numbers.                    See ops.moe.row_soft_max
+//   sum_experts_f32    y[t] = ((x[t, 0] + x[t, 1]) + x[t, 2]) + …, the router's rank order.       See ops.moe.sum_experts
 //   group_experts      from chosen (n_pairs,), pairs of token and rank: groups of up to `size` pairs of one expert, in
 //                      ascending order of pairs, as (expert, first slot, number of slots) for the products of matmul.cu;
-//                      of slot s, y_rows[s] is its pair and x_rows[s] its pair / share. Groups not needed have no slots.
-//   route_f32          top_experts_f32, and row_soft_max_f32 of what it chose, for rows whose position (n_rows,) int32 is
-//                      not below zero; of others chosen is -1, which is no expert to group_experts
+//                      for slot s, y_rows[s] is its pair and x_rows[s] its pair / share. Unused groups have no slots.
+//   route_f32          top_experts_f32 and row_soft_max_f32 of the chosen scores, for rows whose position (n_rows,) int32
+//                      is not below zero; for other rows chosen is -1, which group_experts ignores
 //   combine_f32        y[t] = sum_experts_f32 of x[t, k] · shares[t, k], then + residual[t]
 //
-// scores (n_rows, n_expert) float32; chosen (n_rows, n_used) int32. Grids: x rows (top_experts, row_soft_max, route: a
+// scores (n_rows, n_expert) float32; chosen (n_rows, n_used) int32. Grids: x rows (top_experts, row_soft_max, route: one
 // warp each), x groups of 256 elements (sum_experts; combine: y rows), one block of 256 threads (group_experts;
 // 8 · n_expert bytes of dynamic shared memory).
-// Sums run over ranks in ascending order, in one thread. A NaN ranks above every number: it is not lost.
-// route, combine and group_experts may be launched to overlap with the kernel before them.
+// Sums run over ranks in ascending order, in one thread. NaN ranks above every number, so that it is not lost.
+// route, combine and group_experts may be launched to overlap with the previous kernel.
 
 // Whether (a, i) ranks before (b, j).
 __device__ __forceinline__ bool before(float a, int i, float b, int j) {
@@ -23,11 +23,11 @@ __device__ __forceinline__ bool before(float a, int i, float b, int j) {
   return a > b || (!(a < b) && i < j);
 }
 
-// The n_used best of a row by one warp: take(k, index, score) in every lane, k ascending.
+// Finds the n_used best of a row with one warp; calls take(k, index, score) in every lane, k ascending.
 template <class Take>
 __device__ __forceinline__ void best_experts(const float* row, int n_expert, int n_used, const Take& take) {
   int lane = threadIdx.x % 32;
-  // Each round takes the best of what ranks after the last one taken.
+  // Each round takes the best of those that rank after the last one taken.
   float last = 0.0f;
   int last_index = -1;
   for (int k = 0; k < n_used; k++) {
@@ -54,7 +54,7 @@ extern "C" __global__ void top_experts_f32(const float* scores, int* chosen, int
   });
 }
 
-// e^(x_i - max) / total of number i of n, sums in ascending order.
+// e^(x_i - max) / total for number i of n; sums in ascending order.
 __device__ __forceinline__ float soft_max(const float* x, int n, int i) {
   float top = x[0], total = 0.0f;
   for (int j = 1; j < n; j++) top = x[j] > top ? x[j] : top;
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(256)
   DYNAMIC_SHARED(int, count);  // (n_expert,), and after it
   let_next_begin();
   wait_for_previous();
-  int* first = count + n_expert;  // (n_expert,) of an expert's slots
+  int* first = count + n_expert;  // (n_expert,), each expert's first slot
   for (int expert = threadIdx.x; expert < n_expert; expert += blockDim.x) {
     int n = 0;
     for (int pair = 0; pair < n_pairs; pair++) n += chosen[pair] == expert;

@@ -1,16 +1,16 @@
-// Normalisation over rows. Twins: refengine.ops.norm.rms_norm and layer_norm.
+// Normalisation over rows. Array code: refengine.ops.norm.rms_norm and layer_norm.
 //
 //   rms_norm_f32    y = x · 1/√(mean(x²) + eps) · weight
 //   layer_norm_f32  y = (x - mean) · 1/√(mean((x - mean)²) + eps) · weight + bias
-//   rms_norm_f16, layer_norm_f16  the same, then quantize_rows_f16 (quantize_rows.cu): rows as products take them; the same
-//                   bits as the two kernels one after another
+//   rms_norm_f16, layer_norm_f16  the same, then quantize_rows_f16 (quantize_rows.cu), for rows that products read; the
+//                   same bits as the two kernels one after another
 //
 // x, y (n_rows, n) float32; weight, bias (n,) float32. Grid: x rows; block: 256 threads, one row.
-// Of the kernels *_f16, y may be null; out, scale and sums are as in quantize_rows.cu, or out is null. Dynamic shared
-// memory: 4 n bytes. They may be launched to overlap with the kernel before them, and read a row once.
-// Order of additions, of n alone: thread t adds elements t, t + 256, … in float32, then the block by block_sum. The kernels
-// *_f32 read the row twice (layer_norm: three times), the later times from cache; 4 bytes an element out.
-// A NaN or infinity in a row stays in that row.
+// In the kernels *_f16, y may be null; out, scale and sums are as in quantize_rows.cu, or out is null. Dynamic shared
+// memory: 4 n bytes. They may be launched to overlap with the previous kernel, and read a row once.
+// The order of additions depends on n only: thread t adds elements t, t + 256, … in float32, then block_sum. The kernels
+// *_f32 read the row twice (layer_norm: three times), after the first time from cache; they write 4 bytes per element.
+// NaN or infinity in a row does not affect other rows.
 #include "norm.cuh"
 #include "quantize_rows.cuh"
 
@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(256)
   for (int i = threadIdx.x; i < n; i += THREADS) out[i] = (row[i] - of.mean) * of.scale * weight[i] + bias[i];
 }
 
-// Elements i, i + 256, … are thread i's until all are there.
+// Until the barrier, only thread i uses elements i, i + 256, ….
 __device__ __forceinline__ void finish_norm(float* row, float* y, f16* out, float* scale, unsigned* sums, int n,
                                             float* scratch) {
   if (y)

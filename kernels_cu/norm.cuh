@@ -1,4 +1,4 @@
-// What a row is multiplied by in a norm, by a block of 256 threads. scratch has a float for each warp.
+// The factor by which a norm multiplies a row, computed by a block of 256 threads. scratch has a float for each warp.
 constexpr int THREADS = 256;
 
 __device__ __forceinline__ float rms_scale(const float* row, int n, float eps, float* scratch) {

@@ -1,10 +1,10 @@
-// Products with up to three matrices whose rows have one length and one type, Q, K and V, in one kernel, for up to 8 rows a
-// block: y[t] is what they give, one after another.
+// Products with up to three matrices (Q, K, V) of the same type and row length in one kernel, for up to 8 rows per block.
+// y[t] has their results one after another.
 //
-// Twin: rows8_* of matmul.cu for one after another: the same bits. Arguments, launch, dynamic shared memory and order of
-// additions are those of rows8_*; matrices have n_q, n_k and n_out - n_q - n_k outputs (0: there is no third one); biases
-// or null. y (n_rows, n_out) float32. Precondition: n_q and n_k are multiples of 16. Saves launches, which for so few
-// outputs cost more than their weights.
+// Gives the same bits as rows8_* of matmul.cu for each matrix. Arguments, launch, dynamic shared memory and order of
+// additions are those of rows8_*. The matrices have n_q, n_k and n_out - n_q - n_k outputs (0: no third matrix); biases
+// may be null. y (n_rows, n_out) float32. Precondition: n_q and n_k are multiples of 16. Saves launches, which for so few
+// outputs take longer than reading the weights.
 #include "arguments.cuh"
 #include "quants.cuh"
 #include "matmul.cuh"

@@ -1,24 +1,24 @@
-// Quantised weights as a warp takes them: integers, exact in half precision, and the scales that belong to them.
+// Quantised weights in the form that a warp reads: integers, exact in half precision, and their scales.
 //
-// Planes and lanes are those of refengine/cuda/layout.py. For every type there is a struct of one shape:
+// Planes and lanes are those of refengine/cuda/layout.py. Every type has a struct with the same members:
 //
-//   Words load(lane's, j)                    what a lane has of the tile of 16 x 32 that is j further on: two rows of 8
-//                                            codes; LOW and HIGH bytes of the planes of those names
+//   Words load(lane's, j)                    a lane's part of the tile of 16 x 32 that is j further on: two rows of 8
+//                                            codes; LOW and HIGH are its bytes in the planes of these names
 //   operands(words, a)                       the same as halves, the operands of two mma
-//   Scales scales(planes, segment, row)      of 256 columns of a row, as loaded: to work on them at once would be to wait
-//                                            for them; a weight of block j is, as ggml rounds it,
-//     scale(scales, j, half) · code - minimum(scales, j)           half: columns 0-15 or 16-31, where SPLIT
+//   Scales scales(planes, segment, row)      the scales of 256 columns of a row, not yet unpacked, because that would wait
+//                                            for the load; a weight of block j is, with ggml's rounding,
+//     scale(scales, j, half) · code - minimum(scales, j)           half: columns 0-15 or 16-31, if SPLIT
 //
-// and for products, where as much as can be is done once a segment, exactly:
+// and for products, which do as much as possible once per segment, exactly:
 //
 //   SCALED                                   scaled_operands(words, scales of rows r and r + 8, j, a): codes times a small
 //                                            integer of block j, so that sums need no scale before the segment's end
-//   factor(scales, j, half)                  otherwise: what the products of a block (SPLIT: half a block) are multiplied by
-//   whole(scales)                            WHOLE: what the segment's sum is multiplied by
-//   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums' small numbers of blocks c and c + 4, twice each;
-//   minimum_whole(scales)                    what their products with the block sums are multiplied by
+//   factor(scales, j, half)                  otherwise: the factor of the products of a block (SPLIT: of half a block)
+//   whole(scales)                            WHOLE: the factor of the segment's sum
+//   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums' small integers of blocks c and c + 4, twice each
+//   minimum_whole(scales)                    the factor of their products with the block sums
 //
-//   AHEAD                                    blocks that a lane asks for before it uses the first: registers allow it
+//   AHEAD                                    how many blocks a lane loads before it uses the first; limited by registers
 //
 // segment = tile * n_segments + segment of 256; row is 0 to 15.
 
@@ -33,25 +33,25 @@ __device__ __forceinline__ Planes planes_of(const Matrix& w, int n_in) {
   return Planes{w.low, w.high, w.scales, w.d, n_in / 32, (n_in / 32 + SEGMENT - 1) / SEGMENT};
 }
 
-// Codes as halves, without conversions: put into the fraction of 1024, whose last bit counts one, or, four bits higher, into
-// that of 64, whose fifth last does; less 1024 (or 64) and the type's offset. All of it is exact.
+// Codes as halves, without conversion instructions: the code is put into the fraction of 1024, where the last bit counts
+// one, or four bits higher into that of 64; then 1024 (or 64) and the type's offset are subtracted. All of it is exact.
 struct Integers {
-  f16x2 one, less, less_64;  // of both halves: s, -(1024 + offset) s, -(64 + offset) s
-  // Bits 0-3 (with `more`, up to 0-5) of both halves of a word.
+  f16x2 one, less, less_64;  // for both halves: s, -(1024 + offset) s, -(64 + offset) s
+  // The codes in bits 0-3 (with `more`, up to 0-5) of both halves of a word.
   __device__ __forceinline__ f16x2 low(uint32_t word, uint32_t more = 0) const {
     return fma_f16x2(select_or(word, 0x000f000fu, 0x64006400u) | more, one, less);
   }
-  // Bits 4-7 (with `more`, up to 4-9).
+  // The codes in bits 4-7 (with `more`, up to 4-9).
   __device__ __forceinline__ f16x2 high(uint32_t word, uint32_t more = 0) const {
     return fma_f16x2(select_or(word, 0x00f000f0u, 0x54005400u) | more, one, less_64);
   }
 };
-// Codes less an offset of 0, 8, 16 or 32.
+// Codes minus an offset of 0, 8, 16 or 32.
 template <int OFFSET>
 __device__ __forceinline__ Integers integers() {
   return {0x3c003c00u, (0xe400u + OFFSET) * 0x10001u, (0xd400u + OFFSET * 16) * 0x10001u};
 }
-// Codes below 32 times an integer up to 63, given twice: below 2048, and every term on the way is exact in half precision.
+// Codes below 32 times an integer up to 63, given twice: below 2048, so every intermediate value is exact in half precision.
 __device__ __forceinline__ Integers integers_times(f16x2 s) {
   return {s, fma_f16x2(s, 0xe400e400u, 0u), fma_f16x2(s, 0xd400d400u, 0u)};
 }
@@ -64,7 +64,7 @@ __device__ __forceinline__ float half_of(const uint4& words, int i) {
   return f16_to_f32(static_cast<f16>(i % 2 ? word >> 16 : word));
 }
 
-// Where a lane's part of a tile is. place = tile * n_blocks + block of 32 columns.
+// The address of a lane's part of a tile. place = tile * n_blocks + block of 32 columns.
 struct Lanes {
   const uint8_t *low, *high;
 };
@@ -73,15 +73,15 @@ __device__ __forceinline__ Lanes lane_of(const Planes& w, long long place, int l
   return {w.low + (place * 32 + lane) * Q::LOW, w.high + (place * 32 + lane) * Q::HIGH};
 }
 
-// What a lane has of a tile in nibbles: a word of row r, one of row r + 8.
+// A lane's part of a tile in nibbles: a word of row r and one of row r + 8.
 __device__ __forceinline__ uint2 nibble_words(const Lanes& at, int j) { return load_constant<uint2>(at.low + j * 256); }
 
-// Four words of scales a row and segment.
+// Four words of scales per row and segment.
 __device__ __forceinline__ uint4 scale_words(const Planes& w, long long segment, int row) {
   return load_constant<uint4>(w.scales + (segment * 16 + row) * 16);
 }
 
-// The i-th pair of columns of rows r and r + 8 goes to a[i / 2].x[2 * (i % 2)] and the one after it.
+// The i-th pair of columns of rows r and r + 8 goes to a[i / 2].x[2 * (i % 2)] and the element after it.
 template <int OFFSET>
 struct FourBits {
   static constexpr bool SPLIT = false;
@@ -139,7 +139,7 @@ struct EightD {
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
 };
 
-// Eight d, then eight m, which are added: the minimum is -m.
+// Eight d, then eight m. m is added, so the minimum, which is subtracted, is -m.
 struct EightDM {
   static constexpr bool HAS_MINIMUM = true, SCALED = false, WHOLE = false;
   struct Scales {
@@ -159,7 +159,7 @@ struct EightDM {
   static __device__ __forceinline__ float minimum_whole(const Scales&) { return 1.0f; }
 };
 
-// Eight scales and eight minimums of six bits, a byte each; d and dmin.
+// Eight scales and eight minimums of six bits, one byte each; d and dmin.
 template <class Codes>
 struct SixBits : Codes {
   static constexpr bool HAS_MINIMUM = true, SCALED = true, WHOLE = true;
@@ -170,7 +170,7 @@ struct SixBits : Codes {
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
     return {scale_words(w, segment, row), load_constant<uint32_t>(w.d + (segment * 16 + row) * 4)};
   }
-  // A byte below 64 as a half, twice: put into the fraction of 1024.
+  // A byte below 64 as a half, twice, by putting it into the fraction of 1024.
   static __device__ __forceinline__ f16x2 of_byte(uint32_t word, int i) {
     return fma_f16x2(__byte_perm(word, 0x64646464u, 0x4040u + i * 0x101u), 0x3c003c00u, 0xe400e400u);
   }
@@ -208,7 +208,7 @@ struct Q5_K : SixBits<FiveBits<0>> {};
 struct Q8_0 : EightD {
   static constexpr bool SPLIT = false;
   static constexpr int AHEAD = 4, LOW = 16, HIGH = 0;
-  using Words = uint4;  // row r: columns of the first and of the second mma; row r + 8 likewise
+  using Words = uint4;  // row r: columns of the first and of the second mma; then the same for row r + 8
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
     return load_constant<uint4>(at.low + j * 512);
   }
@@ -248,7 +248,7 @@ struct Q6_K {
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
     return {scale_words(w, segment, row), load_constant<f16>(w.d + (segment * 16 + row) * 2)};
   }
-  // A byte as the fraction of 2^23 counts in ones: exact, and without the conversion instruction, which is slow.
+  // A byte in the fraction of 2^23 counts ones: exact, and without the conversion instruction, which is slow.
   static __device__ __forceinline__ float factor(const Scales& s, int j, int half) {
     uint32_t word = j < 2 ? s.factors.x : j < 4 ? s.factors.y : j < 6 ? s.factors.z : s.factors.w;
     word ^= 0x80808080u;  // 128 added
@@ -262,7 +262,8 @@ struct Q6_K {
 };
 
 // E2M1 codes: sign, two bits of exponent, one of mantissa. In a half's upper byte (bits 7 and 3-1) they are 2^-14 times the
-// value, or 2^-15 times ggml's doubled integers, whose scale is halved: the same product. Scales are below 2^(241 - 127) (layout.py).
+// value. ggml doubles the values and halves the scale, which gives the same product. Scales are below 2^(241 - 127)
+// (layout.py).
 struct MXFP4 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = false, WHOLE = false;
   static constexpr int AHEAD = 8, LOW = 8, HIGH = 0;
@@ -270,7 +271,7 @@ struct MXFP4 {
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
     return nibble_words(at, j);
   }
-  // Columns 0-3 of a row are whole in a byte each (sign in bit 7, the rest in bits 1-3), columns 4-7 in what is between.
+  // Columns 0-3 of a row have one byte each (sign in bit 7, the rest in bits 1-3); columns 4-7 use the bits between.
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {

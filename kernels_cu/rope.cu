@@ -1,19 +1,21 @@
-// Rotary position embedding in place of Q or K. Twins: refengine.ops.rope.rope_neox and rope_norm.
+// Rotary position embedding of Q or K. Array code: refengine.ops.rope.rope_neox and rope_norm.
 //
 //   rope_neox_f32  rotates pairs (i, i + half);  rope_norm_f32  pairs (2i, 2i + 1);  by the angle of the token and i:
-//   (a, b) → (a · cos - b · sin, a · sin + b · cos), each product and difference rounded. Elements from 2 · half on pass.
+//   (a, b) → (a · cos - b · sin, a · sin + b · cos); each product and difference is rounded. Elements from 2 · half on are
+//   copied.
 //
-// x, y (n_tokens, n_head, head_dim) float32, y may be x; cos, sin (n_tokens, half) float32, made on the host
-// (ops.rope.rope_angles: YaRN and frequency factors are in them). Grid: x tokens, y heads; block: at least half threads.
-// No sums. Moves 8 bytes an element.
+// x, y (n_tokens, n_head, head_dim) float32, y may be x; cos, sin (n_tokens, half) float32, computed on the host by
+// ops.rope.rope_angles with YaRN and frequency factors. Grid: x tokens, y heads; block: at least half threads.
+// No sums. Moves 8 bytes per element.
 //
-//   rope_append  one new token for each of n_rows sequences: RMS norm of heads of Q and K (where q_norm and k_norm are given),
-//                the rotation (where cos is given), Q times q_factor (where that is not 1), and K and V into the cache as
-//                kv_append_f16 (attention.cu) does. Twins: those kernels one after another, with the same bits.
-// Rows of Q, K and V begin at qkv and are q_stride, k_stride and v_stride floats apart. q_norm, k_norm (head_dim,). cos, sin (n_positions,
-// half) float32, by position. positions (n_rows,) int32: below zero, there is no such row, and nothing is written. tables
-// (n_rows, table_stride): blocks of the cache. q_out (n_rows, n_head, head_dim). Grid: x rows, y heads of Q, K and V one
-// after another; block: 32 threads. Precondition: head_dim at most 128. May be launched to overlap with the kernel before.
+//   rope_append  for one new token of each of n_rows sequences: RMS norm of the heads of Q and K (if q_norm and k_norm are
+//                given), the rotation (if cos is given), Q times q_factor (if it is not 1); writes K and V to the cache
+//                like kv_append_f16 (attention.cu). Gives the same bits as those kernels one after another.
+// Rows of Q, K and V begin at qkv; their distances are q_stride, k_stride and v_stride floats. q_norm, k_norm (head_dim,).
+// cos, sin (n_positions, half) float32, by position. positions (n_rows,) int32: below zero there is no row, and nothing is
+// written. tables (n_rows, table_stride): blocks of the cache. q_out (n_rows, n_head, head_dim). Grid: x rows, y heads of
+// Q, K and V one after another; block: 32 threads. Precondition: head_dim is at most 128. May be launched to overlap with
+// the previous kernel.
 #include "arguments.cuh"
 
 template <bool NEOX>
@@ -42,7 +44,7 @@ extern "C" __global__ void rope_norm_f32(const float* x, const float* cos, const
 
 constexpr int MOST_HEAD_DIM = 128;
 
-// rms_norm_f32 of a head by one warp: the sums of eight warps of a block one after another.
+// rms_norm_f32 of a head by one warp, which computes the sums of a block's eight warps one after another.
 __device__ __forceinline__ void norm_head(float* row, const float* weight, int n, float eps) {
   float total = 0.0f;
   for (int first = 0; first < n; first += 32) {

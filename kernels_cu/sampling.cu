@@ -1,36 +1,37 @@
-// Tokens drawn from rows of logits, many blocks a row, state on the device, which at the end has moved on a token.
+// Samples tokens from rows of logits, with many blocks per row. The rows' state is on the device and advances by a token.
 //
-// Twin: refengine.engine.sampling.draw, number by number: penalty, integer weights round(2^40 · e^((x - max) / temperature)),
-// top-k, top-p, min-p, draw from 64 bits of Philox.
+// Array code: refengine.engine.sampling.draw, with the same numbers: penalty, integer weights round(2^40 · e^((x - max) /
+// temperature)), top-k, top-p, min-p, draw from 64 bits of Philox.
 //
 // logits (n_rows, n_vocab) float32. reals (n_rows, 4): temperature, top_p, min_p, repetition penalty. whole (n_rows, 4):
 // top_k, seed, index of the token, number of ids in its history; history (n_rows, longest) int32. out (n_rows, 3): token;
-// 0, or what is wrong (1 NaN, 2 +infinity, 3 all -infinity); where. ids, positions (n_rows,) int32: of rows with a position
-// below zero nothing is read or written. values (n_rows, n_vocab) float64: penalised logits, of rows with a penalty. keys
-// (n_rows, n_parts) u64, marks (n_rows, n_parts, 3) int32, counts (n_rows, BINS) u32, masses (n_rows, BINS + 1) u64: space.
+// 0 or the problem (1 NaN, 2 +infinity, 3 all -infinity); its index. ids, positions (n_rows,) int32: for rows with a
+// position below zero nothing is read or written. values (n_rows, n_vocab) float64: the penalised logits of rows with a
+// penalty. keys (n_rows, n_parts) u64, marks (n_rows, n_parts, 3) int32, counts (n_rows, BINS) u32, masses (n_rows,
+// BINS + 1) u64: work space.
 //
-//   scan_f32   of each part of a row: its best candidate, its first NaN, its first +infinity; penalties; empties the bins
-//   weigh_f32  counts and weights of candidates by bin; a bin holds an interval of values, and bins are in rank order
-//   draw_f32   the bin in which a running sum reaches its target, and its candidates one against another; then ids,
-//              positions, index and history of the row advance. A bin with too many candidates is searched digit by digit
-//              of the values' bits (sampling.cuh)
+//   scan_f32   for each part of a row: its best candidate, first NaN, first +infinity; applies penalties; clears the bins
+//   weigh_f32  counts and weights of candidates by bin; a bin has an interval of values, and bins are in rank order
+//   draw_f32   finds the bin in which a running sum reaches its target, and ranks the candidates in it; then advances ids,
+//              positions, index and history of the row. A bin with too many candidates is searched digit by digit of the
+//              values' bits (sampling.cuh)
 //
-// Candidates are ranked by value, largest first, then by id. What is wanted of the ranking is always the first candidate at
-// which a running sum reaches a target. Every sum is one of integers, whose order does not matter. Grid of scan and weigh: x
-// n_parts, y rows; block: any; of draw: x rows; block: a divisor of BINS, whole warps. Reads a row of logits three to five
-// times in all. All may be launched to overlap with the kernel before.
+// Candidates are ranked by value, largest first, then by id. The result is always the first candidate at which a running
+// sum reaches a target. All sums are of integers, so their order does not matter. Grid of scan and weigh: x n_parts, y
+// rows; block: any; of draw: x rows; block: a divisor of BINS, whole warps. Reads a row of logits three to five times. All
+// may be launched to overlap with the previous kernel.
 #include "sampling.cuh"
 
 constexpr int BINS = 2048, MOST_LISTED = 512;
-constexpr float BINS_EACH = 64.0f;  // of a difference of one temperature: the last has what is 32 below the best
+constexpr float BINS_EACH = 64.0f;  // bins per temperature; the last bin has all values 32 temperatures below the best
 
 struct Row {
   const float* logits;
-  const double* values;  // or null: those of the logits
+  const double* values;  // null: use the logits
   double temperature, top;
   float top_near, per_bin;
   __device__ __forceinline__ double value(int i) const { return values ? values[i] : static_cast<double>(logits[i]); }
-  // Never falls where values fall: every rounding on the way keeps their order. Equal values have one bin.
+  // Lower values never have a lower bin, because every rounding keeps their order. Equal values have the same bin.
   __device__ __forceinline__ int bin(int i) const {
     float near = values ? static_cast<float>(values[i]) : logits[i], d = (top_near - near) * per_bin;
     return d < BINS - 1 ? static_cast<int>(d) : BINS - 1;
@@ -43,10 +44,10 @@ struct Row {
 
 struct Best {
   u64 key;
-  int id, nan, infinity;  // n_vocab: there is none
+  int id, nan, infinity;  // n_vocab means none
 };
 
-// The best of what a thread has of each. A key of ~0 is none.
+// The best of all threads' values. A key of ~0 means none.
 __device__ __forceinline__ void best_of_block(Best& best, u64 key, int id, int nan, int infinity, int none) {
   if (threadIdx.x == 0) best.key = ~0ull, best.id = best.nan = best.infinity = none;
   __syncthreads();
@@ -57,13 +58,13 @@ __device__ __forceinline__ void best_of_block(Best& best, u64 key, int id, int n
   if (key == best.key) atomicMin(&best.id, id);
   __syncthreads();
 }
-// That of all parts of a row.
+// The best of all parts of a row.
 __device__ __forceinline__ void best_of_row(Best& best, const u64* keys, const int* marks, int n_parts, int n_vocab) {
   u64 key = ~0ull;
   int id = n_vocab, nan = n_vocab, infinity = n_vocab;
   for (int part = threadIdx.x; part < n_parts; part += blockDim.x) {
     const int* mark = marks + 3 * part;
-    if (keys[part] < key) key = keys[part], id = mark[0];  // parts ascend: of equals, the first
+    if (keys[part] < key) key = keys[part], id = mark[0];  // in ascending order, so the first of equal keys is kept
     nan = min(nan, mark[1]), infinity = min(infinity, mark[2]);
   }
   best_of_block(best, key, id, nan, infinity, n_vocab);
@@ -128,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(256)
     weigh_f32(const float* logits, const double* reals, const int* positions, const double* values,
               const unsigned long long* keys, const int* marks, unsigned* counts, unsigned long long* masses, int n_vocab) {
   __shared__ Best best;
-  __shared__ u64 mass_of[BINS + 1];  // the last: of candidates that min_p keeps
+  __shared__ u64 mass_of[BINS + 1];  // the last one: the mass of the candidates that min_p keeps
   __shared__ unsigned count_of[BINS];
   let_next_begin();
   wait_for_previous();
@@ -170,7 +171,7 @@ struct Drawing {
   Workspace row;
 };
 
-// The bin in which the running sum of `amounts` reaches target; `before`: the sum of all before it, of `other` as well.
+// The bin in which the running sum of `amounts` reaches target; before: the sums of `amounts` and `other` before that bin.
 template <class Amount, class Other>
 __device__ void find_bin(Drawing& space, const Amount* amounts, const Other* other, u64 target) {
   int each = BINS / blockDim.x, first = threadIdx.x * each, warp = threadIdx.x / 32;
@@ -199,14 +200,14 @@ __device__ void find_bin(Drawing& space, const Amount* amounts, const Other* oth
 // the sum of weights up to it.
 template <bool COUNT>
 __device__ Found reaching(Drawing& space, const Row& row, const unsigned* counts, const u64* masses, int n, u64 target) {
-  __syncthreads();  // of the search before this one, all is read
+  __syncthreads();  // until all threads have read the results of the previous search
   if (COUNT)
     find_bin(space, counts, masses, target);
   else
     find_bin(space, masses, masses, target);
   int bin = space.bin;
   u64 left = target - space.before, mass_before = space.mass_before;
-  if (masses[bin] == 0) return Found{0, mass_before, -1};  // COUNT: of weights, nothing is missing
+  if (masses[bin] == 0) return Found{0, mass_before, -1};  // COUNT: the remaining candidates have no weight
   if (threadIdx.x == 0) space.n_listed = 0;
   __syncthreads();
   if (counts[bin] > MOST_LISTED) {
@@ -259,7 +260,7 @@ __device__ __forceinline__ int drawn_token(Drawing& space, const Row& row, const
     u64 target = static_cast<u64>(ceil(top_p * static_cast<double>(all)));
     kept = reaching<false>(space, row, counts, masses, n_vocab, target ? target : 1).mass;
   }
-  // Heavier ones rank first: what min_p keeps of all, and what top_k keeps, are beginnings of one order.
+  // Heavier candidates rank first, so min_p and top_k each keep a prefix of the same ranking.
   if (ceil(reals[2] * ONE) > 0.0 && masses[BINS] < kept) kept = masses[BINS];
   u64 drawn = __umul64hi(random_bits(static_cast<u64>(whole[1]), static_cast<u64>(whole[2])), kept) + 1;
   return static_cast<int>(reaching<false>(space, row, counts, masses, n_vocab, drawn).id);
@@ -289,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(1024)
   __syncthreads();
   if (threadIdx.x) return;
   out[0] = token, out[1] = problem, out[2] = where;
-  // What is fed next; nothing drawn: an id that there is.
+  // The id that is fed next; a valid id even if nothing was drawn.
   token = max(token, 0);
   ids[at] = token;
   positions[at]++;

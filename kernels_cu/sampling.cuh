@@ -1,16 +1,16 @@
-// Ranking, weights and random bits: what sampling.cu is made of.
+// Ranking, weights and random bits for sampling.cu.
 typedef unsigned long long u64;
 
 constexpr int DIGITS = 256, MOST_THREADS = 1024;
 
-// Bits whose ascending order is the descending order of doubles; no NaN comes here.
+// Bits whose ascending order is the descending order of doubles. x is not NaN.
 __device__ __forceinline__ u64 rank_bits(double x) {
   u64 bits = static_cast<u64>(__double_as_longlong(x + 0.0));  // -0 is 0
   return bits >> 63 ? bits : ~bits & 0x7fffffffffffffffull;
 }
 
 struct Found {
-  u64 key, mass;  // of the candidate; of it and all before it
+  u64 key, mass;  // the candidate's key; the mass of it and all before it
   long long id;
 };
 
@@ -24,8 +24,8 @@ struct Workspace {
   int token, problem, where;
 };
 
-// The first of candidates 0 … n - 1 in rank order at which the running sum of mass(i) reaches target ≥ 1. Those of one
-// value(i) have one mass, or none.
+// The first of candidates 0 … n - 1 in rank order at which the running sum of mass(i) reaches target ≥ 1. Candidates with
+// the same value(i) have the same mass, or none.
 template <class Value, class Mass>
 __device__ Found first_reaching(Workspace& space, const Value& value, const Mass& mass_of, int n, u64 target) {
   if (threadIdx.x == 0) space.key = 0, space.before = 0;
@@ -45,7 +45,7 @@ __device__ Found first_reaching(Workspace& space, const Value& value, const Mass
     }
     __syncthreads();
   }
-  // Candidates of one value have one weight: which of them, in the order of ids. A thread counts a part of the row.
+  // Candidates with the same value have the same weight; find the right one in the order of ids. A thread counts a part.
   u64 key = space.key, before = space.before;
   int part = (n + blockDim.x - 1) / blockDim.x, first = min(n, static_cast<int>(threadIdx.x) * part), end = min(n, first + part);
   int count = 0;
@@ -75,7 +75,7 @@ __device__ __forceinline__ u64 weight_of(double x, double top, double temperatur
   return static_cast<u64>(rint(exp((x - top) / temperature) * ONE));
 }
 
-// Sum of a number of each thread.
+// The sum of one number per thread.
 __device__ u64 total_of(Workspace& space, u64 x) {
   if (threadIdx.x == 0) space.total = 0;
   __syncthreads();
@@ -86,7 +86,7 @@ __device__ u64 total_of(Workspace& space, u64 x) {
   return total;
 }
 
-// Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011): Philox4x32-10, filled as engine/philox.py says.
+// Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011): Philox4x32-10, used as in engine/philox.py.
 __device__ u64 random_bits(u64 seed, u64 index) {
   uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);

@@ -31,7 +31,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Names and modules are imported when they are wanted: the command line reads its arguments before libraries."""
+    """Import names and modules on first use, so that the command line parses its arguments before slow imports."""
     if name in _PLACES:
         return getattr(import_module(_PLACES[name]), name)
     if not name.startswith("_"):
@@ -44,5 +44,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The lazy names as well, so that completion and help(refengine) show them."""
+    """All names, including lazy ones, so that completion and help(refengine) show them."""
     return sorted({*globals(), *__all__})

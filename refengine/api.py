@@ -1,4 +1,4 @@
-"""The Python API above model and engine: `load` opens a model, `generate` yields the tokens that follow a prompt."""
+"""The Python API: `load` opens a model, `generate` yields the tokens that follow a prompt."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def load(
     copied: bool = False,
     copy_chunk_kb: int = 1024,
 ) -> Model:
-    """Open a GGUF file (the first part of a split one) and put its tensors on a device.
+    """Open a GGUF file (for a split file, its first part) and load its tensors onto a device.
 
-    path:         None opens the packaged model, which writes haiku. Text may also name a model on the hub, which is
-                  downloaded into its cache: `hf:OWNER/REPO[@REVISION][:QUANT or FILE.gguf]`. A file that is already
-                  open is used as it is; the model keeps it open.
-    device:       `cpu`, `cuda`, `cuda:N`, `auto`; `host` runs the kernels on the CPU, to test and step through.
+    path:         None opens the packaged model, which writes haiku. A string may also name a model on the hub, which is
+                  downloaded into the hub's cache: `hf:OWNER/REPO[@REVISION][:QUANT or FILE.gguf]`. A GGUFFile that is
+                  already open is used directly; the model keeps it open.
+    device:       `cpu`, `cuda`, `cuda:N`, `auto`; `host` runs the CUDA kernels on the CPU, for tests and debuggers.
     numerics:     `exact` (float32), `exact64`, `llamacpp`, `fast`; default: fast on cuda and host, else exact. On a
-                  GPU fast means raw kernels and weights as stored; every other profile, array code.
-    kv_type:      `f16`, `f32` or `f64` instead of the profile's.
-    n_ctx:        longest sequence in tokens (default: the model's context length).
-    cpu_cache_mb: MiB of dequantised weights to keep (default: half of the device's memory). On the CPU they are
-                  dequantised now, in threads; 0 dequantises at every use.
-    attention:    `flash`, or `reference` for array code that writes the score matrix. Kernels only: to compare.
-    progress:     called with the bytes done and the bytes in all; bytes that are read and then dequantised count twice.
-    copied:       on the CPU, weights are read into memory at once and not mapped: whatever happens to the file later,
-                  they stay as they are.
-    copy_chunk_kb: KiB of a copy to a GPU: what it needs of host memory does not grow with the model.
+                  GPU, fast uses raw kernels and weights as stored; all other profiles use array code.
+    kv_type:      the type of the KV cache, `f16`, `f32` or `f64`, instead of the profile's.
+    n_ctx:        the maximum sequence length in tokens (default: the model's context length).
+    cpu_cache_mb: how many MiB of dequantised weights to keep (default: half of the device's memory). On the CPU they
+                  are dequantised now, in threads; 0 dequantises at every use.
+    attention:    `flash`, or `reference` for array code that writes the score matrix. For comparisons, on kernels only.
+    progress:     called with (bytes done, total bytes); bytes that are read and then dequantised count twice.
+    copied:       on the CPU, read the weights into memory at once instead of mapping the file, so that later changes of
+                  the file do not affect them.
+    copy_chunk_kb: the size in KiB of one copy to a GPU, which limits the host memory that loading needs.
     Raises `GGUFError`, `ModelError`, `TokenizerError`, `DeviceError`, `HubError` or `RequestError`.
     """
     if n_ctx is not None and not 1 <= n_ctx < 2**31:
@@ -69,11 +69,11 @@ def load(
     opened = open_device(device)
     rounding = profile(numerics or ("exact" if opened.name == "cpu" else "fast"), kv_type)
     if opened.name == "host" and not rounding.half_rows:
-        raise RequestError(f"device host runs the kernels, whose numerics are fast; {rounding.name} runs on cpu")
+        raise RequestError(f"device host runs the CUDA kernels, which need numerics fast; use cpu for {rounding.name}")
     gguf = path if isinstance(path, GGUFFile) else GGUFFile(PACKAGED_MODEL if path is None else resolve(path))
     config = read_config(gguf)
     if n_ctx is not None and n_ctx > config.n_ctx_train and config.rope is None:
-        raise RequestError(f"n_ctx {n_ctx}: {config.arch} has learned positions, only {config.n_ctx_train} of them")
+        raise RequestError(f"n_ctx {n_ctx}: {config.arch} has only {config.n_ctx_train} learned positions")
     tokenizer = load_tokenizer(gguf)
     architecture = BY_ARCHITECTURE[config.arch]
     specs = architecture.tensors(config)
@@ -95,8 +95,18 @@ def load(
             weights, dequantized = _load_dequantized(gguf, specs, config.n_layer, place, ops, progress)
         else:
             weights = load_weights(gguf, specs, config.n_layer, place, progress)
-    given = {"make_runner": make_runner, "memory": memory, "dequantized": dequantized}
-    return Model(gguf, config, tokenizer, weights, ops, opened, n_ctx, **given)
+    return Model(
+        gguf,
+        config,
+        tokenizer,
+        weights,
+        ops,
+        opened,
+        n_ctx,
+        make_runner=make_runner,
+        memory=memory,
+        dequantized=dequantized,
+    )
 
 
 def _load_dequantized(
@@ -107,7 +117,7 @@ def _load_dequantized(
     ops: Ops,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Weights, Dequantized]:
-    """The weights, with the cache of `ops` filled. For `progress` each half of the work counts as the file's bytes."""
+    """Load the weights and fill the cache of `ops`. For `progress`, each of the two counts as the file's bytes."""
     report = progress or (lambda done, total: None)
     n_bytes = sum(info.n_bytes for info in gguf.tensors.values())
     weights = load_weights(gguf, specs, n_layer, place, lambda done, _: report(done, 2 * n_bytes))
@@ -116,23 +126,23 @@ def _load_dequantized(
         ops.numerics.sum_dtype,
         lambda done, total: report(n_bytes + n_bytes * done // total, 2 * n_bytes),
     )
-    report(2 * n_bytes, 2 * n_bytes)  # where nothing was dequantised, too
+    report(2 * n_bytes, 2 * n_bytes)  # also if nothing was dequantised
     return weights, dequantized
 
 
 def default_cache_bytes(device: Device) -> int:
-    """Half of the memory of the device (of the machine, for the CPU)."""
+    """Half of the device's memory in bytes; for the CPU, half of the machine's memory."""
     if device.xp is not np:
         return int(device.xp.cuda.runtime.memGetInfo()[1]) // 2
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def generate(model: Model, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Token]:
-    """The tokens that follow a prompt (text, or ids taken as they are), one by one.
+    """Yields the tokens that follow a prompt (text, or token ids that are used unchanged), one by one.
 
-    `Token.text` is what may be printed: whole code points, and nothing of a stop string. The iterator ends after an
-    end-of-generation token, a stop string, `params.max_tokens` tokens or the end of the context; `Token.stop_reason` of
-    the last token says which. Raises `RequestError` for a prompt or parameters that do not fit the model.
+    `Token.text` is the text to print: whole code points, without any part of a stop string. The iterator ends after an
+    end-of-generation token, a stop string, `params.max_tokens` tokens or at the end of the context; `Token.stop_reason`
+    of the last token says why. Raises `RequestError` for a prompt or parameters that do not fit the model.
     """
     engine, generation = single_sequence(model, model.prompt_ids(prompt), params)
     try:

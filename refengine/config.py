@@ -1,10 +1,10 @@
-"""`ModelConfig`: everything the forward pass needs to know about a model that is not a tensor.
+"""`ModelConfig`: everything that the forward pass needs to know about a model besides its tensors.
 
-Built once from GGUF metadata and frozen. A required key that is missing, of the wrong type or out of
-range is an error that names it; nothing about a model is assumed. Defaults are llama.cpp's
+Built once from GGUF metadata, and frozen. A required key that is missing, of the wrong type or out of
+range is an error that names the key; nothing about a model is assumed. Defaults are llama.cpp's
 (`llama_model_base::load_hparams` and each architecture's `load_arch_hparams`).
 
-Knows nothing of tensors, devices or arithmetic.
+Independent of tensors, devices and arithmetic.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 from refengine.errors import ModelError
 from refengine.gguf.file import GGUFFile
 
-# llama.cpp's YaRN corner rotations (`llama_hparams::yarn_beta_fast/slow`); of the architectures here none reads
+# llama.cpp's YaRN corner rotations (`llama_hparams::yarn_beta_fast/slow`). None of the architectures here reads
 # them from the file.
 YARN_BETA_FAST = 32.0
 YARN_BETA_SLOW = 1.0
 
-MAX_LAYERS = 10_000  # more layers than a file can have tensors (llama.cpp stops at 512)
+MAX_LAYERS = 10_000  # more layers than a file can have tensors for (llama.cpp allows 512)
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Number:
 
 @dataclass(frozen=True)
 class Traits:
-    """How an architecture's metadata are to be read; stands in its model file.
+    """How to read an architecture's metadata; defined in its model file.
 
     rope: which elements of a head RoPE pairs, `norm` (2i, 2i + 1) or `neox` (i, i + n_rot / 2); None: learned
-    positions. rope_whole_head: a file that rotates only a part of a head is refused. layer_norm: LayerNorm instead of
-    RMSNorm. experts: every feed-forward is a mixture of experts. sliding_window: layers slide as the file says.
-    numbers: constants that this architecture has and the fields of `ModelConfig` do not cover, by their key without
-    the architecture's prefix: `{"logit_scale": Number(1e-6, 1e6)}` reads `NAME.logit_scale` into
+    positions. rope_whole_head: refuse a file that rotates only a part of each head. layer_norm: LayerNorm instead of
+    RMSNorm. experts: every feed-forward is a mixture of experts. sliding_window: some layers have a sliding window,
+    which the file describes. numbers: constants of this architecture that have no field in `ModelConfig`, by their key
+    without the architecture's prefix: `{"logit_scale": Number(1e-6, 1e6)}` reads the key `NAME.logit_scale` into
     `cfg.numbers["logit_scale"]`.
     """
 
@@ -62,7 +62,7 @@ class RopeConfig:
     n_rot: int  # rotated elements per head
     freq_base: float
     freq_scale: float  # 1 / scaling factor; 1.0 without scaling
-    n_ctx_orig: int  # context length the model was trained with before scaling
+    n_ctx_orig: int  # the context length of the training before scaling
     ext_factor: float  # 1.0 with YaRN, else 0.0
     attn_factor: float  # magnitude scale of cos and sin, before YaRN's own
     beta_fast: float = YARN_BETA_FAST
@@ -82,35 +82,35 @@ class ModelConfig:
     n_head: int
     n_head_kv: int
     head_dim: int
-    n_ff: int  # 0 where every feed-forward is a mixture of experts
+    n_ff: int  # 0 if every feed-forward is a mixture of experts
     norm_eps: float  # of RMSNorm, or of LayerNorm for gpt2
     rope: RopeConfig | None
     n_expert: int = 0
     n_expert_used: int = 0
     n_ff_exp: int = 0
     n_swa: int = 0  # sliding window in tokens, 0 = none
-    swa_layers: tuple[bool, ...] = ()  # which layers slide
-    numbers: Mapping[str, float] = field(default_factory=dict, hash=False)  # those of Traits.numbers
+    swa_layers: tuple[bool, ...] = ()  # for each layer, whether it has a sliding window
+    numbers: Mapping[str, float] = field(default_factory=dict, hash=False)  # the constants of `Traits.numbers`
 
     @property
     def n_embd_q(self) -> int:
-        """Width of all query heads together, in elements."""
+        """The width of all query heads together, in elements."""
         return self.n_head * self.head_dim
 
     @property
     def n_embd_kv(self) -> int:
-        """Width of all key (or value) heads together, in elements."""
+        """The width of all key (or value) heads together, in elements."""
         return self.n_head_kv * self.head_dim
 
     def swa_window(self, il: int) -> int:
-        """Sliding window of layer `il` in tokens; 0 where the layer attends to everything before it."""
+        """The sliding window of layer `il` in tokens; 0 if the layer attends to all earlier positions."""
         return self.n_swa if self.swa_layers and self.swa_layers[il] else 0
 
     @staticmethod
     def from_gguf(gguf: GGUFFile, traits: Traits) -> ModelConfig:
         """Read the configuration of a model whose architecture has these traits.
 
-        Raises `GGUFError` for a missing or ill-typed key, `ModelError` for the rest.
+        Raises `GGUFError` for a missing key or one of the wrong type, `ModelError` for other problems.
         """
         return _Reader(gguf, traits).read()
 
@@ -137,7 +137,7 @@ class _Reader:
             raise self.bad("expert_count", f"a {self.arch} model needs at least one expert")
         n_expert_used = self.size("expert_used_count", per_layer=n_layer) if is_moe else 0
         if n_expert_used > n_expert:
-            raise self.bad("expert_used_count", f"{n_expert_used} experts used of only {n_expert}")
+            raise self.bad("expert_used_count", f"{n_expert_used} experts used, but there are only {n_expert}")
         n_swa = self.size("attention.sliding_window") if self.traits.sliding_window else 0
         return ModelConfig(
             arch=self.arch,
@@ -169,7 +169,7 @@ class _Reader:
     def size(
         self, name: str, *, default: int | None = None, per_layer: int | None = None, limit: int = 2**31 - 1
     ) -> int:
-        """A positive count, or `default` where the key is absent. An array is taken if all layers agree."""
+        """A positive count, or `default` if the key is absent. An array is accepted if all its values are equal."""
         key = self.key(name)
         if default is not None and key not in self.gguf.metadata:
             return default
@@ -185,13 +185,13 @@ class _Reader:
         return value
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
-        """A float from low to high, both within what float32 holds; or `default` where the key is absent.
+        """A float from low to high, both in the range of float32; or `default` if the key is absent.
 
         Without a default the key is required.
         """
         key = self.key(name)
         value = self.gguf.get(key, float) if default is None else self.gguf.get(key, float, default=default)
-        if not low <= value <= high:  # NaN is not between them
+        if not low <= value <= high:  # also true for NaN
             raise self.bad(name, f"value {value} is outside {low:g}..{high:g}")
         return value
 
@@ -207,7 +207,7 @@ class _Reader:
         return key_length
 
     def n_vocab(self) -> int:
-        """The vocabulary's length; in a file without one `<arch>.vocab_size`, else the rows of the embedding."""
+        """The length of the vocabulary; in a file without one, `<arch>.vocab_size` or the rows of the embedding."""
         if "tokenizer.ggml.tokens" in self.gguf.metadata:
             return len(self.gguf.get("tokenizer.ggml.tokens", "strs"))
         if self.key("vocab_size") not in self.gguf.metadata and "token_embd.weight" in self.gguf.tensors:
@@ -229,7 +229,7 @@ class _Reader:
             raise self.bad("rope.dimension_count", f"{n_rot} rotated elements, expected the whole head of {head_dim}")
         freq_base = self.number("rope.freq_base", 1.001, 1e30, 10000.0)
         if self.number("rope.freq_base_swa", 1.001, 1e30, freq_base) != freq_base:
-            raise self.bad("rope.freq_base_swa", "another base for sliding layers is not supported")
+            raise self.bad("rope.freq_base_swa", "a different base for sliding-window layers is not supported")
         scaling = self.gguf.get(self.key("rope.scaling.type"), str, default="linear")
         if scaling not in ("none", "linear", "yarn", "longrope"):
             raise self.bad("rope.scaling.type", f"unknown {scaling[:64]!r}; known: none, linear, yarn, longrope")
@@ -249,7 +249,10 @@ class _Reader:
         )
 
     def swa_layers(self, n_layer: int) -> tuple[bool, ...]:
-        """llama.cpp's default for gpt-oss slides every even layer; the file may give a period or a list."""
+        """For each layer, whether it has a sliding window. The file may give a period or a list.
+
+        llama.cpp's default for gpt-oss is a window in every even layer.
+        """
         key = self.key("attention.sliding_window_pattern")
         value = self.gguf.metadata.get(key)
         if value is None or isinstance(value, int):

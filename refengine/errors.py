@@ -1,7 +1,7 @@
-"""Errors a user can cause or act on.
+"""Errors that a user can cause or fix.
 
-Every message names what was given, what was expected and what to do. The command line prints the
-message on one line and exits with code 2; anything that is not a `RefengineError` is a bug in refengine.
+Every message says what was given, what was expected and what to do. The command line prints the
+message on one line and exits with code 2; any other exception than a `RefengineError` is a bug in refengine.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 
 class RefengineError(Exception):
-    """Base of all errors that are about the user's file, arguments or machine."""
+    """Base class of all errors about the user's file, arguments or machine."""
 
 
 class MissingLibraryError(RefengineError):
-    """A library that this part of refengine needs is not installed. The message names the extra that brings it."""
+    """A library that this part of refengine needs is not installed. The message names the extra that installs it."""
 
     def __init__(self, message: str, library: str) -> None:
         super().__init__(message)
@@ -23,19 +23,19 @@ class MissingLibraryError(RefengineError):
 
 
 class GGUFError(RefengineError):
-    """The file is not well-formed GGUF. The message names the offence and its byte offset."""
+    """The file is not well-formed GGUF. The message has the problem and its byte offset."""
 
 
 class ModelError(RefengineError):
-    """The file is valid GGUF, but not a model this engine can run (architecture, keys, tensors, types)."""
+    """The file is valid GGUF, but refengine cannot run its model (architecture, keys, tensors, types)."""
 
 
 class TokenizerError(RefengineError):
-    """The vocabulary cannot be built, or text or ids do not fit it."""
+    """The vocabulary cannot be built, or text or ids are invalid for it."""
 
 
 class DeviceError(RefengineError):
-    """The device that was asked for cannot serve. required, available: bytes, where it has too few."""
+    """The requested device cannot be used. required, available: bytes of memory, if it has too little."""
 
     def __init__(self, message: str, required: int | None = None, available: int | None = None) -> None:
         super().__init__(message)
@@ -43,11 +43,11 @@ class DeviceError(RefengineError):
 
 
 class HubError(RefengineError):
-    """A model named by its repo cannot be had: no such name, no access, no network, no room."""
+    """A model on the hub cannot be downloaded: wrong name, no access, no network, or no disk space."""
 
 
 class RequestError(RefengineError):
-    """An argument of a call is outside what is allowed. field: its name, where it is one of a request's fields."""
+    """An argument is not allowed. field: its name, if it is a field of a request."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -63,11 +63,11 @@ class DumpError(RefengineError):
 
 
 class KernelError(RefengineError):
-    """A kernel does not compile, is called wrongly, or does what it must not."""
+    """A kernel does not compile, is called with wrong arguments, or makes a forbidden access."""
 
 
 def install_hint(*extras: str) -> str:
-    """How to install extras of this package, from a checkout or from a wheel: it is in no package index."""
+    """How to install extras of this package, from a checkout or a wheel. The package is not in a package index."""
     names = ",".join(extras)
     return (
         f"install it with pip install '.[{names}]' in a checkout of refengine "
@@ -77,14 +77,14 @@ def install_hint(*extras: str) -> str:
 
 @contextlib.contextmanager
 def needs_extra(extra: str, what: str) -> Iterator[None]:
-    """Around imports: a library that is missing raises MissingLibraryError, which names it and the extra to install."""
+    """A context for imports. A missing library raises MissingLibraryError, which names it and the extra to install."""
     try:
         yield
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] == "refengine":
-            raise  # a fault of our own
+            raise  # a bug in refengine
         raise _missing(what, str(e.name), extra) from None
-    except MissingLibraryError as e:  # of a part inside; the extra of the whole brings that as well
+    except MissingLibraryError as e:  # from an inner import; the outer extra installs that library as well
         raise _missing(what, e.library, extra) from None
 
 
@@ -93,5 +93,5 @@ def _missing(what: str, library: str, extra: str) -> MissingLibraryError:
 
 
 def one_line(text: str) -> str:
-    """`text`, parts of which may come from a file, on one line and without what a terminal would obey."""
+    """`text` on one line, with control characters escaped. Parts of it may come from an untrusted file."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""A model: a file, a device and a numerics profile, ready to run. It knows nothing of the engine that serves it."""
+"""A model is a file on a device with a numerics profile, ready to run. Independent of the engine that runs it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from refengine.ops.dequant import Dequantized
 from refengine.tokenizer import Tokenizer
 from refengine.trace import Trace, Tracer, check_known, no_trace, to_numpy
 
-PACKAGED_MODEL = Path(__file__).parent / "data" / "haiku-q4_k_m.gguf"  # our own: trained by tools/haiku
-PREFILL_CHUNK = 512  # tokens a forward call, llama.cpp's default micro-batch
+PACKAGED_MODEL = Path(__file__).parent / "data" / "haiku-q4_k_m.gguf"  # trained by tools/haiku
+PREFILL_CHUNK = 512  # prompt tokens per forward pass, llama.cpp's default micro-batch
 
 
 class Model:
-    """A loaded model. `config`, `vocabulary` (None without one), `weights`, `gguf`, `ops`, `device`.
+    """A loaded model: `config`, `vocabulary` (None if the file has none), `weights`, `gguf`, `ops`, `device`.
 
-    make_runner: makes the runner of an engine from (model, cache, max_batch, graphs, trace); `load` hands it in. None
-                 means array code.
-    memory:      accounts for the memory of a device that runs kernels; None where arrays are used.
-    dequantized: how many weights were dequantised at load, and how long that took; None where that is left for later.
+    make_runner: makes an engine's runner from (model, cache, max_batch, graphs, trace); given by `load`. None means
+                 array code.
+    memory:      accounts for the device memory of the kernels; None for array code.
+    dequantized: how many weights were dequantised at load, and how long it took; None if none were.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class Model:
         self.n_ctx = n_ctx or config.n_ctx_train
         architecture = BY_ARCHITECTURE[config.arch]
         self._forward = architecture.forward
-        self._tensor_names: frozenset[str] | None = None  # of a forward pass, once they were wanted
-        self.decode = getattr(architecture, "decode", None)  # its fused step, where it has one
+        self._tensor_names: frozenset[str] | None = None  # of a forward pass; made when they are first needed
+        self.decode = getattr(architecture, "decode", None)  # the fused decode step, if the architecture has one
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises RequestError for a model whose file has no vocabulary."""
+        """The model's tokenizer. Raises RequestError if the model's file has no vocabulary."""
         if self.vocabulary is None:
             raise RequestError(f"{self.gguf.path} has no vocabulary: give the prompt as ids (--ids 1,2,3)")
         return self.vocabulary
 
     def new_cache(self, n_tokens: int, n_sequences: int = 1) -> KVCache:
-        """A KV cache with room for `n_sequences` sequences of `n_tokens` tokens each."""
+        """A KV cache for `n_sequences` sequences of `n_tokens` tokens each."""
         cfg = self.config
         return KVCache(
             self.ops.kv_arrays,
@@ -83,13 +83,13 @@ class Model:
         rows: Sequence[int] | None = None,
         trace: Tracer = no_trace,
     ) -> Any:
-        """One forward pass over new tokens of one or more sequences; logits (n_out, n_vocab) on the device.
+        """One forward pass over new tokens of one or more sequences; returns logits (n_out, n_vocab) on the device.
 
-        parts: sequences with the ids to append to each. rows: batch rows whose logits are wanted (default: all).
+        parts: sequences with the ids to append to each. rows: batch rows whose logits are needed (default: all).
         The keys and values are written, but the positions belong to the sequences only after `cache.commit(parts)`.
         """
         batch = cache.batch(parts, rows)
-        # Values out of range (a NaN on its way through float16, say) are the watch's business, not NumPy's warnings.
+        # No NumPy warnings about NaN or overflow: a trace with `watch` reports them.
         with np.errstate(all="ignore"), self.ops.workspace():
             return self._forward(self.config, self.weights, batch, cache, self.ops, trace)
 
@@ -100,7 +100,7 @@ class Model:
         rows: Sequence[int] | None = None,
         trace: Tracer = no_trace,
     ) -> Any:
-        """As `evaluate`, and commits the new positions: for callers that have a cache and no engine."""
+        """Like `evaluate`, and also commits the new positions. For callers that have a cache but no engine."""
         logits = self.evaluate(parts, cache, rows, trace)
         cache.commit(parts)
         return logits
@@ -113,11 +113,12 @@ class Model:
         chunk: int = PREFILL_CHUNK,
         progress: Callable[[int], object] | None = None,
     ) -> np.ndarray:
-        """Logits of every position of a prompt, (n, n_vocab) in the profile's type, fed `chunk` tokens at a time.
+        """The logits of every position of a prompt, (n, n_vocab) in the profile's type.
 
-        ids: a sequence, array or tensor of one axis. progress: called with the number of tokens after each chunk.
-        Raises `RequestError` for ids that are none, not one list of integers, outside the vocabulary, or more than the
-        context holds; `TraceError`, before anything is computed, where the trace names a tensor that does not exist.
+        ids: a one-dimensional sequence, array or tensor. chunk: the number of tokens in one forward pass.
+        progress: called after each chunk with its number of tokens.
+        Raises `RequestError` if ids are empty, not one list of integers, outside the vocabulary, or longer than the
+        context; `TraceError`, before anything is computed, if the trace names a tensor that does not exist.
         """
         prompt = listed_ids(ids)
         self.check_ids(prompt)
@@ -134,39 +135,40 @@ class Model:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def check_trace(self, trace: Tracer) -> None:
-        """Raise `TraceError` where a trace breaks at or replaces a tensor that this model does not have.
+        """Raise `TraceError` if a trace breaks at or replaces a tensor that this model does not have.
 
-        The names are those of a forward pass of one token, which is made when they are first wanted.
+        The first call runs a forward pass of one token to find the names of the tensors.
         """
         if not isinstance(trace, Trace) or not trace.wanted:
             return
         if self._tensor_names is None:
-            seen = Trace()
-            self.step([(CacheSequence(), [0])], self.new_cache(1), trace=seen)
-            self._tensor_names = frozenset(seen.seen)
+            recorder = Trace()
+            self.step([(CacheSequence(), [0])], self.new_cache(1), trace=recorder)
+            self._tensor_names = frozenset(recorder.seen)
         check_known(trace.wanted, self._tensor_names)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Ids of a prompt: text is encoded with the specials the metadata asks for, ids are taken as they are."""
+        """The ids of a prompt: text is encoded with the special tokens that the metadata demand, ids stay unchanged."""
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else listed_ids(prompt)
 
     def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise RequestError if ids are empty, outside the vocabulary, or longer than the context."""
         if len(ids) == 0:
             raise RequestError("the prompt is empty: give at least one token", "prompt")
         wrong = [i for i in ids if not 0 <= i < self.config.n_vocab]
         if wrong:
             raise RequestError(f"token id {wrong[0]} is outside the vocabulary of {self.config.n_vocab}", "prompt")
         if len(ids) > self.n_ctx:
-            raise RequestError(f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}", "prompt")
+            raise RequestError(f"the prompt has {len(ids)} tokens, but the context has {self.n_ctx}", "prompt")
 
 
 def listed_ids(ids: Any) -> list[int]:
-    """Token ids of one axis as a list: from a list, a NumPy or CuPy array, a torch tensor.
+    """Token ids as a list of int, from a one-dimensional sequence, NumPy or CuPy array, or torch tensor.
 
-    Raises `RequestError` for text, and for what is not one list of integers.
+    Raises `RequestError` for text, and for anything but one list of integers.
     """
     if isinstance(ids, str | bytes):
-        raise RequestError("the prompt is text where token ids are wanted: encode it first (model.tokenizer.encode)")
+        raise RequestError("the prompt is text, expected token ids: encode it first (model.tokenizer.encode)")
     if hasattr(ids, "tolist"):
         ids = ids.tolist()
     if not isinstance(ids, Iterable):

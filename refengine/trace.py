@@ -1,11 +1,11 @@
-"""Named tensors: record, watch for NaN and Inf, stop in the debugger, replace a value.
+"""Traces named tensors: records them, watches for NaN and Inf, stops in the debugger, replaces values.
 
-The forward pass hands every intermediate tensor to `trace(name, il, x)` and goes on with what comes
-back. Names are llama.cpp's: `Qcur-0` is tensor `Qcur` of layer 0. Where its graph uses a name twice
-(`Qcur`: product, with bias, after RoPE) the earlier ones carry an occurrence, `Qcur-0#0`, `Qcur-0#1`;
+The forward pass calls `trace(name, il, x)` with every intermediate tensor and continues with the returned
+one. Names are llama.cpp's: `Qcur-0` is tensor `Qcur` of layer 0. If llama.cpp's graph uses a name several times
+(`Qcur`: product, with bias, after RoPE), the earlier ones have a number, `Qcur-0#0`, `Qcur-0#1`;
 the plain name is the last one.
 
-Knows nothing of models, devices or files: an array is whatever supports `dtype` and slicing.
+Independent of models, devices and files: an array is any object with `dtype` and slicing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from refengine.errors import TraceError
 
 
 class Tracer(Protocol):
-    """What a forward pass calls. `il` is None for tensors that belong to no layer."""
+    """The function that a forward pass calls for each tensor. `il` is None for tensors outside the layers."""
 
     def __call__(self, name: str, il: int | None, x: Array, occurrence: int | None = None) -> Array: ...
 
@@ -42,24 +42,24 @@ def tensor_name(name: str, il: int | None, occurrence: int | None = None) -> str
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """A NumPy copy of an array of any device."""
+    """A NumPy copy of an array on any device."""
     return np.array(x) if isinstance(x, np.ndarray) else np.asarray(x.get())
 
 
-# Tensors that are shown from inside attention: (n_head, n_tokens, …).
+# Tensors inside attention, whose shape is (n_head, n_tokens, …).
 _HEADS_FIRST = ("kq-", "kq_soft_max-", "kq_exp-", "kqv-")
 
 
 class Trace:
     """A tracer that records, watches, breaks and replaces.
 
-    record:  regular expression; tensors whose full name matches (`re.search`) are copied to `tensors`.
-    watch:   stop at the first tensor that holds NaN or Inf, with a `TraceError` that names it and the coordinate.
-    replace: full name → array that takes the tensor's place, or a function of the tensor. Shapes must agree.
-    on_break: called instead of opening pdb, with the full name and the array (for other debuggers and for tests).
-    strict:  a breakpoint or replacement whose tensor does not exist is an error, before anything is computed.
+    record:   regular expression; tensors whose full name matches (`re.search`) are copied to `tensors`.
+    watch:    stop at the first tensor with NaN or Inf, with a `TraceError` that names it and the index.
+    replace:  full name → an array that replaces the tensor, or a function of the tensor. Shapes must be equal.
+    on_break: called with the full name and the array instead of opening pdb (for other debuggers and for tests).
+    strict:   a breakpoint or replacement whose tensor does not exist is an error before anything is computed.
 
-    A prompt fed in several calls of forward yields the rows of every call, joined by `result()`.
+    If a prompt is fed in several forward passes, `result()` joins their rows.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class Trace:
 
     @property
     def wanted(self) -> set[str]:
-        """Full names of the tensors that must exist: breakpoints and replacements, where they are strict."""
+        """The full names of the tensors that must exist: breakpoints and replacements, if the trace is strict."""
         return self.breakpoints | set(self.replace) if self._strict else set()
 
     def breakpoint(self, name: str) -> None:
-        """Stop in the debugger whenever tensor `name` (`Qcur-3`, or `Qcur-3#0` for an earlier occurrence) is made."""
+        """Stop in the debugger whenever tensor `name` is computed (`Qcur-3`, or `Qcur-3#0` for an earlier one)."""
         self.breakpoints.add(name)
 
     def __call__(self, name: str, il: int | None, x: Array, occurrence: int | None = None) -> Array:
@@ -102,14 +102,14 @@ class Trace:
             self._check_finite(full, x)
         value = self._replaced(full, x) if full in self.replace else x
         if full in self.breakpoints:
-            self._break(full, value, sys._getframe(1))  # last: the debugger would stop at any call that followed
+            self._break(full, value, sys._getframe(1))  # must be last: the debugger would stop at any call after it
         return value
 
     def result(self) -> dict[str, np.ndarray]:
-        """Recorded tensors by full name; several forward calls are joined along the rows where shapes allow.
+        """The recorded tensors by full name. Those of several forward passes are joined along the rows if shapes allow.
 
-        Tensors inside attention (`kq`, `kq_soft_max`, `kqv`) have heads, not rows, along their first axis: those of
-        several calls stay apart as `name@call`.
+        Tensors inside attention (`kq`, `kq_soft_max`, `kqv`) have heads, not rows, along their first axis; those of
+        several passes are not joined and named `name@pass`.
         """
         out: dict[str, np.ndarray] = {}
         for name, parts in self.tensors.items():
@@ -122,7 +122,7 @@ class Trace:
         return out
 
     def check_names(self) -> None:
-        """After a run: every break or replace name must have occurred. Raises `TraceError` naming the others."""
+        """Called after a run. Raises `TraceError` if a tensor to break at or to replace has not occurred."""
         check_known(self.wanted, self.seen)
 
     def _check_finite(self, full: str, x: Array) -> None:
@@ -132,7 +132,7 @@ class Trace:
         index = tuple(int(i) for i in np.argwhere(to_numpy(bad))[0])
         raise TraceError(
             f"tensor {full} is the first with a non-finite value: {float(x[index])} at {index} of shape "
-            f"{tuple(x.shape)} ({int(bad.sum())} in all)"
+            f"{tuple(x.shape)} ({int(bad.sum())} in total)"
         )
 
     def _break(self, full: str, x: Array, frame: Any) -> None:
@@ -140,14 +140,14 @@ class Trace:
         if self.on_break is not None:
             self.on_break(full, x)
             return
-        if hook == "0":  # as for breakpoint(): no debugger at all
+        if hook == "0":  # as for breakpoint(): no debugger
             return
         if hook:
             sys.breakpointhook()
             return
         print(
-            f"refengine: stopped after {full}, shape {tuple(x.shape)} {x.dtype}; it is the variable that the line "
-            "before has just set (`__return__` at the end of a function)",
+            f"refengine: stopped after {full}, shape {tuple(x.shape)} {x.dtype}; it is the variable that the previous "
+            "line has just set (`__return__` at the end of a function)",
             file=sys.stderr,
         )
         pdb.Pdb().set_trace(frame)
@@ -165,29 +165,29 @@ class Trace:
 
 
 def as_array(value: Any) -> Array:
-    """A NumPy or CuPy array as it is; a list, a torch tensor and the like as a NumPy array."""
+    """A NumPy or CuPy array unchanged; a list, a torch tensor or another array as a NumPy array."""
     if isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] == "cupy":
         return value
-    if hasattr(value, "detach"):  # torch: off its graph and its device; NumPy has no bfloat16
+    if hasattr(value, "detach"):  # torch: detach it from its graph and device; NumPy has no bfloat16
         value = value.detach().cpu()
         value = value.float() if str(value.dtype) == "torch.bfloat16" else value
     return np.asarray(value)
 
 
 def check_known(wanted: Iterable[str], known: Collection[str]) -> None:
-    """Raise `TraceError` naming the tensors that are wanted and not known."""
+    """Raise `TraceError` with the names in `wanted` that are not in `known`."""
     unknown = sorted(set(wanted) - set(known))
     if unknown:
         raise TraceError(f"no such tensor: {', '.join(unknown)}; this model has {_summary(known)}")
 
 
 def _like(x: Array, value: np.ndarray) -> Array:
-    """`value` on the device of `x`."""
-    out: Any = x.copy().astype(value.dtype)  # CuPy's
+    """A copy of `value` on the device of `x`, which is a CuPy array."""
+    out: Any = x.copy().astype(value.dtype)
     out.set(np.ascontiguousarray(value))
     return out
 
 
 def _summary(names: Iterable[str]) -> str:
     layers = sorted({n for n in names if n.endswith("-0") or "-" not in n})
-    return ", ".join(layers) if layers else "no tensors (nothing was run)"
+    return ", ".join(layers) if layers else "no tensors (no forward pass was run)"

@@ -1,9 +1,9 @@
-"""A model's tensors on a device, under their GGUF names.
+"""A model's tensors on a device, accessed by their GGUF names.
 
-`blk.3.attn_q.weight` is `weights.layers[3].attn_q`, its bias `weights.layers[3].attn_q_bias`,
+`blk.3.attn_q.weight` is `weights.layers[3].attn_q`, its bias is `weights.layers[3].attn_q_bias`, and
 `token_embd.weight` is `weights.token_embd`. Matrices stay as the file stores them (`Matrix`: raw blocks, type,
 shape); vectors (norms, biases, sinks, RoPE factors) are float32 arrays. Every architecture declares its
-tensors (`tensors(cfg)` in its model file); one that is missing, extra or of another shape is an error.
+tensors (`tensors(cfg)` in its model file); a missing or additional tensor, or one of another shape, is an error.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from refengine.array import Array
 from refengine.errors import ModelError
 from refengine.gguf.file import GGUFFile, TensorInfo, Unread
 
-CHUNK_BYTES = 1 << 20  # of a copy to a GPU; W-1222
+CHUNK_BYTES = 1 << 20  # size of one copy to a GPU; W-1222
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What an architecture expects of one tensor. `shape` in NumPy order; None = may be absent."""
+    """What an architecture expects of one tensor. shape: in NumPy order. optional: the tensor may be absent."""
 
     shape: tuple[int, ...]
     optional: bool = False
-    same_as: str | None = None  # where absent, this other tensor serves (tied embedding)
+    same_as: str | None = None  # the tensor to use if this one is absent (tied embedding)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight matrix as stored: `data` holds `shape[-1] // block_size` blocks a row, rows one after another.
+    """A weight matrix as stored: `data` has `shape[-1] // block_size` blocks per row, row after row.
 
     shape: (n_out, n_in), or (n_expert, n_out, n_in) for the matrices of a mixture of experts.
     """
@@ -46,7 +46,7 @@ class Matrix:
     data: Array | Unread  # uint8, (n_bytes,)
 
     def rows(self, start: int, stop: int) -> Array | Unread:
-        """Raw bytes of rows start..stop, counted over all experts; a view."""
+        """A view of the raw bytes of rows start..stop, counted over all experts."""
         row_bytes = self.data.shape[0] // int(np.prod(self.shape[:-1]))
         return self.data[start * row_bytes : stop * row_bytes]
 
@@ -62,11 +62,11 @@ class Layer:
 
 
 class Weights:
-    """All tensors of a model. Attributes are GGUF names; `layers` is a list with one `Layer` a layer."""
+    """All tensors of a model. Attributes are GGUF names; `layers` is a list with one `Layer` per layer."""
 
     def __init__(self, tensors: Mapping[str, Matrix | Array | None], n_layer: int) -> None:
         self.layers = [Layer() for _ in range(n_layer)]
-        self.n_bytes = 0  # tensor bytes on the device
+        self.n_bytes = 0  # bytes of all tensors on the device
         for name, value in tensors.items():
             owner, attribute = self._place(name)
             setattr(owner, attribute, value)
@@ -78,33 +78,32 @@ class Weights:
         return owner, match[2] + ("_bias" if match[3] == "bias" else "")
 
     def products(self) -> list[Matrix]:
-        """The matrices that a forward pass multiplies with, each once: those of the layers, then the others.
+        """The matrices that a forward pass multiplies with, each once: first those of the layers, then the others.
 
-        Rows of an embedding (`token_embd`, `position_embd`) are only looked up, unless it is the output matrix as well.
+        An embedding (`token_embd`, `position_embd`) is not among them unless it is also the output matrix.
         """
         owners: list[Any] = [*self.layers, self]
-        found = [v for o in owners for k, v in vars(o).items() if isinstance(v, Matrix) and not k.endswith("_embd")]
-        return list({w.name: w for w in found}.values())
+        matrices = [v for o in owners for k, v in vars(o).items() if isinstance(v, Matrix) and not k.endswith("_embd")]
+        return list({w.name: w for w in matrices}.values())
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"no tensor {name} is declared for this model by tensors(cfg)")
 
 
 class Placement(Protocol):
-    """Where tensors go. in_place: whether matrices stay views of the file.
-
-    matrix: a matrix on the host, or one that is not yet read → as the device keeps it; done(n) after each part of n
-    bytes.
-    """
+    """Puts tensors on a device. in_place: whether matrices stay views of the file."""
 
     in_place: bool
 
-    def matrix(self, w: Matrix, done: Callable[[int], None]) -> Any: ...
-    def vector(self, values: np.ndarray) -> Array: ...
+    def matrix(self, w: Matrix, done: Callable[[int], None]) -> Any:
+        """Put a matrix, which may not be read yet, on the device. Calls done(n) after each part of n bytes."""
+
+    def vector(self, values: np.ndarray) -> Array:
+        """Put a float32 vector on the device."""
 
 
 class ArrayPlacement:
-    """As the file stores them, on NumPy (a view of the mapping, or with `copied` read into memory) or CuPy."""
+    """Keeps matrices as stored, in NumPy arrays (views of the mapped file, or copies if `copied`) or CuPy arrays."""
 
     def __init__(self, xp: Any, copied: bool = False, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.in_place = xp is np and not copied
@@ -120,13 +119,13 @@ class ArrayPlacement:
 
 
 def read(xp: Any, stored: Array | Unread, chunk_bytes: int = CHUNK_BYTES) -> Array:
-    """Bytes (n,) in the memory of NumPy, or of a GPU, which takes no more than `chunk_bytes` of the host's."""
+    """Stored bytes (n,) as an array of `xp`. Copying to a GPU uses at most `chunk_bytes` of host memory."""
     if xp is np:
         return np.asarray(stored)
-    there = xp.empty(stored.shape, np.uint8)
+    result = xp.empty(stored.shape, np.uint8)
     for start in range(0, stored.nbytes, chunk_bytes):
-        there[start : start + chunk_bytes].set(np.asarray(stored[start : start + chunk_bytes]))
-    return there
+        result[start : start + chunk_bytes].set(np.asarray(stored[start : start + chunk_bytes]))
+    return result
 
 
 def load_weights(
@@ -136,11 +135,11 @@ def load_weights(
     place: Placement,
     progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
-    """Check the file's tensors against `specs`, then put them where `place` says.
+    """Check the file's tensors against `specs`, then put them on the device with `place`.
 
-    progress(bytes_done, bytes_total) comes after each tensor, and after parts of a large one.
-    Raises `ModelError` for a missing, unexpected or wrongly shaped tensor or an unsupported type, all found first;
-    `GGUFError` where the file has become shorter, unless tensors stay in place.
+    progress(bytes_done, bytes_total) is called after each tensor, and after parts of a large one.
+    Raises `ModelError` for a missing, unexpected or wrongly shaped tensor or an unsupported type, before any is loaded;
+    `GGUFError` if the file has become shorter, unless tensors stay in place.
     """
     check_tensors(gguf, specs)
     total = sum(info.n_bytes for info in gguf.tensors.values())
@@ -169,7 +168,7 @@ def load_weights(
 
 
 def check_tensors(gguf: GGUFFile, specs: Mapping[str, TensorSpec]) -> None:
-    """Raise `ModelError` naming the missing, unexpected, wrongly shaped and unsupported tensors (a few of each)."""
+    """Raise `ModelError` for missing, unexpected, wrongly shaped or unsupported tensors; it names a few of each."""
     missing = [n for n, s in specs.items() if not s.optional and n not in gguf.tensors]
     unexpected = [n for n in gguf.tensors if n not in specs]
     wrong = [
@@ -191,7 +190,7 @@ _VECTOR_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantiz
 
 
 def is_vector(info: TensorInfo) -> bool:
-    """Vectors, and the small per-expert bias tables, are wanted as float32 at every use."""
+    """Whether a tensor is kept as float32: vectors, and the small bias tables of experts."""
     return len(info.shape) == 1 or info.name.endswith(".bias")
 
 
@@ -206,11 +205,11 @@ def _dims(shape: tuple[int, ...]) -> str:
 
 
 def quant_kind(gguf: GGUFFile) -> str:
-    """The file's dominant type as people name it: `Q4_K_M`, `MXFP4`, `F32`…
+    """The usual name of the file's quantisation: `Q4_K_M`, `MXFP4`, `F32`…
 
-    From `general.file_type` (llama.cpp's `llama_ftype`), else the type that holds the most bytes.
+    Read from `general.file_type` (llama.cpp's `llama_ftype`); without it, the tensor type with the most bytes.
     """
-    from gguf import LlamaFileType  # not at the top: only `inspect` and the worker ask
+    from gguf import LlamaFileType  # not at the top: only a few commands need it
 
     value = gguf.metadata.get("general.file_type")
     if isinstance(value, int) and value in {int(t) for t in LlamaFileType} and value != int(LlamaFileType.GUESSED):

@@ -393,7 +393,7 @@ def test_other_base_on_sliding_layers_is_refused(tmp_path: Path) -> None:
 def test_experts_only_where_the_architecture_has_them(tmp_path: Path) -> None:
     assert "not supported" in refused(tmp_path, "llama", "expert_count", (U32, 8))
     assert read(tmp_path, "llama", {"expert_count": (U32, 0)}).n_expert == 0
-    assert "10 experts used of only 9" in refused(tmp_path, "gpt-oss", "expert_used_count", (U32, 10))
+    assert "10 experts used, but there are only 9" in refused(tmp_path, "gpt-oss", "expert_used_count", (U32, 10))
     assert read(tmp_path, "gpt-oss", {"expert_used_count": (U32, 9)}).n_expert_used == 9
 
 

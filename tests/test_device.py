@@ -86,7 +86,7 @@ def test_auto_falls_back_and_says_why(monkeypatch: pytest.MonkeyPatch, cuda: Fak
     install(monkeypatch, cuda)
     device = open_device("auto")
     assert (device.xp, device.name) == (np, "cpu")
-    assert device.reason.startswith("no GPU serves: device cuda:0")
+    assert device.reason.startswith("no GPU is usable: device cuda:0")
     assert ("needs CuPy" in device.reason) == (cuda is None)
 
 

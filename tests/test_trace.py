@@ -154,7 +154,7 @@ def test_watch_names_the_first_bad_tensor(
     with pytest.raises(TraceError, match="is the first with a non-finite value") as caught:
         model.forward(IDS, trace=Trace(watch=True))
     message = str(caught.value)
-    assert re.search(r"(nan|-?inf) at \(0, 5\) of shape \(7, \d+\) \(7 in all\)", message), message
+    assert re.search(r"(nan|-?inf) at \(0, 5\) of shape \(7, \d+\) \(7 in total\)", message), message
     assert f"tensor {tensor} is" in message
     assert load(paths[arch]).forward(IDS, trace=Trace(watch=True)).shape[0] == 7, "control: a sound model passes"
 
@@ -165,7 +165,7 @@ def test_watch_sees_every_tensor_before_the_next_is_made(paths: dict[str, Path],
     planted = {"token_embd.weight": (embedding.shape, 0, float_bytes(embedding))}
     model = load(rewrite(paths["gpt2"], tmp_path / "bad.gguf", tensors=planted))
     trace = Trace(watch=True)
-    with pytest.raises(TraceError, match=r"tensor embd is .* nan at \(2, 11\) of shape \(7, 96\) \(1 in all\)"):
+    with pytest.raises(TraceError, match=r"tensor embd is .* nan at \(2, 11\) of shape \(7, 96\) \(1 in total\)"):
         model.forward(IDS, trace=trace)
     assert list(trace.seen) == ["embd"]
 
@@ -240,7 +240,7 @@ def test_unknown_names_are_reported_with_the_known_ones(llama: Model) -> None:
 
 
 def test_names_of_a_run_that_never_happened() -> None:
-    with pytest.raises(TraceError, match="nothing was run"):
+    with pytest.raises(TraceError, match="no forward pass was run"):
         Trace(breakpoints=["Qcur-0"]).check_names()
 
 

@@ -1,11 +1,11 @@
-"""Two source trees of this project on the same model and card, in turns: is the second as fast as the first?
+"""Compares the speed of two source trees of this project on the same model and device, in turns.
 
     python -m tools.bench_commits --trees BEFORE AFTER --model M.gguf --device cuda [--rounds 3] [--output FILE.json]
 
-Each round starts a process per tree, in alternating order, so that a drift of clocks or of the machine meets both. A
-process loads the model and measures one stream (time to the first token of `--prompt` tokens, then tokens a second) and
-`--requests` streams at once, all with greedy sampling and random ids, after one unmeasured repetition. Printed are
-medians with lowest and highest, and the second tree's median over the first's.
+Each round starts a process per tree, in alternating order, so that a drift of clocks or of the machine affects both. A
+process loads the model and measures one stream (time to the first token for `--prompt` tokens, then tokens per second)
+and `--requests` streams at once, with greedy sampling and random ids, after one repetition that is not measured. Prints
+medians with the lowest and highest value, and the ratio of the second tree's median to the first's.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ print(json.dumps(found))
 
 
 def measure(tree: Path, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Figures of one process that runs the package of `tree`. Raises CalledProcessError where it fails."""
+    """The figures of one process that runs the package of `tree`. Raises CalledProcessError if it fails."""
     numbers = (arguments.prompt, arguments.tokens, arguments.requests, arguments.repeats)
     command = [sys.executable, "-c", MEASURE, str(arguments.model.resolve()), arguments.device, *map(str, numbers)]
     # `python -c` looks into the current folder first: that is where the tree's own package is.
@@ -78,7 +78,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
-    """For each figure: its summary on the first and second tree, and the ratio of their medians."""
+    """For each figure: its summary for the first and the second tree, and the ratio of their medians."""
     values: list[dict[str, list[float]]] = [{}, {}]
     for turn in range(arguments.rounds):
         for i in (0, 1) if turn % 2 == 0 else (1, 0):
@@ -98,12 +98,12 @@ def main() -> int:
     parser.add_argument("--trees", nargs=2, type=Path, required=True, metavar=("BEFORE", "AFTER"), help="source trees")
     parser.add_argument("--model", type=Path, required=True, help="GGUF file")
     parser.add_argument("--device", default="cuda", help="cpu, cuda, cuda:N or host (default: cuda)")
-    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default: 512)")
+    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="prompt tokens (default: 512)")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to generate (default: 128)")
     parser.add_argument("--requests", type=int, default=8, metavar="N", help="streams at once (default: 8)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes per tree (default: 3)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements per process (default: 3)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write every figure there")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write all figures to this file")
     arguments = parser.parse_args()
     results = bench(arguments)
     if arguments.output:

@@ -1,10 +1,10 @@
-"""What each of the engine's features buys: tokens a second and first-token latency with each of them switched off.
+"""Measures the gain of each engine feature: tokens per second and first-token latency with one feature off at a time.
 
     python -m tools.bench_engine --model M.gguf --device cuda [--output FILE.json]
 
-A stream of one: a prompt alone, then its tokens one by one. A batch: `--requests` at once, whose prompts begin with the
-same `--system` tokens. Both are timed with everything on, and with one feature off at a time. Greedy, no stop; each
-measurement after one that warms up; medians over `--rounds`.
+Measures a single stream (a prompt, then its tokens one by one), and a batch of `--requests` requests at once, whose
+prompts begin with the same `--system` tokens. Both are timed with all features, and with one feature off at a time.
+Greedy sampling without stop strings; each measurement follows a warm-up; results are medians over `--rounds`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def alone(engine: Engine, ids: list[int], n_tokens: int) -> dict[str, float]:
-    """Seconds to the first token, and tokens a second after it, of one request."""
+    """The seconds to the first token, and the tokens per second after it, for one request."""
     generation = engine.start(ids, SamplingParams(temperature=0, max_tokens=n_tokens))
     times = []
     for _ in range(n_tokens):
@@ -54,7 +54,7 @@ def alone(engine: Engine, ids: list[int], n_tokens: int) -> dict[str, float]:
 
 
 def together(engine: Engine, prompts: list[list[int]], n_tokens: int) -> dict[str, float]:
-    """Of requests that come at once: tokens a second of all, first-token latencies, prompt tokens computed."""
+    """For requests that arrive together: total tokens per second, first-token latencies, computed prompt tokens."""
     start = time.perf_counter()
     params = SamplingParams(temperature=0, max_tokens=n_tokens)
     requests = [engine.start(prompt, params) for prompt in prompts]
@@ -116,15 +116,15 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="GGUF file (default: the packaged model)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or host")
-    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default 512)")
-    parser.add_argument("--system", type=int, default=512, metavar="N", help="tokens that prompts of a batch share")
+    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="prompt tokens (default 512)")
+    parser.add_argument("--system", type=int, default=512, metavar="N", help="tokens that the prompts of a batch share")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to generate (default 64)")
     parser.add_argument("--requests", type=int, default=8, metavar="N", help="requests at once (default 8)")
-    parser.add_argument("--step-tokens", type=int, default=512, metavar="N", help="budget of a step (default 512)")
+    parser.add_argument("--step-tokens", type=int, default=512, metavar="N", help="tokens of a step (default 512)")
     parser.add_argument("--cache", type=int, default=16384, metavar="N", help="positions of the KV cache")
-    parser.add_argument("--ctx", type=int, default=2048, metavar="N", help="context in tokens (default 2048)")
+    parser.add_argument("--ctx", type=int, default=2048, metavar="N", help="context length in tokens (default 2048)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="also write everything as JSON there")
+    parser.add_argument("--output", type=Path, help="also write all results as JSON to this file")
     return parser.parse_args(arguments)
 
 

@@ -1,10 +1,10 @@
-"""Products with quantised weights on a GPU: how much of the memory's speed they reach.
+"""Measures products with quantised weights on a GPU, and how much of the memory bandwidth they reach.
 
     python -m tools.bench_kernels [--output FILE.json]
 
-For matrices of the target models, at 1, 8, 64 and 512 rows: time of one product (median of several rounds, each over
-so many copies of the weights that none is in the cache), GB/s of weights read, that as a share of a measured copy, and
-the time of cuBLAS with float16 weights.
+For matrices of the target models, with 1, 8, 64 and 512 rows: the time of one product (median of several rounds, each
+over so many copies of the weights that none is in the cache), the GB/s at which weights are read, the ratio of that to
+a measured copy, and the time of cuBLAS with float16 weights.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ROUNDS = 5
 
 
 def repeated_matrix(xp: Any, kind: str, n_out: int, n_in: int) -> PackedMatrix:
-    """A matrix of which each 64 rows are the same: only sizes matter here."""
+    """A matrix in which every 64 rows are repeated, because only its size matters here."""
     fmt = quants.SUPPORTED[GGMLQuantizationType[kind]]
     n_bytes = 64 * n_in // fmt.block_size * fmt.block_bytes
     raw = np.random.default_rng(0).integers(0, 60, n_bytes, dtype=np.uint8)
@@ -62,7 +62,7 @@ def repeated_matrix(xp: Any, kind: str, n_out: int, n_in: int) -> PackedMatrix:
 
 
 def seconds(xp: Any, run: Any, n: int, stream: Any = None, each: int = 1) -> list[float]:
-    """Seconds of one of `run(i)`, i from 0 to n - 1, by `each`, for every round; the first round warms up."""
+    """The seconds of one call of `run(i)`, i from 0 to n - 1, by `each`, for every round after a warm-up round."""
     times = []
     for _ in range(ROUNDS + 1):
         start, stop = xp.cuda.Event(), xp.cuda.Event()
@@ -76,7 +76,7 @@ def seconds(xp: Any, run: Any, n: int, stream: Any = None, each: int = 1) -> lis
 
 
 def graph_seconds(xp: Any, run: Any, n: int) -> list[float]:
-    """As `seconds`, of a CUDA graph: what is measured is the kernels, not Python."""
+    """Like `seconds`, with a CUDA graph, so that only the kernels are measured and not Python."""
     stream = xp.cuda.Stream(non_blocking=True)
     with stream:
         run(0)
@@ -89,7 +89,7 @@ def graph_seconds(xp: Any, run: Any, n: int) -> list[float]:
 
 
 def cublas_seconds(xp: Any, n_out: int, n_in: int, n_rows: int) -> float:
-    """A float16 product of the same shape through cuBLAS, weights cold where one copy is small."""
+    """The time of a float16 product of the same shape with cuBLAS; small weights are copied to avoid the cache."""
     n_copies = max(1, min(16, COLD_BYTES // (2 * n_out * n_in)))
     weights = [(xp.random.standard_normal((n_in, n_out), dtype=xp.float32)).astype(xp.float16) for _ in range(n_copies)]
     x = (xp.random.standard_normal((n_rows, n_in))).astype(xp.float16)
@@ -102,7 +102,7 @@ def cublas_seconds(xp: Any, n_out: int, n_in: int, n_rows: int) -> float:
 
 
 def copy_bandwidth(xp: Any) -> float:
-    """Bytes a second that a copy within device memory reads and writes."""
+    """The bytes per second that a copy within device memory reads and writes."""
     source = xp.zeros(1 << 30, xp.uint8)
     target = xp.empty_like(source)
     return float(2 * source.nbytes / np.median(seconds(xp, lambda i: xp.copyto(target, source), 10)))
@@ -137,7 +137,7 @@ def bench(xp: Any, kernels: Kernels, kind: str, n_out: int, n_in: int, n_rows: i
 
 
 def run_all(xp: Any, rows: Sequence[int]) -> dict[str, Any]:
-    """The figures of all shapes, printed as they come."""
+    """The figures of all shapes; each is printed as soon as it is measured."""
     kernels = Kernels("cuda")
     copied = copy_bandwidth(xp)
     print(f"copy {copied / 1e9:.0f} GB/s (read and written)")
@@ -161,9 +161,9 @@ def run_all(xp: Any, rows: Sequence[int]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="also write JSON there")
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON to this file")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of activations")
-    parser.add_argument("--commit", default="", help="of the sources, for the record")
+    parser.add_argument("--commit", default="", help="commit of the sources, to be recorded")
     given = parser.parse_args()
     xp = open_device("cuda").xp
     found = run_all(xp, given.rows)

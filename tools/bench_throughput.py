@@ -1,10 +1,10 @@
-"""Load time, peak memory, prefill and decode speed of refengine and of llama.cpp on the same file and machine.
+"""Measures load time, peak memory, prefill and decode speed of refengine and llama.cpp on the same file and machine.
 
     python -m tools.bench_throughput --model model.gguf --threads 2
 
-Engines run in processes of their own, in turns, so that neither warms up nor crowds out the other. Prefill is
-`--prompt-tokens` tokens at once into an empty cache, decode `--decode-tokens` single tokens after them; both after one
-warm-up run. Reported are the median and the spread (lowest, highest) over `--rounds` runs.
+Each engine runs in its own process, in turns, so that neither affects the other. Prefill is `--prompt-tokens` tokens at
+once with an empty cache, decode is `--decode-tokens` single tokens after them; both follow a warm-up run. Reports the
+median and the spread (lowest, highest) over `--rounds` runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENGINES = ("refengine", "llama.cpp", "llama.cpp-repacked")
 
 
 def measure(engine: str, model: str, numerics: str, n_prompt: int, n_decode: int, rounds: int, threads: int) -> Any:
-    """Run one engine in this process; seconds per run as lists."""
+    """Run one engine in this process; returns the seconds per run as lists."""
     start = time.perf_counter()
     if engine == "refengine":
         begin, run = _refengine(model, numerics)
@@ -88,7 +88,7 @@ def _llamacpp(engine: str, path: str, threads: int, n_ctx: int) -> Engine:
 
 
 def report(results: list[dict[str, Any]], n_prompt: int, n_decode: int) -> list[str]:
-    """A table, one line an engine: medians with (lowest, highest)."""
+    """A table with one line per engine: medians with (lowest, highest)."""
     lines = [f"{'engine':20} {'load s':>7} {'first s':>8} {'prefill tok/s':>22} {'decode tok/s':>22} {'peak MiB':>9}"]
     for r in results:
         prefill = _rates(r["prefill_s"], n_prompt)
@@ -108,13 +108,13 @@ def _rates(seconds: list[float], n: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="GGUF file")
-    parser.add_argument("--engine", action="append", choices=ENGINES, help="which to run (default: all)")
-    parser.add_argument("--numerics", default="exact", help="profile of refengine (default: exact)")
+    parser.add_argument("--engine", action="append", choices=ENGINES, help="engine to run (default: all); repeatable")
+    parser.add_argument("--numerics", default="exact", help="refengine's numerics profile (default: exact)")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--decode-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", help="also write everything as JSON to this file")
+    parser.add_argument("--output", help="also write all results as JSON to this file")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:

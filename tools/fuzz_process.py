@@ -1,4 +1,4 @@
-"""The worker that `fuzz_worker.py` sends its requests to: its process, log and figures."""
+"""The worker that `fuzz_worker.py` tests: its process, log and resources."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANSWER_WITHIN_S = 60.0
 
 
 class WorkerUnderTest:
-    """A worker with its log in a file. program: what runs in place of `-m refengine`."""
+    """A worker's process with its log in a file. program: Python arguments to use instead of `-m refengine`."""
 
     def __init__(self, folder: Path, arguments: Sequence[str], program: Sequence[str]) -> None:
         self.port = free_port()
@@ -54,7 +54,7 @@ class WorkerUnderTest:
         return metric(httpx.get(f"{self.url}/metrics", timeout=ANSWER_WITHIN_S).text, name, **labels)
 
     def unexpected(self) -> list[str]:
-        """Lines of the log that no request should cause."""
+        """The lines of the log that no request may cause."""
         found = []
         for line in self._log.read_text(errors="replace").splitlines():
             try:
@@ -67,7 +67,7 @@ class WorkerUnderTest:
         return found
 
     def end(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(30)

@@ -1,4 +1,4 @@
-"""What no HTTP library would send: made at random, sent on a bare socket, and the statuses that came back."""
+"""Random requests that no HTTP library would send. They are sent on a bare socket; the response statuses are read."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def flipped(rng: random.Random) -> bytes:
 
 
 def bad_json(rng: random.Random) -> bytes:
-    """A valid body with one thing in it that JSON has not, or that is in the wrong place."""
+    """A valid body with one element that JSON does not have, or that is in the wrong place."""
     path = rng.choice(list(BODIES))
     text = json.dumps(BODIES[path])
     at = rng.randrange(len(text))
@@ -122,7 +122,7 @@ def huge_head(rng: random.Random) -> bytes:
 
 
 def chunks(rng: random.Random) -> bytes:
-    """Chunked encoding, right or with a fault."""
+    """A body in chunked encoding, valid or with an error."""
     path = rng.choice(list(BODIES))
     body = json.dumps(BODIES[path]).encode()
     cut = rng.randrange(1, len(body))
@@ -142,7 +142,7 @@ def chunks(rng: random.Random) -> bytes:
 
 
 def smuggled(rng: random.Random) -> bytes:
-    """Shapes in which two readers see the end of a request in different places."""
+    """Requests whose length is ambiguous (request smuggling)."""
     inner = b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n"
     size = len(inner)
     shapes = [
@@ -173,7 +173,7 @@ def pipelined(rng: random.Random) -> bytes:
 
 
 def odd_request(rng: random.Random) -> bytes:
-    """Methods, targets, versions and headers of all kinds."""
+    """Requests with methods, targets, versions and headers of all kinds."""
     targets = [
         *PATHS,
         "*",
@@ -220,7 +220,7 @@ MAKERS: list[Callable[[random.Random], bytes]] = [
 
 
 def raw_case(port: int, rng: random.Random) -> tuple[str, list[int], float]:
-    """Send one: the name of its kind, the statuses of what was answered, and how long it took."""
+    """Send a request; returns the name of its kind, the statuses of the responses, and the seconds it took."""
     make = rng.choice(MAKERS)
     data, start = make(rng), time.monotonic()
     patient = make in (valid, bad_json, bad_utf8)  # a whole request: an answer must come

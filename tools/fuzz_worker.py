@@ -1,14 +1,14 @@
-"""Thousands of wrong and odd requests at a worker of its own, and whether it is as good afterwards as before.
+"""Sends thousands of invalid and unusual requests to a worker, and checks that it still works correctly afterwards.
 
 python -m tools.fuzz_worker --requests 10000
 
-Half are bodies that schemathesis makes of the worker's own OpenAPI document, that fit their schema and that do not;
-half are what `fuzz_raw.py` sends on bare sockets. Several clients send at once; one more asks for the worker's health.
+Half of them are bodies that schemathesis makes from the worker's OpenAPI document, valid and invalid ones; the other
+half are those of `fuzz_raw.py` on bare sockets. Several clients send at once; another one requests the worker's health.
 
-Found wrong: a status 500; an answer that is none (JSON that does not parse, a stream without its one last event); a
-body against its schema that is taken; an unexpected error in the log; a request or a health check that takes too long;
-and, afterwards, blocks, sequences, sockets, files or memory that are not given back, a haiku that is another one, an
-exit code that is not 0. Exit code 1 then. A summary as JSON goes to stdout.
+These are failures: a status 500; an invalid response (JSON that does not parse, a stream without exactly one last
+event); an accepted body that violates its schema; an unexpected error in the log; a request or a health check that
+takes too long; and, afterwards, blocks, sequences, sockets, files or memory that are not freed, a haiku that differs,
+or an exit code other than 0. With a failure, the exit code is 1. A summary is printed to stdout as JSON.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ HAIKU = {
 }
 LEFT_OUT = {"/shutdown"}
 ALLOWED = {100, 200, 202, 400, 403, 404, 405, 408, 409, 413, 414, 421, 431, 499, 501, 503, 504, 505}
-FEW_TOKENS = 6  # of an answer, but for one request in twenty
+FEW_TOKENS = 6  # maximum tokens of most answers; one request in twenty may have more
 HEALTH_WITHIN_S = 5.0
-GIVEN_BACK_WITHIN_S = 20.0  # connections that nobody closed are, after 10 s
-PARTS = 10  # of a run, with a look at the memory after each
+GIVEN_BACK_WITHIN_S = 20.0  # the worker closes idle connections after 10 s
+PARTS = 10  # of a run; memory is measured after each
 MAX_GROWTH = 8 << 20  # bytes of resident memory in the second half: the first fills caches
 MAX_FINDINGS = 50
 
 
 @dataclass
 class Report:
-    """What was sent, answered and found; any thread may add."""
+    """Counts of requests and responses, and the failures found. Any thread may add to it."""
 
     statuses: Counter[str] = field(default_factory=Counter)  # of the bodies, by route and mode
     raw: Counter[str] = field(default_factory=Counter)  # by kind
@@ -77,7 +77,7 @@ class Report:
 
 
 class Fuzz:
-    """One run against one worker."""
+    """One run with one worker."""
 
     def __init__(
         self, worker: WorkerUnderTest, n_requests: int, seed: int, n_threads: int, by_schema: float, shown: bool
@@ -159,7 +159,7 @@ class Fuzz:
         }
 
     def _send(self, document: dict[str, Any], n: int, part: int) -> None:
-        """n requests: bodies by schema and raw ones, each kind spread over all of the time."""
+        """Send n requests, made by schema and raw ones, evenly mixed."""
         n_bodies = round(n * self._by_schema)
         raw = Spread(n - n_bodies, n_bodies, lambda: self._submit(self._raw, self._random.getrandbits(64)))
         for path, mode, body in bodies(document, n_bodies, self._seed * PARTS + part) if n_bodies else ():
@@ -187,7 +187,7 @@ class Fuzz:
             self.report.found(f"the client failed: {type(error).__name__}: {error}")
 
     def _brief(self, body: Any) -> Any:
-        """Most answers short; what was made otherwise stays as it is."""
+        """Limit the length of most answers; other fields are unchanged."""
         if not isinstance(body, dict) or not {"prompt", "messages"} & set(body) or self._random.random() < 0.05:
             return body
         name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
@@ -244,7 +244,7 @@ class Fuzz:
         return "".join(event["t"] for event in data if "t" in event)
 
     def _idle(self) -> None:
-        """No sequence holds a block, none waits."""
+        """Check that no sequence has a block or waits."""
 
         def idle() -> bool:
             of = self._worker.metric
@@ -262,7 +262,7 @@ class Fuzz:
 
 
 class Spread:
-    """Calls a function n times, spread over m steps."""
+    """Calls a function n times, evenly spread over m steps."""
 
     def __init__(self, n: int, m: int, function: Callable[[], None]) -> None:
         self._n, self._m, self._function = n, max(m, 1), function
@@ -280,7 +280,7 @@ class Spread:
 
 
 def bodies(document: dict[str, Any], n: int, seed: int) -> list[tuple[str, str, Any]]:
-    """n bodies for the POST routes of an OpenAPI document, shuffled: path, `valid` or `invalid`, and a JSON value."""
+    """n shuffled bodies for the POST routes of an OpenAPI document: path, `valid` or `invalid`, and a JSON value."""
     import schemathesis
     from schemathesis import GenerationMode
 
@@ -321,7 +321,7 @@ def _examples(strategy: Any, n: int, seed: int) -> list[Any]:
 
 
 def _problem(response: httpx.Response) -> str | None:
-    """What is wrong with the form of an answer."""
+    """The problem with the form of a response; None if it is valid."""
     kind = response.headers.get("content-type", "")
     if not kind.startswith("text/event-stream"):
         try:
@@ -352,7 +352,7 @@ def fuzz(
     program: Sequence[str] = ("-m", "refengine"),
     shown: bool = False,
 ) -> dict[str, Any]:
-    """A worker, that many requests, and what came of it. by_schema: the share of bodies that schemathesis makes."""
+    """Start a worker, send requests, and return the summary. by_schema: the share of bodies made by schemathesis."""
     with worker_under_test(arguments, program) as worker:
         return Fuzz(worker, n_requests, seed, n_threads, by_schema, shown).run()
 
@@ -360,10 +360,12 @@ def fuzz(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same requests for the same number")
-    parser.add_argument("--threads", type=int, default=4, metavar="N", help="clients that send at once")
-    parser.add_argument("--by-schema", type=float, default=0.5, metavar="X", help="share of bodies by schemathesis")
-    parser.add_argument("arguments", nargs="*", help="of `refengine serve` (default: --device cpu), after --")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the requests")
+    parser.add_argument("--threads", type=int, default=4, metavar="N", help="number of parallel clients")
+    parser.add_argument(
+        "--by-schema", type=float, default=0.5, metavar="X", help="share of bodies by schemathesis, 0 to 1"
+    )
+    parser.add_argument("arguments", nargs="*", help="arguments of `refengine serve` (default: --device cpu), after --")
     given = parser.parse_args()
     result = fuzz(
         given.requests,

@@ -1,12 +1,12 @@
-"""Everything that only a GPU can show, in one command of less than ten minutes; writes one JSON file.
+"""Runs all checks that need a GPU, in less than ten minutes, and writes one JSON file.
 
     python -m tools.gpu_check --output gpu.json [--commit ID] [--sanitizer]
 
-Runs `pytest -m gpu` (every kernel against its twin, whole models, the determinism matrix, array code); how far the
-kernels' logits are from `exact`; the kernel benchmark against a copy and cuBLAS; and full-size models with random
-weights: that all of their device memory is accounted for, tokens a second, what each of the engine's features buys
-(tools/bench_engine), and a worker's speeds beside their targets (refengine bench worker). The file is written after
-every part.
+Runs `pytest -m gpu` (every kernel against its array code, whole models, the determinism matrix, array code); measures
+the distance of the kernels' logits from `exact`; runs the kernel benchmark against a copy and cuBLAS; and with
+full-size models with random weights checks that all device memory is accounted for, and measures tokens per second, the
+gain of each engine feature (tools/bench_engine), and a worker's speeds against their targets (refengine bench worker).
+The file is written after every part.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def card() -> dict[str, str]:
 
 
 def run_tests(*what: str, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Outcome of `pytest -m gpu`, by file, and the NMSE that tests recorded."""
+    """The outcome of `pytest -m gpu` by file, and the NMSE that tests have recorded."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-p", "no:cacheprovider", "-q", "-o", "junit_family=xunit1", f"--junitxml={report}"]
@@ -82,7 +82,7 @@ def run_tests(*what: str, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def parity(n_prompts: int = 2) -> dict[str, Any]:
-    """NMSE and KL divergence (nats) of the kernels' logits from `exact`."""
+    """The NMSE and KL divergence (nats) of the kernels' logits from `exact`."""
     from tools.report_parity import MODELS, kernel_errors
 
     with tempfile.TemporaryDirectory() as folder:
@@ -90,12 +90,12 @@ def parity(n_prompts: int = 2) -> dict[str, Any]:
 
 
 def resident_bytes() -> int:
-    """Of this process, at its highest."""
+    """The peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def time_model(path: Path, numerics: str, rounds: int = 5, n_prompt: int = 256, n_decode: int = 16) -> dict[str, Any]:
-    """Load, prefill and decode of a model, launched kernel by kernel from Python; device memory, accounted and used."""
+    """Load, prefill and decode of a model, with kernels launched one by one; device memory, accounted and used."""
     import cupy
 
     import refengine
@@ -157,7 +157,7 @@ def full_size(name: str) -> dict[str, Any]:
 
 
 def worker(name: str) -> dict[str, Any]:
-    """What `refengine bench worker` measures of a full-size model."""
+    """The results of `refengine bench worker` with a full-size model."""
     from tools.make_model import FULL, write_spec
 
     with tempfile.TemporaryDirectory() as folder:
@@ -173,11 +173,13 @@ def worker(name: str) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--commit", default="", help="commit under test, where git cannot tell")
+    parser.add_argument("--commit", default="", help="commit under test, if git cannot tell")
     parser.add_argument("--model", action="append", help="full-size model to time (default qwen2.5-0.5b)")
-    parser.add_argument("--sanitizer", action="store_true", help="also some kernel tests under compute-sanitizer")
+    parser.add_argument("--sanitizer", action="store_true", help="also run some kernel tests under compute-sanitizer")
     parser.add_argument(
-        "--only", action="append", help="tests, parity, kernels, full_size, worker, sanitizer; repeatable"
+        "--only",
+        action="append",
+        help="run only this part: tests, parity, kernels, full_size, worker or sanitizer; repeatable",
     )
     args = parser.parse_args()
     commit = (

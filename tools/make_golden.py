@@ -1,11 +1,11 @@
-"""Record llama.cpp's logits and chosen tensors of the tiny models and the packaged one into golden/.
+"""Records llama.cpp's logits and selected tensors of the tiny models and the packaged model in golden/.
 
     python -m tools.make_golden             (all models of MODELS)
     python -m tools.make_golden llama-f32
 
-Through llama-cpp-python. One folder a model: `golden.safetensors` (logits of all positions, tensors in NumPy order) and
-`manifest.json` (what made it: model and seed, its sha256, llama-cpp-python's version, flags, ids). The tiny models
-themselves are not kept: the same specification and seed give the same bytes.
+Uses llama-cpp-python. Each model has a folder with `golden.safetensors` (logits of all positions, tensors in NumPy
+order) and `manifest.json` (model and seed, its sha256, llama-cpp-python's version, flags, ids). The tiny models are not
+stored, because the same specification and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MODELS = (
 
 
 def ids_of(path: Path) -> list[int]:
-    """A fixed prompt: ids all over the vocabulary of a tiny model, a real one for the packaged model."""
+    """A fixed prompt: ids from the whole vocabulary for a tiny model, text for the packaged model."""
     if path == PACKAGED_MODEL:
         tokenizer = load().tokenizer
         assert tokenizer is not None
@@ -59,7 +59,7 @@ def ids_of(path: Path) -> list[int]:
 
 
 def model_file(name: str, folder: Path) -> Path:
-    """The model of MODELS: written to `folder`, or the packaged file."""
+    """The file of a model of MODELS: written to `folder`, or the packaged file."""
     if name == PACKAGED_MODEL.stem:
         return PACKAGED_MODEL
     write_spec(folder / f"{name}.gguf", TINY[name], SEED)
@@ -67,7 +67,7 @@ def model_file(name: str, folder: Path) -> Path:
 
 
 def record(name: str, folder: Path) -> None:
-    """Write golden/<name>. Raises RefengineError where llama-cpp-python is missing."""
+    """Write golden/<name>. Raises RefengineError if llama-cpp-python is missing."""
     kv_type = "f32" if name.endswith("f32") else "f16"
     with tempfile.TemporaryDirectory() as temporary:
         path = model_file(name, Path(temporary))
@@ -93,7 +93,7 @@ def record(name: str, folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="*", help=f"which to record (default: {', '.join(MODELS)})")
+    parser.add_argument("model", nargs="*", help=f"models to record (default: {', '.join(MODELS)})")
     parser.add_argument("--output", type=Path, default=GOLDEN, help="folder to write to (default: golden/)")
     args = parser.parse_args()
     unknown = set(args.model) - set(MODELS)

@@ -1,12 +1,12 @@
-"""Write GGUF models with random weights: tiny ones of every architecture and tensor type, or the full-size targets.
+"""Writes GGUF models with random weights: tiny ones of every architecture and tensor type, or the full-size targets.
 
     python -m tools.make_model --list
     python -m tools.make_model qwen2-q4_k_m tiny.gguf
     python -m tools.make_model qwen2.5-0.5b big.gguf --vocab ggml-vocab-qwen2.gguf
     python -m tools.make_model llama Q5_1 odd.gguf --set n_layer=2 --set head_dim=48
 
-The same specification and seed give the same bytes, on any machine. Tensor data is made and written in pieces of a few
-MiB, so the largest model needs no more memory than the smallest.
+The same specification and seed give the same bytes on every machine. Tensor data is generated and written in pieces of
+a few MiB, so the largest model needs no more memory than the smallest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["FULL", "IN_LLAMACPP", "ONE_EACH", "TINY", "ModelSpec", "tiny", "writ
 
 
 def write_model(path: str | Path, arch: str, type: str, seed: int = 0, **overrides: Any) -> ModelSpec:
-    """Write a small model of this architecture and type; overrides are fields of ModelSpec. Returns its spec."""
+    """Write a small model of an architecture and type; overrides are fields of ModelSpec. Returns its spec."""
     return write_spec(path, tiny(arch, type, **overrides), seed)
 
 
@@ -93,7 +93,7 @@ def describe(name: str, spec: ModelSpec) -> str:
 
 
 def _override(text: str) -> tuple[str, Any]:
-    """`field=value` with the value in the field's own type."""
+    """Parse `field=value`, with the value converted to the field's type."""
     key, _, value = text.partition("=")
     kinds = {f.name: str(f.type) for f in fields(ModelSpec) if f.name != "numbers"}
     if key not in kinds:
@@ -113,8 +113,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "what", nargs="*", metavar="ARG", help="NAME OUTPUT, with a name of --list, or ARCHITECTURE TYPE OUTPUT"
     )
-    parser.add_argument("--list", action="store_true", help="list the models known by name, with sizes, and exit")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    parser.add_argument("--list", action="store_true", help="list the named models with their sizes, and exit")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default 0)")
     parser.add_argument("--vocab", type=Path, metavar="FILE.gguf", help="copy the tokenizer of this file")
     parser.add_argument(
         "--set", type=_override, action="append", default=[], metavar="FIELD=VALUE", help="change a field of the model"
@@ -126,7 +126,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 with one line on stderr for a bad argument."""
+    """Run the command. Returns the exit code: 0, or 2 with one line on stderr for an invalid argument."""
     args = _arguments(argv)
     if args.list:
         for name, spec in (FULL | TINY).items():

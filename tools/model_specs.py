@@ -1,6 +1,6 @@
-"""What a generated model consists of: dimensions, metadata, tensors, and the type each tensor is stored in.
+"""The specification of a generated model: dimensions, metadata, tensors, and the type of each tensor.
 
-Tensor names, shapes and metadata keys are those that llama.cpp's loader asks for (src/models/*.cpp,
+Tensor names, shapes and metadata keys are those that llama.cpp's loader reads (src/models/*.cpp,
 `llama_model_base::load_hparams`); type mixtures are those of its quantiser (src/llama-quant.cpp).
 Shapes are in NumPy order: a matrix is (n_out, n_in).
 """
@@ -42,7 +42,7 @@ K_FALLBACK = {T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One generated model. `type` is a name in TYPES; the vocabulary is a kind of tools/model_vocab.py."""
+    """One generated model. `type` is a name in TYPES; `vocab` is a kind of vocabulary of tools/model_vocab.py."""
 
     arch: str
     type: str
@@ -90,7 +90,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: normal values of this mean and standard deviation, or the given values."""
+    """One tensor: normal values with a mean and standard deviation, or given values."""
 
     name: str
     shape: tuple[int, ...]
@@ -110,7 +110,7 @@ class TensorSpec:
 
 
 def use_more_bits(layer: int, n_layer: int) -> bool:
-    """Whether Q4_K_M spends Q6_K on this layer's attn_v and ffn_down: the first and last eighth, and every third."""
+    """Whether Q4_K_M uses Q6_K for a layer's attn_v and ffn_down: in the first and last eighth, and every third one."""
     return layer < n_layer // 8 or layer >= 7 * n_layer // 8 or (layer - n_layer // 8) % 3 == 2
 
 
@@ -140,7 +140,7 @@ def matrix_type(spec: ModelSpec, role: str, layer: int, n_in: int) -> GGMLQuanti
 
 
 def tensors(spec: ModelSpec) -> Iterator[TensorSpec]:
-    """All tensors in file order. Scales keep activations of order one and spread the logits by about three."""
+    """All tensors in file order. Their scales keep activations near one, and spread the logits by about three."""
     n_embd, n_rot = spec.n_embd, spec.head_dim
     yield _matrix(spec, "token_embd", -1, spec.n_vocab, n_embd, std=3 / math.sqrt(n_embd) if spec.tied else 0.7)
     if spec.arch == "gpt2":
@@ -229,7 +229,7 @@ def _bias(name: str, n: int) -> TensorSpec:
 
 
 def _residual_gain(spec: ModelSpec) -> float:
-    """Keeps the residual stream of order one however many layers add to it."""
+    """The factor that keeps the residual stream near one for any number of layers."""
     return 1 / math.sqrt(2 * spec.n_layer)
 
 
@@ -242,7 +242,7 @@ def _ramp(n: int, last: float) -> tuple[float, ...]:
 
 
 def metadata(spec: ModelSpec) -> list[Entry]:
-    """All keys but `general.architecture` (the writer adds it) and the vocabulary's."""
+    """All metadata except `general.architecture` (added by the writer) and the vocabulary's keys."""
 
     def u32(key: str, value: int) -> Entry:
         return Entry(f"{spec.arch}.{key}", value, V.UINT32)

@@ -1,4 +1,4 @@
-"""Vocabularies for generated models: small synthetic ones that really tokenise, or one copied from a GGUF file.
+"""Vocabularies for generated models: small synthetic ones that can tokenise any text, or a copy from a GGUF file.
 
 A vocabulary is the list of `tokenizer.*` metadata of a GGUF file. Synthetic ones have all 256 bytes, a few merges of
 frequent English letters, and the special tokens of the model family; the rest up to `n_vocab` are filler words.
@@ -31,7 +31,7 @@ CHATML = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One metadata pair; `element` is the type of an array's elements."""
+    """One metadata pair. element: the type of an array's elements."""
 
     key: str
     value: Any
@@ -41,7 +41,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class BPEFamily:
-    """Special tokens of a byte-level BPE family, which end the vocabulary, and which of them begin and end a text."""
+    """The special tokens of a byte-level BPE family, at the vocabulary's end, and which of them are BOS and EOS."""
 
     specials: tuple[str, ...]
     bos: str
@@ -69,12 +69,12 @@ SPM_SPECIALS = {"llama-spm": (), "phi-3": ("<|endoftext|>", "<|assistant|>", "<|
 
 
 def default_size(kind: str) -> int:
-    """Tokens of the small synthetic vocabulary of this kind."""
+    """The number of tokens of the small synthetic vocabulary of a kind."""
     return 416 if kind in SPM_SPECIALS else 320
 
 
 def synthetic(kind: str, n_vocab: int) -> list[Entry]:
-    """Metadata of a synthetic vocabulary of `n_vocab` tokens. Raises ValueError: unknown kind, or too few tokens."""
+    """The metadata of a synthetic vocabulary of `n_vocab` tokens. Raises ValueError for an unknown kind or too few."""
     if kind == "none":
         return [Entry("tokenizer.ggml.model", "no_vocab", V.STRING)]
     if kind in BPE_FAMILIES:
@@ -85,7 +85,7 @@ def synthetic(kind: str, n_vocab: int) -> list[Entry]:
 
 
 def byte_characters() -> list[str]:
-    """GPT-2's printable stand-in for each byte: itself where it is printable Latin-1, else from U+0100 on."""
+    """GPT-2's printable character for each byte: itself if it is printable Latin-1, else one from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [b for b in range(256) if b not in printable]
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
@@ -149,7 +149,7 @@ def _spm(kind: str, n_vocab: int) -> list[Entry]:
 
 
 def copied(path: Path, n_vocab: int) -> list[Entry]:
-    """The vocabulary of a GGUF file, padded to `n_vocab` tokens as llama.cpp's converters pad it.
+    """The vocabulary of a GGUF file, padded to `n_vocab` tokens like in llama.cpp's converters.
 
     Raises GGUFError for a malformed file, ValueError for one without a vocabulary or with more than `n_vocab` tokens.
     """

@@ -1,11 +1,11 @@
 """Random tensor data in ggml's formats, reproducible to the byte.
 
-Every tensor has its own SFC64 generator, keyed by the seed and the tensor's name, so the order of tensors does not
-matter. Only its raw 64-bit output is used (NumPy promises that stream, unlike those of its distributions), and all
-arithmetic on it is integer, or IEEE single operations in a fixed order: the bytes do not depend on version or machine.
+Every tensor has its own SFC64 generator, whose key is the seed and the tensor's name, so the order of tensors does not
+matter. Only its raw 64-bit output is used (NumPy guarantees this stream, unlike those of its distributions), with
+integer arithmetic or single IEEE operations in a fixed order, so the bytes do not depend on versions or machines.
 
-Quantised tensors are not quantised from floats: their integer codes are random bits, and their scales are chosen
-so that the values have the wanted standard deviation and about zero mean.
+Quantised tensors are not quantised from floats: their integer codes are random bits, and their scales are chosen so
+that the values have the requested standard deviation and a mean near zero.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def random_stream(seed: int, name: str) -> Callable[[int], np.ndarray]:
 def random_tensor(
     stream: Callable[[int], np.ndarray], type_: GGMLQuantizationType, n_elements: int, std: float, mean: float = 0.0
 ) -> Iterator[np.ndarray]:
-    """Yield a tensor's bytes in pieces of at most about CHUNK_BYTES. `mean` is for the float types only."""
+    """Yield a tensor's bytes in pieces of about CHUNK_BYTES at most. `mean` is only used for float types."""
     block_size, block_bytes = GGML_QUANT_SIZES[type_]
     if n_elements % block_size:
-        raise ValueError(f"{type_.name}: {n_elements} elements are no multiple of blocks of {block_size}")
+        raise ValueError(f"{type_.name}: {n_elements} elements are not a multiple of {block_size}")
     if mean and block_size > 1:
         raise ValueError(f"{type_.name}: quantised tensors have zero mean, not {mean}")
     n_blocks = n_elements // block_size

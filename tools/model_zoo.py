@@ -1,8 +1,8 @@
-"""The models that tools/make_model.py knows by name: tiny ones for tests, and the target models at full size.
+"""The named models of tools/make_model.py: tiny ones for tests, and the target models at full size.
 
-TINY has every architecture × tensor type as `<arch>-<type>`, with odd sizes (6 heads over 3 kv heads, heads of 48, rows
-of 96, 160, 224 and 288), and named variants after them. ONE_EACH has the one of each architecture that stands for it.
-FULL has the shapes and type mixtures of the files users have.
+TINY has every architecture × tensor type as `<arch>-<type>`, with unusual sizes (6 heads over 3 kv heads, heads of 48,
+rows of 96, 160, 224 and 288), and then named variants. ONE_EACH has the model that stands for each architecture. FULL
+has the shapes and type mixtures of common model files.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ FAMILIES: dict[str, Family] = {arch: _SPECIAL.get(arch, Family()) for arch in AR
 
 
 def tiny(arch: str, type: str, **overrides: Any) -> ModelSpec:
-    """A small model of any architecture and type. Overrides are fields of ModelSpec. Raises ValueError for bad ones."""
+    """A small model of an architecture and type. Overrides are fields of ModelSpec. Raises ValueError if invalid."""
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
     by_256 = type in PURE and GGML_QUANT_SIZES[GGMLQuantizationType[type]][0] == 256

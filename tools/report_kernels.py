@@ -1,4 +1,4 @@
-"""What every kernel takes of a GPU: registers, shared memory, stack and spills, by architecture. Needs no GPU.
+"""Reports the registers, shared memory, stack and spills of every kernel, by architecture. Needs no GPU.
 
     python -m tools.report_kernels                       compares with golden/kernels.json
     python -m tools.report_kernels --write               records all of them there
@@ -37,7 +37,7 @@ def measured(files: Sequence[str]) -> dict[str, Any]:
 
 
 def written(record: dict[str, Any]) -> str:
-    """JSON with a line a kernel."""
+    """JSON with one line per kernel."""
     lines = ",\n".join(f'  "{kernel}": {json.dumps(figures)}' for kernel, figures in record["kernels"].items())
     head = f'{{"nvrtc": {json.dumps(record["nvrtc"])}, "fields": {json.dumps(record["fields"])}, "kernels": {{\n'
     return f"{head}{lines}\n}}}}\n"
@@ -46,7 +46,7 @@ def written(record: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help="kernel files, by name without .cu (default: all)")
-    parser.add_argument("--write", action="store_true", help="record what is measured")
+    parser.add_argument("--write", action="store_true", help="write the results to golden/kernels.json")
     args = parser.parse_args()
     unknown = sorted(set(args.files) - set(names()))
     if unknown:

@@ -1,11 +1,11 @@
-"""How far refengine is from llama.cpp, and llama.cpp from the exact meaning of its files; a table for golden/README.md.
+"""Measures the distances of refengine from llama.cpp, and of llama.cpp from exact results; for golden/README.md.
 
     python -m tools.report_parity [--kernels host|cuda]
 
-For the tiny models and the trained haiku models: NMSE end to end and of the worst single operation on llama.cpp's own
-inputs, under `llamacpp`; then NMSE and KL divergence of llama.cpp's logits from `exact`, which is llama.cpp's own
-rounding. Medians of five prompts. With --kernels: how far the kernels' logits are from `exact`, beside llama.cpp's on
-the same prompts (its CPU; left out where llama-cpp-python is not installed).
+For the tiny models and the trained haiku models: with numerics `llamacpp`, the NMSE end to end, and of the worst single
+operation on llama.cpp's own inputs; then the NMSE and KL divergence of llama.cpp's logits from `exact`, which show
+llama.cpp's own rounding. Medians of five prompts. With --kernels: the distances of the kernels' logits from `exact`,
+and those of llama.cpp's CPU backend on the same prompts (omitted if llama-cpp-python is not installed).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def model_file(name: str, folder: Path) -> Path:
 
 
 def prompt_ids(model: refengine.Model, name: str, seed: int) -> list[int]:
-    """N_TOKENS ids: conversations for a haiku model, anything for the others."""
+    """N_TOKENS ids: conversations for a haiku model, random ids for the others."""
     if name not in FILES:
         ids: list[int] = np.random.default_rng(seed).integers(0, model.config.n_vocab, N_TOKENS).tolist()
         return ids
@@ -83,7 +83,7 @@ def row(name: str, folder: Path, n_prompts: int) -> str:
 
 
 def kernel_errors(name: str, place: str, folder: Path, n_prompts: int) -> dict[str, list[float]]:
-    """Medians of NMSE and KL divergence from `exact`: of the kernels in a place, and of llama.cpp where it is."""
+    """The median NMSE and KL divergence from `exact`: of the kernels, and of llama.cpp if it is installed."""
     path = model_file(name, folder)
     exact = refengine.load(path, numerics="exact")
     kernels = refengine.load(path, place, "fast")
@@ -103,7 +103,7 @@ def kernel_errors(name: str, place: str, folder: Path, n_prompts: int) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=5, help=f"prompts of {N_TOKENS} tokens (default 5)")
-    parser.add_argument("--kernels", choices=("host", "cuda"), help="compare the kernels instead")
+    parser.add_argument("--kernels", choices=("host", "cuda"), help="compare the kernels with `exact` instead")
     args = parser.parse_args()
     if args.kernels:
         print("| model | kernels from `exact` | KL (nats) | llama.cpp from `exact` | KL (nats) |")

@@ -1,8 +1,8 @@
-"""The zoo of broken engines, judged: a table of what was planted and what the verdict named.
+"""Validates a zoo of broken engines; prints a table of the planted mistakes and the verdicts.
 
     python -m tools.report_zoo > golden/zoo.md
 
-Each of `tests/validate/zoo.py`'s engines is broken in one place; its verdict comes from its tensors alone. Then
+Each engine of `tests/validate/zoo.py` has one mistake; its verdict is based only on its tensors. The last rows are
 llama.cpp on the same models. Needs '.[validate]'.
 """
 

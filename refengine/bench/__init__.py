@@ -1,1 +1,1 @@
-"""Benchmarks of the worker, over HTTP and from outside, as its clients see it. `suite` and `load` are the two runs."""
+"""Benchmarks of the worker over HTTP, from its clients' point of view. `suite` and `load` are the two runs."""

@@ -1,8 +1,8 @@
-"""Clients of a load, in a process of their own: each asks, reads, and compares with what is known.
+"""The clients of a load test, in a separate process. They send requests and compare the answers with references.
 
-    python -m refengine.bench.clients    (a task as JSON on standard input; lines of JSON come back, the last has all)
+    python -m refengine.bench.clients    (reads a task as JSON from standard input; prints JSON lines, the result last)
 
-At a lower priority than the worker: on a network they would run elsewhere, and here they share its cores.
+The process has a lower priority than the worker, because it shares the worker's cores; real clients run elsewhere.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ TEMPERATURE = 0.8
 MAX_TOKENS = 48
 SHOWN_PROBLEMS = 20
 PROGRESS_S = 10.0
-NICE = 5  # less than the worker
+NICE = 5  # added to the process's nice value, for a lower priority than the worker's
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a prompt and a seed answer alone."""
+    """The answer to a prompt and a seed without any load."""
 
     prompt: str
     seed: int
@@ -43,12 +43,12 @@ class Reference:
 
 @dataclass
 class Tally:
-    """What all clients saw. cpu_share: of one core, that they took; near 1, they would be what is measured."""
+    """The results of all clients. cpu_share: the share of one core that they used; near 1, they limit the result."""
 
     seconds: float = 0.0
     streams: int = 0
     tokens: int = 0
-    refused: int = 0  # answers of 503, each followed by another try
+    refused: int = 0  # responses with status 503, each followed by a retry
     problems: list[str] = field(default_factory=list)
     n_problems: int = 0
     errors: Counter[str] = field(default_factory=Counter)
@@ -63,6 +63,8 @@ class Tally:
 
 @dataclass(frozen=True)
 class Task:
+    """What the clients do. clients: how many. known: the references to choose from."""
+
     url: str
     clients: int
     seconds: float
@@ -70,7 +72,10 @@ class Task:
 
 
 class Clients:
-    """The process, from outside. Use it as a context: it is killed at the end if it still runs."""
+    """Starts and controls the process of the clients. A context manager, which kills the process at the end.
+
+    task: what the clients do.
+    """
 
     def __init__(self, task: Task) -> None:
         self._process = subprocess.Popen(
@@ -90,7 +95,7 @@ class Clients:
             self._process.stdout.close()
 
     def finish(self, progress: Callable[[str], None]) -> Tally:
-        """What they saw, once all have ended. Raises RefengineError where the process failed."""
+        """Wait for the clients to end; returns their results. Raises RefengineError if the process fails."""
         assert self._process.stdout is not None
         last = {}
         for line in self._process.stdout:
@@ -103,7 +108,7 @@ class Clients:
 
 
 def problems_of(events: Sequence[Event], job_id: str, expected: Reference, others: Sequence[Reference]) -> list[str]:
-    """What is wrong with a stream that has ended: its order, its counts, its text. Nothing: it is as it is alone."""
+    """The problems of a stream that has ended, in its order, counts and text; empty if it equals the reference."""
     if not events or not isinstance(events[0], Started):
         return [f"{job_id}: does not begin with started"]
     started, tokens = events[0], [event for event in events if isinstance(event, Token)]
@@ -161,31 +166,31 @@ async def _client(number: int, client: AsyncClient, known: Sequence[Reference], 
         except ClientError as e:
             tally.errors[type(e).__name__] += 1
             tally.add([f"{job_id}: {e}"])
-            await asyncio.sleep(0.1)  # it may have gone
+            await asyncio.sleep(0.1)  # the worker may have ended
         else:
             tally.streams += 1
             tally.tokens += sum(isinstance(event, Token) for event in events)
             tally.add(problems_of(events, job_id, expected, known))
 
 
-async def _speak(tally: Tally) -> None:
+async def _report_progress(tally: Tally) -> None:
     start = time.perf_counter()
     while True:
         await asyncio.sleep(PROGRESS_S)
         seconds = time.perf_counter() - start
-        words = f"{tally.streams} streams, {tally.tokens / seconds:.0f} tokens/s, {tally.n_problems} problems"
-        print(json.dumps({"progress": f"{seconds:.0f} s: {words}"}), flush=True)
+        text = f"{tally.streams} streams, {tally.tokens / seconds:.0f} tokens/s, {tally.n_problems} problems"
+        print(json.dumps({"progress": f"{seconds:.0f} s: {text}"}), flush=True)
 
 
 async def run(task: Task) -> Tally:
     tally = Tally()
     start, cpu = time.perf_counter(), time.process_time()
     async with AsyncClient(task.url) as client:
-        speaking = asyncio.create_task(_speak(tally))
+        reporting = asyncio.create_task(_report_progress(tally))
         await asyncio.gather(
             *(_client(i, client, task.known, start + task.seconds, tally) for i in range(task.clients))
         )
-        speaking.cancel()
+        reporting.cancel()
     tally.seconds = time.perf_counter() - start
     tally.cpu_share = (time.process_time() - cpu) / tally.seconds
     return tally
@@ -193,8 +198,8 @@ async def run(task: Task) -> Tally:
 
 def main() -> None:
     os.nice(NICE)
-    given = json.load(sys.stdin)
-    task = Task(**{**given, "known": [Reference(**entry) for entry in given["known"]]})
+    fields = json.load(sys.stdin)
+    task = Task(**{**fields, "known": [Reference(**entry) for entry in fields["known"]]})
     print(json.dumps({"tally": asdict(asyncio.run(run(task)))}))
 
 

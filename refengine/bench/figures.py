@@ -1,4 +1,4 @@
-"""A figure: samples of one thing, their percentiles and histogram, and whether they meet a target."""
+"""A figure: the samples of one measurement, their percentiles and histogram, and whether they meet a target."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 
 BINS = 12
-LOG_FROM = 20.0  # largest over smallest sample above which bins grow geometrically
-BAR = 40  # characters of the longest bar
+LOG_FROM = 20.0  # above this ratio of the largest to the smallest sample, bins grow geometrically
+BAR = 40  # length of the longest bar in characters
 PERCENTILES = {"p50": 50.0, "p95": 95.0, "p99": 99.0, "max": 100.0}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """judged: the percentile that the target is for. inclusive: the target itself passes. note: how it was measured."""
+    """The samples of one measurement.
+
+    judged: the percentile that is compared with the target. inclusive: a value equal to the target passes.
+    note: how it was measured.
+    """
 
     id: str
     name: str
@@ -28,7 +32,7 @@ class Figure:
     note: str = ""
 
     def at(self, percentile: str) -> float | None:
-        """A sample such that this share of all is not above it."""
+        """The sample at a percentile; None without samples."""
         if not self.samples:
             return None
         return float(np.percentile(np.asarray(self.samples, float), PERCENTILES[percentile], method="inverted_cdf"))
@@ -49,7 +53,7 @@ class Figure:
         return f"{self.judged} {sign} {self.target:g}"
 
     def histogram(self) -> list[tuple[float, float, int]]:
-        """Lower bound, upper bound and count of each bin; nothing where all samples are the same."""
+        """Lower bound, upper bound and count of each bin; empty if all samples are equal."""
         samples = np.asarray(self.samples, float)
         if len(samples) == 0 or samples.min() == samples.max():
             return []
@@ -61,7 +65,7 @@ class Figure:
         return [(float(a), float(b), int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
 
     def bars(self) -> list[str]:
-        """The histogram in lines of text."""
+        """The histogram as lines of text."""
         bins = self.histogram()
         most = max((n for _, _, n in bins), default=1)
         return [f"{a:12.4g} to {b:<12.4g} {'#' * -(-n * BAR // most)} {n}" for a, b, n in bins]

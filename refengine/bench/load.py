@@ -1,7 +1,7 @@
-"""Many clients at once: is every stream whole, and what it would be alone; how soon is /health; does memory stay flat.
+"""The load test with many clients: checks every stream, the latency of /health, and the growth of memory.
 
-What each (prompt, seed) answers is taken down first, one request after the other. Then all clients ask for those at
-random, and every answer is compared. Clients, and who asks for /health, are processes of their own.
+First, the answer to each (prompt, seed) is recorded, one request at a time. Then all clients request them at random,
+and every answer is compared with the recorded one. The clients and the probe of /health run in separate processes.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from refengine.client.client import Client
 from refengine.client.events import ClientError
 from refengine.errors import RefengineError
 
-SEEDS = 4  # for each prompt
-SETTLED_SHARE = 0.1  # of a run, after which memory is looked at: buffers and pools grow at first
-JUDGED_FROM_S = 60.0  # of a run, for memory's growth to mean something
+SEEDS = 4  # per prompt
+SETTLED_SHARE = 0.1  # of the run is over before memory is measured, because buffers and pools grow at first
+JUDGED_FROM_S = 60.0  # the least duration of a run for which the growth of memory is judged
 MIB = 1 << 20
 
 Rss = list[tuple[float, int]]  # seconds and bytes
 
 
 def references(client: Client, prompts: Sequence[str], n_seeds: int = SEEDS) -> list[Reference]:
-    """Of all pairs, one request at a time."""
-    found = []
+    """Record the answers to all pairs of prompt and seed, one request at a time."""
+    result = []
     for prompt in prompts:
         for seed in range(n_seeds):
             answer = client.generate(prompt, seed=seed, temperature=TEMPERATURE, max_tokens=MAX_TOKENS)
-            found.append(Reference(prompt, seed, answer.text, answer.end.tokens_out, answer.end.stop_reason))
-    return found
+            result.append(Reference(prompt, seed, answer.text, answer.end.tokens_out, answer.end.stop_reason))
+    return result
 
 
 class _Watch:
-    """Resident memory of the worker, every second."""
+    """Records the resident memory of the worker every second."""
 
     def __init__(self, worker: WorkerProcess) -> None:
         self.seen: Rss = []
@@ -59,7 +59,7 @@ class _Watch:
         while not self._stop.is_set():
             try:
                 self.seen.append((time.perf_counter() - start, self._worker.rss()))
-            except (OSError, RefengineError):  # it has gone, which the clients notice too
+            except (OSError, RefengineError):  # the worker has ended, which the clients notice too
                 return
             self._stop.wait(1.0)
 
@@ -67,10 +67,10 @@ class _Watch:
 def run_load(
     worker: WorkerProcess, clients: int, seconds: float, progress: Callable[[str], None], n_seeds: int = SEEDS
 ) -> tuple[list[Figure], dict[str, Any]]:
-    """Figures, and what else was seen."""
+    """Run the load test; returns the figures, and further results as JSON data."""
     with Client(worker.url) as client:
         known = references(client, topics(), n_seeds)
-        progress(f"{len(known)} answers are known; {clients} clients ask for them for {seconds:g} s")
+        progress(f"{len(known)} answers recorded; {clients} clients now request them for {seconds:g} s")
         watch = _Watch(worker)
         with Probe(worker.url) as probe, Clients(Task(worker.url, clients, seconds, known)) as asking:
             tally = asking.finish(progress)
@@ -129,7 +129,7 @@ def _figures(
 
 
 def slope(samples: Sequence[tuple[float, int]]) -> float:
-    """Bytes a second, by least squares."""
+    """The growth in bytes per second, by least squares."""
     if len(samples) < 3:
         return 0.0
     times, values = np.array(samples, float).T
@@ -137,10 +137,10 @@ def slope(samples: Sequence[tuple[float, int]]) -> float:
 
 
 def metric(text: str, name: str, **labels: str) -> float:
-    """The sum of the samples of this name with these labels, of Prometheus' text format. Raises ClientError."""
-    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    """The sum of a metric's samples with these labels, from Prometheus' text format. Raises ClientError."""
+    pairs = [f'{key}="{value}"' for key, value in labels.items()]
     lines = [line for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name]
-    found = [float(line.rsplit(" ", 1)[1]) for line in lines if all(w in line for w in wanted)]
-    if not found:
+    values = [float(line.rsplit(" ", 1)[1]) for line in lines if all(pair in line for pair in pairs)]
+    if not values:
         raise ClientError(f"the worker has no metric {name} {labels}")
-    return sum(found)
+    return sum(values)

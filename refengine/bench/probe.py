@@ -1,9 +1,9 @@
-"""A process that asks a worker's /health again and again, and writes what each answer took, in ms, as JSON.
+"""A process that requests a worker's /health repeatedly, and prints the time of each response in ms as JSON.
 
     python -m refengine.bench.probe URL    (until standard input ends)
 
-In a process of its own, so that what it measures is the worker and not a busy client beside it. One connection is kept,
-as monitors do; pauses between requests are drawn, so that they do not fall into step with the worker.
+It is a separate process, so that busy clients do not affect the measurement. It keeps one connection open, like a
+monitoring system; the pauses between requests are random, so that they are not synchronised with the worker's steps.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ TIMEOUT_S = 10.0
 
 
 class Probe:
-    """The process, from outside. Use it as a context: it is killed at the end if it still runs."""
+    """Starts and controls the process of the probe. A context manager, which kills the process at the end."""
 
     def __init__(self, url: str) -> None:
         command = [sys.executable, "-m", "refengine.bench.probe", url]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
-        self._process.stdout.readline()  # it has begun
+        self._process.stdout.readline()  # the probe has started
 
     def __enter__(self) -> Probe:
         return self
@@ -39,10 +39,10 @@ class Probe:
         self._process.communicate()
 
     def finish(self) -> tuple[list[float], int]:
-        """Milliseconds of each answer, and how many requests failed."""
+        """Stop the probe; returns the milliseconds of each response, and the number of failed requests."""
         out, _ = self._process.communicate(timeout=60)
-        found = json.loads(out)
-        return found["ms"], found["failed"]
+        result = json.loads(out)
+        return result["ms"], result["failed"]
 
 
 def main(url: str) -> None:

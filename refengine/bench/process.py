@@ -1,4 +1,4 @@
-"""A worker as a process of its own, as a user starts it: when it is ready, what it holds, how it ends."""
+"""Runs a worker in a separate process, as a user does, and measures its start, its memory and its end."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from typing import Any
 from refengine.client.client import Client
 from refengine.errors import RefengineError, RequestError
 
-KEPT = ("model_load_complete", "ready", "error", "shutdown")  # events of the log
+KEPT = ("model_load_complete", "ready", "error", "shutdown")  # the log events that are kept
 READY_WITHIN_S = 600.0
 EXIT_WITHIN_S = 60.0
 
 
 class WorkerProcess:
-    """arguments: of `refengine serve`, without --worker-id and --port. Use it as a context: it is killed at the end."""
+    """A worker's process. A context manager, which kills the process at the end.
+
+    arguments: those of `refengine serve`, without --worker-id and --port.
+    """
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         port = free_port()
@@ -41,7 +44,7 @@ class WorkerProcess:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env={**os.environ, **(environment or {})},
-            start_new_session=True,  # Ctrl-C is for the benchmark, which then ends the worker
+            start_new_session=True,  # Ctrl-C interrupts only the benchmark, which then ends the worker
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -51,7 +54,7 @@ class WorkerProcess:
         return self._process.pid
 
     def ready(self) -> float:
-        """Seconds from the start of the process until it said that it is ready, and answers. Raises RefengineError."""
+        """Wait until the worker is ready; returns the seconds since the start of the process. Raises RefengineError."""
         if not self._ready.wait(READY_WITHIN_S) or "ready" not in self._events:
             raise RefengineError(f"the worker did not start: {self._reason()}")
         seconds = float(self._events["ready"]["seen"]) - self._started
@@ -61,24 +64,27 @@ class WorkerProcess:
 
     @property
     def load_seconds(self) -> float:
-        """Of the model's load, by the worker's log."""
+        """The seconds that loading the model took, from the worker's log."""
         return float(self._events["model_load_complete"]["seconds"])
 
     def rss(self) -> int:
-        """Resident bytes of the process."""
+        """The resident memory of the process in bytes. Raises RefengineError if the process has ended."""
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) << 10
         raise RefengineError(f"process {self.pid} has ended: {self._reason()}")
 
     def terminate(self) -> tuple[float, int]:
-        """SIGTERM: seconds until the process has ended, and its exit code. Raises RefengineError where it has not."""
+        """Send SIGTERM; returns the seconds until the process ended, and its exit code.
+
+        Raises RefengineError if it does not end.
+        """
         start = time.perf_counter()
         self._process.send_signal(signal.SIGTERM)
         try:
             code = self._process.wait(EXIT_WITHIN_S)
         except subprocess.TimeoutExpired:
-            raise RefengineError(f"the worker runs {EXIT_WITHIN_S:g} s after SIGTERM") from None
+            raise RefengineError(f"the worker is still running {EXIT_WITHIN_S:g} s after SIGTERM") from None
         return time.perf_counter() - start, code
 
     def __enter__(self) -> WorkerProcess:
@@ -93,7 +99,7 @@ class WorkerProcess:
             self._process.stderr.close()
 
     def _read(self) -> None:
-        """All of the log: a full pipe would stop the worker."""
+        """Read the whole log, so that the pipe never fills up and blocks the worker."""
         assert self._process.stderr is not None
         for raw in self._process.stderr:
             if b'"execute_' in raw:
@@ -113,10 +119,11 @@ class WorkerProcess:
 
     def _reason(self) -> str:
         message = self._events.get("error", {}).get("message")
-        return str(message or " / ".join(self._last) or "it said nothing")
+        return str(message or " / ".join(self._last) or "it logged nothing")
 
 
 def free_port() -> int:
+    """A TCP port that is free now. Raises RequestError if none is found."""
     for _ in range(100):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Prompts of a length that is known in tokens, by asking the worker's own tokenizer."""
+"""Makes prompts of a given number of tokens, using the worker's own tokenizer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ TRIES = 30
 
 
 def prompt_of(client: Client, n_tokens: int, variant: int) -> tuple[str, int]:
-    """A text of this many tokens, and how many it has: another first word, and order, for each variant.
+    """A text of `n_tokens` tokens, and its actual number of tokens. Each variant has another first word and order.
 
-    Where a vocabulary does not let it be met exactly, the nearest below.
+    If the vocabulary does not allow the exact number, the text has fewer tokens, as near as possible.
     """
     draw = random.Random(f"{n_tokens}/{variant}")
     words = [f"{variant}"]

@@ -1,4 +1,4 @@
-"""Figures as a table, as histograms, and as JSON with where and how they were measured."""
+"""Shows figures as a table and histograms, and as JSON with the machine and the command."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import refengine
 from refengine.bench.figures import Figure
 
 COLUMNS = ("p50", "p95", "p99", "max")
-DRAWN_FROM = 10  # samples, for a histogram to say anything
+DRAWN_FROM = 10  # the least number of samples for which a histogram is drawn
 
 
 def show(figures: Sequence[Figure], console: Console, title: str) -> None:
-    """Histograms first, so that the table is what remains on the screen."""
+    """Print the figures: first the histograms, so that the table stays on the screen."""
     for figure in figures:
         bars = figure.bars()
         if bars and len(figure.samples) >= DRAWN_FROM:
@@ -52,7 +52,7 @@ def show(figures: Sequence[Figure], console: Console, title: str) -> None:
 
 
 def record(figures: Sequence[Figure], facts: dict[str, Any], command: str) -> dict[str, Any]:
-    """Everything, for a file."""
+    """All figures, the machine and the command, as JSON data."""
     misses = [f"{figure.id} {figure.name}" for figure in figures if figure.verdict == "miss"]
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -67,21 +67,21 @@ def record(figures: Sequence[Figure], facts: dict[str, Any], command: str) -> di
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The processor, and for a device of CUDA the card and its driver."""
-    found: dict[str, Any] = {"machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}"}
+    """The processor, and for a CUDA device the card and its driver."""
+    result: dict[str, Any] = {"machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}"}
     if device.startswith("cuda"):
         number = device.partition(":")[2] or "0"
-        found["card"] = _said(
+        result["card"] = _output_of(
             "nvidia-smi", f"--id={number}", "--query-gpu=name,driver_version", "--format=csv,noheader"
         )
-    return found
+    return result
 
 
 def commit() -> str | None:
-    """Of the checkout that this package lies in, `+` where it has changes; None outside one."""
+    """The commit of the checkout that contains this package, with `+` if it has changes; None outside a checkout."""
     folder = str(Path(refengine.__file__).parent)
-    name = _said("git", "-C", folder, "rev-parse", "--short", "HEAD")
-    return name and name + ("+" if _said("git", "-C", folder, "status", "--porcelain", "-uno") else "")
+    name = _output_of("git", "-C", folder, "rev-parse", "--short", "HEAD")
+    return name and name + ("+" if _output_of("git", "-C", folder, "status", "--porcelain", "-uno") else "")
 
 
 def _processor() -> str:
@@ -92,7 +92,8 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _said(*command: str) -> str | None:
+def _output_of(*command: str) -> str | None:
+    """What a command prints; None if it fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

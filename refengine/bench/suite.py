@@ -1,7 +1,7 @@
-"""The performance suite: every speed that the worker promises, measured over HTTP on a worker of its own.
+"""The performance suite: measures over HTTP every speed for which the worker has a target.
 
-One worker is started cold, and some warm, each ended by SIGTERM in the middle of a stream; the last of them serves all
-other measurements. Each stops at a number of samples or at a time, whichever comes first.
+One worker is started with empty kernel caches, others with filled ones. Each is ended by SIGTERM while it streams; the
+last one is used for all other measurements. A measurement ends after a number of samples or a time, whichever is first.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from refengine.client.events import ClientError, End, Event, Started, Token, Wor
 from refengine.worker.http.requests import MAX_PROMPT_CHARS, ExecuteRequest, parse
 
 PROMPT_TOKENS = 512
-LONG_TEMPERATURE = 2.0  # near to noise: hardly any answer ends by itself
-ENOUGH = 5  # samples of a measurement, however long it takes
+LONG_TEMPERATURE = 2.0  # makes nearly random text, so that almost no answer ends by itself
+ENOUGH = 5  # the least number of samples of a measurement, even if the time is over
 SETTLE_S = 30.0
 MAX_TOKENS = 2048
 MIB = 1 << 20
@@ -35,7 +35,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """Samples of each measurement, and seconds after which it has enough."""
+    """The number of samples of each measurement, and its maximum time in seconds."""
 
     first_tokens: int = 100
     gaps: int = 2000
@@ -63,19 +63,19 @@ QUICK = Plan(
 
 
 class Suite:
-    """arguments: of `refengine serve`. compiles: the device has kernels, which a first start compiles."""
+    """Runs all measurements. arguments: for `refengine serve`. compiles: whether a first start compiles kernels."""
 
     def __init__(self, arguments: Sequence[str], compiles: bool, plan: Plan, progress: Callable[[str], None]) -> None:
         self._arguments, self._compiles, self._plan, self._say = arguments, compiles, plan, progress
-        self.facts: dict[str, Any] = {}  # what the worker says of itself, and what the load saw
+        self.facts: dict[str, Any] = {}  # the worker's health, and the results of the load test
 
     def run(self) -> list[Figure]:
-        """All figures. Raises RefengineError where a worker does not start, or answers with an error."""
+        """Run all measurements. Raises RefengineError if a worker does not start, or answers with an error."""
         cold, warm, loads, exits = [], [], [], []
         if self._compiles:
             with tempfile.TemporaryDirectory() as empty:
                 caches = dict.fromkeys(("REFENGINE_CACHE", "CUPY_CACHE_DIR", "CUDA_CACHE_PATH"), empty)
-                self._say("starting a worker that has nothing compiled")
+                self._say("starting a worker without compiled kernels")
                 with WorkerProcess(self._arguments, caches) as worker:
                     cold.append(worker.ready())
         measured: list[Figure] = []
@@ -128,10 +128,11 @@ class Suite:
                 self._say(f"{what}: {time.perf_counter() - start:.1f} s")
             return figures
 
-    def _rounds(self, wanted: int) -> Iterator[int]:
+    def _rounds(self, count: int) -> Iterator[int]:
+        """The numbers 0, 1, … of a measurement's rounds, until there are `count` or the time is over."""
         start = time.perf_counter()
-        for number in range(wanted):
-            if number >= min(ENOUGH, wanted) and time.perf_counter() - start > self._plan.budget_s:
+        for number in range(count):
+            if number >= min(ENOUGH, count) and time.perf_counter() - start > self._plan.budget_s:
                 return
             yield number
 
@@ -189,7 +190,7 @@ class Suite:
         ]
 
     def _parse(self, client: Client) -> list[Figure]:
-        """In this process, the worker's own function; and over HTTP, a body that is refused when all of it was read."""
+        """Measure the worker's parser in this process, and over HTTP with a body that is read and then refused."""
         words = random.Random(0).choices(["word", "Łódź", "雨", "tokens"], k=MAX_PROMPT_CHARS)
         prompt = " ".join(words)[:MAX_PROMPT_CHARS]
         body: dict[str, Any] = {
@@ -227,7 +228,7 @@ class Suite:
         ]
 
     def _ended_early(self, client: Client, how: str, in_prompt: bool, context: int = 0) -> list[Figure]:
-        """From the request to cancel, or the close of the connection, to the last event, and until no block is used."""
+        """Measure the time from a cancellation or disconnect to the last event, and until no block is used."""
         heard, free, dropped = [], [], 0
         for number in self._rounds(self._plan.cancels):
             if in_prompt:
@@ -262,7 +263,7 @@ class Suite:
 
     @staticmethod
     def _cancel(client: Client, stream: Stream[Event], in_prompt: bool) -> tuple[float | None, float] | None:
-        """Milliseconds to the stream's error, and to free blocks; None where the job was not cut."""
+        """Milliseconds until the stream's error, and until the blocks are free; None if the job ended before."""
         seen: list[float] = []
 
         def drain() -> bool:
@@ -291,7 +292,7 @@ class Suite:
         return None, 1000 * (_until_free(client) - start)
 
     def _leaks(self, worker: WorkerProcess, client: Client, context: int) -> list[Figure]:
-        """Device memory, blocks and resident memory before and after requests of all kinds."""
+        """Compare device memory, blocks and resident memory before and after requests of all kinds."""
         prompts = topics()
 
         def requests(first: int, n: int) -> None:
@@ -301,7 +302,7 @@ class Suite:
                 if number % 10 == 7:
                     prompt, _ = prompt_of(client, min(256, context // 2), 2000 + number)
                 stream = client.execute(prompt, **options)
-                if number % 5 == 3:  # left in the middle
+                if number % 5 == 3:  # closed during the stream
                     next(stream)
                     stream.close()
                 elif number % 5 == 4:  # cancelled
@@ -312,7 +313,7 @@ class Suite:
                 else:
                     list(stream)
 
-        requests(0, min(20, self._plan.leak_requests))  # buffers that grow once
+        requests(0, min(20, self._plan.leak_requests))  # some buffers grow once
         _settle(client)
         before, rss = _memory(client), worker.rss()
         requests(1000, self._plan.leak_requests)
@@ -342,12 +343,12 @@ class Suite:
         return figures
 
     def _exit(self, worker: WorkerProcess) -> float:
-        """Seconds from SIGTERM to the end of the process, in the middle of streams."""
+        """Seconds from SIGTERM to the end of the process, while streams run."""
         begun = threading.Semaphore(0)
 
         def stream(seed: int) -> None:
             with contextlib.suppress(ClientError), Client(worker.url) as client:
-                while True:  # one after the other, where they end by themselves
+                while True:  # starts another stream when one ends by itself
                     for event in client.execute(topics()[0], temperature=LONG_TEMPERATURE, seed=seed):
                         if isinstance(event, Started):
                             begun.release()
@@ -366,25 +367,25 @@ class Suite:
 
 
 def _until_free(client: Client, pause_s: float = 0.0) -> float:
-    """When no block was in use any more."""
+    """Wait until no block is in use; returns the time. Raises ClientError after SETTLE_S seconds."""
     end = time.perf_counter() + SETTLE_S
     while metric(client.metrics(), "worker_kv_blocks", state="used") > 0:
         if time.perf_counter() > end:
-            raise ClientError(f"blocks are in use {SETTLE_S:g} s after the last request")
+            raise ClientError(f"blocks are still in use {SETTLE_S:g} s after the last request")
         if pause_s:
             time.sleep(pause_s)
     return time.perf_counter()
 
 
 def _until_taken(client: Client) -> float:
-    """When the engine took another request, whatever it had been told before being done."""
+    """Wait until the engine has accepted another request, after finishing all earlier commands; returns the time."""
     with client.execute("a", max_tokens=1) as stream:
         next(stream)
         return time.perf_counter()
 
 
 def _settle(client: Client) -> None:
-    """Until nothing runs; nobody waits for the moment."""
+    """Wait until nothing runs, without measuring the time."""
     _until_free(client, 0.01)
 
 

@@ -1,1 +1,1 @@
-"""The paged KV cache and the prefix cache: block tables, reference counts, hashing. Nothing of attention arithmetic."""
+"""The paged KV cache and the prefix cache: block tables, reference counts, hashing. No attention arithmetic."""

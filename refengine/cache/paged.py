@@ -1,10 +1,9 @@
 """Paged KV cache: fixed-size blocks, a block table per sequence, a free list, reference counts.
 
-A block holds `block_size` consecutive positions of one sequence, in every layer. Sequences own blocks
-by reference count, so that a common prefix can be shared. Admission is arithmetic: a batch that does not fit is
-refused before anything changes.
+A block holds `block_size` consecutive positions of one sequence, in every layer. Blocks have reference counts, so that
+sequences can share a common prefix. A batch that does not fit is refused before anything changes.
 
-Knows nothing of attention arithmetic: it hands out arrays and indices.
+Independent of attention arithmetic: this module only provides arrays and indices.
 """
 
 from __future__ import annotations
@@ -18,24 +17,25 @@ import numpy as np
 
 from refengine.errors import RequestError
 
-BLOCK_SIZE = 64  # positions a block
+BLOCK_SIZE = 64  # positions per block
 
 
 class OutOfBlocks(RequestError):
-    """The cache has too few free blocks for what was asked."""
+    """The cache has fewer free blocks than requested."""
 
 
 class Reclaimer(Protocol):
-    """Who holds blocks only for as long as nobody needs them: a prefix cache."""
+    """Keeps blocks only while they are not needed elsewhere, like the prefix cache."""
 
-    def reclaim(self, n: int) -> None: ...
+    def reclaim(self, n: int) -> None:
+        """Give up to `n` blocks back to the pool."""
 
 
 class BlockPool:
-    """Free list and reference counts of `n_blocks` blocks. Lowest free block first, so that runs are reproducible.
+    """The free list and reference counts of `n_blocks` blocks. Allocates the lowest free block first (reproducible).
 
-    reclaimer: asked for blocks when the free list is too short; its own are those it takes with `keep`.
-    n_reclaimable: kept blocks that nobody else refers to.
+    reclaimer: is asked to give blocks back when the free list is too short; it has taken them with `keep`.
+    n_reclaimable: the number of kept blocks without any other reference.
     """
 
     def __init__(self, n_blocks: int) -> None:
@@ -56,7 +56,7 @@ class BlockPool:
 
     @property
     def n_used(self) -> int:
-        """Blocks that sequences refer to."""
+        """The number of blocks that sequences use."""
         return self.n_blocks - self.n_free - self.n_reclaimable
 
     def references(self, block: int) -> int:
@@ -67,7 +67,7 @@ class BlockPool:
         if self.reclaimer is not None and len(self._free) < n and self.can_allocate(n):
             self.reclaimer.reclaim(n - len(self._free))
         if n > len(self._free):
-            raise OutOfBlocks(f"KV cache is full: {n} blocks wanted, {len(self._free)} of {self.n_blocks} free")
+            raise OutOfBlocks(f"KV cache is full: {n} blocks needed, {len(self._free)} of {self.n_blocks} free")
         blocks = [heapq.heappop(self._free) for _ in range(n)]
         for block in blocks:
             self._references[block] = 1
@@ -88,12 +88,12 @@ class BlockPool:
             heapq.heappush(self._free, block)
 
     def keep(self, block: int) -> None:
-        """As `retain`, for the reclaimer."""
+        """Add the reclaimer's reference to a block in use."""
         self.retain(block)
         self._kept.add(block)
 
     def give_up(self, block: int) -> None:
-        """As `release`, of what was kept."""
+        """Drop the reclaimer's reference."""
         self.n_reclaimable -= self._only_kept(block)
         self._kept.remove(block)
         self.release(block)
@@ -104,7 +104,7 @@ class BlockPool:
 
 @dataclass
 class CacheSequence:
-    """One sequence's place in the cache: `length` positions are filled, in the blocks of `block_table`, in order."""
+    """One sequence in the cache: its first `length` positions are filled; they are in the blocks of `block_table`."""
 
     block_table: list[int] = field(default_factory=list)
     length: int = 0
@@ -112,7 +112,7 @@ class CacheSequence:
 
 @dataclass(frozen=True)
 class Span:
-    """Rows start..stop of a batch belong to one sequence, which then holds `n_kv` positions."""
+    """Rows start..stop of a batch, which belong to one sequence; after them it holds `n_kv` positions."""
 
     start: int
     stop: int
@@ -125,7 +125,7 @@ class Batch:
     """Tokens of one or more sequences that go through the model together.
 
     ids, positions, slots: (n_tokens,) int64; a slot is block * block_size + offset, the row of the flat cache.
-    rows: (n_out,) int64, the tokens whose logits are wanted.
+    rows: (n_out,) int64, the batch rows whose logits are needed.
     """
 
     ids: np.ndarray
@@ -136,7 +136,7 @@ class Batch:
 
 
 class KVCache:
-    """K and V of all layers: for each an array (n_blocks, block_size, n_head_kv, head_dim), as the ops keep it."""
+    """K and V of all layers: for each layer an array (n_blocks, block_size, n_head_kv, head_dim) in the ops' format."""
 
     def __init__(
         self,
@@ -150,13 +150,13 @@ class KVCache:
         block_size: int = BLOCK_SIZE,
         copy_block: Callable[[Any, int, int], None] | None = None,
     ) -> None:
-        """arrays: `Ops.kv_arrays`: how many, and the shape of each. copy_block: `Ops.kv_copy`, for forked sequences."""
+        """arrays: `Ops.kv_arrays`, which makes this many arrays of this shape. copy_block: `Ops.kv_copy`, for forks."""
         self._copy_block = copy_block
-        self.n_ctx = n_ctx  # longest sequence it is meant for, in tokens
+        self.n_ctx = n_ctx  # the length of the longest sequence, in tokens
         self.block_size, self.n_blocks = block_size, n_blocks
-        made = arrays(2 * n_layer, (n_blocks, block_size, n_head_kv, head_dim))
-        self.k, self.v = made[:n_layer], made[n_layer:]
-        self.pool = BlockPool(n_blocks)  # after the arrays: what does not fit fails before it costs anything
+        kv = arrays(2 * n_layer, (n_blocks, block_size, n_head_kv, head_dim))
+        self.k, self.v = kv[:n_layer], kv[n_layer:]
+        self.pool = BlockPool(n_blocks)  # made after the arrays, so that too large a cache fails at once
 
     @staticmethod
     def blocks_for(n_positions: int, block_size: int = BLOCK_SIZE) -> int:
@@ -167,39 +167,39 @@ class KVCache:
         return sum(a.nbytes for a in (*self.k, *self.v))
 
     def blocks_needed(self, sequence: CacheSequence, n_positions: int) -> int:
-        """Blocks that a sequence lacks to hold `n_positions`: new ones, and one for a shared block it would write."""
+        """The number of blocks a sequence lacks to hold `n_positions`, with one for a copy of a shared block."""
         missing = self.blocks_for(n_positions, self.block_size) - len(sequence.block_table)
         return max(missing, 0) + (self._shared(sequence) and n_positions > sequence.length)
 
-    def reserve(self, wanted: Sequence[tuple[CacheSequence, int]]) -> None:
-        """Blocks for sequences to hold so many positions each; what a fork shares and will write is copied.
+    def reserve(self, sequences: Sequence[tuple[CacheSequence, int]]) -> None:
+        """Allocate blocks so that each sequence can hold its number of positions; copies shared blocks it writes to.
 
-        Raises `OutOfBlocks`, with nothing changed, when they do not fit.
+        Raises `OutOfBlocks` if they do not fit; nothing is changed then.
         """
-        blocks = self.pool.allocate(sum(self.blocks_needed(sequence, n) for sequence, n in wanted))
-        for sequence, n_positions in wanted:
+        blocks = self.pool.allocate(sum(self.blocks_needed(sequence, n) for sequence, n in sequences))
+        for sequence, n_positions in sequences:
             if self._shared(sequence) and n_positions > sequence.length:
                 self._own_block(sequence, sequence.length // self.block_size, blocks.pop(0))
             n = self.blocks_needed(sequence, n_positions)
             sequence.block_table += [blocks.pop(0) for _ in range(n)]
-        for block in blocks:  # of two forks in one batch, the second keeps what the first no longer shares
+        for block in blocks:  # of two forks in one batch, the second keeps the block that the first has copied
             self.pool.release(block)
 
     def fork(self, sequence: CacheSequence) -> CacheSequence:
-        """Another sequence with the same positions, in the same blocks until one of the two writes there."""
+        """A second sequence with the same positions; the two share blocks until one of them writes."""
         table = sequence.block_table[: self.blocks_for(sequence.length, self.block_size)]
         for block in table:
             self.pool.retain(block)
         return CacheSequence(table, sequence.length)
 
     def _shared(self, sequence: CacheSequence) -> bool:
-        """Whether the block that the next position falls into is partly filled and others refer to it."""
+        """Whether the block of the next position is partly filled and also used by others."""
         if sequence.length % self.block_size == 0:
             return False
         return self.pool.references(sequence.block_table[sequence.length // self.block_size]) > 1
 
     def _own_block(self, sequence: CacheSequence, i: int, block: int) -> None:
-        """Copy on write: put a copy of block i of a sequence in its place."""
+        """Copy on write: replace block i of a sequence by `block`, with the same content."""
         assert self._copy_block is not None, "this cache was made without copy_block"
         for array in (*self.k, *self.v):
             self._copy_block(array, sequence.block_table[i], block)
@@ -209,9 +209,9 @@ class KVCache:
     def batch(self, parts: Sequence[tuple[CacheSequence, Sequence[int]]], rows: Sequence[int] | None = None) -> Batch:
         """Reserve blocks for new tokens of sequences and describe them as one batch.
 
-        parts: sequences with the ids to append to each. rows: batch rows whose logits are wanted (default: all).
-        `commit` makes the new positions part of the sequences once the forward pass has filled them.
-        Raises `OutOfBlocks`, with nothing reserved, when they do not fit.
+        parts: sequences with the ids to append to each. rows: batch rows whose logits are needed (default: all).
+        `commit` adds the new positions to the sequences after the forward pass has filled them.
+        Raises `OutOfBlocks` if they do not fit; nothing is reserved then.
         """
         self.reserve([(s, s.length + len(ids)) for s, ids in parts])
         positions, slots, spans, start = [], [], [], 0
@@ -237,7 +237,7 @@ class KVCache:
             sequence.length += len(ids)
 
     def free(self, sequence: CacheSequence) -> None:
-        """Give the sequence's blocks back. Freeing twice is harmless."""
+        """Release the sequence's blocks. A second call does nothing."""
         for block in sequence.block_table:
             self.pool.release(block)
         sequence.block_table.clear()

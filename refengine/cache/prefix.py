@@ -1,9 +1,9 @@
-"""Blocks of the KV cache that are kept for the next prompt which begins alike.
+"""The prefix cache keeps full KV cache blocks and reuses them for later prompts with the same beginning.
 
-A full block is known by a chained hash of the token ids up to its end, begun with the model's identity; a hit is
-verified by the ids themselves. Sequences share blocks by reference; the cache holds one reference to each, and gives
-the least recently used ones back when the pool runs short. Kernels add in an order of positions alone, so that a block
-is the same bits whoever filled it. Knows nothing of what is in a block.
+The key of a full block is a chained hash of the model's identity and all token ids up to the block's end; a hit is
+verified by comparing the ids. Sequences share blocks by reference; the cache holds one reference to each block, and
+gives the least recently used blocks back when the pool runs short. The order of additions in the kernels depends on
+positions only, so a block has the same bits whichever sequence has filled it. Independent of the contents of blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Entry:
 
 @dataclass
 class PrefixStats:
-    """Blocks found and not found at admission, tokens that need not be computed, blocks given back to the pool."""
+    """Counters: blocks found and not found at admission, tokens that were reused, blocks given back to the pool."""
 
     hits: int = 0
     misses: int = 0
@@ -37,7 +37,7 @@ class PrefixStats:
 
 
 class PrefixCache:
-    """identity: what the cached values depend on besides the ids (the model)."""
+    """The prefix cache of one block pool. identity: what the values depend on besides the ids (the model)."""
 
     def __init__(self, pool: BlockPool, block_size: int, identity: str) -> None:
         self._pool, self._block_size = pool, block_size
@@ -50,7 +50,7 @@ class PrefixCache:
         return len(self._entries)
 
     def match(self, ids: Sequence[int]) -> list[int]:
-        """Blocks with the longest known beginning of `ids`, a reference to each taken; at least one id remains."""
+        """The blocks of the longest cached beginning of `ids`, with a new reference to each; never all ids."""
         n_full = (len(ids) - 1) // self._block_size
         keys, blocks, parent = [], [], self._root
         for i in range(n_full):
@@ -70,7 +70,7 @@ class PrefixCache:
         return blocks
 
     def unmatch(self, blocks: Sequence[int], n_ids: int) -> None:
-        """Take back a `match` that came to nothing: its references, and its figures."""
+        """Undo a `match` whose blocks are not used: its references and its counts."""
         for block in blocks:
             self._pool.release(block)
         self.stats.hits -= len(blocks)
@@ -78,13 +78,13 @@ class PrefixCache:
         self.stats.tokens_reused -= len(blocks) * self._block_size
 
     def register(self, ids: Sequence[int], block_table: Sequence[int], keys: list[bytes]) -> None:
-        """Keep the full blocks that hold `ids`. keys: of those registered before; the new ones are appended."""
+        """Keep the full blocks that hold `ids`. keys: the keys of blocks registered before; new keys are appended."""
         before = len(keys)
         for i in range(before, len(ids) // self._block_size):
             part = tuple(ids[i * self._block_size : (i + 1) * self._block_size])
             parent = keys[-1] if keys else self._root
             key = self._key(parent, part)
-            if key not in self._entries:  # else another sequence came first with the same: its block serves
+            if key not in self._entries:  # otherwise an equal block of another sequence is kept already
                 self._pool.keep(block_table[i])
                 self._entries[key] = _Entry(block_table[i], parent, part)
             keys.append(key)
@@ -105,7 +105,7 @@ class PrefixCache:
         self._entries.clear()
 
     def _touch(self, keys: Sequence[bytes]) -> None:
-        """A block is of use only with those before it: they are the more recent."""
+        """Mark blocks as recently used, earlier blocks last: a block is only useful together with those before it."""
         for key in reversed(keys):
             if key in self._entries:
                 self._entries.move_to_end(key)

@@ -1,4 +1,4 @@
-"""Arguments that several commands have."""
+"""Command-line arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-HUB_HELP = """or hf:OWNER/REPO[@REVISION][:QUANT or :FILE.gguf], downloaded into the cache of huggingface_hub (HF_HOME,
-HF_TOKEN, HF_HUB_OFFLINE); QUANT is a part of the file's name, as Q4_K_M; without, it is the only model of the repo or
-its only Q4_K_M"""
+HUB_HELP = """or hf:OWNER/REPO[@REVISION][:QUANT or :FILE.gguf], which is downloaded into the cache of huggingface_hub
+(HF_HOME, HF_TOKEN, HF_HUB_OFFLINE); QUANT is a part of the file's name, such as Q4_K_M; without QUANT and FILE, the
+repo's only model or its only Q4_K_M is taken"""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, except where there is none or the help text gives it in words."""
+    """Shows the default of each option, unless it has none or its help text describes it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default in ([], "", False):
@@ -24,7 +24,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """Suggests the nearest command or option where one is misspelt."""
+    """Suggests the nearest command or option for a misspelt one."""
 
     def error(self, message: str) -> NoReturn:
         match = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def refuse(self, command: str, unknown: Sequence[str]) -> NoReturn:
-        """End with an error for arguments that a command does not have."""
+        """Exit with an error about arguments that a command does not have."""
         (commands,) = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         parser: argparse.ArgumentParser = commands.choices[command]
         options = [option for action in parser._actions for option in action.option_strings]
@@ -64,34 +64,35 @@ def model_arguments(
         "--model",
         metavar="FILE",
         action="append" if several else "store",
-        help=f"GGUF file; of a split one, the first part; {HUB_HELP} (default: the packaged model, which writes haiku)",
+        help=f"GGUF file (the first part of a split file); {HUB_HELP} (default: the packaged model, which writes "
+        "haiku)",
     )
     group.add_argument(
         "--device",
         default="cpu",
-        help="cpu, cuda, cuda:N, auto (a GPU if one serves; says which and why), or host (the CUDA kernels on the CPU, "
-        "to test and step through); an explicit device never falls back to another",
+        help="cpu, cuda, cuda:N, auto (a GPU if one is usable; prints the choice and the reason), or host (the CUDA "
+        "kernels on the CPU, for tests and debuggers); an explicit device never falls back to another",
     )
     group.add_argument(
         "--numerics",
         default=numerics,
         choices=("exact", "exact64", "llamacpp", "fast"),
-        help="exact: float32 on the dequantised weights; exact64: float64; llamacpp: rounded as llama.cpp's CPU; "
-        "fast: rounded as the GPU kernels round, which it is on cuda and host "
+        help="exact: float32 on the dequantised weights; exact64: the same in float64; llamacpp: the same rounding as "
+        "llama.cpp's CPU backend; fast: the same rounding as the GPU kernels, which run it on cuda and host "
         f"(default: {numerics or 'fast on cuda and host, else exact'})",
     )
     group.add_argument(
         "--kv-type",
         choices=("f16", "f32", "f64"),
-        help="type of the KV cache (default: f16 for llamacpp and fast, else full)",
+        help="type of the KV cache (default: f16 for llamacpp and fast, f32 for exact, f64 for exact64)",
     )
-    group.add_argument("--ctx", type=int, metavar="N", help="context in tokens (default: the model's)")
+    group.add_argument("--ctx", type=int, metavar="N", help="context length in tokens (default: the model's)")
     group.add_argument(
         "--cpu-cache-mb",
         type=int,
         default=cache_mb,
         metavar="MIB",
-        help="dequantised weights to keep, in MiB; 0 dequantises at every use"
+        help="how many MiB of dequantised weights to keep; 0 dequantises at every use"
         f" (default: {'half of the memory' if cache_mb is None else cache_mb})",
     )
     group.add_argument("--debug", action="store_true", help="show a traceback on errors")
@@ -100,31 +101,57 @@ def model_arguments(
 def prompt_arguments(parser: argparse.ArgumentParser, chunk: bool = True) -> None:
     group = parser.add_argument_group("prompt")
     group.add_argument(
-        "--prompt", metavar="TEXT", help="the prompt as text; @FILE reads a file, and - standard input, as a pipe does"
+        "--prompt",
+        metavar="TEXT",
+        help="the prompt as text; @FILE reads a file, - reads standard input, which is also read if it is a pipe and "
+        "no prompt is given",
     )
-    group.add_argument("--ids", metavar="1,2,3", help="prompt as token ids, taken as they are; also as JSON: [1, 2, 3]")
+    group.add_argument(
+        "--ids", metavar="1,2,3", help="the prompt as token ids, which are used unchanged; JSON is allowed: [1, 2, 3]"
+    )
     if chunk:
-        group.add_argument("--chunk", type=int, default=512, metavar="N", help="prompt tokens a forward pass")
+        group.add_argument("--chunk", type=int, default=512, metavar="N", help="prompt tokens per forward pass")
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens to generate at most")
+    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="maximum number of generated tokens")
     group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 to 2; 0 is greedy")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P", help="above 0, to 2; 1 is off")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 is off")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep probability mass P; 1 is off")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 to 1; 0 is off")
-    group.add_argument("--seed", type=int, metavar="N", help="0 to 2^64 - 1 (default: drawn, and reported)")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop there; up to 4 times")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P", help="above 0, up to 2; 1 is off")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most likely tokens; 0 is off")
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="keep the most likely tokens until their probabilities sum up to P; 1 is off",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="keep tokens that are at least P times as likely as the most likely one; 0 is off",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="0 to 2^64 - 1 (default: random, and printed)")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; can be given up to 4 times"
+    )
 
 
 def kernel_switches(group: Any) -> None:
-    group.add_argument("--no-graphs", action="store_true", help="launch the decode step's kernels one by one")
     group.add_argument(
-        "--attention", choices=("flash", "reference"), default="flash", help="reference writes the score matrix"
+        "--no-graphs", action="store_true", help="launch the decode step's kernels one by one, without CUDA graphs"
     )
-    group.add_argument("--copy-chunk-kb", default="1024", metavar="KIB", help="of a copy of weights to a GPU")
+    group.add_argument(
+        "--attention",
+        choices=("flash", "reference"),
+        default="flash",
+        help="flash: the fused kernel; reference: array code that writes the score matrix",
+    )
+    group.add_argument(
+        "--copy-chunk-kb", default="1024", metavar="KIB", help="size of one copy of weights to a GPU, in KiB"
+    )
 
 
 def trace_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +162,7 @@ def trace_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TENSOR",
-        help="stop in the debugger (pdb, or what PYTHONBREAKPOINT names) once tensor TENSOR (Qcur-3) has been made; "
-        "repeatable",
+        help="stop in the debugger (pdb, or the one in PYTHONBREAKPOINT) after tensor TENSOR (such as Qcur-3) has been "
+        "computed; repeatable",
     )
     group.add_argument("--watch", action="store_true", help="stop at the first tensor with NaN or Inf and name it")

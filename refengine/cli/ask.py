@@ -1,4 +1,4 @@
-"""What `refengine ask` does: a prompt goes to a worker, its answer to stdout as it comes, statistics to stderr."""
+"""Implements `refengine ask`: sends a prompt to a worker; streams its answer to stdout, and statistics to stderr."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refengine.client.client import Client, Sampling, Stream
 from refengine.client.events import ChatEnd, ChatEvent, ClientError, End, Event, Piece, Started, Token
 from refengine.errors import RequestError
 
-CANCEL_TIMEOUT_S = 2.0  # for the worker to hear of an interruption
+CANCEL_TIMEOUT_S = 2.0  # for the cancellation of an interrupted request
 
 
 def ask(arguments: argparse.Namespace) -> None:
@@ -22,7 +22,7 @@ def ask(arguments: argparse.Namespace) -> None:
     if len(given) != 1:
         raise RequestError(f"give the prompt once, as PROMPT or with --prompt ({len(given)} were given)")
     if arguments.chat and arguments.logprobs:
-        raise RequestError("--logprobs is not for --chat")
+        raise RequestError("--logprobs cannot be used with --chat")
     prompt = sys.stdin.read() if given[0] == "-" else given[0]
     api_key = arguments.api_key or os.environ.get("REFENGINE_API_KEY") or None
     stream: Stream[Event] | Stream[ChatEvent]
@@ -67,7 +67,7 @@ def _show(stream: Stream[Event] | Stream[ChatEvent], with_logprobs: bool) -> Non
             if isinstance(event, Started):
                 started = event
                 if event.queue_position:
-                    say(f"waiting behind {event.queue_position} more")
+                    say(f"waiting at position {event.queue_position} in the queue")
             elif isinstance(event, Token | Piece):
                 first = first or time.perf_counter()
                 write(_line(event) if with_logprobs and isinstance(event, Token) else event.text)
@@ -92,9 +92,9 @@ def _print_statistics(started: Started | None, end: End | ChatEnd, seconds: floa
 
 
 def _line(token: Token) -> str:
-    """A token, its probability, and what else was likely; `text` is what could be printed then."""
+    """A line with a token's index, id, probability and text, and the most likely tokens at its position."""
     if token.id is None:
-        return f"{token.index:5} (of a stop string)\n"
+        return f"{token.index:5} (part of a stop string)\n"
     others = "  ".join(f"{c.token!r} {_percent(c.logprob)}" for c in token.top)
     return f"{token.index:5} {token.id!s:>7} {_percent(token.logprob):>8}  {token.text!r:20} | {others}\n"
 
@@ -104,7 +104,7 @@ def _percent(logprob: float | None) -> str:
 
 
 def _cancel(url: str, api_key: str | None, job_id: str | None) -> None:
-    """On a connection of its own. Closing the stream's ends the job too: a worker that does not hear is no error."""
+    """Cancel a job on a separate connection. Errors are ignored, because closing the stream ends the job as well."""
     if job_id is None:
         return
     with contextlib.suppress(ClientError), Client(url, api_key, CANCEL_TIMEOUT_S) as client:

@@ -1,4 +1,4 @@
-"""What `refengine bench` does: starts a worker, measures it over HTTP, and shows every figure beside its target."""
+"""Implements `refengine bench`: starts a worker, measures it over HTTP, and shows the results with their targets."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def _worker(arguments: argparse.Namespace, serve: Sequence[str], device: str) ->
 
 def _load(arguments: argparse.Namespace, serve: Sequence[str], device: str) -> tuple[list[Figure], dict[str, Any]]:
     if arguments.clients < 1 or not arguments.seconds > 0:
-        raise RequestError(f"--clients {arguments.clients}, --seconds {arguments.seconds}: allowed 1 and more, above 0")
+        raise RequestError(
+            f"--clients {arguments.clients}, --seconds {arguments.seconds}: allowed 1 or more clients, and above 0 s"
+        )
     queue = [] if "--max-queue" in serve else ["--max-queue", str(arguments.clients)]
     with WorkerProcess([*serve, *queue]) as worker:
         say(f"ready after {worker.ready():.2f} s")

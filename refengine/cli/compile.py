@@ -1,4 +1,4 @@
-"""What `refengine compile` does: the kernels' machine code is made before the first start wants it. Needs no GPU."""
+"""Implements `refengine compile`: compiles the CUDA kernels before the first start needs them. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from refengine.errors import DeviceError, RequestError
 
 
 def compile_kernels(arguments: argparse.Namespace) -> None:
-    wanted = arguments.arch or [_own()]
-    unknown = [arch for arch in wanted if re.fullmatch(r"sm_\d{2,3}a?|all", arch) is None]
+    requested = arguments.arch or [_own_architecture()]
+    unknown = [arch for arch in requested if re.fullmatch(r"sm_\d{2,3}a?|all", arch) is None]
     if unknown:
         raise RequestError(
-            f"--arch: given {unknown[0][:40]!r}, allowed {', '.join(ARCHITECTURES)} and the like, or all"
+            f"--arch: given {unknown[0][:40]!r}, allowed {', '.join(ARCHITECTURES)} and similar names, or all"
         )
     if arguments.jobs is not None and arguments.jobs < 1:
-        raise RequestError(f"--jobs: given {arguments.jobs}, allowed 1 and more")
+        raise RequestError(f"--jobs: given {arguments.jobs}, allowed 1 or more")
     if arguments.file:
         for unknown_file in set(arguments.file) - set(names()):
             raise RequestError(f"--file: given {unknown_file[:40]!r}, allowed {', '.join(names())}")
-    for arch in ARCHITECTURES if "all" in wanted else dict.fromkeys(wanted):
+    for arch in ARCHITECTURES if "all" in requested else dict.fromkeys(requested):
         with tqdm(desc=arch, unit=" files", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
 
             def show(done: int, total: int, bar: tqdm[Any] = bar) -> None:
@@ -38,12 +38,16 @@ def compile_kernels(arguments: argparse.Namespace) -> None:
 
             files = [name for name in missing(arch) if not arguments.file or name in arguments.file]
             compile_files(arch, files, show, arguments.jobs)
-        print(f"{arch}: {len(files)} kernel files compiled, the others were there ({cache_folder()})", file=sys.stderr)
+        print(
+            f"{arch}: {len(files)} kernel files compiled, the others were in the cache ({cache_folder()})",
+            file=sys.stderr,
+        )
 
 
-def _own() -> str:
+def _own_architecture() -> str:
+    """The architecture of this machine's GPU. Raises RequestError if there is none."""
     try:
         return architecture(open_device("cuda").xp)
     except DeviceError as e:
         known = ", ".join(ARCHITECTURES)
-        raise RequestError(f"no --arch, and no GPU here to ask for it ({e}): give {known} or all") from None
+        raise RequestError(f"no --arch was given and there is no GPU ({e}): give --arch {known} or all") from None

@@ -1,5 +1,4 @@
-"""What the commands share: the model, the prompt and the trace that the arguments name, files that appear whole, and
-messages."""
+"""Functions that several commands share: read the model, prompt and trace from the arguments, write files, messages."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from refengine.weights import quant_kind
 
 
 def parse_ids(text: str) -> list[int]:
-    """`1,2,3`, `1 2 3` or `[1, 2, 3]`. Raises `RequestError`."""
+    """Parse token ids written as `1,2,3`, `1 2 3` or `[1, 2, 3]`. Raises `RequestError`."""
     try:
         return [int(word) for word in text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()]
     except ValueError:
@@ -36,15 +35,15 @@ def parse_ids(text: str) -> list[int]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, with a progress bar where it takes long."""
+    """The SHA-256 of a file, with a progress bar if it takes long."""
     with progress_bar("hashing", path.stat().st_size) as bar:
         return sha256_of_file(path, bar.update)
 
 
 def prompt_of(arguments: argparse.Namespace) -> tuple[str | None, list[int]]:
-    """The prompt as text, or None and ids. Exactly one way of giving it is allowed.
+    """The prompt as (text, []) or (None, ids). Raises RequestError unless it is given in exactly one way.
 
-    `@FILE` reads a file, `-` standard input, and so does a pipe where no prompt is given.
+    `@FILE` reads a file, `-` reads standard input, which is also read if it is a pipe and no prompt is given.
     """
     given = [v for v in (getattr(arguments, "text", None), arguments.prompt, arguments.ids) if v is not None]
     if not given and _is_piped(sys.stdin):
@@ -71,16 +70,16 @@ def prompt_of(arguments: argparse.Namespace) -> tuple[str | None, list[int]]:
 
 
 def _is_piped(stream: Any) -> bool:
-    """Whether a stream is a pipe or a file, and neither a terminal nor nothing."""
+    """Whether a stream is a pipe, a socket or a file, and not a terminal."""
     try:
         mode = os.fstat(stream.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # there is none, or it is closed or replaced
+    except (AttributeError, OSError, ValueError):  # the stream is None, closed or replaced
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
 def model_path(given: str | None) -> Path:
-    """The file given, by its path or its name on the hub, or the packaged one, of which the user is told."""
+    """The model file of a path or a hub name. None: the packaged model, with a message to the user."""
     if given is not None:
         return checked_model_path(given)
     say("no --model given: using the packaged haiku model (try: Write a haiku about the ocean)")
@@ -88,7 +87,7 @@ def model_path(given: str | None) -> Path:
 
 
 def checked_model_path(given: str) -> Path:
-    """The file that a path or a name of the hub means. Raises RequestError that says what to do for what is neither."""
+    """The model file of a path or a hub name. Raises RequestError, which says what to do, if it is neither."""
     if given.startswith("hf:"):
         return resolve(given, say)
     path = Path(given).expanduser()
@@ -100,31 +99,32 @@ def checked_model_path(given: str) -> Path:
     if path.suffix == ".safetensors":
         raise RequestError(f"{path} is a safetensors file: convert it with llama.cpp's convert_hf_to_gguf.py first")
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[^/]+)?", given) and not path.parent.is_dir():
-        raise RequestError(f"{given} is no file: for a model of that name on the hub, give hf:{given}")
+        raise RequestError(f"{given} is not a file: for the model with this name on the hub, give hf:{given}")
     return path
 
 
 def chunk(arguments: argparse.Namespace) -> int:
-    """Prompt tokens of one forward pass."""
+    """The number of prompt tokens in one forward pass. Raises RequestError if it is below 1."""
     if arguments.chunk < 1:
         raise RequestError(f"--chunk {arguments.chunk} must be at least 1 token")
     return int(arguments.chunk)
 
 
 def tracer(arguments: argparse.Namespace) -> Tracer:
-    """What `--break` and `--watch` ask for."""
+    """The tracer for `--break` and `--watch`."""
     if not arguments.breakpoints and not arguments.watch:
         return no_trace
     return Trace(watch=arguments.watch, breakpoints=arguments.breakpoints)
 
 
 def check_trace(tracer: Tracer) -> None:
-    """After a run: every name that was asked for has occurred."""
+    """Called after a run. Raises TraceError if a requested tensor has not occurred."""
     if isinstance(tracer, Trace):
         tracer.check_names()
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
+    """Load the model that the arguments name, with a progress bar and a message."""
     path = model_path(arguments.model)
     start = time.perf_counter()
     with progress_bar("loading", None) as bar:
@@ -157,7 +157,7 @@ def load_model(arguments: argparse.Namespace) -> Model:
 
 
 def _dequantized(model: Model) -> str:
-    """For the line about loading: how much of its time went into dequantising weights."""
+    """The part of the message about loading that says how long dequantising the weights took."""
     done = model.dequantized
     if done is None or not done.n_weights:
         return ""
@@ -170,7 +170,7 @@ def numerics_of(model: Model) -> str:
 
 
 def output_path(given: str, suffix: str, option: str = "--output") -> Path:
-    """Checked before the work starts, not after it."""
+    """The path of an output file, checked before the work starts. Raises RequestError."""
     path = Path(given)
     if path.suffix != suffix:
         raise RequestError(f"{option} {given} must end in {suffix}")
@@ -181,7 +181,7 @@ def output_path(given: str, suffix: str, option: str = "--output") -> Path:
 
 @contextmanager
 def written(path: Path) -> Iterator[str]:
-    """A temporary file beside `path` that takes its place when it is complete; an interruption leaves nothing."""
+    """Gives a temporary file that replaces `path` when the context ends; after an exception it is deleted."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -194,7 +194,7 @@ def written(path: Path) -> Iterator[str]:
 
 
 def progress_bar(what: str, total: int | None, unit: str = "B") -> Any:
-    """A progress bar on a terminal, shown once the work has taken a second."""
+    """A progress bar, shown only on a terminal and after one second."""
     return tqdm(
         desc=what, total=total, unit=unit, unit_scale=True, delay=1.0, leave=False, disable=None, file=sys.stderr
     )

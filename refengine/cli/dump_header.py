@@ -1,4 +1,4 @@
-"""What `refengine dump-header` does: it hands out the C++ header that writes dumps for `refengine validate`."""
+"""Implements `refengine dump-header`: provides the C++ header that writes dumps for `refengine validate`."""
 
 from __future__ import annotations
 

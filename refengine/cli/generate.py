@@ -1,4 +1,4 @@
-"""What `refengine generate` does: it continues a prompt, text to stdout and statistics to stderr."""
+"""Implements `refengine generate`: continues a prompt, printing text to stdout and statistics to stderr."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def generate(arguments: argparse.Namespace) -> None:
         chat = text is not None and tokenizer is not None and tokenizer.chat_template is not None
     if chat:
         if text is None or tokenizer is None:
-            raise RequestError("--chat needs a prompt as text and a model with a vocabulary")
+            raise RequestError("--chat needs a text prompt and a model with a vocabulary")
         prompt_ids = tokenizer.encode_chat([{"role": "user", "content": text}])
     else:
         prompt_ids = model.prompt_ids(ids if text is None else text)
@@ -47,7 +47,7 @@ def generate(arguments: argparse.Namespace) -> None:
                 engine.step()
                 bar.update(generation.progress.cached.length - bar.n)
         for token in engine.tokens(generation):
-            # Without a vocabulary there is no text: ids then.
+            # Without a vocabulary there is no text, so the ids are printed.
             write(token.text if tokenizer is not None else f" {token.id}")
             reason = token.stop_reason or reason
     finally:

@@ -1,5 +1,4 @@
-"""What `refengine inspect` does: it prints a file's metadata, its tensors' types and sizes, and whether it runs here.
-"""
+"""Implements `refengine inspect`: prints a file's metadata, types and sizes of its tensors, and whether it can run."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from refengine.models import architecture_of, read_config
 from refengine.tokenizer import load_tokenizer
 from refengine.weights import check_tensors, quant_kind
 
-SHOWN_ARRAY = 6  # elements of an array that are printed
+SHOWN_ARRAY = 6  # how many elements of an array are printed
 
 
 def inspect(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What `refengine logits` does: it writes the logits of every position of a prompt to a file."""
+"""Implements `refengine logits`: writes the logits of every position of a prompt to a file."""
 
 from __future__ import annotations
 

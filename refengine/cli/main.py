@@ -1,4 +1,4 @@
-"""The `refengine` command: arguments only. What a command does is in the module of its name."""
+"""The `refengine` command: its arguments. Each command is implemented in the module with its name."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ EPILOG = """examples:
   refengine validate --model model.gguf        (against llama.cpp)
   refengine validate --model model.gguf --peer my_dump --html report.html        (against tensors of your own engine)
   refengine serve --worker-id $(uuidgen) --model model.gguf --gpu-device 0 --port 8080
-  refengine ask "Write a haiku about the sea" --seed 7        (a worker that serves)
-  refengine bench worker --quick        (every speed of the worker beside its target)
+  refengine ask "Write a haiku about the sea" --seed 7        (to a running worker)
+  refengine bench worker --quick        (measures a worker against its targets)
   refengine compile --arch sm_90a        (when building an image for GPUs; serve then starts in seconds)
   refengine generate "Hello" --model model.gguf --break Qcur-3     (stops in pdb at that tensor)
 """
@@ -45,14 +45,12 @@ EPILOG = """examples:
 def build_parser() -> Parser:
     from refengine import __version__
 
-    parser = Parser(
-        prog="refengine", description=DESCRIPTION, epilog=EPILOG, formatter_class=Help, allow_abbrev=False
-    )
+    parser = Parser(prog="refengine", description=DESCRIPTION, epilog=EPILOG, formatter_class=Help, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"refengine {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     generate = command(commands, "generate", "continue a prompt, streaming text to stdout and statistics to stderr")
-    generate.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt (or --prompt, --ids)")
+    generate.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt as text")
     model_arguments(generate)
     prompt_arguments(generate)
     sampling_arguments(generate)
@@ -61,16 +59,16 @@ def build_parser() -> Parser:
         "--chat",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="put the prompt through the model's chat template (default: if it has one)",
+        help="apply the model's chat template to the prompt (default: if the model has one)",
     )
     generate.add_argument(
         "--echo",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="print the prompt before its continuation (default: unless it went through a chat template)",
+        help="print the prompt before its continuation (default: unless the chat template is applied)",
     )
 
-    kernel_switches(generate.add_argument_group("kernels, to compare (cuda and host)"))
+    kernel_switches(generate.add_argument_group("kernels on cuda and host, for comparisons"))
 
     logits = command(commands, "logits", "write the logits of every position of a prompt to an .npz file")
     model_arguments(logits)
@@ -80,7 +78,7 @@ def build_parser() -> Parser:
         "--output",
         required=True,
         metavar="FILE.npz",
-        help="where `ids` (n,) int64 and `logits` (n, n_vocab) float32 go (float64 under --numerics exact64)",
+        help="output file with `ids` (n,) int64 and `logits` (n, n_vocab) float32 (float64 with --numerics exact64)",
     )
 
     trace = command(commands, "trace", "write named intermediate tensors of a prompt to a safetensors file")
@@ -90,16 +88,20 @@ def build_parser() -> Parser:
     trace.add_argument(
         "--output",
         metavar="FILE.safetensors",
-        help="where the tensors go; their manifest goes beside it as FILE.manifest.json",
+        help="output file for the tensors; their manifest is written beside it as FILE.manifest.json",
     )
-    trace.add_argument("--filter", default="", metavar="RE", help="regular expression on tensor names; all by default")
-    trace.add_argument("--list", action="store_true", help="print names, shapes and value ranges, write nothing")
+    trace.add_argument(
+        "--filter", default="", metavar="RE", help="regular expression that selects tensors by name (default: all)"
+    )
+    trace.add_argument("--list", action="store_true", help="print names, shapes and value ranges; write no file")
 
     validate = command(
-        commands, "validate", "compare with llama.cpp or a dump: which tensor goes wrong first, and is it its own error"
+        commands,
+        "validate",
+        "compare with llama.cpp or a dump of another engine, and find the tensor where an error is made first",
     )
-    validate.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt (default: a sentence of our own)")
-    # Every weight is used in two passes only: keeping it would cost more memory than it saves time.
+    validate.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt (default: a built-in sentence)")
+    # Each weight is used in only two passes, so a cache of dequantised weights would cost memory and save little time.
     model_arguments(validate, numerics="llamacpp", cache_mb=0, several=True)
     prompt_arguments(validate, chunk=False)
     group = validate.add_argument_group("the other engine")
@@ -107,47 +109,61 @@ def build_parser() -> Parser:
         "--peer",
         default="llama.cpp",
         metavar="PEER",
-        help="llama.cpp (live, through llama-cpp-python), the folder or manifest of a dump, or refengine itself under "
-        "other settings: refengine:exact64, refengine:cuda,f16",
+        help="llama.cpp (live, with llama-cpp-python), the folder or manifest of a dump, or refengine itself with "
+        "other settings, such as refengine:exact64 or refengine:cuda,f16",
     )
-    group.add_argument("--names", metavar="FILE", help="YAML or JSON list of [expression, llama.cpp's name] for a dump")
-    group.add_argument("--any-model", action="store_true", help="accept a dump made with another model file")
-    group.add_argument("--threads", type=int, default=2, metavar="N", help="of llama.cpp")
-    group.add_argument("--ubatch", type=int, metavar="N", help="llama.cpp's micro-batch in tokens (default: all)")
-    group.add_argument("--flash-attention", action="store_true", help="let llama.cpp fuse attention")
-    group.add_argument("--repack", action="store_true", help="let llama.cpp re-order weights for its fastest kernels")
+    group.add_argument(
+        "--names",
+        metavar="FILE",
+        help="YAML or JSON list of [regular expression, llama.cpp's name] pairs that maps the names in a dump",
+    )
+    group.add_argument("--any-model", action="store_true", help="accept a dump that was made with another model file")
+    group.add_argument("--threads", type=int, default=2, metavar="N", help="number of threads of llama.cpp")
+    group.add_argument(
+        "--ubatch", type=int, metavar="N", help="llama.cpp's micro-batch in tokens (default: the whole prompt)"
+    )
+    group.add_argument("--flash-attention", action="store_true", help="let llama.cpp use its fused attention")
+    group.add_argument("--repack", action="store_true", help="let llama.cpp reorder weights for its fastest kernels")
     group = validate.add_argument_group("verdict")
     group.add_argument(
         "--tolerance",
         action="append",
         default=[],
         metavar="RE=NMSE",
-        help="allowed error on own inputs of the tensors that match, instead of the measured floor; repeatable",
+        help="allowed error (normalised mean squared error) of the matching tensors, each computed from the other "
+        "engine's inputs, instead of the measured floor; repeatable",
     )
     group.add_argument("--all", action="store_true", help="show every tensor")
-    group.add_argument("--json", metavar="FILE.json", help="also write the verdict with every figure there")
-    group.add_argument("--html", metavar="FILE.html", help="also write it as one page to open in a browser, offline")
+    group.add_argument("--json", metavar="FILE.json", help="also write the verdict with all numbers to this file")
+    group.add_argument(
+        "--html", metavar="FILE.html", help="also write the verdict as a single page that a browser can open offline"
+    )
     group = validate.add_argument_group("many prompts, many models")
     group.add_argument(
         "--prompts",
         metavar="FILE.jsonl",
-        help='a prompt a line: "text", [1, 2, 3], or {"id": …, "prompt": "text"}; --model may be given several times',
+        help='file with one prompt per line: "text", [1, 2, 3], or {"id": …, "prompt": "text"}; --model can be given '
+        "several times",
     )
-    group.add_argument("--output", metavar="FILE.jsonl", help="where results are added; started again, it goes on")
-    group.add_argument("--jobs", type=int, default=1, metavar="N", help="processes side by side")
+    group.add_argument(
+        "--output", metavar="FILE.jsonl", help="file to append the results to; a second run skips those already there"
+    )
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="number of parallel processes")
 
     tokenize = command(commands, "tokenize", "print the token ids of a text as JSON, or the text of ids")
-    tokenize.add_argument("text", nargs="?", metavar="TEXT", help="the text, or with --decode the ids as JSON or 1,2,3")
+    tokenize.add_argument(
+        "text", nargs="?", metavar="TEXT", help="the text; with --decode the token ids, as JSON or as 1,2,3"
+    )
     tokenize.add_argument("--model", metavar="FILE", help=f"GGUF file; {HUB_HELP} (default: the packaged haiku model)")
     tokenize.add_argument("--decode", action="store_true", help="print the text of ids instead")
     tokenize.add_argument(
         "--special",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="add BOS and EOS as the metadata says",
+        help="add the BOS and EOS tokens that the metadata ask for",
     )
     tokenize.add_argument(
-        "--parse-special", action="store_true", help="read special tokens in the text (<|im_start|>…) as such"
+        "--parse-special", action="store_true", help="treat special tokens in the text (<|im_start|>…) as tokens"
     )
     tokenize.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
@@ -158,7 +174,7 @@ def build_parser() -> Parser:
     inspect.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
     compile_kernels = command(
-        commands, "compile", "compile the kernels ahead of a first start on a GPU (into $REFENGINE_CACHE); needs no GPU"
+        commands, "compile", "compile the CUDA kernels into $REFENGINE_CACHE before the first start; needs no GPU"
     )
     compile_kernels.add_argument(
         "--arch", action="append", metavar="SM", help="sm_80, sm_86, sm_89, sm_90a or all (default: this machine's GPU)"
@@ -166,13 +182,15 @@ def build_parser() -> Parser:
     compile_kernels.add_argument(
         "--file", action="append", metavar="NAME", help="compile only this kernel file (repeatable; default: all)"
     )
-    compile_kernels.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
+    compile_kernels.add_argument(
+        "--jobs", type=int, metavar="N", help="number of parallel processes (default: one per core)"
+    )
     compile_kernels.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
     header = command(
-        commands, "dump-header", "print the path of the C++ header with which an engine dumps its tensors for validate"
+        commands, "dump-header", "print the path of a C++ header that writes an engine's tensors for `validate --peer`"
     )
-    header.add_argument("--output", metavar="FILE.h", help="copy the header there instead of printing its path")
+    header.add_argument("--output", metavar="FILE.h", help="copy the header to this file instead of printing its path")
     header.add_argument("--debug", action="store_true", help="show a traceback on errors")
 
     serve = command(commands, "serve", "serve one model on one device over HTTP")
@@ -181,15 +199,15 @@ def build_parser() -> Parser:
     ask = command(commands, "ask", "send a prompt to a worker, streaming its answer to stdout and statistics to stderr")
     ask_arguments(ask)
 
-    bench = command(commands, "bench", "start a worker and measure it over HTTP, as its clients see it")
+    bench = command(commands, "bench", "start a worker and measure it over HTTP, from its clients' point of view")
     bench_arguments(bench)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 2 wrong use or unusable input, 130 interrupted.
+    """Run the command line. Returns the exit code: 0 success, 2 wrong arguments or unusable input, 130 interrupted.
 
-    `validate`: 0 agrees, 1 diverges, 3 nothing was compared.
+    For `validate`: 0 agrees, 1 diverges, 3 nothing was compared.
     """
     parser = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
@@ -199,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _function(arguments.command)(arguments) or 0
         sys.stdout.flush()
     except (RefengineError, OSError, MemoryError, UnicodeError) as e:
-        if isinstance(e, BrokenPipeError):  # the reader of our output has gone; not an error of ours
+        if isinstance(e, BrokenPipeError):  # the reader of our output is gone, which is no error
             _discard_output()
             return 0
         if arguments.debug:
@@ -210,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"refengine: error: {one_line(message)}", file=sys.stderr)
         try:
             sys.stdout.flush()
-        except OSError:  # it was the output that failed
+        except OSError:  # standard output itself has failed
             _discard_output()
         return 2
     except bdb.BdbQuit:
@@ -223,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
-    """What a command does; imported when it is wanted, since libraries take their time."""
+    """The function that implements a command. It is imported only here, because its libraries load slowly."""
     if command == "validate":
         from refengine.cli.validate import validate
 
@@ -248,8 +266,8 @@ def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
         from refengine.cli.dump_header import dump_header
 
         return dump_header
-    found: Callable[[argparse.Namespace], int | None] = getattr(import_module(f"refengine.cli.{command}"), command)
-    return found
+    function: Callable[[argparse.Namespace], int | None] = getattr(import_module(f"refengine.cli.{command}"), command)
+    return function
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -265,7 +283,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _discard_output() -> None:
-    """Standard output goes nowhere from here on: the interpreter flushes it at exit, and would fail again."""
+    """Redirect standard output to /dev/null: the interpreter flushes it at exit, which would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""What `refengine serve` does: arguments become checked options, and a worker runs until it is told to stop."""
+"""Implements `refengine serve`: converts and checks the arguments, and runs a worker until it is told to stop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def options_of(arguments: argparse.Namespace) -> WorkerOptions:
-    """Raises RequestError for the first argument that is not allowed."""
+    """The worker's options from the arguments. Raises RequestError for the first argument that is not allowed."""
 
     def optional(name: str, text: str | None, low: int, high: int) -> int | None:
         return None if text is None else integer(name, text, low, high)
@@ -56,17 +56,17 @@ def options_of(arguments: argparse.Namespace) -> WorkerOptions:
     )
 
 
-def _model(given: str | None) -> Path | str:
-    """A name of the hub stays one: the worker fetches its file when it starts. Raises HubError where it is none."""
-    if given is None:
+def _model(name: str | None) -> Path | str:
+    """The model's path, or its name on the hub, whose file the worker downloads. Raises HubError for a bad hub name."""
+    if name is None:
         return PACKAGED_MODEL
-    return Path(given) if parse(given) is None else given
+    return Path(name) if parse(name) is None else name
 
 
 def _api_key(key: str | None, file: str | None) -> str | None:
-    """The key from the one place that names it; the environment's is for where the command line names none."""
+    """The API key, from an option or, if neither is given, from the environment variable. Raises RequestError."""
     if key is not None and file is not None:
-        raise RequestError("--api-key and --api-key-file: given both, allowed one of them")
+        raise RequestError("--api-key and --api-key-file: given both, allowed only one of them")
     if file is None:
         return os.environ.get(KEY_VARIABLE) if key is None else key
     try:
@@ -75,4 +75,4 @@ def _api_key(key: str | None, file: str | None) -> str | None:
     except OSError as e:
         raise RequestError(f"--api-key-file: {file} cannot be read: {e.strerror or e}") from None
     except UnicodeDecodeError:
-        raise RequestError(f"--api-key-file: {file} is no text") from None
+        raise RequestError(f"--api-key-file: {file} is not a text file") from None

@@ -1,4 +1,4 @@
-"""What `refengine tokenize` does: text to ids, or ids to text."""
+"""Implements `refengine tokenize`: text to ids, or ids to text."""
 
 from __future__ import annotations
 

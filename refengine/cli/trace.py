@@ -1,4 +1,4 @@
-"""What `refengine trace` does: it writes or lists the intermediate tensors of a prompt."""
+"""Implements `refengine trace`: writes or lists the intermediate tensors of a prompt."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from refengine.trace import Trace
 
 def trace(arguments: argparse.Namespace) -> None:
     if arguments.output is None and not arguments.list:
-        raise RequestError("give --output FILE.safetensors, or --list to see what there is")
+        raise RequestError("give --output FILE.safetensors, or --list to see the names of all tensors")
     text, ids = prompt_of(arguments)
     output = None if arguments.list else output_path(arguments.output, ".safetensors")
     recorder = Trace(arguments.filter, watch=arguments.watch, breakpoints=arguments.breakpoints)
@@ -63,9 +63,9 @@ def trace(arguments: argparse.Namespace) -> None:
             "device": model.device.name,
         },
     )
-    beside = output.with_suffix(".manifest.json")
+    manifest_path = output.with_suffix(".manifest.json")
     with written(output) as temporary:
         save_file({n: np.ascontiguousarray(v) for n, v in tensors.items()}, temporary)
-    with written(beside) as temporary:
+    with written(manifest_path) as temporary:
         Path(temporary).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    say(f"{output}: {len(tensors)} tensors; manifest in {beside}")
+    say(f"{output}: {len(tensors)} tensors; manifest in {manifest_path}")

@@ -1,4 +1,4 @@
-"""What `refengine validate` does: one prompt against another engine, or many prompts on many models."""
+"""Implements `refengine validate`: compares one prompt with another engine, or many prompts on many models."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def validate(arguments: argparse.Namespace) -> int:
     if arguments.prompts is not None:
         return _corpus(arguments)
     if len(arguments.model or []) > 1:
-        raise RequestError(f"{len(arguments.model)} models were given: several are for --prompts")
+        raise RequestError(f"{len(arguments.model)} models were given: only --prompts allows several")
     if arguments.output is not None or arguments.jobs != 1:
-        raise RequestError("--output and --jobs are for --prompts; a single verdict goes to --json and --html")
+        raise RequestError("--output and --jobs need --prompts; for a single prompt use --json and --html")
     arguments.model = arguments.model[0] if arguments.model else None
     as_json = None if arguments.json is None else output_path(arguments.json, ".json", "--json")
     as_html = None if arguments.html is None else output_path(arguments.html, ".html", "--html")
     tolerances = [_tolerance(text) for text in arguments.tolerance]
     given = any(v is not None for v in (arguments.text, arguments.prompt, arguments.ids))
     if is_dump(arguments.peer) and given:
-        raise RequestError("a dump has its own prompt: leave yours out")
+        raise RequestError("a dump contains its prompt: do not give another one")
     text, ids = prompt_of(arguments) if given else (None, [])
     model = load_model(arguments)
     sha256 = file_sha256(model.gguf.path)
     prompt = model.prompt_ids(ids if text is None else text) if given else default_ids(model)
     if not is_dump(arguments.peer):
-        say(f"{arguments.peer} runs {len(prompt)} tokens")
+        say(f"{arguments.peer} is running {len(prompt)} tokens")
     capture = capture_peer(
         arguments.peer,
         model,
@@ -63,20 +63,20 @@ def validate(arguments: argparse.Namespace) -> int:
     if as_json is not None:
         with written(as_json) as temporary:
             Path(temporary).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        say(f"{as_json}: the verdict with every figure")
+        say(f"{as_json}: the verdict with all numbers")
     if as_html is not None:
         with written(as_html) as temporary:
             Path(temporary).write_text(to_html(report), encoding="utf-8")
-        say(f"{as_html}: the verdict to open in a browser")
+        say(f"{as_html}: the verdict, to open in a browser")
     return outcome.verdict.exit_code
 
 
 def _corpus(arguments: argparse.Namespace) -> int:
     single = [arguments.text, arguments.prompt, arguments.ids, arguments.json, arguments.html, arguments.names]
     if any(v is not None for v in single) or is_dump(arguments.peer):
-        raise RequestError("--prompts compares live engines on many prompts: no dump, single prompt, --json or --html")
+        raise RequestError("--prompts compares live engines; do not give a dump, a single prompt, --json or --html")
     if arguments.output is None:
-        raise RequestError("--prompts needs --output RESULTS.jsonl, to which every result is added as it comes")
+        raise RequestError("--prompts needs --output RESULTS.jsonl, to which the results are appended")
     if arguments.jobs < 1:
         raise RequestError(f"--jobs {arguments.jobs} must be at least 1 process")
     output = output_path(arguments.output, ".jsonl")
@@ -92,7 +92,7 @@ def _corpus(arguments: argparse.Namespace) -> int:
         llamacpp=_llamacpp(arguments),
         tolerances=tuple(_tolerance(text) for text in arguments.tolerance),
     )
-    # Every process multiplies matrices: together they should have no more threads than there are cores.
+    # Every process multiplies matrices, so all of them together should use no more threads than there are cores.
     threads = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
     for library in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(library, threads)
@@ -103,7 +103,7 @@ def _corpus(arguments: argparse.Namespace) -> int:
     failed = [row for row in rows if "error" in row]
     if failed:
         first = "{model} {prompt}: {error}".format(**failed[0])
-        say(f"{len(failed)} of {len(rows)} runs failed; the first, {first}")
+        say(f"{len(failed)} of {len(rows)} runs failed; the first is {first}")
         return 2
     wrong = [row for row in rows if row["verdict"] != "agrees"]
     return 0 if not wrong else 3 if all(row["verdict"] == "nothing compared" for row in wrong) else 1
@@ -123,12 +123,12 @@ def _console() -> Console:
 
 
 def _tolerance(text: str) -> tuple[str, float]:
-    """`EXPRESSION=NMSE`."""
+    """Parse `EXPRESSION=NMSE`. Raises RequestError."""
     pattern, _, value = text.rpartition("=")
     try:
         tolerance = float(value)
     except ValueError:
         tolerance = -1.0
     if not pattern or not tolerance >= 0.0:
-        raise RequestError(f"--tolerance {text}: write EXPRESSION=NMSE, as ^ffn_down=1e-12")
+        raise RequestError(f"--tolerance {text}: write EXPRESSION=NMSE, such as ^ffn_down=1e-12")
     return pattern, tolerance

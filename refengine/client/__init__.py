@@ -1,4 +1,4 @@
-"""The client of a worker: `from refengine.client import Client, Token`. Needs the extra `client`."""
+"""The Python client of the worker: `from refengine.client import Client, Token`. Needs the extra `client`."""
 
 from refengine.errors import needs_extra
 

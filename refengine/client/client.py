@@ -5,9 +5,9 @@
             if isinstance(event, Token):
                 print(event.text, end="", flush=True)
 
-`execute` gives Started, Token (many), Metrics (maybe) and End. Whatever goes wrong is a ClientError: WorkerError with
-the worker's code, ConnectionFailed, or ProtocolError. Leaving the loop closes the connection, and the worker stops the
-job. AsyncClient is the same for asyncio.
+`execute` yields Started, a Token for each token, Metrics if the worker sends them, and End. Every error is a
+ClientError: a WorkerError with the worker's code, ConnectionFailed, or ProtocolError. Leaving the loop closes the
+connection, and the worker stops the job. AsyncClient is the same for asyncio.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ __all__ = [
 ]
 
 DEFAULT_URL = "http://127.0.0.1:8080"
-READ_TIMEOUT_S = 60.0  # a stream is never silent for longer: the worker sends comments while a request waits
+READ_TIMEOUT_S = 60.0  # a working stream is never silent for so long: the worker sends comments while a request waits
 CONNECT_TIMEOUT_S = 5.0
-MAX_PAUSE_S = 30.0  # before a repeated request, whatever the worker asks for
+MAX_PAUSE_S = 30.0  # the longest pause before a retry, even if the worker asks for more
 LATE = "INFERENCE_TIMEOUT"
 
 Body = Mapping[str, Any]
@@ -80,7 +80,7 @@ E = TypeVar("E")
 
 
 class Sampling(TypedDict, total=False):
-    """What is left out is the worker's default. The worker checks all of it."""
+    """Sampling parameters. Those that are left out get the worker's defaults; the worker checks all of them."""
 
     max_tokens: int
     temperature: float
@@ -95,13 +95,15 @@ class Sampling(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Generated:
+    """The result of `Client.generate`: the whole text, and the first and last events."""
+
     text: str
     started: Started
     end: End
 
 
 class Stream(Generic[E]):
-    """Events of a request, which is sent when the first is asked for. Closing it, or dropping it, stops the job."""
+    """The events of a request. Asking for the first event sends the request; closing or deleting it stops the job."""
 
     def __init__(self, events: Generator[E, None, None], decoder: Decoder[E]) -> None:
         self._events, self._decoder = events, decoder
@@ -127,18 +129,20 @@ class Stream(Generic[E]):
 
 
 class _Base:
-    """What both clients share: addresses, requests, and how failures look."""
+    """The common part of both clients: the worker's address, headers, retries, and the conversion of errors."""
 
     def __init__(self, url: str, api_key: str | None, timeout: float, retries: int) -> None:
         if retries < 0 or not timeout > 0:
-            raise RequestError(f"timeout: given {timeout}, retries: given {retries}; allowed above 0, and 0 or more")
+            raise RequestError(
+                f"timeout: given {timeout}, allowed above 0; retries: given {retries}, allowed 0 or more"
+            )
         self.url, self._retries, self._timeout = _checked_url(url), retries, timeout
         headers = {"User-Agent": "refengine"}
         if api_key is not None:
             if re.fullmatch(r"[!-~]+", api_key) is None:
                 raise RequestError(f"api_key: given {len(api_key)} characters, allowed printable ASCII without spaces")
             headers["Authorization"] = f"Bearer {api_key}"
-        # No proxies and no .netrc: a worker is spoken to directly, with the key that was given.
+        # No proxies and no .netrc: the client connects directly to the worker and sends only this key.
         self._options: dict[str, Any] = {
             "base_url": self.url,
             "headers": headers,
@@ -148,12 +152,12 @@ class _Base:
         }
 
     def _pause(self, error: ClientError, attempt: int, left: float) -> float:
-        """Seconds until the request is sent again; raises where it is not. left: seconds to its deadline."""
+        """The seconds to wait before a retry. Raises the error if there is no retry. left: seconds to the deadline."""
         if not isinstance(error, WorkerError) or error.retry_after is None or attempt >= self._retries:
             raise error
-        pause = min(error.retry_after, MAX_PAUSE_S) * random.uniform(1.0, 1.25)  # so that not all come back at once
+        pause = min(error.retry_after, MAX_PAUSE_S) * random.uniform(1.0, 1.25)  # spreads the retries of many clients
         if pause >= left:
-            message = f"the deadline comes before the request may be sent again, in {pause:.1f} s ({error})"
+            message = f"the deadline passes before a retry is allowed, in {pause:.1f} s ({error})"
             raise WorkerError(LATE, message, LATE in RETRIABLE, status=error.status, retry_after=error.retry_after)
         return pause
 
@@ -169,7 +173,7 @@ class _Base:
     @staticmethod
     def _ended(decoder: Decoder[Any]) -> None:
         if not decoder.done:
-            raise ProtocolError("the stream ended without end or error")
+            raise ProtocolError("the stream ended without an `end` or `error` event")
 
     @staticmethod
     def _fault(response: httpx.Response) -> ClientError:
@@ -186,12 +190,14 @@ class _Base:
         try:
             return Fields("answer", json.loads(response.content))
         except (ValueError, RecursionError):
-            raise ProtocolError("the answer is no JSON") from None
+            raise ProtocolError("the response is not JSON") from None
 
 
 class Client(_Base):
-    """timeout: seconds without any sign of the worker. retries: times that a request is sent again where the worker
-    answers 503 with Retry-After, before its stream starts; none unless asked for.
+    """A client of one worker.
+
+    timeout: the maximum seconds without any data from the worker.
+    retries: how often a request is sent again if the worker answers 503 with Retry-After before its stream starts.
     """
 
     def __init__(
@@ -208,9 +214,10 @@ class Client(_Base):
         deadline: float | datetime | None = None,
         **sampling: Unpack[Sampling],
     ) -> Stream[Event]:
-        """Events as they come. deadline: after so many seconds, or at a moment with its zone, the worker gives up.
+        """Generate from a prompt; returns the stream of events. Iterating raises ClientError.
 
-        Seconds count from when the events are first asked for, retries and all. Raises ClientError, then or later.
+        deadline: when the worker ends the request with an error, as a datetime with its time zone, or as seconds from
+        the first request for an event; retries are included in that time.
         """
         job_id = uuid.uuid4().hex if job_id is None else job_id
         decoder = ExecuteDecoder(job_id)
@@ -221,7 +228,7 @@ class Client(_Base):
     def generate(
         self, prompt: str, *, deadline: float | datetime | None = None, **sampling: Unpack[Sampling]
     ) -> Generated:
-        """The whole answer at once. Raises ClientError."""
+        """Generate from a prompt and wait for the whole text. Raises ClientError."""
         events = list(self.execute(prompt, deadline=deadline, **sampling))
         started, end = events[0], events[-1]
         assert isinstance(started, Started)
@@ -235,20 +242,23 @@ class Client(_Base):
         deadline: float | datetime | None = None,
         **sampling: Unpack[Sampling],
     ) -> Stream[ChatEvent]:
-        """Pieces of the answer and a ChatEnd, through the model's chat template. No logprobs. Raises ClientError."""
+        """Answer a conversation, using the model's chat template. `logprobs` is not supported.
+
+        Returns a stream of Pieces of text and a final ChatEnd. Iterating raises ClientError.
+        """
         body = {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}, **sampling}
         decoder = ChatDecoder()
         return Stream(self._stream("/v1/chat/completions", body, deadline, decoder), decoder)
 
     def cancel(self, job_id: str) -> None:
-        """End a job: its stream ends with WorkerError CANCELLED. Harmless for one that has ended."""
+        """Cancel a job; its stream ends with WorkerError CANCELLED. Does nothing for a job that has ended."""
         self._call("POST", "/cancel", {"job_id": job_id})
 
     def health(self) -> dict[str, Any]:
         return self._json(self._call("GET", "/health", None, 503)).values
 
     def metrics(self) -> str:
-        """Prometheus' text format."""
+        """The worker's metrics in Prometheus' text format."""
         return self._call("GET", "/metrics").text
 
     def shutdown(self) -> None:
@@ -293,7 +303,7 @@ class Client(_Base):
                         return
                     response.read()
             except httpx.HTTPError as e:
-                if decoder.done:  # all there was has been read
+                if decoder.done:  # all events have been read
                     return
                 raise self._failure(e) from None
             time.sleep(self._pause(self._fault(response), attempt, end.left()))
@@ -301,7 +311,7 @@ class Client(_Base):
 
 
 class AsyncStream(Generic[E]):
-    """As Stream. Leave it with `async with`, or `aclose`: asyncio closes what was merely dropped when it likes."""
+    """Like Stream, for asyncio. Use `async with` or `aclose`: a stream that is only deleted may close much later."""
 
     def __init__(self, events: AsyncGenerator[E, None], decoder: Decoder[E]) -> None:
         self._events, self._decoder = events, decoder
@@ -327,7 +337,7 @@ class AsyncStream(Generic[E]):
 
 
 class AsyncClient(_Base):
-    """As Client, for asyncio: execute, cancel, health, metrics."""
+    """Like Client, for asyncio. It has execute, cancel, health and metrics."""
 
     def __init__(
         self, url: str = DEFAULT_URL, api_key: str | None = None, timeout: float = READ_TIMEOUT_S, retries: int = 0
@@ -343,7 +353,7 @@ class AsyncClient(_Base):
         deadline: float | datetime | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncStream[Event]:
-        """As Client.execute."""
+        """See Client.execute."""
         job_id = uuid.uuid4().hex if job_id is None else job_id
         decoder = ExecuteDecoder(job_id)
         return AsyncStream(
@@ -400,15 +410,15 @@ class AsyncClient(_Base):
 
 
 class _Deadline:
-    """When the worker is to give up; seconds count from here. Raises RequestError for a moment without a zone."""
+    """A deadline. Seconds count from the construction. Raises RequestError for a datetime without a time zone."""
 
     def __init__(self, given: float | datetime | None) -> None:
         if isinstance(given, datetime) and given.tzinfo is None:
-            raise RequestError(f"deadline: given {given}, which has no zone")
+            raise RequestError(f"deadline: given {given}, which has no time zone")
         self._given, self._start = given, time.monotonic()
 
     def left(self) -> float:
-        """Seconds; infinite without a deadline."""
+        """The seconds left; infinite without a deadline."""
         if isinstance(self._given, datetime):
             return (self._given - datetime.now(UTC)).total_seconds()
         return math.inf if self._given is None else self._given - (time.monotonic() - self._start)
@@ -420,7 +430,7 @@ class _Deadline:
 
 
 def _content(body: Body | None, deadline: _Deadline | None = None) -> dict[str, Any]:
-    """The body and the headers of a request. Raises RequestError for what JSON cannot be."""
+    """The JSON body and the headers of a request, as arguments for httpx. Raises RequestError if it cannot be JSON."""
     if body is None:
         return {}
     try:

@@ -1,7 +1,7 @@
-"""What a worker's streams say, as typed events; and the errors of a client. Nothing here knows of connections.
+"""The events of a worker's streams as typed objects, and the client's errors. Does not depend on connections.
 
-A decoder takes the server-sent events of one stream in turn, and raises ProtocolError where a stream breaks the rules:
-`started` first, tokens counted without a gap, one last event. Unknown events, and unknown fields, are passed over.
+A decoder takes the server-sent events of one stream in order. It raises ProtocolError if a stream breaks the rules:
+`started` comes first, token indexes have no gap, and there is one last event. Unknown events and fields are ignored.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from httpx_sse import ServerSentEvent
 
 from refengine.errors import RefengineError, one_line
 
-RETRIABLE = {"VRAM_OOM", "CUDA_ERROR", "INFERENCE_TIMEOUT", "QUEUE_FULL", "SHUTTING_DOWN"}  # HTTP answers do not say
-SHOWN = 80  # characters of something malformed that an error quotes
+# The codes of errors that may be retried: `error` events say whether they are, HTTP responses do not.
+RETRIABLE = {"VRAM_OOM", "CUDA_ERROR", "INFERENCE_TIMEOUT", "QUEUE_FULL", "SHUTTING_DOWN"}
+SHOWN = 80  # how many characters of malformed data an error quotes
 
 
 class ClientError(RefengineError):
-    """Base of what a client raises."""
+    """Base class of the client's errors."""
 
 
 class WorkerError(ClientError):
-    """The worker refused a request, or ended it. status: None where the stream had begun.
+    """The worker refused a request, or ended it with an error.
 
-    retry_after: seconds after which the worker wants to be asked again.
+    status: the HTTP status; None if the stream had already begun. retry_after: seconds to wait before a retry.
     """
 
     def __init__(
@@ -43,15 +44,17 @@ class WorkerError(ClientError):
 
 
 class ConnectionFailed(ClientError):
-    """The worker cannot be reached, the connection was lost, or nothing came in time."""
+    """The worker cannot be reached, the connection was lost, or no data arrived in time."""
 
 
 class ProtocolError(ClientError):
-    """What came is not what a worker sends."""
+    """The received data is not what a worker sends."""
 
 
 @dataclass(frozen=True)
 class Started:
+    """The first event of a job. queue_position: 0 if the job runs at once."""
+
     job_id: str
     model: str
     started_at: str
@@ -61,7 +64,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that was likely. logprob: natural logarithm; None is minus infinity."""
+    """One of the most likely tokens at a position. logprob: natural logarithm; None stands for minus infinity."""
 
     id: int
     token: str
@@ -70,9 +73,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Token:
-    """text may be empty: it is held back until a code point, or a possible stop string, is complete.
+    """A generated token.
 
-    id, logprob, top: only where logprobs were asked for, and never for a token of a stop string.
+    text: may be empty, because text is held back until a code point, or a possible stop string, is complete.
+    id, logprob, top: only set if logprobs were requested, and never for a token of a stop string.
     """
 
     text: str
@@ -84,12 +88,18 @@ class Token:
 
 @dataclass(frozen=True)
 class Metrics:
+    """The fields of a `metrics` event."""
+
     values: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class End:
-    """stop_reason: `eos`, `stop` or `length`. first_token_ms: from accept, by the worker's clock."""
+    """The last event of a job that ended without an error.
+
+    stop_reason: `eos`, `stop` or `length`.
+    first_token_ms: milliseconds from the acceptance of the job to its first token, by the worker's clock.
+    """
 
     tokens_out: int
     decode_time_ms: float
@@ -104,14 +114,14 @@ Event = Started | Token | Metrics | End
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of a chat's answer."""
+    """A piece of a chat's answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ChatEnd:
-    """finish_reason: `stop` or `length`."""
+    """The last event of a chat. finish_reason: `stop` or `length`."""
 
     finish_reason: str
     tokens_in: int
@@ -125,7 +135,10 @@ T = TypeVar("T")
 
 
 class Decoder(Protocol[E_co]):
-    """done: the last event has come. job_id: what /cancel takes; None until it is known."""
+    """Turns the server-sent events of one stream into typed events.
+
+    done: whether the last event has arrived. job_id: the id for /cancel; None until it is known.
+    """
 
     done: bool
     job_id: str | None
@@ -134,7 +147,7 @@ class Decoder(Protocol[E_co]):
 
 
 class ExecuteDecoder:
-    """Of POST /execute."""
+    """The decoder for POST /execute."""
 
     def __init__(self, job_id: str) -> None:
         self.job_id: str | None = job_id
@@ -143,18 +156,18 @@ class ExecuteDecoder:
         self._tokens = 0
 
     def decode(self, event: ServerSentEvent) -> Event | None:
-        """The event, or None for one that is unknown. Raises WorkerError for `error`, ProtocolError."""
+        """The typed event, or None for an unknown one. Raises WorkerError for `error`, and ProtocolError."""
         name = event.event
         if name not in ("started", "token", "metrics", "end", "error"):
             return None
         data = Fields(name, _object(name, event.data))
         if self.done:
-            raise ProtocolError(f"the stream goes on after its end: {name}")
+            raise ProtocolError(f"the stream continues after its end: {name}")
         if name == "error":
             self.done = True
             raise WorkerError(data.take("code", str), data.take("message", str), data.take("retriable", bool))
         if self._started == (name == "started"):
-            raise ProtocolError(f"{name} came {'twice' if self._started else 'before started'}")
+            raise ProtocolError(f"{name} arrived {'twice' if self._started else 'before started'}")
         if name == "started":
             return self._start(data)
         if name == "token":
@@ -171,13 +184,13 @@ class ExecuteDecoder:
             data.take("queue_position", int),
         )
         if started.job_id != self.job_id:
-            raise ProtocolError(f"started: the stream is of job {started.job_id[:SHOWN]!r}, not of {self.job_id!r}")
+            raise ProtocolError(f"started: the stream has job {started.job_id[:SHOWN]!r}, expected {self.job_id!r}")
         return started
 
     def _token(self, data: Fields) -> Token:
         text, index = data.take("t", str), data.take("i", int)
         if index != self._tokens:
-            raise ProtocolError(f"token {index} came where {self._tokens} was due")
+            raise ProtocolError(f"token {index} arrived, expected token {self._tokens}")
         self._tokens += 1
         if "id" not in data.values:
             return Token(text, index)
@@ -194,13 +207,13 @@ class ExecuteDecoder:
             data.take("prefix_tokens_reused", int),
         )
         if end.tokens_out != self._tokens:
-            raise ProtocolError(f"end: of {end.tokens_out} tokens {self._tokens} came")
+            raise ProtocolError(f"end: only {self._tokens} of {end.tokens_out} tokens arrived")
         self.done = True
         return end
 
 
 class ChatDecoder:
-    """Of POST /v1/chat/completions with `stream` and its usage: OpenAI's chunks."""
+    """The decoder for POST /v1/chat/completions with `stream` and `include_usage`, whose events are OpenAI's chunks."""
 
     def __init__(self) -> None:
         self.job_id: str | None = None
@@ -209,11 +222,11 @@ class ChatDecoder:
         self._usage: Fields | None = None
 
     def decode(self, event: ServerSentEvent) -> ChatEvent | None:
-        """A piece of text, or the end. Raises WorkerError, ProtocolError."""
+        """A Piece, the ChatEnd, or None for an event without text. Raises WorkerError or ProtocolError."""
         if event.event != "message":
             return None
         if self.done:
-            raise ProtocolError("the stream goes on after its end")
+            raise ProtocolError("the stream continues after its end")
         if event.data == "[DONE]":
             return self._end()
         value = _object("chunk", event.data)
@@ -235,7 +248,7 @@ class ChatDecoder:
 
     def _end(self) -> ChatEnd:
         if self._finish_reason is None or self._usage is None:
-            raise ProtocolError("[DONE] came before the reason and the usage")
+            raise ProtocolError("[DONE] arrived before the finish reason and the usage")
         self.done = True
         usage = self._usage
         details = Fields("usage", usage.values.get("prompt_tokens_details") or {})
@@ -248,18 +261,18 @@ class ChatDecoder:
 
 
 class Fields:
-    """The fields of a JSON object, taken with the type that they must have. Raises ProtocolError."""
+    """Reads fields of a JSON object and checks their types. Raises ProtocolError. what: begins the errors' messages."""
 
     def __init__(self, what: str, values: Any) -> None:
         if not isinstance(values, dict):
-            raise ProtocolError(f"{what}: expected a JSON object, came {_shown(values)}")
+            raise ProtocolError(f"{what}: expected a JSON object, got {_shown(values)}")
         self.values: dict[str, Any] = values
         self._what = what
 
     def take(self, name: str, kind: type[T]) -> T:
         value = self.values.get(name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ProtocolError(f"{self._what}: {name} should be of type {kind.__name__}, came {_shown(value)}")
+            raise ProtocolError(f"{self._what}: {name} should be of type {kind.__name__}, got {_shown(value)}")
         return value
 
     def number(self, name: str, optional: bool = False) -> float | None:
@@ -267,15 +280,15 @@ class Fields:
         if value is None and optional:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ProtocolError(f"{self._what}: {name} should be a number, came {_shown(value)}")
+            raise ProtocolError(f"{self._what}: {name} should be a number, got {_shown(value)}")
         return float(value)
 
 
 def fault(status: int, body: bytes, retry_after: str | None) -> ClientError:
-    """An HTTP answer that is no success: the worker's own JSON, or OpenAI's, or somebody else's."""
+    """The error of an HTTP response with a failure status: a WorkerError if its body is a worker's or OpenAI's JSON."""
     try:
         value = json.loads(body)
-        fields = Fields("answer", value.get("error", value) if isinstance(value, dict) else value)
+        fields = Fields("response", value.get("error", value) if isinstance(value, dict) else value)
         code, message = fields.take("code", str), fields.take("message", str)
     except (ValueError, RecursionError, ProtocolError):
         return ProtocolError(f"HTTP status {status} without a worker's error: {_shown(body.decode(errors='replace'))}")
@@ -297,7 +310,7 @@ def _object(what: str, text: str) -> dict[str, Any]:
     try:
         return Fields(what, json.loads(text)).values
     except (ValueError, RecursionError):
-        raise ProtocolError(f"{what}: the data is no JSON: {_shown(text)}") from None
+        raise ProtocolError(f"{what}: the data is not JSON: {_shown(text)}") from None
 
 
 def _shown(value: Any) -> str:

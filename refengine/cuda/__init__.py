@@ -1,4 +1,4 @@
-"""Raw CUDA kernels: sources, compilation, launches, device memory. `kernels_cu/` holds the CUDA C."""
+"""Raw CUDA kernels: sources, compilation, launches, device memory. The CUDA C code is in `kernels_cu/`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from refengine.weights import CHUNK_BYTES, is_vector
 
 @dataclass(frozen=True)
 class KernelDevice:
-    """A device that runs kernels, with room for a model's weights."""
+    """A device that runs kernels, with its memory and the uploader for a model's weights."""
 
     ops: KernelOps
     memory: DeviceMemory
@@ -28,14 +28,17 @@ class KernelDevice:
 def open_kernels(
     device: Device, tensors: Iterable[Any], attention_by: str = "flash", chunk_bytes: int = CHUNK_BYTES
 ) -> KernelDevice:
-    """tensors: of the file (name, type, shape). chunk_bytes: of a copy. Raises DeviceError where they do not fit."""
+    """Prepare a device for kernels and allocate memory for the weights. Raises DeviceError if they do not fit.
+
+    tensors: those of the file (name, type, shape). chunk_bytes: the size of one copy to the device.
+    """
     memory = DeviceMemory(device.xp)
     ops = KernelOps(device.xp, Kernels("host" if device.xp is np else "cuda"), memory, attention_by)
     return KernelDevice(ops, memory, Uploader(device.xp, memory.arena("weights", weight_bytes(tensors)), chunk_bytes))
 
 
 def weight_bytes(tensors: Iterable[Any]) -> int:
-    """What the kernels' arrangement of tensors (name, type, shape) takes of a device."""
+    """The bytes of device memory that tensors (name, type, shape) need in the kernels' layout."""
     matrices, vectors = [], []
     for info in tensors:
         if is_vector(info):

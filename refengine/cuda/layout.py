@@ -1,25 +1,25 @@
-"""How weights lie on the device: the same bits as in the file, in the order in which a warp multiplies them.
+"""The layout of weights on the device: the same bits as in the file, in the order in which a warp multiplies them.
 
-A matrix (n_out, n_in) is cut into tiles of 16 rows by 32 columns, what one warp takes for two `mma.sync.m16n8k16`. Of
-a tile lane 4·r + c holds columns 4c … 4c + 3 and 16 + 4c … 16 + 4c + 3 of rows r and r + 8: four for each of the two.
-Activations are laid out likewise (`activation_order`), so that a lane's are 16 bytes in a row. Each part of a block
-(low bits, high bits, scales) is a plane of its own, tile after tile along a row of tiles, so that a warp's loads are
-contiguous:
+A matrix (n_out, n_in) is divided into tiles of 16 rows by 32 columns, which one warp multiplies in two
+`mma.sync.m16n8k16`. Lane 4·r + c has columns 4c … 4c + 3 and 16 + 4c … 16 + 4c + 3 of rows r and r + 8 of a tile: four
+for each mma. Activations have the same order (`activation_order`), so a lane's activations are 16 adjacent bytes. Each
+part of a block (low bits, high bits, scales) has its own plane, tile after tile along a row of tiles, so that a warp's
+loads are contiguous:
 
-    low   4-bit types: a word of 8 nibbles a row; the even columns in nibbles 0…3, the odd ones in 4…7
-          MXFP4: columns 0…3 in bits 7 and 3-1 of a byte each, columns 4…7 in their bits 0 and 6-4
-          Q8_0: 8 bytes a row.  F16: 8 halves a row
-    high  the fifth bits (Q5_*: two bytes a lane) or fifth and sixth (Q6_K: four), in the order of `_high`
-    scales  what belongs to 256 columns of a row, 16 rows together:
+    low   4-bit types: a word of 8 nibbles per row; the even columns in nibbles 0…3, the odd ones in 4…7
+          MXFP4: columns 0…3 in bits 7 and 3-1 of one byte each, columns 4…7 in bits 0 and 6-4 of these bytes
+          Q8_0: 8 bytes per row.  F16: 8 halves per row
+    high  the fifth bits (Q5_*: two bytes per lane) or fifth and sixth bits (Q6_K: four), in the order of `_high`
+    scales  the scales of 256 columns of a row, for 16 rows together:
             Q4_0, Q5_0, Q8_0: eight d.  Q4_1, Q5_1: eight d, then eight m.  MXFP4: eight e
-            Q4_K, Q5_K: its eight scales and eight minimums of six bits, a byte each (1.4 % more than in the file, for
-            a quarter fewer instructions)
-            Q6_K: its sixteen scales of a byte
-    d       Q4_K, Q5_K: d and dmin, Q6_K: d, of 256 columns, 16 rows together
+            Q4_K, Q5_K: the eight scales and eight minimums of six bits, one byte each (1.4 % more than in the file,
+            but a quarter fewer instructions)
+            Q6_K: the sixteen scales of one byte
+    d       Q4_K, Q5_K: d and dmin, Q6_K: d, for 256 columns, 16 rows together
 
-Rows are filled up to whole tiles, and their scales to whole 256 columns, with zeros. F32 and BF16 stay as they are:
-their products need no tensor core.
-`pack` is array code, and runs where the weights are.
+Rows are padded with zeros to whole tiles, and their scales to whole 256 columns. F32 and BF16 matrices are unchanged,
+because their products do not use tensor cores.
+`pack` is array code and runs on the device that has the weights.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from refengine.errors import ModelError
 Type = GGMLQuantizationType
 
 TILE_ROWS, TILE_COLUMNS = 16, 32
-SEGMENT = 8  # blocks of 32 columns whose scales lie together
-_NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble n of a word holds this column
+SEGMENT = 8  # blocks of 32 columns whose scales are stored together
+_NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column in nibble n of a word
 _UNTILED = (Type.F32, Type.BF16)
-_LARGEST_E = 240  # of MXFP4's scales 2^(e - 127): what kernels can add 14 to
-_LOW_BITS = {Type.F16: 16, Type.Q8_0: 8}  # every other one: 4
+_LARGEST_E = 240  # the largest e of MXFP4's scales 2^(e - 127) to which kernels can add 14
+_LOW_BITS = {Type.F16: 16, Type.Q8_0: 8}  # all other types: 4
 _HIGH_BITS = {Type.Q5_0: 1, Type.Q5_1: 1, Type.Q5_K: 1, Type.Q6_K: 2}
-_D_BYTES = {Type.Q4_K: 4, Type.Q5_K: 4, Type.Q6_K: 2}  # of a row and segment, as are
+_D_BYTES = {Type.Q4_K: 4, Type.Q5_K: 4, Type.Q6_K: 2}  # per row and segment, like _SCALE_BYTES
 _SCALE_BYTES = {
     **dict.fromkeys((Type.Q4_0, Type.Q5_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K), 16),
     **dict.fromkeys((Type.Q4_1, Type.Q5_1), 32),
     Type.MXFP4: 8,
 }
-# Bytes for each weight that are there at once while `pack` works, at least, beside the stored ones.
+# The least number of temporary bytes per weight that `pack` needs, in addition to the stored bytes.
 PACKING_BYTES = {
     **dict.fromkeys((Type.Q4_0, Type.Q4_1, Type.Q4_K), 5),
     **dict.fromkeys((Type.Q5_0, Type.Q5_1, Type.Q5_K), 9),
@@ -73,17 +73,17 @@ class PackedMatrix:
 
     @cached_property
     def struct(self) -> Struct:
-        """`Matrix` of arguments.cuh: the planes as kernels take them, null where the type lacks one."""
+        """The struct `Matrix` of arguments.cuh: the planes as kernel arguments, null for those the type lacks."""
         return Struct(*(self.planes.get(name) for name in ("low", "high", "scales", "d")))
 
     @property
     def is_float(self) -> bool:
-        """Whether products are formed in float32, by the kernels of matmul_f32.cu."""
+        """Whether products are computed in float32, by the kernels of matmul_f32.cu."""
         return self.type in _UNTILED
 
     @cached_property
     def float_rows(self) -> Array:
-        """Rows of an F32 or BF16 matrix as its kernels take them."""
+        """The rows of an F32 or BF16 matrix as an argument of its kernels."""
         return self.planes["low"].view(np.float32 if self.type == Type.F32 else np.uint16)
 
     @property
@@ -94,7 +94,7 @@ class PackedMatrix:
 def rows_of(w: PackedMatrix, start: int, stop: int) -> PackedMatrix:
     """Outputs start..stop of a matrix (n_out, n_in), in the same memory.
 
-    Raises ModelError where they do not begin and end with a tile.
+    Raises ModelError unless they begin and end at tile boundaries.
     """
     n_out, n_in = w.shape
     if not w.is_float and (start % TILE_ROWS or stop % TILE_ROWS):
@@ -104,7 +104,7 @@ def rows_of(w: PackedMatrix, start: int, stop: int) -> PackedMatrix:
 
 
 def plane_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> dict[str, int]:
-    """Sizes of the planes of a matrix (n_out, n_in) or (n_expert, n_out, n_in), by name."""
+    """The bytes of each plane of a matrix (n_out, n_in) or (n_expert, n_out, n_in), by name."""
     n_expert, (n_out, n_in) = int(np.prod(shape[:-2], dtype=np.int64)), shape[-2:]
     if kind in _UNTILED:
         fmt = quants.SUPPORTED[kind]
@@ -122,15 +122,15 @@ def plane_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> dict[str,
 
 
 def pack(xp: Any, w: Any) -> PackedMatrix:
-    """A stored matrix (`weights.Matrix`, or what has its name, type, shape and data) in the device's order.
+    """Reorder a stored matrix (a `weights.Matrix`, or an object with name, type, shape and data) for the device.
 
-    Raises ModelError for rows that are no multiple of 32 columns.
+    Raises ModelError if the row length is not a multiple of 32 columns.
     """
     n_in = w.shape[-1]
     if w.type in _UNTILED:
         return PackedMatrix(w.name, w.type, tuple(w.shape), {"low": w.data})
     if n_in % TILE_COLUMNS:
-        raise ModelError(f"{w.name}: rows of {n_in} are no multiple of {TILE_COLUMNS}, which the kernels need")
+        raise ModelError(f"{w.name}: rows of {n_in} are not a multiple of {TILE_COLUMNS}, which the kernels need")
     n_expert = int(np.prod(w.shape[:-2], dtype=np.int64))
     fmt = quants.SUPPORTED[w.type]
     blocks = w.data.reshape(n_expert, w.shape[-2], n_in // fmt.block_size, fmt.block_bytes)
@@ -143,12 +143,12 @@ def pack(xp: Any, w: Any) -> PackedMatrix:
     for name, (sub, offset, *_) in fmt.dtype.fields.items():
         fields[name] = tiles[..., offset : offset + sub.itemsize]
     if "e" in fields and int(fields["e"].max()) > _LARGEST_E:
-        raise ModelError(f"{w.name}: a scale of 2^{int(fields['e'].max()) - 127}; those from 2^114 on are no weights")
+        raise ModelError(f"{w.name}: a scale of 2^{int(fields['e'].max()) - 127}; the kernels allow less than 2^114")
     return PackedMatrix(w.name, w.type, tuple(w.shape), _codes(xp, w.type, tiles, fields) | _scales(xp, w.type, fields))
 
 
 def _scales(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> dict[str, Array]:
-    """Planes `scales` and, for Q6_K, `d`."""
+    """The plane `scales` and, for Q4_K, Q5_K and Q6_K, `d`."""
     if kind == Type.F16:
         return {}
     if kind == Type.Q6_K:
@@ -172,12 +172,12 @@ def _segments(xp: Any, field: Array) -> Array:
 
 
 def _rows_together(xp: Any, field: Array) -> Array:
-    """(n_tiles, 16, n, bytes) → for every tile and n the 16 rows' bytes one after another."""
+    """(n_tiles, 16, n, bytes) → for every tile and n, the bytes of the 16 rows one after another."""
     return xp.ascontiguousarray(field.transpose(0, 2, 1, 3)).reshape(-1)
 
 
 def _codes(xp: Any, kind: GGMLQuantizationType, tiles: Array, fields: dict[str, Array]) -> dict[str, Array]:
-    """Planes `low` and, where there is one, `high`."""
+    """The plane `low` and, if the type has it, `high`."""
     if kind == Type.F16:
         return {"low": _in_lanes(xp, fields["x"], 2).reshape(-1)}
     if kind == Type.Q8_0:
@@ -199,9 +199,10 @@ def _codes(xp: Any, kind: GGMLQuantizationType, tiles: Array, fields: dict[str, 
 def _high(xp: Any, bits: Array, two: bool) -> Array:
     """Upper bits of codes in lanes (…, 2 rows, 8 columns) → bytes of the plane `high`.
 
-    A pair of columns i goes with nibbles i and 4 + i of its word. Its bits stand where `quants.cuh` takes them from
-    without a shift or with one: of the first pair at 0, of the second at 4, of the third and fourth a step higher, of
-    row r + 8 two steps; the second column of a pair eight bits (Q5_*), or sixteen (Q6_K, from bit 4 on), above.
+    Column pair i belongs to nibbles i and 4 + i of its word. Its bits are placed where `quants.cuh` can use them with
+    at most one shift: those of the first pair at bit 0, of the second at 4, of the third and fourth one step higher, of
+    row r + 8 two steps higher; the second column of a pair is eight bits (Q5_*) or sixteen bits (Q6_K, from bit 4 on)
+    above.
     """
     places = np.zeros((2, 8), np.int64)
     for row in range(2):
@@ -220,12 +221,12 @@ def _high(xp: Any, bits: Array, two: bool) -> Array:
 
 
 def _in_lanes(xp: Any, field: Array, size: int) -> Array:
-    """Elements of `size` bytes in columns' order → (n_tiles, n_in / 32, 8 r, 4 c, 2 rows, 2 halves, 4 · size)."""
+    """Elements of `size` bytes in column order → (n_tiles, n_in / 32, 8 r, 4 c, 2 rows, 2 halves, 4 · size)."""
     tiled = field.reshape(field.shape[0], 2, 8, -1, 2, 4, 4 * size)
     return xp.ascontiguousarray(tiled.transpose(0, 3, 2, 5, 1, 4, 6))
 
 
 def activation_order(n_in: int) -> np.ndarray:
-    """Which column stands at each place of an activation row: (n_in,) int64."""
+    """The column at each place of an activation row, (n_in,) int64."""
     within = np.arange(TILE_COLUMNS).reshape(2, 4, 4).transpose(1, 0, 2).reshape(-1)
     return (np.arange(0, n_in, TILE_COLUMNS)[:, None] + within).reshape(-1)

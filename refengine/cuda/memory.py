@@ -1,7 +1,7 @@
-"""Device memory by purpose, to the byte: one arena each for weights and KV cache, a pool for what a forward pass needs.
+"""Device memory, accounted by purpose: one arena each for weights and KV cache, and a pool for forward passes.
 
-All of it is plain `cudaMalloc` (no managed memory, no host pages): `check_residency` asks the driver. On the CPU the
-same classes take NumPy memory, so that a host build is laid out as a GPU is.
+All of it comes from `cudaMalloc` (no managed memory, no host pages); `check_residency` asks the driver. On the CPU, the
+same classes use NumPy memory, so the host build has the same layout as a GPU.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ PURPOSES = ("weights", "kv", "workspace")
 
 
 def aligned(n_bytes: int) -> int:
+    """`n_bytes` rounded up to a multiple of ALIGNMENT."""
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def settled(n_bytes: int) -> int:
-    """What a pool that has taken so much keeps for later passes."""
+    """The bytes that a pool keeps after it has used `n_bytes`: a quarter more, for later passes."""
     return n_bytes * 5 // 4
 
 
 class Arena:
-    """`n_bytes` of device memory, handed out once, from the start, at multiples of 256."""
+    """`n_bytes` of device memory. `take` gives out its parts from the start, at multiples of 256 bytes."""
 
     def __init__(self, xp: Any, purpose: str, n_bytes: int) -> None:
         self._xp, self.purpose, self.n_bytes, self.used = xp, purpose, n_bytes, 0
         self._base: Any
         if xp is np:
-            room = np.zeros(n_bytes + ALIGNMENT, np.uint8)
-            self._base = room[-room.ctypes.data % ALIGNMENT :][:n_bytes]
+            memory = np.zeros(n_bytes + ALIGNMENT, np.uint8)
+            self._base = memory[-memory.ctypes.data % ALIGNMENT :][:n_bytes]
         else:
             memory = xp.cuda.Memory(max(n_bytes, ALIGNMENT))
             self._base = xp.cuda.MemoryPointer(memory, 0)
@@ -47,7 +48,7 @@ class Arena:
         return int(self._base.ctypes.data if self._xp is np else self._base.ptr)
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """The next part, zeros if it was not used before. Raises DeviceError where it does not fit."""
+        """The next part as an array; zeros if it was not used before. Raises DeviceError if it does not fit."""
         n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         if self.used + n_bytes > self.n_bytes:
             raise DeviceError(
@@ -57,7 +58,7 @@ class Arena:
         return self.view(start, shape, dtype)
 
     def view(self, start: int, shape: tuple[int, ...], dtype: Any) -> Array:
-        """The array that begins `start` bytes into the arena; others may see the same memory."""
+        """An array at offset `start` in bytes; other arrays may use the same memory."""
         if self._xp is np:
             n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
             return self._base[start : start + n_bytes].view(dtype).reshape(shape)
@@ -65,39 +66,39 @@ class Arena:
 
 
 class Layout:
-    """Names, shapes and types of the arrays of an arena: first all are named, then they are there."""
+    """The names, shapes and types of an arena's arrays: `want` declares them, then `taken` allocates them."""
 
     def __init__(self) -> None:
-        self._wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self._declared: dict[str, tuple[tuple[int, ...], Any]] = {}
 
     def want(self, name: str, *shape: int, dtype: Any = np.float32) -> None:
-        self._wanted[name] = (shape, dtype)
+        self._declared[name] = (shape, dtype)
 
     @property
     def n_bytes(self) -> int:
-        return sum(aligned(int(np.prod(s, dtype=np.int64)) * np.dtype(t).itemsize) for s, t in self._wanted.values())
+        return sum(aligned(int(np.prod(s, dtype=np.int64)) * np.dtype(t).itemsize) for s, t in self._declared.values())
 
     def taken(self, arena: Arena) -> dict[str, Array]:
-        return {name: arena.take(shape, dtype) for name, (shape, dtype) in self._wanted.items()}
+        return {name: arena.take(shape, dtype) for name, (shape, dtype) in self._declared.items()}
 
 
 class DeviceMemory:
-    """What one model has of a device."""
+    """The memory of a device that one model uses."""
 
     def __init__(self, xp: Any) -> None:
         self._xp = xp
         self._arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
-        self._weights: list[Arena] = []  # as long as the model; a cache's arena lives as long as the cache
-        self._chunks: weakref.WeakSet[Any] = weakref.WeakSet()  # that the pool has of the device
+        self._weights: list[Arena] = []  # live as long as the model; a cache's arena lives as long as the cache
+        self._chunks: weakref.WeakSet[Any] = weakref.WeakSet()  # the pool's chunks of device memory
         self._pool = None if xp is np else _pool(xp, self._chunks)
 
     def arena(self, purpose: str, n_bytes: int) -> Arena:
-        """Raises DeviceError, naming both, where the device has less free than is asked for (W-1020)."""
+        """Allocate an arena. Raises DeviceError, with both numbers, if too little memory is free (W-1020)."""
         free = self.free_bytes()
         if free is not None and n_bytes > free:
             raise DeviceError(
                 f"device {self._xp.cuda.Device().id} has {free} bytes free, {purpose} needs {n_bytes}: "
-                "take a smaller model, a shorter context (n_ctx) or another device",
+                "use a smaller model, a shorter context (n_ctx) or another device",
                 n_bytes,
                 free,
             )
@@ -108,35 +109,35 @@ class DeviceMemory:
         return arena
 
     def free_bytes(self) -> int | None:
-        """Of the whole device; None on the CPU."""
+        """The free memory of the whole device in bytes; None on the CPU."""
         return None if self._xp is np else int(self._xp.cuda.runtime.memGetInfo()[0])
 
     def workspace(self) -> AbstractContextManager[Any]:
-        """Inside, arrays come from the pool."""
+        """While the context is active, new arrays come from the pool."""
         return nullcontext() if self._pool is None else self._xp.cuda.using_allocator(self._pool.malloc)
 
     def trim(self) -> None:
-        """Give the pool's unused chunks back to the device."""
+        """Return the pool's unused chunks to the device."""
         if self._pool is not None:
             self._pool.free_all_blocks()
 
     def settle(self) -> None:
-        """Make one chunk of the pool's, a quarter larger: later passes like those before need no other, ever."""
+        """Replace the pool's chunks by a single one, a quarter larger, so that similar passes never need another."""
         if self._pool is not None:
             n_bytes = settled(int(self._pool.total_bytes()))
             self._pool.free_all_blocks()
             self._pool.malloc(n_bytes)
 
     def accounted(self) -> dict[str, int]:
-        """Bytes by purpose (W-1011)."""
-        found = dict.fromkeys(PURPOSES, 0)
+        """The allocated bytes by purpose (W-1011)."""
+        n_bytes = dict.fromkeys(PURPOSES, 0)
         for arena in self._arenas:
-            found[arena.purpose] += arena.n_bytes
-        found["workspace"] += 0 if self._pool is None else int(self._pool.total_bytes())
-        return found
+            n_bytes[arena.purpose] += arena.n_bytes
+        n_bytes["workspace"] += 0 if self._pool is None else int(self._pool.total_bytes())
+        return n_bytes
 
     def check_residency(self) -> None:
-        """That arenas and chunks are device memory and nothing else (W-1012). Raises DeviceError, naming the buffer."""
+        """Raises DeviceError, naming a buffer, unless all arenas and chunks are plain device memory (W-1012)."""
         if self._xp is np:
             return
         buffers = [(f"{arena.purpose} arena", arena.pointer) for arena in self._arenas]
@@ -146,14 +147,13 @@ class DeviceMemory:
                 attributes = self._xp.cuda.runtime.pointerGetAttributes(pointer)
             except Exception as e:
                 kind = type(e).__name__
-                raise DeviceError(f"{what} at {pointer:#x}: the driver does not say what it is ({kind})") from None
+                raise DeviceError(f"{what} at {pointer:#x}: the driver cannot tell its type ({kind})") from None
             if attributes.type != 2 or attributes.hostPointer:  # cudaMemoryTypeDevice
-                raise DeviceError(f"{what} at {pointer:#x} is no plain device memory: {attributes}")
+                raise DeviceError(f"{what} at {pointer:#x} is not plain device memory: {attributes}")
 
 
 def _pool(xp: Any, chunks: weakref.WeakSet[Any]) -> Any:
-    """A pool that gets chunks it lacks from cudaMalloc, and keeps what a pass gives back for the next. chunks: those
-    that it has."""
+    """A pool that allocates chunks with cudaMalloc and keeps freed memory. chunks: the set to which it adds them."""
 
     class Chunk(xp.cuda.Memory):
         __slots__ = ("__weakref__",)

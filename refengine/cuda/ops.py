@@ -1,9 +1,9 @@
-"""The operations of `refengine.ops.Ops` as raw kernels: weights stay quantised, and sums have one order.
+"""The operations of `refengine.ops.Ops` as raw kernels: weights stay quantised, and sums have a fixed order.
 
 Names, shapes and meaning are those of `Ops`; the numerics profile is `fast`. Outputs come from the pool of a forward
-pass; what is launched, and how, is in `cuda.kernels`. Sizes, types and bounds are checked before a launch (W-1431) and
-raise KernelError, with the tensor's name where there is one. Results do not depend on how many rows and sequences come
-together: kernels are chosen by their number, but every one of an operation adds in the same order (see the header of
+pass; the launches are in `cuda.kernels`. Sizes, types and bounds are checked before a launch (W-1431) and raise
+KernelError, with the tensor's name if there is one. Results do not depend on the number of rows and sequences in the
+batch: the kernel is chosen by that number, but all kernels of an operation add in the same order (see the header of
 each file in kernels_cu/).
 """
 
@@ -37,11 +37,10 @@ Angles = tuple[Array, Array]
 
 @dataclass
 class PassMemo:
-    """What operations of one forward pass made of an array, for those after them that are handed the same array.
+    """Intermediate results of one forward pass that later operations on the same array reuse.
 
-    rows: the last rows that a product read, and what was made of them (Q, K and V ask for the same rows one after
-    another). batch: the last batch, and where its rows are. groups: by sizes, the last choice of experts and its
-    groups.
+    rows: the last rows that a product read, and their converted form (Q, K and V read the same rows one after another).
+    batch: the last batch and its layout. groups: by sizes, the last choice of experts and its groups.
     """
 
     rows: tuple[Any, Rows] | None = None
@@ -50,10 +49,10 @@ class PassMemo:
 
 
 class KernelOps:
-    """Operations of one device: `cuda`, or `host` for the kernels' build on the CPU.
+    """The operations of one device: `cuda`, or `host` for the kernels built for the CPU.
 
-    xp: numpy for the host, cupy for CUDA. memory: where caches are allocated. attention_by: `flash`, the kernels, or
-    `reference`, array code that writes the score matrix, to compare.
+    xp: numpy for the host, cupy for CUDA. memory: where caches are allocated. attention_by: `flash` for the kernels, or
+    `reference` for array code that writes the score matrix, for comparisons.
     """
 
     def __init__(self, xp: Any, kernels: Kernels, memory: DeviceMemory, attention_by: str = "flash") -> None:
@@ -64,7 +63,7 @@ class KernelOps:
 
     @contextmanager
     def workspace(self) -> Iterator[None]:
-        """Where the arrays of a forward pass are allocated. Nothing of them is kept for the next pass."""
+        """The context of a forward pass, in which its arrays come from the pool. Nothing is kept for the next pass."""
         self.memo = PassMemo()
         with self.memory.workspace():
             yield
@@ -75,7 +74,7 @@ class KernelOps:
     def embedding(self, w: PackedMatrix, ids: np.ndarray) -> Array:
         n_out, n_in = w.shape
         if len(ids) and not 0 <= ids.min() <= ids.max() < n_out:
-            raise KernelError(f"{w.name}: rows {ids.min()} to {ids.max()} were asked for, it has {n_out}")
+            raise KernelError(f"{w.name}: rows {ids.min()} to {ids.max()} were requested, it has {n_out}")
         y = self._empty(len(ids), n_in)
         embedding.embedding(self.kernels, w, self.xp.asarray(ids.astype(np.int32)), y)
         return y
@@ -87,7 +86,7 @@ class KernelOps:
         if len(w.shape) != 2 or x.shape[1:] != (w.shape[1],):
             raise KernelError(f"{w.name}: a matrix {w.shape} cannot multiply rows {x.shape}")
         y = self._empty(x.shape[0], w.shape[0])
-        if x.shape[0]:  # else nobody asked for logits
+        if x.shape[0]:  # there are no rows if no logits are needed
             matmul.linear(self.kernels, self._rows_for(x, w), w, y, bias=bias)
         return y
 
@@ -104,7 +103,7 @@ class KernelOps:
         return y
 
     def _groups(self, chosen: Array, n_expert: int, size: int, share: int) -> Groups:
-        """Groups of up to `size` pairs of token and rank that go to one expert."""
+        """Groups of up to `size` pairs of token and rank that use the same expert."""
         known = self.memo.groups.get((n_expert, size, share))
         if known is not None and known[0] is chosen:
             return known[1]
@@ -118,7 +117,7 @@ class KernelOps:
         return groups
 
     def _rows_for(self, x: Array, w: PackedMatrix) -> Rows:
-        """Rows of x (..., n_in) as a product with w reads them."""
+        """The rows of x (..., n_in) in the form that a product with w reads."""
         n_in = x.shape[-1]
         floats = self._floats(x).reshape(-1, n_in)
         n = len(floats)
@@ -166,7 +165,7 @@ class KernelOps:
     # --- Attention ---
 
     def kv_arrays(self, n: int, shape: tuple[int, ...]) -> list[PagedRows]:
-        """Parts of a KV cache, all in one arena. Raises DeviceError where they do not fit."""
+        """The `n` parts of a KV cache, all in one arena. Raises DeviceError if they do not fit."""
         arena = self.memory.arena("kv", kv_bytes(n, shape))
         return [PagedRows(arena.take(shape, np.float16), arena.take(shape[:-1], np.uint8), arena) for _ in range(n)]
 
@@ -193,7 +192,7 @@ class KernelOps:
         sinks: Array | None = None,
         splits: bool | None = None,
     ) -> Array:
-        """As `Ops.attention`; of its probes, only `kqv` exists. splits: cut positions up, or not (None: by size)."""
+        """Like `Ops.attention`, but with the probe `kqv` only. splits: whether to split positions (None: by size)."""
         if self.attention_by == "reference":
             return reference.attention(
                 self.xp, Qcur, k_cache, v_cache, batch, scale=scale, window=window, sinks=sinks, probe=probe
@@ -225,7 +224,7 @@ class KernelOps:
         return y
 
     def _layout(self, batch: Any, group: int) -> BatchLayout:
-        """Block tables, spans and tiles of rows of a batch; the same for every layer. group: query heads a KV head."""
+        """The block tables, spans and tiles of a batch, equal for all layers. group: query heads per KV head."""
         if self.memo.batch is not None and self.memo.batch[0] is batch:
             return self.memo.batch[1]
         spans, tiles, tables, n = [], [], [], 0
@@ -254,11 +253,11 @@ class KernelOps:
     def gelu(self, x: Array) -> Array:
         return self._elements(activation.gelu, x)
 
-    def _elements(self, launch: Callable[..., None], *given: Array) -> Array:
-        if any(a.shape != given[0].shape for a in given):
-            raise KernelError(f"{launch.__name__}: shapes {[a.shape for a in given]}")
-        y = self._empty(*given[0].shape)
-        launch(self.kernels, *map(self._floats, given), y)
+    def _elements(self, launch: Callable[..., None], *arrays: Array) -> Array:
+        if any(a.shape != arrays[0].shape for a in arrays):
+            raise KernelError(f"{launch.__name__}: shapes {[a.shape for a in arrays]}")
+        y = self._empty(*arrays[0].shape)
+        launch(self.kernels, *map(self._floats, arrays), y)
         return y
 
     def top_experts(self, scores: Array, n_used: int) -> Array:
@@ -288,5 +287,5 @@ class KernelOps:
 
 
 def kv_bytes(n: int, shape: tuple[int, ...]) -> int:
-    """What `kv_arrays` takes."""
+    """The bytes that `kv_arrays` allocates."""
     return n * (aligned(2 * prod(shape)) + aligned(prod(shape[:-1])))

@@ -1,4 +1,4 @@
-"""What kernels compute that no op does, in array code: the twins of preparations and of layouts."""
+"""Array code for what kernels compute but no operation in `ops` does: row preparations and layouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refengine.ops.halves import to_halves
 
 
 def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows x (n_rows, n_in) float32 as products take them: `ops.halves.to_halves` in the device's order of columns.
+    """Rows x (n_rows, n_in) float32 as products read them: `ops.halves.to_halves` in the device's column order.
 
     Returns halves (n_rows, n_in) float16 and the power of two of each row, (n_rows,) float32: x ≈ halves · scale.
     """
@@ -35,7 +35,7 @@ def attention(
     sinks: Any | None,
     probe: Callable[..., Any],
 ) -> Any:
-    """`ops.attention.attention` on a kernels' cache (`PagedRows`): the score matrix is written, sums are float32's."""
+    """`ops.attention.attention` on the kernels' cache (`PagedRows`), with the score matrix written and float32 sums."""
     outputs = []
     for span in batch.spans:
         blocks = xp.asarray(span.block_table)
@@ -62,12 +62,12 @@ def attention(
 
 
 def _values(xp: Any, cache: Any, blocks: Any) -> Any:
-    """Blocks of a cache as float32: (n, block_size, n_head_kv, head_dim)."""
+    """Blocks of a cache as float32, (n, block_size, n_head_kv, head_dim)."""
     powers = xp.ldexp(np.float32(1), cache.exponents[blocks].astype(np.int32) - 127)
     return cache.values[blocks].astype(np.float32) * powers[..., None]
 
 
 def block_sums(halves: np.ndarray) -> np.ndarray:
-    """Σ of every 32 halves in float64: what the kernel's float32 sums are near. (n_rows, n_in / 32)."""
+    """The sum of every 32 halves in float64, (n_rows, n_in / 32). The kernel's float32 sums are near it."""
     sums: np.ndarray = halves.reshape(len(halves), -1, TILE_COLUMNS).astype(np.float64).sum(axis=-1)
     return sums

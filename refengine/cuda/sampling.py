@@ -1,4 +1,4 @@
-"""Drawing tokens on the device for rows whose state is on the host: the twin of `engine.sampling.draw`.
+"""Samples tokens on the device for rows whose state is on the host. Gives the same tokens as `engine.sampling.draw`.
 
 A decode step keeps the rows' state on the device and uses the same launches (`cuda.kernels.sampling`).
 """
@@ -27,22 +27,22 @@ def sample_rows(
     seeds: Sequence[int],
     indices: Sequence[int],
 ) -> Array:
-    """The token drawn from each row of logits (n_rows, n_vocab): (n_rows, 3) int32 on the device, see `checked_tokens`.
+    """Sample a token from each row of logits (n_rows, n_vocab); (n_rows, 3) int32 on the device, see `checked_tokens`.
 
-    params: `SamplingParams` of each row; histories: ids that the repetition penalty looks at; seeds, indices: uint64.
-    Raises KernelError for numbers of rows that differ, and ids outside the vocabulary.
+    params: `SamplingParams` of each row; histories: the ids for the repetition penalty; seeds, indices: uint64.
+    Raises KernelError if the numbers of rows differ, and for ids outside the vocabulary.
     """
     n_rows, n_vocab = logits.shape
-    given = (len(params), len(histories), len(seeds), len(indices))
-    if given != (n_rows,) * 4:
-        raise KernelError(f"sampling: {n_rows} rows, and {given} params, histories, seeds and indices")
+    counts = (len(params), len(histories), len(seeds), len(indices))
+    if counts != (n_rows,) * 4:
+        raise KernelError(f"sampling: {n_rows} rows, but {counts} params, histories, seeds and indices")
     needed = [h if p.repetition_penalty != 1.0 else () for p, h in zip(params, histories, strict=True)]
     longest = max(1, *map(len, needed))
     history = np.zeros((n_rows, longest), np.int32)
     for row, ids in enumerate(needed):
         history[row, : len(ids)] = ids
     if history.min() < 0 or history.max() >= n_vocab:
-        raise KernelError(f"sampling: ids {history.min()} to {history.max()} in a history, of {n_vocab} that there are")
+        raise KernelError(f"sampling: ids {history.min()} to {history.max()} in a history, allowed 0 to {n_vocab - 1}")
     reals = np.array([(p.temperature, p.top_p, p.min_p, p.repetition_penalty) for p in params])
     whole = np.array(
         [(p.top_k, s, i, len(h)) for p, s, i, h in zip(params, seeds, indices, needed, strict=True)], np.uint64
@@ -56,10 +56,10 @@ def sample_rows(
 
 
 def checked_tokens(out: np.ndarray) -> list[int]:
-    """Tokens of `sample_rows`, on the host. Raises RefengineError for unusable logits, as `engine.sampling.draw`."""
+    """The tokens from the result of `sample_rows` on the host. Raises RefengineError for NaN or infinite logits."""
     for row, (_, problem, where) in enumerate(out.tolist()):
         if problem == 3:
-            raise RefengineError(f"row {row}: all logits are -Inf: no token can be drawn")
+            raise RefengineError(f"row {row}: all logits are -Inf: no token can be sampled")
         if problem:
             raise RefengineError(f"row {row}: logits[{where}] {_PROBLEMS[problem]}; trace the model to find where")
     return [int(token) for token in out[:, 0]]

@@ -1,6 +1,6 @@
-"""Weights from the file to the device: in bounded slabs, re-ordered there (`layout.pack`) into their arena.
+"""Copies weights from the file to the device in slabs of limited size, and reorders them there (`layout.pack`).
 
-At no time is more of a matrix in host memory than a slab, and nowhere is any of it in floats.
+At most one slab of a matrix is in host memory at any time, and weights are never converted to floats.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from refengine.cuda.layout import TILE_ROWS, PackedMatrix, pack, plane_bytes
 from refengine.cuda.memory import Arena, aligned
 from refengine.weights import CHUNK_BYTES, Matrix, read
 
-SLAB_BYTES = 16 << 20  # of a matrix re-ordered at a time
+SLAB_BYTES = 16 << 20  # how much of a matrix is reordered at a time
 
 
 def bytes_for(matrices: Iterable[tuple[Any, tuple[int, ...]]], vectors: Iterable[int]) -> int:
-    """What an arena needs for matrices of (type, shape) and vectors of so many bytes."""
+    """The bytes of an arena for matrices, given as (type, shape), and vectors, given by their bytes."""
     planes = sum(aligned(n) for kind, shape in matrices for n in plane_bytes(kind, shape).values())
     return planes + sum(aligned(n) for n in vectors)
 
 
 class Described:
-    """A `weights.Placement` that leaves matrices in the file: what is known of them without a device."""
+    """A `weights.Placement` that reads no matrices: it only gives their names, types and shapes, without a device."""
 
     in_place = False
 
@@ -37,7 +37,7 @@ class Described:
 
 
 class Uploader:
-    """Puts matrices and vectors into an arena: a `weights.Placement`."""
+    """A `weights.Placement` that puts matrices and vectors into an arena."""
 
     in_place = False
 
@@ -50,7 +50,7 @@ class Uploader:
         return place
 
     def matrix(self, w: Matrix, done: Callable[[int], None] = lambda n: None) -> PackedMatrix:
-        """w.data on the host, or not yet read → planes on the device. Raises ModelError as `pack` does."""
+        """Copy a matrix, on the host or not yet read, to planes on the device. Raises the errors of `pack`."""
         planes = {name: self._arena.take((n,), np.uint8) for name, n in plane_bytes(w.type, w.shape).items()}
         filled = dict.fromkeys(planes, 0)
         n_out = w.shape[-2]

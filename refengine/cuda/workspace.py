@@ -1,6 +1,6 @@
-"""Bytes of device memory that kernels need for a while: arithmetic alone, before anything is allocated.
+"""Computes how much temporary device memory kernels need, before anything is allocated.
 
-Only arrays that live at the same time are added up: a start that could work must not be refused.
+Only arrays that exist at the same time are added up, so that no start is refused that could work.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from refengine.weights import is_vector
 
 
 def prompt_bytes(cfg: ModelConfig, n_tokens: int) -> int:
-    """Bytes that the memory pool holds after `n_tokens` of a prompt have gone through one layer in one pass."""
+    """The bytes in the memory pool after a forward pass of `n_tokens` prompt tokens through one layer."""
     wide = cfg.n_expert_used * (5 * cfg.n_ff_exp + 3 * cfg.n_embd) if cfg.n_expert else 4 * cfg.n_ff
     return settled(4 * n_tokens * (6 * cfg.n_embd + 3 * (cfg.n_embd_q + cfg.n_embd_kv) + wide))
 
 
 def packing_bytes(tensors: Iterable[Any]) -> int:
-    """Bytes that re-ordering the largest of some tensors (type, shape, n_bytes) takes beside its final place."""
+    """The temporary bytes for reordering the largest of some tensors (type, shape, n_bytes)."""
     most = 0
     for info in tensors:
         if not is_vector(info):

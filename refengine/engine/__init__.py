@@ -1,4 +1,4 @@
-"""What happens around the forward pass: sampling, stop strings, sequences and the step that joins them.
+"""Everything around the forward pass: sampling, stop strings, sequences, scheduling, and the step that batches them.
 
-Knows nothing of HTTP, command lines or other engines.
+Independent of HTTP, the command line and other engines.
 """

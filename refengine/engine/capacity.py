@@ -1,6 +1,6 @@
-"""How many cache blocks fit into a device's memory: arithmetic alone, so that a start fails before it allocates.
+"""Computes how many KV cache blocks fit into a device's memory, without allocating, so that a start can fail early.
 
-Knows the sizes of the engine's parts (cache, decode step, one pass over a prompt); nothing of who asks.
+Adds up the sizes of the engine's parts: the cache, the decode step, and one forward pass over a prompt.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from refengine.engine.kernel_runner import step_bytes
 from refengine.models import BY_ARCHITECTURE
 from refengine.ops import profile
 
-RESERVE = 0.1  # of what weights and decode step leave, for passes that take more than the first prompt's
+RESERVE = 0.1  # the part of the memory left by weights and decode step that stays free, for larger forward passes
 
 
 @dataclass(frozen=True, eq=False)
 class Capacity:
-    """Bytes that an engine takes beside the weights, as a function of its number of cache blocks.
+    """The bytes that an engine needs in addition to the weights, as a function of its number of KV cache blocks.
 
-    options: `cache_tokens` is ignored, since that is what is looked for. device: `cpu`, `host` or `cuda:N`.
-    weights: the decode step's plan looks at their names, types and shapes only; None on the CPU.
-    asked_bytes: the cache size that the user asked for, or None. attention: as for `load`.
+    options: `cache_tokens` is ignored, because it is the result. device: `cpu`, `host` or `cuda:N`.
+    weights: only names, types and shapes are used; None on the CPU.
+    asked_bytes: the requested size of the cache in bytes, or None. attention: as for `load`.
     """
 
     config: ModelConfig
@@ -42,11 +42,11 @@ class Capacity:
     attention: str = "flash"
 
     def engine_options(self, n_blocks: int) -> EngineOptions:
-        """The options with a cache of so many blocks."""
+        """The options with a cache of `n_blocks` blocks."""
         return replace(self.options, cache_tokens=n_blocks * BLOCK_SIZE)
 
     def cache_bytes(self, n_blocks: int) -> int:
-        """Keys and values of all layers."""
+        """The bytes of the keys and values of all layers."""
         cfg = self.config
         shape = (n_blocks, BLOCK_SIZE, cfg.n_head_kv, cfg.head_dim)
         if self.device == "cpu":
@@ -54,37 +54,36 @@ class Capacity:
         return kv_bytes(2 * cfg.n_layer, shape)
 
     def decode_bytes(self, n_blocks: int) -> int:
-        """Buffers of the fused decode step."""
+        """The bytes of the fused decode step's buffers."""
         if self.device == "cpu":
             return 0
         place = "host" if self.device == "host" else "cuda"
         n_positions = min(self.config.n_ctx_train, n_blocks * BLOCK_SIZE)
         return self._step_bytes(place, n_positions)
 
-    @functools.cache  # noqa: B019  A start asks for the same few sizes again and again, and then forgets the object.
+    @functools.cache  # noqa: B019  A start needs the same few sizes many times, and then drops the object.
     def _step_bytes(self, place: str, n_positions: int) -> int:
         decode = getattr(BY_ARCHITECTURE[self.config.arch], "decode", None)
-        given = (self.attention, self.options.n_running, n_positions)
-        return step_bytes(self.config, decode, self.weights, place, *given)
+        return step_bytes(self.config, decode, self.weights, place, self.attention, self.options.n_running, n_positions)
 
     def prompt_bytes(self, n_blocks: int) -> int:
-        """Arrays of the longest pass over a prompt."""
+        """The bytes of the arrays of the longest forward pass over a prompt."""
         n_tokens = min(self.options.max_step_tokens, self.config.n_ctx_train - 1, n_blocks * BLOCK_SIZE)
         return prompt_bytes(self.config, n_tokens)
 
     def needed_bytes(self, n_blocks: int) -> int:
-        """All of it together."""
+        """The bytes of cache, decode step and forward pass together."""
         return self.cache_bytes(n_blocks) + self.decode_bytes(n_blocks) + self.prompt_bytes(n_blocks)
 
     @property
     def min_blocks(self) -> int:
-        """The blocks asked for, or else one. 0 means that less than one block was asked for."""
+        """The requested number of blocks, or 1 if none was requested. 0: less than one block was requested."""
         return 1 if self.asked_bytes is None else self.asked_bytes // self.cache_bytes(1)
 
     def blocks(self, free: int | None) -> int:
         """The number of blocks to allocate when the weights leave `free` bytes; 0 if `min_blocks` do not fit.
 
-        free: None where the device does not say.
+        free: None if the device does not report its free memory.
         """
         least = self.min_blocks
         if free is not None and self.needed_bytes(least) > free:

@@ -1,4 +1,4 @@
-"""The engine: sequences that join, advance by one token a step, and leave; on any device.
+"""The engine runs many sequences at once, on any device. They can start and end at any step (continuous batching).
 
     engine = Engine(model, EngineOptions(max_batch=8))
     seq = engine.start(ids, params)
@@ -6,9 +6,9 @@
         print(token.text)
     engine.free(seq)
 
-`step` advances all running sequences at once; `next_token` calls it until its sequence has a token. Everything is done
-in the thread that calls. Scheduling is in scheduler.py, the forward pass and the draws in runner.py. A sequence's
-tokens do not depend on what runs beside it: on kernels bit for bit, on arrays up to rounding.
+`step` advances all running sequences by one token; `next_token` calls it until its sequence has a token. All work is
+done in the calling thread. Scheduling is in scheduler.py, the forward pass and sampling in runner.py. A sequence's
+logits do not depend on the other sequences in the batch: bit for bit on kernels, up to rounding on arrays.
 """
 
 from __future__ import annotations
@@ -28,24 +28,26 @@ from refengine.engine.scheduler import ScheduledChunk, Scheduler
 from refengine.errors import RefengineError, RequestError
 from refengine.trace import Tracer, no_trace
 
-DEFAULT_CACHE_TOKENS = 8192  # positions of the KV cache where the options leave it open
+DEFAULT_CACHE_TOKENS = 8192  # positions of the KV cache if the options do not give a number
 DEFAULT_STEP_TOKENS = 512
-CPU_STEP_TOKENS = 128  # A step of 512 takes 0.1 s there even for a small model, and shorter ones are no slower in all.
-SCORED_ROWS = 64  # of prompts in one step, at most
-SCORED_LOGITS = 1 << 22  # the same: the host takes 10 ns for each
+CPU_STEP_TOKENS = 128  # On the CPU, 512 tokens take 0.1 s even on a small model; shorter steps are no slower in total.
+SCORED_ROWS = 64  # maximum number of prompt tokens whose log-probabilities are computed in one step
+SCORED_LOGITS = 1 << 22  # maximum number of their logits; the host takes 10 ns for each
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Each feature by itself. Raises RequestError for numbers out of range.
+    """The options of an engine; each feature can be disabled on its own. Raises RequestError for numbers out of range.
 
-    max_batch:       sequences that run together; the others wait. batching=False: one after the other.
-    max_step_tokens: ids in one step, over all sequences.
-    cache_tokens:    positions of the KV cache (default: what max_batch sequences of the whole context need, at most
-                     DEFAULT_CACHE_TOKENS).
-    prefix_cache:    keep full blocks for prompts that begin alike.
-    on_shortage:     `preempt` computes the youngest sequence again later; `fail` ends the one that finds no block.
-    graphs:          on a GPU, capture the decode step once for each bucket of rows and replay it.
+    max_batch:       the maximum number of sequences that run at the same time; others wait in the queue.
+    max_step_tokens: the maximum number of tokens in one step, over all sequences.
+    cache_tokens:    the positions of the KV cache (default: enough for max_batch sequences with full context, but at
+                     most DEFAULT_CACHE_TOKENS).
+    prefix_cache:    keep full KV cache blocks and reuse them for prompts with the same beginning.
+    batching:        False runs one sequence at a time.
+    on_shortage:     what to do if a running sequence needs a block and none is free: `preempt` frees the youngest
+                     sequence's blocks and recomputes it later; `fail` ends the sequence with an error.
+    graphs:          on a GPU, capture the decode step as a CUDA graph for each bucket of rows, and replay it.
     """
 
     max_batch: int = 8
@@ -58,7 +60,7 @@ class EngineOptions:
 
     @property
     def n_running(self) -> int:
-        """How many sequences may run together."""
+        """The maximum number of sequences that run at the same time."""
         return self.max_batch if self.batching else 1
 
     def __post_init__(self) -> None:
@@ -67,13 +69,13 @@ class EngineOptions:
             if not low <= value <= high:
                 raise RequestError(f"{name}: given {value}, allowed {low} to {high}")
         if self.cache_tokens is not None and self.cache_tokens < 1:
-            raise RequestError(f"cache_tokens: given {self.cache_tokens}, allowed 1 and more")
+            raise RequestError(f"cache_tokens: given {self.cache_tokens}, allowed 1 or more")
         if self.on_shortage not in ("preempt", "fail"):
             raise RequestError(f"on_shortage: given {self.on_shortage!r}, allowed preempt or fail")
 
 
 class Engine:
-    """One model's requests. hook: told what happens. trace: sees every tensor of every step."""
+    """Runs requests on one model. hook: its methods are called at events. trace: gets every tensor of every step."""
 
     def __init__(
         self,
@@ -99,27 +101,27 @@ class Engine:
             self.options.on_shortage == "preempt",
             max(1, min(SCORED_ROWS, SCORED_LOGITS // model.config.n_vocab)),
         )
-        # Only the model file shows its tensors to a trace, whatever the model's own runner does.
+        # The fused decode step of a model's own runner cannot be traced; the model file can.
         make_runner = model.make_runner if trace is no_trace and model.make_runner else ArrayRunner
         self.runner: Runner = make_runner(model, self.cache, max_batch, self.options.graphs, trace)
 
     def warm_up(self) -> None:
-        """Compile and allocate what the first requests would wait for: the longest part of a prompt, every bucket."""
+        """Compile and allocate in advance: run the longest possible chunk of a prompt, and every decode bucket."""
         room = self.cache.pool.n_blocks * self.cache.block_size
         self.runner.warm_up(min(self.options.max_step_tokens, self.model.n_ctx - 1, room))
 
     @property
     def idle(self) -> bool:
-        """Nothing runs and nothing waits."""
+        """Whether no sequence runs or waits."""
         return not self.scheduler.running and not self.scheduler.waiting
 
     @property
     def prefix_stats(self) -> PrefixStats:
-        """Zeros where there is no prefix cache."""
+        """The statistics of the prefix cache; zeros if there is none."""
         return PrefixStats() if self.prefix is None else self.prefix.stats
 
     def stats(self) -> EngineStats:
-        """What the engine holds right now."""
+        """The current numbers of sequences and blocks, and the counters."""
         pool, stats, scheduler = self.cache.pool, self.prefix_stats, self.scheduler
         return EngineStats(
             running=len(scheduler.running),
@@ -133,18 +135,18 @@ class Engine:
         )
 
     def start(self, ids: Sequence[int], params: SamplingParams | None = None) -> Generation:
-        """Take in a prompt; it runs from the next step on, or waits for its turn.
+        """Add a request with a prompt of token ids. It runs from the next step on, or waits in the queue.
 
-        Raises RequestError for a prompt that is empty, out of the vocabulary, fills the context, or could never have
-        room in the cache; and for parameters that do not fit the model.
+        Raises RequestError for a prompt that is empty, has ids outside the vocabulary, fills the context, or can never
+        fit into the KV cache; and for parameters that do not fit the model.
         """
         params = params or SamplingParams()
         n_limit = checked_limit(self.model, ids, params)
         needed = KVCache.blocks_for(len(ids) + n_limit, self.cache.block_size)
         if needed > self.cache.pool.n_blocks:
             raise RequestError(
-                f"{len(ids)} prompt tokens and {n_limit} more need {needed} blocks of {self.cache.block_size}, the KV "
-                f"cache has {self.cache.pool.n_blocks}: ask for fewer (max_tokens) or give it more (cache_tokens)",
+                f"{len(ids)} prompt tokens and {n_limit} more need {needed} blocks of {self.cache.block_size}, but the "
+                f"KV cache has {self.cache.pool.n_blocks}: reduce max_tokens or increase cache_tokens",
                 "prompt",
             )
         generation = Generation(ids, params, n_limit, self.model.vocabulary)
@@ -153,13 +155,13 @@ class Engine:
         return generation
 
     def queue_position(self, generation: Generation) -> int:
-        """0: it runs now, or from the next step on; else its place among those that wait for a sequence or blocks."""
+        """The request's place in the queue; 0 if it runs now or will run in the next step."""
         return self.scheduler.position(generation)
 
     def fork(self, generation: Generation, params: SamplingParams | None = None) -> Generation:
-        """Another sequence that goes on from where this one is, in the same blocks until one of them writes.
+        """A second sequence that continues from the current state of this one. They share blocks until one writes.
 
-        Raises RequestError for one that has ended.
+        Raises RequestError for a sequence that has ended.
         """
         if generation.end is not None:
             raise RequestError(f"a sequence that has ended ({generation.end}) cannot be forked")
@@ -175,9 +177,9 @@ class Engine:
         return other
 
     def next_token(self, generation: Generation) -> Token:
-        """The sequence's next token; the others advance too, and keep theirs.
+        """The sequence's next token. Other sequences advance too; their tokens stay in `pending`.
 
-        Raises what ended the sequence with `error`; RequestError where it has ended otherwise, or was freed.
+        Raises the error that ended the sequence, and RequestError if it has ended otherwise or was freed.
         """
         while not generation.pending:
             if generation.error is not None:
@@ -188,12 +190,15 @@ class Engine:
         return generation.pending.popleft()
 
     def tokens(self, generation: Generation) -> Iterator[Token]:
-        """The sequence's tokens to its last one, each computed when it is asked for. Raises as `next_token`."""
+        """Yields the sequence's tokens until it ends, each computed on demand. Raises the errors of `next_token`."""
         while generation.end is None or generation.pending or generation.error is not None:
             yield self.next_token(generation)
 
     def step(self) -> list[Generation]:
-        """Advance every running sequence by one token, prompts by up to a budget; those that got a token, or ended."""
+        """Advance every decoding sequence by one token, and prompts by up to max_step_tokens.
+
+        Returns the sequences that got a token or ended.
+        """
         start = time.perf_counter()
         parts, failed = self.scheduler.plan()
         for generation, error in failed:
@@ -211,7 +216,7 @@ class Engine:
                 generation.decode_s += seconds
             else:
                 generation.prefill_s += seconds
-        moved = [generation for generation, _ in failed]
+        changed = [generation for generation, _ in failed]
         for part, result in zip(parts, results, strict=True):
             generation = part.generation
             if result.error is not None:
@@ -221,28 +226,28 @@ class Engine:
             if result.token is not None:
                 self._accept(generation, result.token, result.score)
             if part.draws or result.error is not None:
-                moved.append(generation)
+                changed.append(generation)
         batch_size = sum(part.draws for part in parts)
         self.hook.on_step(StepStats(self.stats(), batch_size, prefill_tokens, seconds))
-        return moved
+        return changed
 
     def cancel(self, generation: Generation) -> None:
-        """End a sequence now, in the queue, in prefill or while it decodes; its blocks are free at once."""
+        """End a sequence at once, whether it waits, prefills or decodes, and free its blocks."""
         self.scheduler.remove(generation)
         self._ended(generation, "cancelled")
 
     def free(self, generation: Generation) -> None:
-        """Done with a sequence: as `cancel`, and tokens that were not asked for are dropped."""
+        """Cancel a sequence that is no longer needed, and drop its pending tokens."""
         self.cancel(generation)
         generation.pending.clear()
 
     def abort(self, error: RefengineError) -> list[Generation]:
-        """End what runs with an error (the device failed in the middle of its step), not what waits; what was ended."""
+        """End all running sequences with an error, because their step failed. Returns them. Waiting ones stay."""
         ended = list(self.scheduler.running)
         for generation in ended:
             self._fail(generation, error)
         if self.prefix is not None:
-            self.prefix.clear()  # what was half written is not to be trusted
+            self.prefix.clear()  # blocks may be half written
         return ended
 
     def _accept(self, generation: Generation, token_id: int, score: Score | None) -> None:
@@ -279,21 +284,21 @@ class Engine:
 
 
 def default_step_tokens(device: str) -> int:
-    """Ids in one step on a device of this name, where the options leave it open."""
+    """The default of max_step_tokens for a device."""
     return CPU_STEP_TOKENS if device == "cpu" else DEFAULT_STEP_TOKENS
 
 
 def default_cache_tokens(max_batch: int, n_ctx: int) -> int:
-    """Positions of the KV cache where the options leave it open."""
+    """The default of cache_tokens: the positions of the KV cache."""
     return min(max_batch * n_ctx, DEFAULT_CACHE_TOKENS)
 
 
 def checked_limit(model: Any, ids: Sequence[int], params: SamplingParams) -> int:
-    """How many tokens may follow the prompt. Raises RequestError for what does not fit the model."""
+    """The maximum number of tokens to generate. Raises RequestError if the prompt or params do not fit the model."""
     model.check_ids(ids)
     if len(ids) >= model.n_ctx:
         raise RequestError(
-            f"the prompt has {len(ids)} tokens and fills the context of {model.n_ctx}: no room for an answer",
+            f"the prompt has {len(ids)} tokens and fills the context of {model.n_ctx} tokens: nothing can be generated",
             "prompt",
         )
     tokenizer = model.vocabulary
@@ -314,11 +319,14 @@ def single_sequence(
     trace: Tracer = no_trace,
     graphs: bool = True,
 ) -> tuple[Engine, Generation]:
-    """An engine whose cache is just large enough for one sequence, and that sequence. Raises as `Engine.start`."""
+    """An engine with a cache just large enough for one sequence, and that sequence.
+
+    chunk: the maximum number of prompt tokens in a forward pass. Raises the errors of `Engine.start`.
+    """
     params = params or SamplingParams()
     n_tokens = len(ids) + checked_limit(model, ids, params)
     model.check_trace(trace)
     options = EngineOptions(1, chunk, n_tokens, prefix_cache=False, graphs=graphs)
     engine = Engine(model, options, trace=trace)
-    engine.runner.warm_up(0)  # The only prompt follows at once, so nothing is gained by a prompt of zeros before it.
+    engine.runner.warm_up(0)  # The only prompt follows at once, so warming up with a prompt would gain nothing.
     return engine, engine.start(ids, params)

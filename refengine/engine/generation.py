@@ -1,6 +1,6 @@
-"""One request: the ids so far, what may be printed, and why it ended. The engine moves it forward.
+"""The state of one request: its token ids so far, its text, and why it ended. The engine advances it.
 
-Knows of text, stop strings and limits; nothing of batches, caches and devices.
+Handles text, stop strings and limits. Independent of batches, caches and devices.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from refengine.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token. `text` is what may be printed now; it may be empty, and lag behind the ids.
+    """One generated token. `text` is the text that can be printed now; it may be empty, and lag behind the ids.
 
-    stop_reason is None until the last token: then `eos`, `stop` or `length`.
-    logprob, top: natural logarithms, of this token and of the likeliest (id, logprob); where params.logprobs asks.
+    stop_reason: None except for the last token, which has `eos`, `stop` or `length`.
+    logprob, top: natural logarithms of this token's probability and of the most likely tokens' (id, logprob), if
+    params.logprobs asks for them.
     """
 
     id: int
@@ -35,7 +36,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Score:
-    """Of a prompt's token, given those before it: its log-probability, and the likeliest (id, logprob) in its place."""
+    """A token's log-probability given the tokens before it, and the most likely (id, logprob) at its position."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -43,20 +44,21 @@ class Score:
 
 @dataclass
 class Progress:
-    """What the engine keeps of a request: its place in the cache, keys of its blocks, and counts."""
+    """The engine's own state of a request: its sequence in the KV cache, the keys of its blocks, and counters."""
 
     cached: CacheSequence = field(default_factory=CacheSequence)
     prefix_keys: list[bytes] = field(default_factory=list)
-    prefix_tokens: int = 0  # of the prompt that the prefix cache had when it first ran
+    prefix_tokens: int = 0  # prompt tokens found in the prefix cache when the request first ran
     preemptions: int = 0
 
 
 class Generation:
-    """A sequence of tokens that follow a prompt. `Engine.start` makes it, `Engine.tokens` moves it forward.
+    """A prompt and the tokens generated after it. `Engine.start` makes it, `Engine.tokens` advances it.
 
-    ids: prompt and generated. seed: the one in use. end: None while it runs, then `eos`, `stop`, `length`, `cancelled`
-    or `error` (which `error` holds). prefill_s, decode_s: seconds of the steps before and after the first token.
-    prompt_scores: one for each id of the prompt, None for the first and until it is computed; where params ask.
+    ids: the ids of the prompt and the generated tokens. seed: the seed in use.
+    end: None while it runs, then `eos`, `stop`, `length`, `cancelled` or `error` (with the exception in `error`).
+    prefill_s, decode_s: the seconds of the steps before and after the first token.
+    prompt_scores: if params ask for them, one for each id of the prompt: None for the first, and before it is computed.
     """
 
     def __init__(self, ids: Sequence[int], params: SamplingParams, n_limit: int, tokenizer: Tokenizer | None) -> None:
@@ -68,7 +70,7 @@ class Generation:
         self.end: str | None = None
         self.error: RefengineError | None = None
         self.progress = Progress()
-        self.pending: deque[Token] = deque()  # drawn, and not yet asked for
+        self.pending: deque[Token] = deque()  # generated tokens that the caller has not taken yet
         self.prefill_s = self.decode_s = 0.0
         self.started = self.last_token = time.perf_counter()
         self.first_token_s: float | None = None
@@ -86,7 +88,7 @@ class Generation:
         return self.params.prompt_logprobs is not None and self.n_generated == 0
 
     def accept(self, token_id: int, score: Score | None = None) -> Token:
-        """Append the drawn token to the ids; gives its text that may be printed, and the reason if it is the last."""
+        """Append a sampled token to the ids; returns it with the text to print, and a stop reason if it is the last."""
         self.ids.append(token_id)
         text, reason = self._text_of(token_id)
         self.end = reason
@@ -96,7 +98,7 @@ class Generation:
         return token
 
     def forked(self, params: SamplingParams) -> Generation:
-        """Another one with the same ids and text so far, its own parameters, seed and future."""
+        """A copy with the same ids and text so far, but its own parameters and seed."""
         other = copy.copy(self)
         other.params, other.seed = params, choose_seed() if params.seed is None else params.seed
         other.ids, other.pending, other.progress = list(self.ids), deque(), Progress()
@@ -120,7 +122,7 @@ class Generation:
         return text, None
 
     def _rest(self, text: str) -> str:
-        """With whatever was held back."""
+        """The text followed by all text that was held back."""
         more, stopped = self._stops.push("" if self._detokenizer is None else self._detokenizer.finish())
         return text + more + ("" if stopped else self._stops.finish())
 

@@ -1,4 +1,4 @@
-"""What an engine reports while it runs: statistics, and a hook whose methods do nothing until they are overridden."""
+"""The statistics of an engine, and a hook with methods that the engine calls at events; they do nothing by default."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from refengine.engine.generation import Generation, Token
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine holds, and what it has counted since it was made.
+    """The current state of an engine, and its counters since it was made.
 
-    running, waiting: sequences. blocks_used, blocks_cached, blocks_free: blocks of the KV cache; together all of them.
-    prefix_hits, prefix_misses: blocks of prompts that the prefix cache had and lacked. preemptions: of sequences.
+    running, waiting: sequences. blocks_used, blocks_cached, blocks_free: KV cache blocks; their sum is all blocks.
+    prefix_hits, prefix_misses: prompt blocks that were found and not found in the prefix cache.
+    preemptions: how often a sequence was preempted.
     """
 
     running: int = 0
@@ -27,7 +28,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One step: the engine after it, the sequences that drew a token, the prompt tokens computed, and its duration."""
+    """One step: the engine's state after it, the sequences that got a token, the prompt tokens computed, the time."""
 
     engine: EngineStats
     batch_size: int
@@ -36,19 +37,19 @@ class StepStats:
 
 
 class MetricsHook:
-    """Override the methods you need; they run in the thread that calls `Engine.step`, quickly and without raising."""
+    """Override the methods you need. They run in the thread that calls `Engine.step` and must be fast and not raise."""
 
     def on_start(self, generation: Generation) -> None:
-        """The engine has accepted a request, which may still wait for its turn."""
+        """The engine has accepted a request, which may still wait in the queue."""
 
     def on_first_token(self, generation: Generation, seconds: float) -> None:
-        """The first token was drawn, so many seconds after the start."""
+        """The first token was sampled, `seconds` after the request was accepted."""
 
     def on_token(self, generation: Generation, token: Token, seconds: float) -> None:
-        """A token was drawn, so many seconds after the previous one or after the start."""
+        """A token was sampled, `seconds` after the previous one, or after the request was accepted."""
 
     def on_end(self, generation: Generation, reason: str) -> None:
         """The request ended: `eos`, `stop`, `length`, `cancelled` or `error`."""
 
     def on_step(self, stats: StepStats) -> None:
-        """A step that did something is done."""
+        """A step that computed something has ended."""

@@ -1,6 +1,7 @@
-"""Steps on raw kernels: decoding through the fused step, prompts through the model file, draws on the device.
+"""Runs steps on raw kernels: decodes with the fused step, computes prompts with the model file, samples on the device.
 
-The same bits as `model.evaluate` for all of them together. Knows nothing of scheduling and text."""
+Gives the same bits as `model.evaluate` for all rows together. Independent of scheduling and text.
+"""
 
 from __future__ import annotations
 
@@ -23,26 +24,26 @@ log = logging.getLogger(__name__)
 
 
 class KernelRunner:
-    """max_batch: rows of the fused step. graphs: capture it once for each bucket, or launch its kernels one by one.
+    """The runner for kernels. An engine with a trace uses `ArrayRunner`, because the fused step cannot be traced.
 
-    It shows nothing to a trace: an engine that traces uses `ArrayRunner`.
+    max_batch: the maximum number of rows of the fused step.
+    graphs: capture the fused step as a graph for each bucket; False launches its kernels one by one.
     """
 
-    def __init__(
-        self, model: Any, cache: KVCache, max_batch: int, graphs: bool, trace: Tracer = no_trace
-    ) -> None:
+    def __init__(self, model: Any, cache: KVCache, max_batch: int, graphs: bool, trace: Tracer = no_trace) -> None:
         assert trace is no_trace, "the fused step has no tensors to trace"
         self._model, self._cache = model, cache
         self._step: DecodeStep | None = None
         if model.ops.attention_by == "flash":
-            given = (model.ops, model.config, model.decode, model.weights, cache)
             try:
-                self._step = DecodeStep(*given, max_batch=max_batch, graphs=graphs)
+                self._step = DecodeStep(
+                    model.ops, model.config, model.decode, model.weights, cache, max_batch=max_batch, graphs=graphs
+                )
             except NoFusedStep as e:
                 log.warning("tokens of %s are decoded by forward(), without a fused step: %s", model.config.arch, e)
 
     def warm_up(self, n_prompt: int) -> None:
-        """Compile the kernels and capture the graphs; let a prompt take from the pool what it wants."""
+        """Compile the kernels and capture the graphs; allocate the arrays for a prompt of `n_prompt` tokens."""
         if self._step is not None:
             self._step.warm_up()
         if n_prompt:
@@ -52,29 +53,29 @@ class KernelRunner:
             self._model.ops.memory.settle()
 
     def run(self, parts: Sequence[ScheduledChunk]) -> list[Result]:
-        """As `ArrayRunner.run`."""
+        """See `Runner.run`."""
         fused = self._step is not None
         decoding = [part for part in parts if fused and part.decodes]
         others = [part for part in parts if not (fused and part.decodes)]
-        found: dict[int, Result] = {}
+        results: dict[int, Result] = {}
         if decoding:
             assert self._step is not None
             drawn, logits = self._step.run([row_of(part) for part in decoding])
-            found |= self._results(decoding, drawn, logits)
+            results |= self._results(decoding, drawn, logits)
         if others:
-            given = [(part.generation.progress.cached, part.ids) for part in others]
-            logits = self._model.evaluate(given, self._cache, wanted_rows(others))
-            found |= self._results(others, self._draw(others, logits), logits)
-        return [found[id(part)] for part in parts]
+            inputs = [(part.generation.progress.cached, part.ids) for part in others]
+            logits = self._model.evaluate(inputs, self._cache, wanted_rows(others))
+            results |= self._results(others, self._draw(others, logits), logits)
+        return [results[id(part)] for part in parts]
 
     def _draw(self, parts: Sequence[ScheduledChunk], logits: Any) -> Any:
-        """Of the parts that draw, one row each: see `sample_rows`."""
+        """Sample on the device for the parts that draw a token; the result has one row for each, see `sample_rows`."""
         drawing = [part.generation for part in parts if part.draws]
         if not drawing:
             return ()
         ops = self._model.ops
         with ops.workspace():
-            if len(drawing) < len(logits):  # the others are there for their scores
+            if len(drawing) < len(logits):  # the other rows are only scored
                 ends = np.cumsum([n_rows(part) for part in parts]) - 1
                 logits = logits[ops.xp.asarray([end for part, end in zip(parts, ends, strict=True) if part.draws])]
             drawn = sample_rows(
@@ -90,12 +91,12 @@ class KernelRunner:
 
     @staticmethod
     def _results(parts: Sequence[ScheduledChunk], drawn: Any, logits: Any) -> dict[int, Result]:
-        """Logits come to the host only where somebody asks for log-probabilities."""
+        """The results by id(part). Logits are copied to the host only if log-probabilities were requested."""
         results, n_seen, n_drawn = {}, 0, 0
         for part in parts:
             n = n_rows(part)
-            wanted = part.n_scored or part.generation.params.logprobs is not None
-            rows: Any = to_numpy(logits[n_seen : n_seen + n]) if wanted else [None] * n
+            has_logprobs = part.n_scored or part.generation.params.logprobs is not None
+            rows: Any = to_numpy(logits[n_seen : n_seen + n]) if has_logprobs else [None] * n
             token = drawn[n_drawn : n_drawn + part.draws]
             results[id(part)] = result_of(part, rows, partial(checked_token, token))
             n_seen, n_drawn = n_seen + n, n_drawn + part.draws
@@ -105,10 +106,9 @@ class KernelRunner:
 def step_bytes(
     config: ModelConfig, decode: Any, weights: Any, place: str, attention_by: str, max_batch: int, n_positions: int
 ) -> int:
-    """Device memory that the fused step takes beside weights and cache; 0 where there is none.
+    """The bytes of device memory that the fused step needs in addition to weights and cache; 0 without a fused step.
 
-    weights: only names, types and shapes are looked at. n_positions: the smaller of the context and what the cache
-    holds.
+    weights: only names, types and shapes are used. n_positions: the smaller of the context length and the cache's size.
     """
     if attention_by != "flash":
         return 0
@@ -120,7 +120,7 @@ def step_bytes(
 
 
 def checked_token(drawn: Any) -> int:
-    """Of one row; raises what `checked_tokens` does."""
+    """The token of one row. Raises the errors of `checked_tokens`."""
     (token,) = checked_tokens(drawn)
     return token
 

@@ -1,16 +1,16 @@
 """Philox4x32-10: a counter-based random generator, a pure function of (seed, token index).
 
-A draw reads no state, so neighbours in a batch, chunking or a restart cannot change it. The generator
+The generator has no state, so the batch, the chunking or a restart cannot change its result. The generator
 is that of Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011);
 `tests/engine/test_philox.py` holds the known-answer vectors its authors publish with Random123.
 
-How refengine fills it:
+How refengine uses it:
 
     key     = (seed low 32, seed high 32)
     counter = (index low 32, index high 32, 0, 0)
     bits    = out[0] + out[1] * 2**32                  the uniform number is u = bits / 2**64, in [0, 1)
 
-Everything here is integer arithmetic modulo 2**32, so a CUDA twin (`__umulhi` and `*` on unsigned
+Everything here is integer arithmetic modulo 2**32, so the CUDA version (`__umulhi` and `*` on unsigned
 words) gives the same bits. Functions take Python ints, or NumPy uint64 arrays of broadcastable shapes.
 """
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from refengine.errors import RequestError
 
 Words = int | NDArray[np.integer[Any]]
-"""A word of 32 bits (seeds, indexes: 64): a Python int, or a uint64 array of them, (n,) or more dimensions."""
+"""A word of 32 bits (seeds and indexes: 64 bits): a Python int, or a uint64 array of any shape."""
 
 N_ROUNDS = 10
 MULTIPLIER_0 = 0xD2511F53
@@ -37,7 +37,7 @@ MAX_UINT64 = 2**64 - 1
 
 
 def philox4x32_10(counter: Sequence[Words], key: Sequence[Words]) -> tuple[Words, Words, Words, Words]:
-    """Four 32-bit words for a counter of four words and a key of two; ten rounds.
+    """Four random 32-bit words from a counter of four words and a key of two, in ten rounds.
 
     One round, with the 64-bit products p0 = M0 * c0 and p1 = M1 * c2:
     (hi(p1) ^ c1 ^ k0, lo(p1), hi(p0) ^ c3 ^ k1, lo(p0)), then k += (W0, W1).
@@ -83,7 +83,7 @@ def uniform(seed: Words, index: NDArray[np.uint64]) -> NDArray[np.float32]: ...
 def uniform(seed: Words, index: Words) -> float | NDArray[np.float32]:
     """floor(u * 2**24) / 2**24 in [0, 1): the top 24 bits of `random_bits`, exact in float32.
 
-    An int index gives a float, an array of them a float32 array. On a device: `(out[1] >> 8) * 0x1p-24f`.
+    An int index gives a float, an array a float32 array. On a device: `(out[1] >> 8) * 0x1p-24f`.
     """
     bits = random_bits(cast(int, seed), cast(int, index))
     top_24 = bits >> 40

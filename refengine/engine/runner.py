@@ -1,4 +1,4 @@
-"""A step's forward pass and its draws, on array code or on kernels. Knows nothing of scheduling and text."""
+"""Runs a step's forward pass and samples its tokens, on array code or kernels. Independent of scheduling and text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from refengine.trace import Tracer, no_trace, to_numpy
 
 @dataclass(frozen=True)
 class Result:
-    """What one scheduled chunk gave.
+    """The result of one scheduled chunk.
 
-    token: the id that was drawn after it, or None if the chunk draws nothing. score: its log-probability, if asked for.
-    prompt_scores: one for each scored id of the chunk, about the id that follows it. error: why there is no result.
+    token: the sampled id, or None if the chunk draws none. score: its log-probability, if requested.
+    prompt_scores: for each scored id of the chunk, the score of the id that follows it.
+    error: why there is no result.
     """
 
     token: int | None = None
@@ -30,15 +31,17 @@ class Result:
 
 
 class Runner(Protocol):
+    """Computes the chunks of a step."""
+
     def run(self, parts: Sequence[ScheduledChunk]) -> list[Result]:
-        """Feed the parts; one result for each, in order."""
+        """Feed the chunks to the model; returns one result for each, in order."""
 
     def warm_up(self, n_prompt: int) -> None:
-        """Compile and allocate what the first request would wait for; with a prompt of so many tokens, if any."""
+        """Compile and allocate in advance, also with a prompt of `n_prompt` tokens unless it is 0."""
 
 
 def wanted_rows(parts: Sequence[ScheduledChunk]) -> list[int]:
-    """Batch rows whose logits are wanted: of each part those that are scored, then the one that it draws from."""
+    """The batch rows whose logits are needed: for each part the scored rows, then the row it draws from."""
     rows: list[int] = []
     start = 0
     for part in parts:
@@ -50,14 +53,14 @@ def wanted_rows(parts: Sequence[ScheduledChunk]) -> list[int]:
 
 
 def n_rows(part: ScheduledChunk) -> int:
-    """How many of `wanted_rows` are a part's."""
+    """The number of rows of `wanted_rows` that belong to a part."""
     return part.n_scored + part.draws
 
 
 class ArrayRunner:
-    """All chunks through `model.evaluate` together, draws on the host: every device and profile can.
+    """Computes all chunks in one call of `model.evaluate` and samples on the host. Works on every device and profile.
 
-    max_batch and graphs make no difference here; every runner is made with the same arguments.
+    max_batch and graphs are not used; all runners have the same constructor arguments.
     """
 
     def __init__(
@@ -66,11 +69,11 @@ class ArrayRunner:
         self._model, self._cache, self._trace = model, cache, trace
 
     def warm_up(self, n_prompt: int) -> None:
-        """Nothing: arrays are allocated as they are wanted."""
+        """Does nothing: arrays are allocated when they are needed."""
 
     def run(self, parts: Sequence[ScheduledChunk]) -> list[Result]:
-        given = [(part.generation.progress.cached, part.ids) for part in parts]
-        logits = self._model.evaluate(given, self._cache, wanted_rows(parts), self._trace)
+        inputs = [(part.generation.progress.cached, part.ids) for part in parts]
+        logits = self._model.evaluate(inputs, self._cache, wanted_rows(parts), self._trace)
         rows = iter(to_numpy(logits) if any(map(n_rows, parts)) else ())
         results = []
         for part in parts:
@@ -80,7 +83,7 @@ class ArrayRunner:
 
 
 def result_of(part: ScheduledChunk, rows: Sequence[Any], draw: Callable[[], int]) -> Result:
-    """On the host, from the part's wanted rows of logits, (n_vocab,) each. draw: gives its token."""
+    """The result of a part from its rows of logits on the host, (n_vocab,) each. draw: samples its token."""
     generation, params = part.generation, part.generation.params
     try:
         scores = tuple(
@@ -97,7 +100,7 @@ def result_of(part: ScheduledChunk, rows: Sequence[Any], draw: Callable[[], int]
 
 
 def draw(row: Any, part: ScheduledChunk) -> int:
-    """On the host, from logits (n_vocab,)."""
+    """Sample the part's token on the host, from logits (n_vocab,)."""
     generation = part.generation
     return sample(row, generation.params, generation.ids, generation.seed, generation.n_generated)
 

@@ -1,6 +1,6 @@
-"""From logits to one token: temperature, repetition penalty, top-k, top-p, min-p, draw, in that order.
+"""Samples a token from logits: temperature, repetition penalty, top-k, top-p, min-p, random draw, in that order.
 
-The draw is exact and the same for every way of computing it. Candidates are ranked by logit,
+The draw is exact, so every implementation of it gives the same token. Candidates are ranked by logit,
 descending, ties by id, ascending. Each gets an integer weight
 
     weight = round(2**40 * exp((logit - largest logit) / temperature))         float64, half to even
@@ -8,8 +8,9 @@ descending, ties by id, ascending. Each gets an integer weight
 and with the 64 random bits of (seed, token index) the token is the first in rank order whose running
 sum of weights exceeds floor(bits * kept_mass / 2**64). Integer sums do not depend on the order of
 additions, so a partial sort here and a parallel scan on a GPU reach the same token as a full sort.
-A weight is off by at most half of 2**-40 of the likeliest token's, the least a token can have and be drawn;
-two machines whose exp() differs in the last bit can differ by one such step, and seldom do.
+Rounding changes a weight by at most half of 2**-40 of the most likely token's weight; 2**-40 is the least weight
+of a token that can be drawn. On two machines whose exp() differs in the last bit, a weight can differ by one such
+step, which is rare.
 
 Top-k, top-p and min-p each keep a prefix of the ranking, so the kept set is the shortest of the three
 and is described by its mass (sum of weights) alone.
@@ -20,7 +21,7 @@ largest logit, which cannot overflow however small the temperature is. Temperatu
 the penalised logits, ties to the lowest id; top-k, top-p and min-p always keep that token, and no random
 number is used.
 
-Runs on the host in NumPy; knows nothing of models, sequences or tokenizers.
+Runs on the host in NumPy. Independent of models, sequences and tokenizers.
 """
 
 import math
@@ -44,37 +45,37 @@ MAX_STOP_TOKENS = 32
 DEFAULT_MAX_TOKENS = 2048
 
 WEIGHT_ONE = 2**40
-"""Weight of the likeliest token. 2**22 tokens of this weight still fit an int64 sum."""
+"""Weight of the most likely token. The sum of 2**22 tokens of this weight still fits into an int64."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens, and when to stop. Checked on construction: RequestError names field, value and range.
+    """How to sample tokens, and when to stop. The constructor raises RequestError, which names field, value and range.
 
-    Numbers are kept as Python float and int, `stop` as a tuple. Limits that need the model are checked by
+    Numbers are kept as Python float and int, `stop` as a tuple. Limits that depend on the model are checked by
     `check_for_model`.
     """
 
     temperature: float = 1.0
     """0 to 2; 0 is greedy."""
     top_k: int = 0
-    """Keep the k likeliest tokens; 0 is off."""
+    """Keep the k most likely tokens; 0 is off."""
     top_p: float = 1.0
-    """Keep the fewest likeliest tokens whose probabilities reach top_p, at least one; 1 is off."""
+    """Keep the most likely tokens until their probabilities sum up to top_p, at least one; 1 is off."""
     min_p: float = 0.0
-    """Keep tokens at least min_p times as likely as the likeliest; 0 is off."""
+    """Keep tokens that are at least min_p times as likely as the most likely one; 0 is off."""
     repetition_penalty: float = 1.0
-    """Above 0, to 2; 1 is off, and more than 1 makes tokens of the history less likely."""
+    """Above 0, up to 2; 1 is off, and more than 1 makes tokens of the history less likely."""
     seed: int | None = None
-    """uint64; None means that the caller draws one with `choose_seed` and reports it."""
+    """uint64; None means that the caller chooses one with `choose_seed` and reports it."""
     max_tokens: int = DEFAULT_MAX_TOKENS
-    """Generated tokens, at least 1."""
+    """Maximum number of generated tokens, at least 1."""
     stop: Sequence[str] = ()
     """Up to 4 non-empty strings; see `refengine.engine.stop`."""
     logprobs: int | None = None
-    """Report each token's log-probability, and of the 0 to 20 likeliest; None reports none."""
+    """Report the log-probability of each token and of the 0 to 20 most likely ones; None reports none."""
     prompt_logprobs: int | None = None
-    """The same of the prompt's tokens, given those before: all are computed, none comes from the prefix cache."""
+    """The same for the prompt's tokens. The whole prompt is then computed, without the prefix cache."""
 
     def __post_init__(self) -> None:
         checked = {
@@ -95,7 +96,7 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
     def check_for_model(self, n_vocab: int, count_tokens: Callable[[str], int]) -> None:
-        """Checks what only a model can tell: top_k against its vocabulary, stop strings against 32 tokens each.
+        """Check the limits that depend on the model: top_k by its vocabulary, and at most 32 tokens per stop string.
 
         `count_tokens` gives the number of tokens of a text, without BOS and EOS. Raises RequestError.
         """
@@ -108,7 +109,7 @@ class SamplingParams:
 
 
 def choose_seed() -> int:
-    """A uint64 seed from the operating system, for a request that gives none."""
+    """A random uint64 seed from the operating system, for a request without a seed."""
     return int.from_bytes(os.urandom(8), "little")
 
 
@@ -119,12 +120,12 @@ def sample(
     seed: int,
     index: int,
 ) -> int:
-    """The id of the token drawn from `logits` (n_vocab,) under `params`.
+    """The id of the token sampled from `logits` (n_vocab,) with `params`.
 
-    history: ids of the prompt and of what was generated so far; only the repetition penalty reads it.
+    history: ids of the prompt and of the tokens generated so far; only the repetition penalty uses them.
     seed:    uint64; `params.seed`, or the one chosen for the request.
-    index:   which generated token this is, from 0.
-    Raises RefengineError as `draw` does, RequestError for a seed or an index that is no uint64.
+    index:   the number of the generated token, from 0.
+    Raises the errors of `draw`, and RequestError for a seed or an index that is not a uint64.
     """
     return draw(logits, params, history, random_bits(seed, index))
 
@@ -135,10 +136,10 @@ def draw(
     history: Sequence[int] | NDArray[np.integer[Any]],
     bits: int,
 ) -> int:
-    """As `sample`, with the 64 random bits given: the deterministic half, which a GPU twin is compared with.
+    """Like `sample`, but with 64 given random bits. The GPU's sampling kernel is compared with this function.
 
-    Raises RefengineError if a logit is NaN or +Inf, naming its index, or if all are -Inf (one -Inf is a
-    token that cannot be drawn); RequestError if an id of the history is not below n_vocab.
+    Raises RefengineError if a logit is NaN or +Inf, naming its index, or if all logits are -Inf (a single -Inf
+    means that this token cannot be sampled); RequestError if an id of the history is not below n_vocab.
     """
     _check_logits(logits)
     penalised = _penalise(logits, history, params.repetition_penalty)  # (n_vocab,)
@@ -164,11 +165,11 @@ def draw(
 
 
 def logprobs(logits: NDArray[np.floating[Any]], token_id: int, n_top: int) -> tuple[float, list[tuple[int, float]]]:
-    """(log-probability of `token_id`, [(id, log-probability)] of the `n_top` likeliest, ties by id).
+    """(log-probability of `token_id`, [(id, log-probability)] of the `n_top` most likely tokens, ties by id).
 
     logprob = logit - log(sum(exp(logits))), natural logarithm in float64, of `logits` (n_vocab,) as the
-    model gave them: before temperature, penalty and filters. A -Inf logit has -Inf. `n_top` beyond n_vocab
-    means all. Raises as `draw` does for unusable logits, RequestError for an id or a count out of range.
+    model computed them: before temperature, penalty and filters. A -Inf logit has -Inf. `n_top` above n_vocab
+    means all. Raises the errors of `draw` for invalid logits, RequestError for an id or a count out of range.
     """
     _check_logits(logits)
     _integer("token_id", token_id, 0, logits.size - 1)
@@ -183,7 +184,7 @@ def logprobs(logits: NDArray[np.floating[Any]], token_id: int, n_top: int) -> tu
 
 
 class _Ranking:
-    """Candidates by logit, descending, ties by position, ascending; sorted only as far as a draw needs."""
+    """Candidates ranked by logit, descending, ties by position, ascending; sorted only as far as a draw needs."""
 
     FIRST_SORTED = 256
     GROWTH = 16
@@ -210,7 +211,7 @@ class _Ranking:
 
 def _ranked(values: NDArray[np.floating[Any]], n_ranked: int) -> NDArray[np.intp]:
     """Positions of the `n_ranked` (>= 1) largest values, descending, equal ones by position, ascending."""
-    # A partition places equal values arbitrarily: take only the boundary value from it, and positions by comparison.
+    # A partition orders equal values arbitrarily, so only its boundary value is used; positions come from comparisons.
     n_below = values.size - n_ranked
     boundary = np.partition(values, n_below)[n_below]
     above = np.flatnonzero(values > boundary)
@@ -230,10 +231,10 @@ def _weights(candidates: NDArray[np.floating[Any]], temperature: float) -> NDArr
 def _penalise(
     logits: NDArray[np.floating[Any]], history: Sequence[int] | NDArray[np.integer[Any]], penalty: float
 ) -> NDArray[np.floating[Any]]:
-    """Logits of tokens in the history made less likely: divided by `penalty` if positive, multiplied if not.
+    """Apply the repetition penalty: logits of tokens in the history are divided by it if positive, else multiplied.
 
-    Once per token, however often it occurs, in float64; Keskar et al., "CTRL" (2019), section 4.1, with
-    the sign rule that llama.cpp and Hugging Face transformers apply.
+    Applied once per token, however often it occurs, in float64; see Keskar et al., "CTRL" (2019), section 4.1, with
+    the sign rule of llama.cpp and Hugging Face transformers.
     """
     if penalty == 1.0 or len(history) == 0:
         return logits
@@ -244,7 +245,7 @@ def _penalise(
     penalised = logits.astype(np.float64)
     before = penalised[ids]  # (n_history,)
     with np.errstate(over="ignore"):
-        # A tiny penalty can overflow; stay finite, so that differences of logits are numbers.
+        # A tiny penalty can overflow. Keep the value finite, so that differences of logits are not NaN.
         divided = np.minimum(before / penalty, np.finfo(np.float64).max)
         penalised[ids] = np.where(before > 0, divided, before * penalty)
     return penalised
@@ -261,7 +262,7 @@ def _check_logits(logits: NDArray[np.floating[Any]]) -> None:
         index = int(np.argmax(logits))
         raise RefengineError(f"logits[{index}] is +Inf: the forward pass overflowed; trace the model to find where")
     if np.isneginf(largest):
-        raise RefengineError(f"all {logits.size} logits are -Inf: no token can be drawn")
+        raise RefengineError(f"all {logits.size} logits are -Inf: no token can be sampled")
 
 
 def _number(name: str, value: object, low: float, high: float, above_low: bool = False) -> float:
@@ -272,7 +273,7 @@ def _number(name: str, value: object, low: float, high: float, above_low: bool =
         number = float(value)
     except OverflowError:  # an integer beyond float64
         raise _refused(name, value, allowed) from None
-    if not low <= number <= high or (above_low and number == low):  # NaN is not between them
+    if not low <= number <= high or (above_low and number == low):  # also true for NaN
         raise _refused(name, value, allowed)
     return number
 
@@ -303,7 +304,7 @@ def _stops(value: object) -> tuple[str, ...]:
 def _refused(name: str, value: object, allowed: str) -> RequestError:
     try:
         shown = ascii(value)
-    except ValueError:  # Python does not print integers of thousands of digits
+    except ValueError:  # Python does not convert integers with thousands of digits to text
         shown = f"{type(value).__name__} with a huge integer"
     shortened = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return RequestError(f"{name}: given {shortened}, allowed {allowed}", name)

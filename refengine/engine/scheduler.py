@@ -1,11 +1,11 @@
-"""Who computes what in the next step: first come, first served, within a batch and a budget of tokens.
+"""Plans which sequences compute which tokens in the next step: first come, first served, within a token budget.
 
-Running sequences come first, one token each; what is left of the budget goes to prompts, the oldest first, in chunks,
-so that a long prompt never holds up running streams for more than one budget. A waiting request is admitted when the
-blocks for all of its ids are there, never past one that came before it: none starves. Where a running sequence finds no
-block for its next token, the youngest is preempted: its blocks are freed, it is computed again later, and the same
-tokens come out.
-Knows the cache's arithmetic; nothing of arrays, text and devices.
+Decoding sequences come first, with one token each. The rest of the budget goes to prompts in chunks, the oldest prompt
+first, so a long prompt never delays decoding sequences by more than one budget. A waiting request is admitted when
+there are free blocks for all of its ids, and never before an older one, so no request starves. If a running sequence
+needs a block for its next token and none is free, the youngest sequence is preempted: its blocks are freed, and it is
+recomputed later with the same tokens.
+Independent of arrays, text and devices.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from refengine.cache.paged import KVCache, OutOfBlocks
 from refengine.cache.prefix import PrefixCache
 from refengine.engine.generation import Generation
 
-# Attention to so many positions takes a token about as long as all else: gpt-oss-20b on an H100, 512 tokens at a time,
-# 80 ms at position 0 and 2.2 ms more for each 1,000 before them.
+# With this many positions before it, a token's attention takes about as long as everything else. Measured for
+# gpt-oss-20b on an H100 in chunks of 512 tokens: 80 ms at position 0, and 2.2 ms more for each 1,000 positions.
 DEEP = 32768
 DEPTH_STEP = 4096
 
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """Ids of one request to feed in a step.
+    """The ids of one request that a step computes.
 
-    start: position of the first. draws: whether a token is drawn after them. n_scored: of how many ids, from the first,
-    the log-probability of the next id of the prompt is wanted.
+    start: the position of the first id. draws: whether a token is sampled after the last id.
+    n_scored: for this many ids, from the first, the log-probability of the following prompt id is needed.
     """
 
     generation: Generation
@@ -39,14 +39,14 @@ class ScheduledChunk:
 
     @property
     def decodes(self) -> bool:
-        """One id, whose token is wanted, behind positions that are all in the cache: a decode step's row."""
+        """Whether it is a row of a decode step: one id that draws a token, with all positions before it cached."""
         return self.draws and len(self.ids) == 1 and self.start > 0
 
 
 def affordable(budget: int, start: int) -> int:
-    """How many ids from position `start` on take about as long as `budget` of them at the start of a prompt.
+    """The number of ids from position `start` on that take about as long as `budget` ids at the start of a prompt.
 
-    So the longest prompt holds up others, and hears of its end, no later than a short one does.
+    So a chunk of a long prompt does not delay other sequences, or a cancellation, more than one of a short prompt.
     """
     if budget < 1:
         return 0
@@ -54,8 +54,12 @@ def affordable(budget: int, start: int) -> int:
 
 
 class Scheduler:
-    """max_batch: sequences that run together. max_step_tokens, max_scored: ids in one step, and of them those that are
-    scored. preempt: else who finds no block fails."""
+    """Keeps the waiting and running requests, and plans steps.
+
+    max_batch: the maximum number of running sequences.
+    max_step_tokens, max_scored: the maximum number of ids in one step, and of ids that are scored in one step.
+    preempt: preempt the youngest sequence if no block is free; False: the sequence that needs a block fails.
+    """
 
     def __init__(
         self,
@@ -77,7 +81,7 @@ class Scheduler:
         self.waiting.append(generation)
 
     def remove(self, generation: Generation) -> None:
-        """Forget a request and free its blocks, whatever its state. Harmless when repeated."""
+        """Remove a request in any state and free its blocks. May be called repeatedly."""
         if generation in self.waiting:
             self.waiting.remove(generation)
         if generation in self.running:
@@ -85,7 +89,7 @@ class Scheduler:
         self.cache.free(generation.progress.cached)
 
     def position(self, generation: Generation) -> int:
-        """0: it runs in the next step; else its place in the queue then. A prefix that is cached may better it."""
+        """The request's place in the queue; 0 if it runs in the next step. A cached prefix may let it start earlier."""
         if generation not in self.waiting:
             return 0
         slots, blocks = self.max_batch - len(self.running), self.cache.pool.n_free + self.cache.pool.n_reclaimable
@@ -98,7 +102,7 @@ class Scheduler:
         return 0
 
     def plan(self) -> tuple[list[ScheduledChunk], list[tuple[Generation, OutOfBlocks]]]:
-        """The parts of the next step, their blocks reserved; and requests that no block was left for."""
+        """The chunks of the next step, with their blocks reserved, and the requests that fail for lack of a block."""
         failed = self._make_room()
         self._admit()
         parts, budget = [], self.max_step_tokens
@@ -106,7 +110,7 @@ class Scheduler:
             if self._n_left(generation) == 1:
                 parts.append(ScheduledChunk(generation, generation.ids[-1:], len(generation.ids) - 1, True))
                 budget -= 1
-        budget = max(budget, 1)  # however many decode, prompts go on
+        budget = max(budget, 1)  # prompts always make progress, even if decoding sequences use up the budget
         scored_budget = self._max_scored
         for generation in self.running:
             left = self._n_left(generation)
@@ -123,7 +127,10 @@ class Scheduler:
         return parts, failed
 
     def _make_room(self) -> list[tuple[Generation, OutOfBlocks]]:
-        """A block for the next token of every running sequence, the oldest first; the youngest make way."""
+        """Reserve a block for the next token of every running sequence, the oldest first; may preempt the youngest.
+
+        Returns the requests that fail, with their errors.
+        """
         failed = []
         for generation in list(self.running):
             while generation in self.running:
@@ -140,7 +147,7 @@ class Scheduler:
         return failed
 
     def _put_back(self, generation: Generation) -> None:
-        """Free the blocks of a running request, to be computed again before any that waits."""
+        """Preempt a running request: free its blocks and put it at the head of the queue."""
         self.running.remove(generation)
         self.cache.free(generation.progress.cached)
         generation.progress.prefix_keys.clear()
@@ -149,20 +156,21 @@ class Scheduler:
         self.waiting.appendleft(generation)
 
     def _admit(self) -> None:
+        """Move waiting requests to the running ones while there are slots and blocks for them."""
         while self.waiting and len(self.running) < self.max_batch:
             generation = self.waiting[0]
             sequence = generation.progress.cached
             prefix = None if generation.wants_scores else self.prefix
-            found = [] if prefix is None else prefix.match(generation.ids)
-            sequence.block_table[:] = found
-            sequence.length = len(found) * self.cache.block_size
+            cached = [] if prefix is None else prefix.match(generation.ids)
+            sequence.block_table[:] = cached
+            sequence.length = len(cached) * self.cache.block_size
             try:
                 self.cache.reserve([(sequence, len(generation.ids))])
             except OutOfBlocks:
                 sequence.block_table.clear()
                 sequence.length = 0
                 if prefix is not None:
-                    prefix.unmatch(found, len(generation.ids))
+                    prefix.unmatch(cached, len(generation.ids))
                 return
             if generation.progress.preemptions == 0:
                 generation.progress.prefix_tokens = sequence.length
@@ -171,11 +179,12 @@ class Scheduler:
 
     @staticmethod
     def _n_to_score(generation: Generation) -> int:
-        """How many ids that are still to be fed have a next one in a prompt whose log-probabilities are wanted."""
+        """The number of ids not computed yet that must be scored: those followed by another id of the prompt."""
         if not generation.wants_scores:
             return 0
         return max(0, generation.n_prompt - 1 - generation.progress.cached.length)
 
     @staticmethod
     def _n_left(generation: Generation) -> int:
+        """The number of ids that are not computed yet."""
         return len(generation.ids) - generation.progress.cached.length

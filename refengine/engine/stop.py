@@ -1,11 +1,11 @@
-"""Stop strings on streamed text, across token boundaries.
+"""Finds stop strings in streamed text, across token boundaries.
 
-A stop string matches where it completes first in the text; of several that complete on the same
-character, the longest (earliest start) counts. The decision needs no later character, so it is made
-as soon as the text is there, and how the text was cut into tokens cannot change it. What precedes the
-match is emitted; the match and everything after it is not.
+The stop string that completes first in the text matches; if several complete on the same character,
+the longest (earliest start) matches. No later character is needed for this decision, so it is made
+at once, and the division of the text into tokens cannot change it. The text before the match is
+emitted; the match and everything after it are not.
 
-Works on decoded text; whole code points come from the tokenizer's stream decoder.
+Works on decoded text; the tokenizer's stream decoder provides whole code points.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from refengine.errors import RequestError
 
 
 class StopMatcher:
-    """Passes text through until a stop string completes; holds back only what could still become one.
+    """Passes text through until a stop string completes; holds back only text that may be the start of a stop string.
 
     Raises RequestError for an empty stop string.
     """
@@ -29,13 +29,13 @@ class StopMatcher:
 
     @property
     def stopped(self) -> bool:
-        """A stop string has completed; nothing more will be emitted."""
+        """Whether a stop string has completed; then nothing more is emitted."""
         return self._stopped
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Takes the next piece of text; returns (text to emit now, whether a stop string completed).
+        """Add the next piece of text; returns (text to emit now, whether a stop string completed).
 
-        Once stopped, every further call returns ("", True).
+        After a stop, every further call returns ("", True).
         """
         if self._stopped:
             return "", True
@@ -50,13 +50,13 @@ class StopMatcher:
         return pending[:n_emit], False
 
     def finish(self) -> str:
-        """The text still held when generation ends for another reason; "" after a stop."""
+        """The text that is still held back when the generation ends for another reason; "" after a stop."""
         held = self._held
         self._held = ""
         return held
 
     def _first_match(self, pending: str) -> int | None:
-        """Start of the match that completes first; None without one."""
+        """The start of the match that completes first; None if there is no match."""
         # The first occurrence of one string is also the one that ends first.
         starts = [(pending.find(stop), len(stop)) for stop in self._stops]
         ends = [(start + length, start) for start, length in starts if start >= 0]

@@ -1,1 +1,1 @@
-"""Reading GGUF files: bytes, metadata, the tensor index, split files."""
+"""Reads GGUF files: bytes, metadata, the tensor index, split files."""

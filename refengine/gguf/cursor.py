@@ -1,8 +1,7 @@
-"""Checked reading from a GGUF file: every length is compared with what is left before it is used.
+"""Checked reading from a GGUF file: every length is compared with the remaining bytes before it is used.
 
-Does: opening, mapping and reading, integers, strings and names at a position, the form of an error about a malformed
-file.
-Does not know: what the fields of a GGUF file are (`gguf_parse.py`).
+Opens, maps and reads files, reads integers, strings and names, and makes the errors about malformed files.
+The fields of a GGUF file are defined in `parse.py`.
 """
 
 import contextlib
@@ -17,39 +16,39 @@ from refengine.errors import GGUFError
 
 MAX_STRING_BYTES = 1 << 24  # the largest real string is a chat template
 INT64_MAX = (1 << 63) - 1
-WINDOW_BYTES = 1 << 20  # read at a time
+WINDOW_BYTES = 1 << 20  # how much is read at a time
 
 _U64 = struct.Struct("<Q").unpack_from
 
 
 def malformed(path: Path, offset: int, message: str) -> GGUFError:
-    """The error of a malformed file: path first, byte offset last, one line."""
+    """The error about a malformed file, on one line: the path first, the byte offset last."""
     return GGUFError(f"{path}: {message} (byte {offset})")
 
 
 def quoted(text: str) -> str:
-    """`text` in quotes, escaped and cut to a length that an error message can bear."""
+    """`text` in quotes, escaped, and shortened for an error message."""
     return repr(text) if len(text) <= 80 else f"{text[:77]!r}..."
 
 
 class OpenFile:
-    """A regular file, read-only: mapped, and read without the mapping where it may shrink meanwhile.
+    """A regular file, opened read-only and mapped. `read_into` reads without the mapping.
 
-    To read a page of the mapping that the file has no more kills the process (SIGBUS); `read_into` raises.
+    If the file shrinks, accessing a lost page of the mapping kills the process (SIGBUS), but `read_into` only raises.
     """
 
     size: int  # bytes, when it was opened
     map: mmap.mmap
 
     def __init__(self, path: Path) -> None:
-        """Raises GGUFError where there is no file to map."""
+        """Raises GGUFError if the file cannot be opened or mapped."""
         self.path = path
-        # O_NONBLOCK: opening a named pipe that nobody writes to must not hang; it has no effect on a regular file.
+        # O_NONBLOCK: opening a named pipe without a writer must not block; it has no effect on a regular file.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         try:
             self._descriptor = os.open(path, flags)
         except (OSError, ValueError) as error:
-            if path.is_dir():  # where directories cannot be opened at all
+            if path.is_dir():  # on systems where directories cannot be opened
                 raise GGUFError(f"{path}: is a directory; expected a GGUF file") from error
             raise GGUFError(f"{path}: cannot open: {getattr(error, 'strerror', None) or error}") from error
         self._finalizer = weakref.finalize(self, os.close, self._descriptor)
@@ -73,9 +72,9 @@ class OpenFile:
             raise GGUFError(f"{self.path}: cannot map {status.st_size} bytes into memory: {error}") from error
 
     def read_into(self, target: memoryview, offset: int, what: str) -> None:
-        """Fill `target`, of bytes, from `offset` on.
+        """Fill `target` with the bytes from `offset` on. what: describes them in error messages.
 
-        Raises GGUFError where the file has become shorter or cannot be read, ValueError where it is closed.
+        Raises GGUFError if the file has become shorter or cannot be read, ValueError if it is closed.
         """
         if not self._finalizer.alive:
             raise ValueError(f"{self.path}: the file is closed")
@@ -91,26 +90,26 @@ class OpenFile:
             done += n_bytes
 
     def close(self) -> None:
-        """Unmap, or, while arrays still look into the mapping, leave that to the last of them."""
+        """Close the file and unmap it. While arrays still use the mapping, it is unmapped with the last of them."""
         self._finalizer()
         with contextlib.suppress(BufferError):
             self.map.close()
 
 
 class Cursor:
-    """A position in the file, which only goes forward; every read checks that the file goes on so far."""
+    """A position in the file, which only moves forward. Every read checks that the file is long enough."""
 
     def __init__(self, file: OpenFile) -> None:
         self.path, self.size = file.path, file.size
         self.pos = 0
         self._file = file
-        self._window, self._window_start = b"", 0  # what was read of the file, and where it lies
+        self._window, self._window_start = b"", 0  # the bytes read last, and their offset in the file
 
     def error(self, offset: int, message: str) -> GGUFError:
         return malformed(self.path, offset, message)
 
     def read(self, n_bytes: int, what: str) -> bytes:
-        """Step over `n_bytes`, and return them."""
+        """Read the next `n_bytes`."""
         start = self.pos
         if n_bytes > self.size - start:
             raise self.error(
@@ -130,7 +129,7 @@ class Cursor:
         return int.from_bytes(self.read(8, what), "little")
 
     def count(self, what: str, limit: int, min_bytes: int) -> int:
-        """A number of items, at most `limit`, each of which takes at least `min_bytes` of what is left."""
+        """Read a number of items, at most `limit`, each of which needs at least `min_bytes` of the remaining bytes."""
         start = self.pos
         n = self.u64(f"the number of {what}")
         if n > limit:
@@ -155,16 +154,16 @@ class Cursor:
             raise self.error(start + 8 + error.start, f"{what} is not valid UTF-8: {error.reason}") from None
 
     def strings(self, n: int, what: str) -> list[str]:
-        """`n` strings; the vocabularies are the bulk of a file's metadata."""
+        """Read `n` strings. Fast, because vocabularies are the largest part of a file's metadata."""
         texts: list[str] = []
         while len(texts) < n:
             self._strings_in_window(texts, n)
-            if len(texts) < n:  # the next goes on behind the window, or something is wrong with it
+            if len(texts) < n:  # the next string crosses the end of the window, or is malformed
                 texts.append(self.string(f"element {len(texts)} of {what}"))
         return texts
 
     def _strings_in_window(self, texts: list[str], n: int) -> None:
-        """Add those that follow, up to `n` in all, as far as they lie there whole and well-formed."""
+        """Add the following strings, up to `n` in total, while they are well-formed and inside the window."""
         window, pos = self._window, self.pos - self._window_start
         size, add = len(window), texts.append
         try:
@@ -181,7 +180,7 @@ class Cursor:
         self.pos = self._window_start + pos
 
     def name(self, what: str, limit: int) -> str:
-        """A key or a tensor name: not empty, no NUL (C code would cut it there)."""
+        """Read a key or a tensor name: not empty and without NUL, at which C code would end it."""
         start = self.pos
         text = self.string(what, limit)
         if not text:
@@ -192,5 +191,5 @@ class Cursor:
 
 
 def signed(n: int) -> str:
-    """An unsigned 64-bit count; where ggml would read it as negative, say so."""
+    """An unsigned 64-bit count as text, with a note if ggml would read it as negative."""
     return f"{n}" if n <= INT64_MAX else f"{n} (negative: {n - (1 << 64)} as int64)"

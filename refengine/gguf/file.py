@@ -1,7 +1,7 @@
 """A GGUF model file, or all files of a split one, as checked metadata and tensor index.
 
-Does: open, memory-map, check (`gguf_parse.py`, `gguf_split.py`), typed access to metadata, views of tensor data.
-Does not know: arrays on a device, architectures, quantisation arithmetic.
+Opens, maps and checks files (`parse.py`, `split.py`), and gives typed access to metadata and views of tensor data.
+Independent of devices, architectures and quantisation arithmetic.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ D = TypeVar("D")
 
 
 class _Required:
-    """The default of a key that must be there."""
+    """Marks a key without a default, which must exist."""
 
     def __repr__(self) -> str:
         return "REQUIRED"
@@ -52,9 +52,9 @@ _ARRAY_KINDS: dict[Any, frozenset[GGUFValueType]] = {
 
 
 class Unread:
-    """Bytes of an open file: (n,) u8. Slices are as unread; `np.asarray` reads, into memory of its own.
+    """Bytes (n,) u8 of an open file, not read yet; nor are slices of it. `np.asarray` reads them into new memory.
 
-    Reading raises GGUFError, with the place and both numbers of bytes, where the file has become shorter.
+    Reading raises GGUFError, with the place and both numbers of bytes, if the file has become shorter.
     """
 
     def __init__(self, file: OpenFile, what: str, offset: int, n_bytes: int) -> None:
@@ -73,13 +73,13 @@ class Unread:
 
 
 class GGUFFile:
-    """One model: metadata and tensors of a GGUF file or of all files of a split one.
+    """One model: the metadata and tensors of a GGUF file, or of all files of a split model.
 
-    Opening maps the file and checks all of it except the values of the weights; anything malformed raises GGUFError,
-    whose message begins with the path of the offending file and ends with the byte offset.
+    Opening maps the file and checks everything except the values of the weights. Anything malformed raises GGUFError,
+    whose message begins with the path of the file and ends with the byte offset.
 
-    While views from `data` are in use the file must not shrink: to read a page that it has no more kills the process
-    (SIGBUS). What comes from `unread` is safe from that.
+    While views from `data` are in use, the file must not shrink: accessing a lost page kills the process (SIGBUS).
+    `unread` does not have this problem.
     """
 
     path: Path  # as given
@@ -119,11 +119,11 @@ class GGUFFile:
     def get(self, key: str, kind: Literal["ints", "floats", "bools"], default: D) -> np.ndarray | D: ...
 
     def get(self, key: str, kind: Any, default: Any = REQUIRED) -> Any:
-        """The value of `key`, of kind int, float, bool or str, or of the arrays "ints", "floats", "bools" or "strs".
+        """The value of `key`. kind: int, float, bool or str, or for arrays "ints", "floats", "bools" or "strs".
 
-        int takes every integer type but not bool; float takes float32 and float64 but no integers (llama.cpp is as
+        int accepts every integer type but not bool; float accepts float32 and float64 but not integers (llama.cpp is as
         strict about floats, and stricter about integers). Arrays are (n,) and read-only; their dtype is the file's.
-        Raises GGUFError where the key is missing and no default is given, or where its type is another.
+        Raises GGUFError if the key is missing and no default is given, or if it has another type.
         """
         entry = self._entries.get(key)
         if entry is None:
@@ -136,23 +136,23 @@ class GGUFFile:
         return entry.value
 
     def type_name(self, key: str) -> str:
-        """The type of a key in the file: `uint32`, `string`, `array of float32`, ...; KeyError without the key."""
+        """The type of a key in the file: `uint32`, `string`, `array of float32`, ... KeyError if it is missing."""
         return self._entries[key].type_name
 
     def error(self, key: str, message: str) -> GGUFError:
-        """An error about the value of `key`, for whoever finds it wrong: names the file and where the key is.
+        """An error about the value of `key`, with the file and the key's byte offset.
 
-        For a key that is missing the offset is that of the first key.
+        For a missing key, the offset is that of the first key.
         """
         entry = self._entries.get(key)
         return malformed(self.paths[0], METADATA_START if entry is None else entry.offset, message)
 
     def tensor_error(self, name: str, message: str) -> GGUFError:
-        """An error about tensor `name`: names the file it lies in and where its index entry is. KeyError without it."""
+        """An error about tensor `name`, with its file and the offset of its index entry. KeyError for another name."""
         return malformed(self.paths[self.tensors[name].shard], self._info_offsets[name], message)
 
     def data(self, name: str) -> np.ndarray:
-        """The bytes of a tensor: (n_bytes,) u8, a read-only view of the mapping; nothing is copied.
+        """The bytes of a tensor, (n_bytes,) u8: a read-only view of the mapping, without a copy.
 
         Raises GGUFError if there is no such tensor, ValueError if the file is closed.
         """
@@ -160,7 +160,7 @@ class GGUFFile:
         return np.frombuffer(file.map, np.uint8, info.n_bytes, info.offset)
 
     def unread(self, name: str) -> Unread:
-        """The bytes of a tensor, to be read into memory of their own. Raises as `data` does."""
+        """The bytes of a tensor, to be read into new memory later. Raises the errors of `data`."""
         file, info = self._place(name)
         return Unread(file, f"tensor {quoted(name)}", info.offset, info.n_bytes)
 
@@ -168,14 +168,14 @@ class GGUFFile:
         if self._shards is None:
             raise ValueError(f"{self.path}: the file is closed")
         if name not in self.tensors:
-            raise GGUFError(f"{self.path}: there is no tensor {quoted(name)} among the {len(self.tensors)} of the file")
+            raise GGUFError(f"{self.path}: there is no tensor {quoted(name)} among the file's {len(self.tensors)}")
         info = self.tensors[name]
         return self._shards[info.shard].file, info
 
     def close(self) -> None:
-        """Give the mapping up; may be called twice.
+        """Close the files; may be called twice.
 
-        Arrays from `data` stay readable: while any of them lives, the mapping does, and goes with the last.
+        Arrays from `data` stay valid: the mapping exists until the last of them is deleted.
         Metadata and the tensor index stay usable.
         """
         for shard in self._shards or ():

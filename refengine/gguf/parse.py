@@ -1,14 +1,13 @@
-"""One GGUF file, read strictly: every count, length, offset and name is checked before it is used.
+"""Parses one GGUF file strictly: every count, length, offset and name is checked before it is used.
 
-Does: header, metadata and tensor index of one file of version 2 or 3.
-Does not know: split files (`gguf_split.py`), arrays on a device, architectures, quantisation arithmetic.
+Reads the header, metadata and tensor index of one file of version 2 or 3. Split files are handled in `split.py`.
 
-Format: the GGUF specification (ggml `docs/gguf.md`), and ggml `src/gguf.cpp` for what it leaves open.
+Format: the GGUF specification (ggml `docs/gguf.md`), and ggml's `src/gguf.cpp` where the specification is silent.
 Deliberately stricter than ggml: bool values other than 0 and 1, invalid UTF-8, NUL in names, tensors of zero
 dimensions or of zero size, overlapping data, and counts far beyond any real file are refused. More lenient in two
 places: data may have gaps or another order than the index (the specification allows it), and a tensor name may be
-64 bytes long (ggml has room for 63). Arrays of arrays are in the specification, but no reader of models, ggml's
-included, takes them; they are refused.
+64 bytes long (ggml allows 63). Arrays of arrays are in the specification, but no reader of models accepts them,
+including ggml; they are refused.
 """
 
 import itertools
@@ -72,19 +71,19 @@ _FOREIGN_MAGIC = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and what it is. `shape` is in NumPy order, the reverse of ggml's `ne`."""
+    """A tensor's name, type, shape and place. `shape` is in NumPy order, the reverse of ggml's `ne`."""
 
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
-    offset: int  # absolute, in the file it lies in
+    offset: int  # of its data, from the start of its file
     n_bytes: int
-    shard: int  # index of that file: 0 unless the model is split
+    shard: int  # index of its file; 0 unless the model is split
 
 
 @dataclass(frozen=True)
 class MetadataEntry:
-    """One key-value pair: the Python value, its type in the file, and where the pair begins."""
+    """One key-value pair: the Python value, its type in the file, and the byte offset of the pair."""
 
     value: Any  # int, float, bool, str, list[str] or a read-only np.ndarray
     type: GGUFValueType
@@ -126,7 +125,7 @@ def open_shard(path: Path) -> Shard:
 
 
 def parse(file: OpenFile) -> Shard:
-    """Check a file. Raises GGUFError as `open_shard` does."""
+    """Check a file. Raises the errors of `open_shard`."""
     cursor = Cursor(file)
     version = _header_version(cursor)
     # The smallest tensor entry: name length, 1 byte, n_dims, 1 dimension, type, offset. The smallest pair: key
@@ -210,7 +209,7 @@ def _metadata_entry(cursor: Cursor, key: str, key_start: int) -> MetadataEntry:
 
 
 def _numbers(cursor: Cursor, value_type: GGUFValueType, n: int, what: str) -> np.ndarray:
-    """`n` numbers or bools; (n,) read-only."""
+    """Read `n` numbers or bools as a read-only array (n,)."""
     dtype = _SCALAR_DTYPES[value_type]
     start = cursor.pos
     stored = np.frombuffer(cursor.read(n * dtype.itemsize, f"the value of {what}"), dtype)
@@ -280,7 +279,7 @@ def _tensor_info(cursor: Cursor, index: int, alignment: int) -> TensorInfo:
 
 
 def _check_extents(cursor: Cursor, tensors: tuple[TensorInfo, ...], info_offsets: dict[str, int]) -> None:
-    """All data lies inside the file, and no byte belongs to two tensors."""
+    """Raise GGUFError unless all data is inside the file and no byte belongs to two tensors."""
     for info in tensors:
         if info.offset + info.n_bytes > cursor.size:
             raise cursor.error(

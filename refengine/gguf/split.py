@@ -1,9 +1,9 @@
-"""Split models: which files belong together, and that they fit.
+"""Split models: finds the files that belong together, and checks that they fit.
 
-llama.cpp splits a model into files named `NAME-00001-of-0000N.gguf` that carry `split.no` (from 0), `split.count` and
+llama.cpp splits a model into files named `NAME-00001-of-0000N.gguf` that contain `split.no` (from 0), `split.count` and
 `split.tensors.count` (the tensors of all files); see its `src/llama-model-loader.cpp` and `tools/gguf-split`. The
-first holds all metadata, the others tensors only. Each file has its own data section and its own alignment.
-llama.cpp wants to be given the first file; here any of them stands for all.
+first file has all metadata, the others only tensors. Each file has its own data section and its own alignment.
+llama.cpp needs the path of the first file; here any of the files can be given.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def _offset(shard: Shard, key: str) -> int:
 
 
 def _position(shard: Shard) -> tuple[int, int]:
-    """(number from 0, count) of a file among its split files; (0, 1) for a file that is whole."""
+    """(number from 0, count) of a file among its split files; (0, 1) for a file that is not split."""
     count = _value(shard, "split.count")
     if count is None:
         return 0, 1
@@ -70,14 +70,14 @@ def _position(shard: Shard) -> tuple[int, int]:
 
 
 def _shard_paths(shard: Shard, number: int, count: int) -> list[Path]:
-    """The paths of all files of the model that `shard` is a part of; all of them are there."""
+    """The paths of all files of the model that `shard` is a part of. Raises GGUFError if one does not exist."""
     suffix = f"-{number + 1:05d}-of-{count:05d}.gguf"
     match = _SPLIT_NAME.fullmatch(shard.path.name)
     if match is None or not shard.path.name.endswith(suffix):
         raise malformed(
             shard.path,
             _offset(shard, "split.no"),
-            f"split.no {number} and split.count {count} want a file name that ends in {suffix!r}",
+            f"split.no {number} and split.count {count} need a file name that ends in {suffix!r}",
         )
     paths = [shard.path.with_name(f"{match['prefix']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
     missing = [path.name for path in paths if not os.path.exists(path)]
@@ -85,7 +85,7 @@ def _shard_paths(shard: Shard, number: int, count: int) -> list[Path]:
         raise malformed(
             shard.path,
             _offset(shard, "split.count"),
-            f"{len(missing)} of the {count} files that split.count announces are missing, the first is {missing[0]}",
+            f"{len(missing)} of the {count} files of split.count are missing, the first is {missing[0]}",
         )
     return paths
 
@@ -103,7 +103,7 @@ def _check_position(shard: Shard, index: int, count: int) -> None:
 
 
 def _check_tensors(shards: list[Shard]) -> None:
-    """No tensor lies in two files, and their number is the announced one."""
+    """Raise GGUFError if a tensor is in two files, or if their number differs from `split.tensors.count`."""
     owner: dict[str, Shard] = {}
     for shard in shards:
         for info in shard.tensors:
@@ -119,5 +119,5 @@ def _check_tensors(shards: list[Shard]) -> None:
         announced = _value(shard, "split.tensors.count")
         if announced not in (None, len(owner)):
             offset = _offset(shard, "split.tensors.count")
-            message = f"split.tensors.count is {announced}, but the files together hold {len(owner)} tensors"
+            message = f"split.tensors.count is {announced}, but the files together have {len(owner)} tensors"
             raise malformed(shard.path, offset, message)

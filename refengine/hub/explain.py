@@ -1,4 +1,4 @@
-"""Words for what goes wrong with the hub: errors of the library and the network, without tokens or signed addresses."""
+"""Messages for errors of the hub's library and of the network, without tokens and signed URLs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _NETWORK_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "u
 
 
 def without_secrets(text: str) -> str:
+    """`text` without the user's token and without the query strings of URLs, which may have signatures."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -24,13 +25,14 @@ def without_secrets(text: str) -> str:
 
 
 def endpoint() -> str:
+    """The URL of the hub, without a user name or password."""
     from huggingface_hub import constants
 
     return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
 
 
 def unreachable(error: Exception) -> str | None:
-    """Why the hub cannot be asked now; None where it answered, or where the error is another."""
+    """Why the hub cannot be reached now; None if the error is of another kind."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -45,7 +47,7 @@ def unreachable(error: Exception) -> str | None:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The operating system's error that a library's error comes from, where it is one; else the error itself."""
+    """The operating system's error that caused a library's error, if there is one; else the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:
@@ -57,11 +59,14 @@ def _first_cause(error: BaseException) -> BaseException:
 def no_space(figures: str) -> str:
     from huggingface_hub import constants
 
-    return f"no room in {constants.HF_HUB_CACHE}: {figures}; make room, or set HF_HOME to a folder on another disk"
+    return (
+        f"too little disk space for {constants.HF_HUB_CACHE}: {figures}; delete files, or set HF_HOME to a folder on "
+        "another disk"
+    )
 
 
 def explained(reference: Reference, error: Exception) -> str | None:
-    """Words for an error of the library; None for one that nobody expects."""
+    """The message for an error of the library; None for an unexpected error."""
     from huggingface_hub import constants, errors, get_token
 
     has_token = get_token() is not None
@@ -70,29 +75,29 @@ def explained(reference: Reference, error: Exception) -> str | None:
     if why is not None:
         return f"the hub at {endpoint()} cannot be reached ({why})"
     if isinstance(error, errors.GatedRepoError):
-        return f"this repo is gated: ask for access on its page, and come again {give_token}"
+        return f"this repo is gated: ask for access on its page, and try again {give_token}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{endpoint()} has no such repo, or it is private: check the name, or come again {give_token}"
+        return f"{endpoint()} has no such repo, or it is private: check the name, or try again {give_token}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"this repo has no revision {reference.revision}"
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
-            return f"the hub refuses this (HTTP status {status}): come again {give_token}"
-        return f"the hub refuses this with HTTP status {status}"
+            return f"the hub refuses the request (HTTP status {status}): try again {give_token}"
+        return f"the hub refuses the request with HTTP status {status}"
     if isinstance(error, errors.FileMetadataError):
-        return f"what answers at {endpoint()} is not a hub"
+        return f"the server at {endpoint()} is not a hub"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return no_space("it is full")
     if isinstance(error, OSError) and error.errno is not None:
         return f"the cache {constants.HF_HUB_CACHE} cannot be used: {error.strerror} ({error.filename})"
-    if isinstance(error, ValueError):  # a name of a repo or a file that is not allowed
+    if isinstance(error, ValueError):  # an invalid name of a repo or file
         return one_line(str(error))[:300]
     return None
 
 
 class _ToTell(logging.Handler):
-    """What the library warns of, in one line, without the signatures of its URLs."""
+    """Passes the library's warnings on to `tell`, each on one line and without signed URLs."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
@@ -104,6 +109,7 @@ class _ToTell(logging.Handler):
 
 @contextlib.contextmanager
 def log_of_library(tell: Callable[[str], None]) -> Iterator[None]:
+    """While the context is active, the library's warnings go to `tell` and not to stderr."""
     from huggingface_hub.utils import logging as _  # noqa: F401  its import adds a handler that writes to stderr
 
     logger = logging.getLogger("huggingface_hub")

@@ -1,10 +1,10 @@
 """Models by name: `hf:OWNER/REPO[@REVISION][:QUANT or FILE.gguf]` becomes a file in the hub's cache.
 
-The library huggingface_hub knows the protocol, the token and the cache, which is shared with all its users (HF_HOME).
-Done here is what it does not do: choosing the file of a repo, and resuming a download that an earlier run began (recent
-releases delete what they have when they are interrupted). The content comes over plain HTTP and is stored under the
-names that the library documents for its cache; only files that are too large for plain HTTP are left to the library,
-and start over. Only public names of the library are used, so that its lines 0.x, 1.x and 2.x all serve.
+The library huggingface_hub implements the protocol, the token and the cache, which all its users share (HF_HOME). This
+module adds what the library lacks: it chooses the file in a repo, and resumes the download of an earlier run (recent
+releases of the library delete an interrupted download). The content is downloaded over plain HTTP and stored under the
+names that the library documents for its cache. Only files that are too large for plain HTTP are downloaded by the
+library, without resuming. Only public names of the library are used, so its versions 0.x, 1.x and 2.x all work.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from refengine.errors import HubError, needs_extra, one_line
 from refengine.hub.explain import endpoint, explained, log_of_library, no_space, unreachable, without_secrets
 from refengine.hub.names import COMMIT, SPLIT_NAME, Reference, RepoFile, choose, models_of, parse, size_text
 
-MAX_HTTP_BYTES = 50 * 10**9  # the hub serves larger files in chunks only
-PATIENCE_S = 0.5  # with another process that downloads the same, before it is said
-RETRIES = 5  # of a connection that breaks before it has brought another chunk
-CHUNK_BYTES = 10 * 2**20  # what is written at a time; an interruption loses less than this
-DIGEST_TOLD_BYTES = 2**30  # checking takes a while from here on: it is said
+MAX_HTTP_BYTES = 50 * 10**9  # the hub serves larger files only in chunks
+PATIENCE_S = 0.5  # how long to wait for another process that downloads the same file before a message says so
+RETRIES = 5  # after a connection breaks without having delivered another chunk
+CHUNK_BYTES = 10 * 2**20  # how much is written at a time; an interruption loses less than this
+DIGEST_TOLD_BYTES = 2**30  # checking files of this size takes long, so a message says so
 
 Tell = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Found:
-    """path: of the only or the first part. pinned: the name that means this very file for good."""
+    """A model file in the cache. path: of the file, or of its first part. pinned: its name with the commit's hash."""
 
     path: Path
     commit: str
@@ -45,15 +45,18 @@ class Found:
 
 
 def resolve(name: str | os.PathLike[str], tell: Tell | None = None) -> Path:
-    """A path as it is; a name of the hub as the path of its file, which is downloaded where it is not in the cache."""
+    """The path of a model's file. For a name on the hub, downloads the file if it is not in the cache.
+
+    Raises HubError.
+    """
     reference = parse(name) if isinstance(name, str) else None
     return Path(name) if reference is None else fetch(reference, tell).path
 
 
 def fetch(reference: Reference, tell: Tell | None = None, progress: Progress | None = None) -> Found:
-    """tell: words for people. progress: called with the bytes there and the bytes in all while files come.
+    """Download a model's files if they are not in the cache. Raises HubError.
 
-    Raises HubError.
+    tell: gets messages for the user. progress: called with (bytes done, total bytes) during the download.
     """
     tell = tell or (lambda text: None)
     with needs_extra("hub", f"{reference.text[:200]}, a model's name on the hub,"):
@@ -64,10 +67,10 @@ def fetch(reference: Reference, tell: Tell | None = None, progress: Progress | N
         except HubError:
             raise
         except Exception as e:
-            words = explained(reference, e)
-            if words is None:
+            message = explained(reference, e)
+            if message is None:
                 raise
-            raise HubError(without_secrets(f"{reference.text}: {words}")) from None
+            raise HubError(without_secrets(f"{reference.text}: {message}")) from None
 
 
 def _fetch(reference: Reference, tell: Tell, progress: Progress) -> Found:
@@ -105,13 +108,13 @@ def _fetch(reference: Reference, tell: Tell, progress: Progress) -> Found:
 
 
 def _checked(reference: Reference, commit: str, file: RepoFile) -> Path:
-    """The file in the cache, of the size that the hub announced."""
+    """The path of a file in the cache. Raises HubError if it has not the size that the hub has announced."""
     path = _cached(reference, commit, file.name)
     if path is None:
-        raise HubError(f"{reference.text}: the cache has lost {file.name}: give the command again")
+        raise HubError(f"{reference.text}: {file.name} has disappeared from the cache: run the command again")
     size = path.stat().st_size
     if file.size not in (None, size):
-        raise HubError(f"{reference.text}: {path} has {size} bytes, not {file.size}: delete it, then start again")
+        raise HubError(f"{reference.text}: {path} has {size} bytes, not {file.size}: delete it, then try again")
     return path
 
 
@@ -120,7 +123,7 @@ def _after(before: int, total: int, progress: Progress) -> Callable[[int], None]
 
 
 def _pinned_in_cache(reference: Reference) -> Found | None:
-    """A file of a commit never changes: where it is in the cache, nobody needs to be asked."""
+    """The file of a name with commit and file name, if it is in the cache. It never changes, so no request is sent."""
     commit, name = reference.revision, reference.choice
     if commit is None or name is None or not COMMIT.fullmatch(commit) or not name.lower().endswith(".gguf"):
         return None
@@ -136,14 +139,14 @@ def _pinned_in_cache(reference: Reference) -> Found | None:
 
 
 def _listing(reference: Reference) -> tuple[str, list[RepoFile]]:
-    """The commit that the revision stands for now, and its files."""
+    """The commit that the revision currently refers to, and its files."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     if constants.HF_HUB_OFFLINE:
         raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
     if not (get_token() or "").isascii():
-        raise HubError(f"{reference.text}: the token that is set (HF_TOKEN) has characters that no token has")
+        raise HubError(f"{reference.text}: the token (HF_TOKEN) has characters that are not allowed in a token")
     try:
         info = HfApi().model_info(
             reference.repo, revision=reference.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
@@ -155,12 +158,12 @@ def _listing(reference: Reference) -> tuple[str, list[RepoFile]]:
     except (ValueError, TypeError, KeyError, AttributeError):
         commit, files = None, []
     if commit is None or not COMMIT.fullmatch(commit):
-        raise HubError(f"{reference.text}: what answers at {endpoint()} is not a hub")
+        raise HubError(f"{reference.text}: the server at {endpoint()} is not a hub")
     return commit, files
 
 
 def _from_cache(reference: Reference, why: str, tell: Tell) -> Found:
-    """What earlier runs left, where the hub cannot be asked."""
+    """The model's files in the cache, used if the hub cannot be reached. Raises HubError if there are none."""
     folder = _repo_folder(reference)
     revision = reference.revision or "main"
     with contextlib.suppress(OSError):
@@ -169,19 +172,20 @@ def _from_cache(reference: Reference, why: str, tell: Tell) -> Found:
     try:
         chosen = choose(reference, _snapshot(folder / "snapshots" / revision))
     except HubError:
-        there = [
+        cached = [
             f"{_pinned_name(reference, snapshot.name, model.files)} ({size_text(model.size)})"
             for snapshot in sorted(folder.glob("snapshots/*"))
             for model in models_of(_snapshot(snapshot))
             if len(model.files) == model.n_parts
         ]
-        has = f"what the cache has of this repo does not fit: {', '.join(there)}" if there else "the cache has nothing"
-        raise HubError(
-            f"{reference.text}: the hub at {endpoint()} cannot be reached ({why}), and {has}"
-            f"{'' if there else f' of this repo ({folder.parent})'}"
-        ) from None
+        has = (
+            f"the cache has only other models of this repo: {', '.join(cached)}"
+            if cached
+            else f"the cache has no model of this repo ({folder.parent})"
+        )
+        raise HubError(f"{reference.text}: the hub at {endpoint()} cannot be reached ({why}), and {has}") from None
     name = _pinned_name(reference, revision, chosen)
-    tell(f"the hub cannot be reached ({why}): {name} is in the cache and is taken")
+    tell(f"the hub cannot be reached ({why}): using {name} from the cache")
     return Found(folder / "snapshots" / revision / chosen[0].name, revision, name, 0)
 
 
@@ -197,7 +201,7 @@ def _repo_folder(reference: Reference) -> Path:
 
 
 def _cached(reference: Reference, commit: str, name: str) -> Path | None:
-    """Raises ValueError for a name that would lead out of the cache."""
+    """The path of a file in the cache, or None. Raises ValueError for a name that would leave the cache's folder."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(reference.repo, name, revision=commit)
@@ -223,12 +227,12 @@ def _is_begun(folder: Path, file: RepoFile) -> bool:
 
 
 def _partial(folder: Path, etag: str | None) -> Path:
-    """Where a file grows. Versions 0.x of the library resume from there, too."""
+    """The path of an unfinished download. Versions 0.x of the library also resume from it."""
     return folder / "blobs" / f"{etag}.incomplete"
 
 
 def _download(reference: Reference, commit: str, file: RepoFile, tell: Tell, progress: Callable[[int], None]) -> None:
-    """Put a file into the cache: its content under its ETag here, its name beside it by the library."""
+    """Put a file into the cache. This function stores the content under its ETag; the library adds the file's name."""
     from filelock import FileLock
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -236,7 +240,7 @@ def _download(reference: Reference, commit: str, file: RepoFile, tell: Tell, pro
     metadata = get_hf_file_metadata(url)
     etag = metadata.etag
     if etag is None or metadata.commit_hash is None or re.fullmatch(r"[\w-]{1,200}", etag, re.ASCII) is None:
-        raise HubError(f"{reference.text}: what answers at {endpoint()} is not a hub")
+        raise HubError(f"{reference.text}: the server at {endpoint()} is not a hub")
     size = metadata.size if file.size is None else file.size
     if size is None or size <= MAX_HTTP_BYTES:
         folder = _repo_folder(reference)
@@ -248,21 +252,21 @@ def _download(reference: Reference, commit: str, file: RepoFile, tell: Tell, pro
             try:
                 held.enter_context(FileLock(lock, timeout=PATIENCE_S))
             except TimeoutError:
-                tell(f"{file.name}: another process downloads it; waiting for that")
+                tell(f"{file.name}: another process is downloading it; waiting")
                 held.enter_context(FileLock(lock))
             if not blob.exists():
                 digest = file.sha256 or (etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
                 _complete(reference, RepoFile(file.name, size, digest), url, partial, tell, progress)
                 os.replace(partial, blob)
         path = hf_hub_download(reference.repo, file.name, revision=commit)
-        if not os.path.islink(path):  # a file system without links: the library has made a copy
+        if not os.path.islink(path):  # the file system has no links, so the library has made a copy
             blob.unlink(missing_ok=True)
     else:
         hf_hub_download(reference.repo, file.name, revision=commit)
 
 
 class _Refused(Exception):
-    """An answer that is not the whole file: `status` of HTTP, or None where the answer ended too early."""
+    """The response was not the whole file. status: the HTTP status, or None if the response ended too early."""
 
     def __init__(self, status: int | None) -> None:
         super().__init__("it ended too early" if status is None else f"it answers with HTTP status {status}")
@@ -270,21 +274,21 @@ class _Refused(Exception):
 
 
 def _get(url: str, file: RepoFile, partial: Path, tell: Tell, progress: Callable[[int], None]) -> None:
-    """Append to `partial` what it lacks. A connection that breaks is opened again, and goes on where it stopped.
+    """Append the missing rest to `partial`. If a connection breaks, a new one continues where it stopped.
 
-    Raises _Refused or httpx.TransportError where several attempts in turn bring nothing.
+    Raises _Refused or httpx.TransportError if several attempts in a row deliver nothing.
     """
     import httpx
     from huggingface_hub import constants, get_token
     from tqdm import tqdm
 
-    hidden = True if constants.HF_HUB_DISABLE_PROGRESS_BARS else None  # None: where no terminal shows it
+    hidden = True if constants.HF_HUB_DISABLE_PROGRESS_BARS else None  # None: hidden only without a terminal
     token = get_token()
     headers = {"Accept-Encoding": "identity"} | ({} if token is None else {"Authorization": f"Bearer {token}"})
     done = partial.stat().st_size if partial.exists() else 0
     progress(done)
     n_failures = 0
-    # The hub redirects to another host, to which httpx does not hand the token on.
+    # The hub redirects to another host; httpx does not send the token there.
     with (
         open(partial, "ab") as target,
         httpx.Client(headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as client,
@@ -295,7 +299,7 @@ def _get(url: str, file: RepoFile, partial: Path, tell: Tell, progress: Callable
                 with client.stream("GET", url, headers={"Range": f"bytes={done}-"} if done else {}) as response:
                     if response.status_code >= 400:
                         raise _Refused(response.status_code)
-                    if done and response.status_code != 206:  # this server knows no ranges and sends all of it
+                    if done and response.status_code != 206:  # the server does not support ranges and sends everything
                         target.truncate(0)
                         bar.update(-done)
                         done = 0
@@ -321,39 +325,37 @@ def _get(url: str, file: RepoFile, partial: Path, tell: Tell, progress: Callable
 def _complete(
     reference: Reference, file: RepoFile, url: str, partial: Path, tell: Tell, progress: Callable[[int], None]
 ) -> None:
-    """Download what is missing at the end of `partial`, and check all of it."""
+    """Download the missing rest of `partial`, and check the whole file. Raises HubError."""
     done = partial.stat().st_size if partial.exists() else 0
     if file.size is not None and done > file.size:
         partial.unlink()
         done = 0
     if done:
-        tell(f"{file.name}: {size_text(done)} are there from an earlier run; it goes on from there")
+        tell(f"{file.name}: resuming after {size_text(done)} from an earlier run")
     try:
         _get(url, file, partial, tell, progress)
     except Exception as e:
-        n_there = partial.stat().st_size if partial.exists() else 0
-        if file.size is not None and n_there > file.size:  # not this file's bytes
+        n_kept = partial.stat().st_size if partial.exists() else 0
+        if file.size is not None and n_kept > file.size:  # not this file's bytes
             partial.unlink()
-            n_there = 0
+            n_kept = 0
         why = str(e) if isinstance(e, _Refused) else unreachable(e)
         if why is None:
             raise
         why = without_secrets(why)
-        then = (
-            f"{size_text(n_there)} are there, and the same command goes on from them" if n_there else "try again later"
-        )
-        raise HubError(f"{reference.text}: the download of {file.name} broke off ({why}); {then}") from None
+        advice = f"run the same command again to resume after {size_text(n_kept)}" if n_kept else "try again later"
+        raise HubError(f"{reference.text}: the download of {file.name} was interrupted ({why}); {advice}") from None
     if file.size is not None and file.size >= DIGEST_TOLD_BYTES:
         tell(f"{file.name}: checking its SHA-256")
     if file.sha256 is not None and _sha256(partial) != file.sha256:
         partial.unlink()
         if done:
-            tell(f"{file.name}: what the earlier run left was damaged; the download starts over")
+            tell(f"{file.name}: the part from the earlier run was damaged; downloading from the start")
             _complete(reference, file, url, partial, tell, progress)
             return
         raise HubError(
-            f"{reference.text}: what came as {file.name} does not have the SHA-256 that the hub announced, and was "
-            "thrown away: give the command again"
+            f"{reference.text}: the downloaded {file.name} did not have the SHA-256 that the hub announced, and was "
+            "deleted: run the command again"
         )
 
 
@@ -363,12 +365,12 @@ def _sha256(path: Path) -> str:
 
 
 def _remember(reference: Reference, commit: str) -> None:
-    """Note which commit the revision stands for, as the library does: without a network it is looked up there."""
+    """Store the commit that the revision refers to, in the library's format, for later runs without a network."""
     revision = reference.revision or "main"
     if COMMIT.fullmatch(revision):
         return
     note = _repo_folder(reference) / "refs" / revision
-    with contextlib.suppress(OSError):  # a cache that can only be read
+    with contextlib.suppress(OSError):  # a read-only cache
         if note.is_file() and note.read_text(encoding="utf-8") == commit:
             return
         note.parent.mkdir(parents=True, exist_ok=True)

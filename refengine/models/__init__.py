@@ -1,8 +1,8 @@
-"""One file for each architecture: what its metadata mean, its tensors, and its forward pass, top to bottom.
+"""One file for each architecture: how to read its metadata, its tensors, and its forward pass.
 
 A model file has `TRAITS`, `tensors(cfg)` and `forward(cfg, w, batch, kv, ops, trace)`, and may have `decode(cfg, w,
 ops, trace)`, the forward pass of one new token for each of several sequences; without it, tokens go through `forward`.
-A new architecture is such a file and its line in `BY_ARCHITECTURE`.
+To add an architecture, add such a file and its line in `BY_ARCHITECTURE`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BY_ARCHITECTURE: dict[str, ModuleType] = {
 
 
 def architecture_of(gguf: GGUFFile) -> ModuleType:
-    """The model file of a GGUF file's architecture. Raises `GGUFError` where none is named, `ModelError` for others."""
+    """The module of a GGUF file's architecture. Raises `GGUFError` if the file names none, `ModelError` for others."""
     name: str = gguf.get("general.architecture", str)
     if name not in BY_ARCHITECTURE:
         known = ", ".join(BY_ARCHITECTURE)
@@ -34,5 +34,5 @@ def architecture_of(gguf: GGUFFile) -> ModuleType:
 
 
 def read_config(gguf: GGUFFile) -> ModelConfig:
-    """The configuration in a GGUF file's metadata, read as its architecture means it. Raises as `architecture_of`."""
+    """The configuration in a GGUF file. Raises the errors of `architecture_of` and `ModelConfig.from_gguf`."""
     return ModelConfig.from_gguf(gguf, architecture_of(gguf).TRAITS)

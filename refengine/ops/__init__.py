@@ -1,7 +1,7 @@
-"""The operations of a forward pass: pure functions on arrays, the same source for NumPy and CuPy.
+"""The operations of a forward pass: pure functions on arrays, with the same source for NumPy and CuPy.
 
-`Ops` binds them to one array module, one numerics profile and one weight cache, and is what a model file is handed.
-It knows nothing of configurations, files, traces or sequences.
+`Ops` binds them to one array module, one numerics profile and one weight cache; it is an argument of a model file's
+functions. Independent of configurations, files, traces and sequences.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ Angles = tuple[Array, Array]
 
 
 class Ops:
-    """Array operations of one device (`xp`: numpy or cupy) under one numerics profile.
+    """The array operations of one device (`xp`: numpy or cupy) with one numerics profile.
 
-    Arrays are `numerics.dtype`; sizes as in each function's module. `cache_bytes` bounds the dequantised weights kept.
+    Arrays have `numerics.dtype`; shapes are given in each function's module. `cache_bytes` limits the dequantised
+    weights that are kept.
     """
 
     def __init__(self, xp: Any, numerics: Numerics, cache_bytes: int) -> None:
@@ -37,7 +38,7 @@ class Ops:
         return linear.embedding(self.xp, w, ids, self.numerics.dtype)
 
     def rows(self, x: Array, rows: np.ndarray) -> Array:
-        """x[rows]; x itself where that is all of it."""
+        """x[rows]; x itself if these are all rows."""
         return x if np.array_equal(rows, np.arange(x.shape[0])) else x[self.xp.asarray(rows)]
 
     def linear(self, x: Array, w: Any, bias: Array | None = None) -> Array:
@@ -66,12 +67,12 @@ class Ops:
         return rope.rope_norm(self.xp, x, *angles)
 
     def workspace(self) -> AbstractContextManager[Any]:
-        """Where arrays of a forward pass are allocated meanwhile."""
+        """The context of a forward pass. Here it does nothing; kernels allocate from a pool in it."""
         return nullcontext()
 
     def kv_arrays(self, n: int, shape: tuple[int, ...]) -> list[Array]:
         """`n` empty parts of a KV cache, (n_blocks, block_size, n_head_kv, head_dim) each, for `kv_append`."""
-        dtype = np.float32 if self.numerics.half_rows else self.numerics.kv_dtype  # rounded, kept as they compute
+        dtype = np.float32 if self.numerics.half_rows else self.numerics.kv_dtype  # rounded values, as float32
         return [self.xp.zeros(shape, dtype=dtype) for _ in range(n)]
 
     def kv_append(self, cache: Array, new: Array, slots: np.ndarray) -> None:
@@ -79,7 +80,7 @@ class Ops:
         attention.kv_append(self.xp, cache, rows, self.xp.asarray(slots))
 
     def kv_copy(self, cache: Array, source: int, target: int) -> None:
-        """Block `target` of a cache becomes a copy of block `source`."""
+        """Copy block `source` of a cache to block `target`."""
         cache[target] = cache[source]
 
     def attention(

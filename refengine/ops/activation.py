@@ -33,7 +33,7 @@ def gelu(xp: Any, x: Array) -> Array:
 
 
 def gelu_f16_table(xp: Any, x: Array) -> Array:
-    """GELU as llama.cpp's CPU looks it up: argument and result rounded to float16; 0 up to -10, x itself from 10."""
+    """GELU by llama.cpp's CPU table: argument and result are rounded to float16; 0 up to -10, x itself from 10 on."""
     codes = x.astype(xp.float16).view(xp.uint16)
     looked_up = xp.asarray(_gelu_table())[codes].astype(x.dtype)
     return xp.where(x <= -10, x.dtype.type(0), xp.where(x >= 10, x, looked_up))
@@ -41,9 +41,10 @@ def gelu_f16_table(xp: Any, x: Array) -> Array:
 
 @cache
 def _gelu_table() -> np.ndarray:
-    """GELU of all 65,536 float16 numbers, (65536,) float16, equal to ggml's table in every finite entry.
+    """The GELU of all 65,536 float16 numbers, (65536,) float16, equal to ggml's table in every finite entry.
 
-    ggml computes it in float32 with a correctly rounded tanh and, built with FMA, one rounding in 1 + (0.044715 x) x.
+    ggml computes it in float32 with a correctly rounded tanh and, if built with FMA, one rounding in 1 + (0.044715 x)
+    x.
     """
     x = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     with np.errstate(all="ignore"):

@@ -1,6 +1,6 @@
-"""Causal attention over the paged KV cache, written out: scores, softmax, weighted sum.
+"""Causal attention over the paged KV cache in separate steps: scores, softmax, weighted sum.
 
-One sequence at a time; grouped queries (GQA) share a K/V head, `n_head / n_head_kv` each.
+One sequence at a time. With grouped queries (GQA), `n_head / n_head_kv` query heads share a K/V head.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from refengine.ops.halves import rounded_rows, row_exponents
 
 Probe = Callable[..., Array]  # probe(name, x=array) -> array
 
-TILE = 64  # positions that `attention_in_tiles`, as the kernels, weighs together
+TILE = 64  # positions per tile in `attention_in_tiles` and in the kernels
 
 
 def kv_append(xp: Any, cache: Array, new: Array, slots: Array) -> None:
@@ -25,7 +25,7 @@ def kv_read(xp: Any, cache: Array, block_table: Any, n_kv: int, dtype: Any) -> A
     """The first n_kv rows of a sequence, in order: (n_kv, n_head_kv, head_dim) in `dtype`."""
     first, n = int(block_table[0]), len(block_table)
     if all(int(block) == first + i for i, block in enumerate(block_table)):
-        blocks = cache[first : first + n]  # neighbours: a view, no gather
+        blocks = cache[first : first + n]  # adjacent blocks: a view without a copy
     else:
         blocks = cache[xp.asarray(block_table)]
     return blocks.reshape(-1, *cache.shape[2:])[:n_kv].astype(dtype, copy=False)
@@ -48,12 +48,12 @@ def attention(
 ) -> Array:
     """softmax(scale · Q Kᵀ + mask) V per sequence (Vaswani et al. 2017). Returns (n_tokens, n_head * head_dim).
 
-    Qcur: (n_tokens, n_head, head_dim). window: tokens a row may look back, itself included; 0 = all.
-    sinks: (n_head,) extra logits that take part in each row's softmax but carry no value (gpt-oss); or None.
-    round_to: type that Q and the attention weights are rounded to for their products (llama.cpp: the cache's), or None.
-    sum_dtype: in which both products are formed.
-    probe: shown `kq`, `kq_soft_max` (both (n_head, n_tokens, n_kv)) and `kqv` (n_head, n_tokens, head_dim); what it
-    returns is used.
+    Qcur: (n_tokens, n_head, head_dim). window: how many tokens a row can see, including itself; 0 = all.
+    sinks: (n_head,) additional logits in each row's softmax without a value (gpt-oss); or None.
+    round_to: the type to which Q and the attention weights are rounded before their products (llama.cpp: the cache's
+    type), or None. sum_dtype: the type in which both products are computed.
+    probe: called with `kq`, `kq_soft_max` (both (n_head, n_tokens, n_kv)) and `kqv` (n_head, n_tokens, head_dim); its
+    results are used instead.
     """
     outputs = []
     for span in spans:
@@ -84,9 +84,9 @@ def attention_in_tiles(
 ) -> Array:
     """`attention` as the kernels compute it (FlashAttention-2, Dao 2023): tile by tile of TILE positions.
 
-    Q and, in each tile, the attention weights times the values' powers of two are rounded to float16 rows; K and V come
-    rounded from the cache. Tiles are folded in ascending order. probe: shown `kqv`, and of each tile `kq_exp`, which is
-    e^(score - the row's largest in the tile) before it is rounded; the kernels show `kqv` only.
+    Q and, in each tile, the attention weights times the values' powers of two are rounded to float16 rows; K and V in
+    the cache are already rounded. Tiles are folded in ascending order. probe: called with `kqv`, and for each tile with
+    `kq_exp`, which is e^(score - the row's maximum in the tile) before rounding; the kernels have only `kqv`.
     """
     outputs = []
     for span in spans:
@@ -125,13 +125,13 @@ def attention_in_tiles(
 
 
 def causal_mask(xp: Any, positions: Array, n_kv: int, window: int) -> Array:
-    """True where a row must not look: the future, and what lies `window` or more tokens back. (n_tokens, n_kv) bool."""
+    """True at positions that a row must not see: later ones, and those `window` or more back. (n_tokens, n_kv) bool."""
     distance = xp.asarray(positions)[:, None] - xp.arange(n_kv)[None, :]
     return (distance < 0) | (distance >= window) if window else distance < 0
 
 
 def grouped_product(xp: Any, a: Array, b: Array) -> Array:
-    """(n_head, n, k) times (n_head_kv, k, m), each b serving n_head / n_head_kv neighbours: (n_head, n, m) as a."""
+    """(n_head, n, k) times (n_head_kv, k, m) → (n_head, n, m) in a's type; n_head / n_head_kv heads share each b."""
     n_head, n, k = a.shape
     n_head_kv = b.shape[0]
     merged = a.astype(b.dtype, copy=False).reshape(n_head_kv, n_head // n_head_kv * n, k)
@@ -139,7 +139,7 @@ def grouped_product(xp: Any, a: Array, b: Array) -> Array:
 
 
 def soft_max(xp: Any, kq: Array, masked: Array, scale: float, sinks: Array | None) -> Array:
-    """Row-wise softmax of scale · kq with masked entries exactly 0. Sums in float64 as llama.cpp's CPU does."""
+    """Row-wise softmax of scale · kq; masked entries are exactly 0. Sums are in float64, as in llama.cpp's CPU code."""
     scores = xp.where(masked, kq.dtype.type(-xp.inf), kq * kq.dtype.type(scale))
     top = scores.max(axis=-1, keepdims=True)
     if sinks is not None:

@@ -1,12 +1,12 @@
-"""What a model's `decode()` is written against: one new token for each of n sequences, in the words of `forward()`.
+"""The operations for a model's `decode()`: one new token for each of n sequences, with the names of `forward()`.
 
-A `Value` stands for rows that may not have been computed yet; it has no arithmetic of its own, so that `x * factor` is
-`ops.scale(x, factor)` here. The protocol says what is computed; how many launches
-that takes, and which operations are fused into one, is the implementation's business (`cuda.decode.ops`): a norm, a
-bias, an activation or a residual may be deferred until the product beside it is known. An implementation refuses, with
-a RefengineError, a combination that it does not have.
+A `Value` stands for rows that may not have been computed yet. It has no arithmetic of its own: `x * factor` is
+`ops.scale(x, factor)` here. The protocol defines what is computed; the implementation (`cuda.decode.ops`) decides how
+many launches that takes and which operations are fused: a norm, a bias, an activation or a residual may be deferred
+until the adjacent product is known. An implementation raises a RefengineError for a combination that it does not
+support.
 
-Shapes: n rows, one for each sequence. Weights are as the implementation's device keeps them.
+Shapes: n rows, one for each sequence. Weights are in the form of the implementation's device.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any, Protocol
 
 Value = Any
 Weight = Any
-DecodeTrace = Callable[[str, int, Value], None]  # told of a layer's result: "l_out", il, (n, n_embd)
+DecodeTrace = Callable[[str, int, Value], None]  # called with a layer's result: "l_out", il, (n, n_embd)
 
 
 class DecodeOps(Protocol):
-    """The operations of a decode step. n_ctx: the longest sequence that the cache is meant for, in tokens."""
+    """The operations of a decode step. n_ctx: the length of the longest sequence in the cache, in tokens."""
 
     @property
     def n_ctx(self) -> int: ...
 
     def embedding(self, w: Weight) -> Value:
-        """Rows of w for the tokens that are fed. (n, n_embd)"""
+        """The rows of w for the fed tokens. (n, n_embd)"""
 
     def position_embedding(self, w: Weight) -> Value:
-        """Rows of w for the tokens' positions. (n, n_embd)"""
+        """The rows of w for the tokens' positions. (n, n_embd)"""
 
     def rms_norm(self, x: Value, weight: Weight, eps: float) -> Value:
         """RMS norm over the last axis: of rows (n, width), or of each head (n, n_head, head_dim)."""
@@ -41,7 +41,7 @@ class DecodeOps(Protocol):
         """x wᵀ + bias. (n, n_out)"""
 
     def split(self, x: Value, widths: tuple[int, ...]) -> tuple[Value, ...]:
-        """Columns of x, one part after another. (n, width) each"""
+        """Split x by columns into parts of these widths. (n, width) each"""
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b. (n, width)"""
@@ -83,7 +83,7 @@ class DecodeOps(Protocol):
         window: int = 0,
         sinks: Weight | None = None,
     ) -> Value:
-        """Append K and V to layer il's cache, then attend to all of it: `ops.attention.attention`. (n, n_embd_q)"""
+        """Append K and V to layer il's cache, then compute `ops.attention.attention` over it. (n, n_embd_q)"""
 
     # --- Mixture of experts ---
 
@@ -97,7 +97,7 @@ class DecodeOps(Protocol):
         """Softmax over the last axis. (n, n_expert_used)"""
 
     def linear_experts(self, x: Value, w: Weight, chosen: Value, bias: Weight | None = None) -> Value:
-        """x by the chosen experts' matrices, + their biases. x: (n, n_in), or (n, n_expert_used, n_in).
+        """x times the chosen experts' matrices, + their biases. x: (n, n_in), or (n, n_expert_used, n_in).
 
         Returns (n, n_expert_used, n_out).
         """

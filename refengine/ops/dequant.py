@@ -1,9 +1,9 @@
 """Float values of stored weight matrices, and the bounded cache that keeps them.
 
-On the CPU the cache is filled when a model is loaded, in threads: each of them writes blocks of rows of its own, so the
-values do not depend on how many threads there are. What is not in the cache is dequantised at its first use if there
-is room for it, and otherwise at every use, so that a model larger than memory as float32 still runs.
-A matrix in the cache is never thrown out: layers are used in a fixed cycle, for which that beats least-recently-used.
+On the CPU the cache is filled in threads when a model is loaded. Each thread writes its own blocks of rows, so the
+values do not depend on the number of threads. A matrix that is not in the cache is dequantised at its first use if it
+fits into the cache, otherwise at every use, so that a model that is larger than memory as float32 still runs. Matrices
+are never evicted, because layers are used in a fixed cycle, for which this is better than least recently used.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from refengine.array import Array
 
 StoredMatrix = Any  # .name, .type, .shape (..., n_out, n_in), .rows(start, stop) -> raw bytes
 
-BLOCK_ELEMENTS = 1 << 20  # that one thread dequantises at a time: 4 MiB as float32
+BLOCK_ELEMENTS = 1 << 20  # how many elements a thread dequantises at a time: 4 MiB as float32
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """What filling a cache did: the number of weights dequantised, the bytes they take, and the seconds it took."""
+    """The result of filling a cache: the number of dequantised weights, their bytes, and the time in seconds."""
 
     n_weights: int
     n_bytes: int
@@ -44,7 +44,7 @@ def float_rows(xp: Any, w: StoredMatrix, start: int, stop: int, dtype: Any) -> A
 
 def usable_cpus() -> int:
     """The number of processors that this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it, macOS does not.
+    affinity = getattr(os, "sched_getaffinity", None)  # exists on Linux, but not on macOS
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
@@ -60,16 +60,16 @@ class DequantCache:
         return len(self._values)
 
     def get(self, xp: Any, w: StoredMatrix, start: int, stop: int, dtype: Any) -> Array | None:
-        """Rows start..stop as (stop - start, n_in) `dtype`, or None where they have no room in the cache."""
+        """Rows start..stop as (stop - start, n_in) `dtype`, or None if they do not fit into the cache."""
         key = (w.name, start, stop)
-        found = self._values.get(key)
-        if found is None:
+        values = self._values.get(key)
+        if values is None:
             n_bytes = (stop - start) * w.shape[-1] * np.dtype(dtype).itemsize
             if self.n_bytes + n_bytes > self.budget:
                 return None
-            found = self._values[key] = float_rows(xp, w, start, stop, dtype)
+            values = self._values[key] = float_rows(xp, w, start, stop, dtype)
             self.n_bytes += n_bytes
-        return found
+        return values
 
     def fill(
         self,
@@ -80,10 +80,10 @@ class DequantCache:
     ) -> Dequantized:
         """Dequantise NumPy matrices that are not in the cache yet, before their first use.
 
-        A matrix that does not fit is skipped. Matrices of experts (three axes) are entered expert by expert, and only
-        where all experts of all matrices fit; otherwise they wait for the router to choose them.
-        progress(weights_done, weights_total) comes after each block of rows, in the thread that calls `fill`.
-        n_threads: default is one for each usable processor. If a block fails, its error is raised and nothing is kept.
+        A matrix that does not fit is skipped. Matrices of experts (three axes) are stored expert by expert, and only if
+        all experts of all matrices fit; otherwise an expert is dequantised when the router chooses it.
+        progress(weights_done, weights_total) is called after each block of rows, in the thread that calls `fill`.
+        n_threads: the default is one per usable processor. If a block fails, its error is raised and nothing is kept.
         """
         start_s = time.perf_counter()
         chosen = self._chosen(matrices, np.dtype(dtype).itemsize)
@@ -93,7 +93,7 @@ class DequantCache:
             n_out, n_in = w.shape[-2:]
             step = max(1, BLOCK_ELEMENTS // n_in)
             for first in range(0, prod(w.shape[:-1]), n_out):
-                if w.type == GGMLQuantizationType.F32 and dtype == np.float32:  # a view of what is stored
+                if w.type == GGMLQuantizationType.F32 and dtype == np.float32:  # a view of the stored values
                     values[w.name, first, first + n_out] = float_rows(np, w, first, first + n_out, dtype)
                     continue
                 out = values[w.name, first, first + n_out] = np.empty((n_out, n_in), dtype)
@@ -107,7 +107,7 @@ class DequantCache:
                 done += written.result()
                 progress(done, total)
         finally:
-            pool.shutdown(cancel_futures=True)  # An error or an interruption does not wait for all blocks.
+            pool.shutdown(cancel_futures=True)  # do not wait for all blocks after an error or interruption
         n_bytes = sum(prod(w.shape) for w in chosen) * np.dtype(dtype).itemsize
         self._values.update(values)
         self.n_bytes += n_bytes

@@ -1,7 +1,7 @@
 """Products with stored weight matrices, and rows of them (embedding).
 
-Products are formed with the float values of the weights. A matrix whose values have room in the cache (`ops.dequant`)
-is dequantised once; any other is dequantised in slices of rows at every use.
+Products use the float values of the weights. A matrix whose values fit into the cache (`ops.dequant`) is dequantised
+once; any other is dequantised in slices of rows at every use.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from refengine.ops.dequant import DequantCache, StoredMatrix, float_rows
 from refengine.ops.halves import rounded_rows
 from refengine.ops.numerics import Numerics
 
-FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)  # whose products the `fast` profile forms in float32
-SLICE_ELEMENTS = 4 << 20  # of a matrix that is not cached, dequantised at a time: 16 MiB as float32
+FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)  # types whose products are in float32 in profile `fast`
+SLICE_ELEMENTS = 4 << 20  # elements of an uncached matrix that are dequantised at a time: 16 MiB as float32
 
 
 def linear(xp: Any, x: Array, w: StoredMatrix, numerics: Numerics, cache: DequantCache, expert: int = 0) -> Array:
     """y = x Wᵀ (of expert `expert`). x: (n_tokens, n_in); W: (n_out, n_in) as stored; returns (n_tokens, n_out).
 
-    Under llama.cpp's rounding the row is first quantised to the weight type's partner. Its integer products, scaled
-    block by block, then equal the product of the rounded values; Q4_1 and Q5_1 need one correction more
+    With llama.cpp's rounding, the row is first quantised to the weight type's partner. The product of the rounded
+    values then equals llama.cpp's integer products, scaled block by block; Q4_1 and Q5_1 need an additional correction
     (`quants.q8_1_residual`).
     """
     n_out = w.shape[-2]
-    if x.shape[0] == 0:  # logits that nobody asked for
+    if x.shape[0] == 0:  # there are no rows if no logits are needed
         return xp.zeros((0, n_out), dtype=x.dtype)
     first = expert * n_out
     activation = x

@@ -1,4 +1,4 @@
-"""Mixture of experts: selecting experts and adding up what they say."""
+"""Mixture of experts: selects experts and sums up their outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Normalisation over the last axis. Sums run in float64, as llama.cpp's CPU sums (`ggml_float`)."""
+"""Normalisation over the last axis. Sums are in float64, as in llama.cpp's CPU backend (`ggml_float`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised formats: block layouts, dequantisation and activation rounding, bit for bit as ggml has them."""
+"""Quantised formats: block layouts, dequantisation and activation rounding, with the same bits as in ggml."""
 
 from refengine.quants.activations import q8_1_residual, q8_1_sums, quantize_activation, round_activation
 from refengine.quants.blocks import (

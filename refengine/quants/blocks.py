@@ -1,13 +1,12 @@
 """ggml's tensor types: block layouts and dequantisation.
 
-The same source runs on NumPy and on CuPy: the array module is passed in as `xp`. Block layouts are written down
-once, as NumPy structured dtypes whose sizes are asserted; because CuPy has no structured dtypes, the code takes
-fields as byte columns of a (n_blocks, block_bytes) array, at the offsets of those dtypes.
+The same source runs on NumPy and on CuPy: the array module is passed in as `xp`. Block layouts are defined once, as
+NumPy structured dtypes whose sizes are asserted. Because CuPy has no structured dtypes, the code reads fields as byte
+columns of a (n_blocks, block_bytes) array, at the offsets of those dtypes.
 
-Every float32 operation happens in ggml's order (ggml/src/ggml-quants.c, `dequantize_row_*`), so the values are
-ggml's to the bit.
+All float32 operations have ggml's order (ggml/src/ggml-quants.c, `dequantize_row_*`), so the values have ggml's bits.
 
-Knows nothing of files, tensor names or models. GGUF is little-endian, and so is every machine this runs on.
+Independent of files, tensor names and models. GGUF is little-endian, and so are all supported machines.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from refengine.errors import ModelError
 Type = GGMLQuantizationType
 Decoder = Callable[[ModuleType, "Fields", Array], None]
 
-# Rows of blocks are decoded in slices of this many elements on the CPU, so that the temporaries stay in its cache.
+# On the CPU, blocks are decoded in slices of this many elements, so that temporary arrays stay in its cache.
 CHUNK_ELEMENTS = 1 << 17
 
-LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F  # of eight bytes at once
+LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F  # a mask for eight bytes at once
 LOW_PAIRS = 0x0303030303030303
-# For each byte, its eight bits as the fifth bits of eight codes: 16 or 0 in byte j of the word, for bit j.
+# For each byte, its eight bits as the fifth bits of eight codes: byte j of the word is 16 or 0, by bit j.
 FIFTH_BITS = np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little").reshape(256, 8) * np.uint8(16)
 
-# The float32 value of each of the 65,536 half-precision numbers, by its bits.
+# The float32 value of each of the 65,536 half-precision numbers, indexed by its bits.
 HALF_VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 # MXFP4's E2M1 values, doubled; the doubling is undone by halving the block's scale (ggml-common.h, kvalues_fp4).
@@ -66,19 +65,19 @@ class QuantFormat:
 
 
 class Fields:
-    """A run of blocks as raw bytes (n, block_bytes) u8, with the fields of their layout by name."""
+    """Successive blocks as raw bytes (n, block_bytes) u8, with access to the fields of their layout by name."""
 
     def __init__(self, xp: ModuleType, blocks: Array, dtype: np.dtype[Any]) -> None:
         self.xp, self.blocks, self.dtype = xp, blocks, dtype
 
     def u8(self, name: str) -> Array:
-        """The field's bytes, (n, k) u8: a view."""
+        """A view of the field's bytes, (n, k) u8."""
         assert self.dtype.fields is not None
         sub, offset = self.dtype.fields[name][:2]
         return self.blocks[:, offset : offset + sub.itemsize]
 
     def i8(self, name: str) -> Array:
-        """The field's bytes as signed integers, (n, k) i8: a view."""
+        """A view of the field's bytes as signed integers, (n, k) i8."""
         return self.u8(name).view(self.xp.int8)
 
     def f16(self, name: str) -> Array:
@@ -89,15 +88,15 @@ class Fields:
 
 
 def _words(xp: ModuleType, packed: Array) -> Array:
-    """A copy of bytes (n, k) u8 as words of eight: (n, k / 8) u64. NumPy shifts single bytes slowly.
+    """A copy of bytes (n, k) u8 as words of eight bytes, (n, k / 8) u64, because NumPy shifts single bytes slowly.
 
-    A view would be misaligned where one block is all there is, which NumPy mends and a GPU refuses.
+    A view could be misaligned, which NumPy allows but a GPU does not.
     """
     return packed.copy().view(xp.uint64)
 
 
 def _nibbles(xp: ModuleType, packed: Array, n_groups: int) -> Array:
-    """4-bit codes. Each group of bytes holds first its low, then its high nibbles: (n, n_groups, 2, bytes) u8."""
+    """4-bit codes, (n, n_groups, 2, bytes) u8: for each group of bytes first its low nibbles, then its high ones."""
     words = _words(xp, packed).reshape(packed.shape[0], n_groups, -1)
     low, high = words & LOW_NIBBLES, (words >> 4) & LOW_NIBBLES
     codes = xp.empty((words.shape[0], n_groups, 2, words.shape[2]), dtype=xp.uint64)
@@ -110,7 +109,7 @@ def _nibbles(xp: ModuleType, packed: Array, n_groups: int) -> Array:
 
 
 def _decode_f16(xp: ModuleType, blocks: Fields, out: Array) -> None:
-    if xp is np:  # A look-up is more than twice as fast as NumPy's own conversion.
+    if xp is np:  # a table look-up is more than twice as fast as NumPy's own conversion
         np.take(HALF_VALUES, blocks.blocks.view(np.uint16), out=out, mode="clip")
     else:
         out[...] = blocks.f16("x")
@@ -175,8 +174,9 @@ def _decode_mxfp4(xp: ModuleType, blocks: Fields, out: Array) -> None:
 def six_bit_scales(xp: ModuleType, packed: Array) -> tuple[Array, Array]:
     """The eight scales and eight minimums of Q4_K and Q5_K blocks as integers: (n, 12) u8 → two (n, 8) u8.
 
-    Twelve bytes hold sixteen 6-bit integers: the first four of each kind in the low six bits of bytes 0..3 and
-    4..7; of the last four, the low nibbles in bytes 8..11 and the top two bits above the first ones.
+    Twelve bytes contain sixteen 6-bit integers: the first four scales and minimums are in the low six bits of bytes
+    0..3 and 4..7. The low nibbles of the last four are in bytes 8..11, their top two bits in the top bits of bytes
+    0..7.
     """
     first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = xp.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=1)  # (n, 8) u8
@@ -298,10 +298,10 @@ def _block_rows(raw: Array, fmt: QuantFormat, shape: tuple[int, ...]) -> Array:
     """`raw` as (n_blocks, block_bytes) u8, after checking that it holds exactly a tensor of `shape`."""
     n_elements = math.prod(shape)
     if not shape or shape[-1] % fmt.block_size:
-        raise ModelError(f"{fmt.name}: rows of shape {shape} are no multiple of blocks of {fmt.block_size} elements")
+        raise ModelError(f"{fmt.name}: rows of shape {shape} are not a multiple of {fmt.block_size} elements")
     n_bytes = n_elements // fmt.block_size * fmt.block_bytes
     if raw.dtype != np.uint8 or raw.size != n_bytes:
-        raise ModelError(f"{fmt.name}: a tensor of shape {shape} takes {n_bytes} bytes, got {raw.size} of {raw.dtype}")
+        raise ModelError(f"{fmt.name}: a tensor of shape {shape} has {n_bytes} bytes, got {raw.size} of {raw.dtype}")
     return raw.reshape(-1, fmt.block_bytes)
 
 
@@ -312,8 +312,9 @@ def dequantize(
 
     `raw` is the tensor's bytes, (n_bytes,) u8, C-contiguous; `shape` is in NumPy order, its last axis the stored
     row. With `out` (C-contiguous float32 of `shape`) the values are written there and no array is allocated.
-    Without it, F32 comes back as a view of `raw`. Scales that are Inf or NaN pass through as ggml passes them.
-    Raises ModelError: type not supported, row not a multiple of the block, wrong number of bytes, unusable `out`.
+    Without it, F32 gives a view of `raw`. Scales that are Inf or NaN are handled as in ggml.
+    Raises ModelError for an unsupported type, a row that is not a multiple of the block, a wrong number of bytes, or an
+    invalid `out`.
     """
     fmt = require_supported(type_, "dequantize")
     blocks = _block_rows(raw, fmt, shape)
@@ -339,6 +340,6 @@ def mins(xp: ModuleType, raw: Array, type_: GGMLQuantizationType, shape: tuple[i
     """
     fmt = require_supported(type_, "mins")
     if fmt.partner != "Q8_1":
-        raise ModelError(f"{fmt.name}: blocks of this type have no minimum that meets Q8_1 sums (Q4_1 and Q5_1 have)")
+        raise ModelError(f"{fmt.name}: blocks of this type have no minimum (only those of Q4_1 and Q5_1 have one)")
     blocks = _block_rows(raw, fmt, shape)
     return Fields(xp, blocks, fmt.dtype).f16("m").reshape(*shape[:-1], shape[-1] // fmt.block_size)

@@ -1,8 +1,8 @@
-"""Text to token ids and back, as the model file says.
+"""Tokenizers: text to token ids and back, as the model file describes it.
 
-`load_tokenizer(gguf)` picks the tokenizer: a `tokenizer.json` beside the model, else byte-level BPE or SentencePiece
-built from the GGUF's own vocabulary. All of them are a `Tokenizer`. The libraries behind them are imported only when
-a tokenizer is built.
+`load_tokenizer(gguf)` chooses the tokenizer: a `tokenizer.json` beside the model, else byte-level BPE or SentencePiece
+built from the GGUF's own vocabulary. All are subclasses of `Tokenizer`. The libraries that they use are imported only
+when a tokenizer is built.
 """
 
 from refengine.tokenizer.base import Tokenizer

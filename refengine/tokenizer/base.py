@@ -1,7 +1,7 @@
-"""`Tokenizer`: the interface of every tokenizer, and all that they share.
+"""`Tokenizer`: the interface of all tokenizers, and their common code.
 
-Cutting at special tokens, BOS and EOS, decoding, streaming and chat templates are the same for all; how a fragment of
-ordinary text becomes ids, and which bytes a token stands for, is each one's own.
+Splitting at special tokens, BOS and EOS, decoding, streaming and chat templates are common. Each subclass defines how a
+fragment of ordinary text becomes ids, and which bytes a token stands for.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from refengine.errors import TokenizerError
 from refengine.tokenizer.special import SpecialTokens, on_texts, texts_in, unused_mark
 from refengine.tokenizer.stream import StreamDecoder
 
-# Where the encoder puts a space that is not in the text: nowhere, before the text, or before every fragment of text
-# (at the start and after each special token).
+# Where the encoder adds a space: nowhere, before the text, or before every fragment of text (at the start and after
+# each special token).
 SpacePrefix = Literal["none", "start", "fragments"]
 
 
@@ -31,7 +31,7 @@ class Tokenizer(ABC):
     vocab_size: int  # token ids are 0..vocab_size-1
     bos_id: int | None
     eos_id: int | None
-    eog_ids: frozenset[int]  # each of them ends generation
+    eog_ids: frozenset[int]  # end-of-generation tokens
     add_bos: bool  # whether encode(add_special=True) begins with BOS
     add_eos: bool
     chat_template: str | None  # jinja2 source
@@ -42,25 +42,25 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_text(self, text: str) -> list[int]:
-        """Ids of a fragment of ordinary text, which is not empty and has no special tokens to parse."""
+        """The ids of a fragment of ordinary text, which is not empty and has no special tokens to parse."""
 
     @abstractmethod
     def token_text(self, token_id: int) -> str:
-        """The token as its vocabulary writes it. Raises TokenizerError for an id outside the vocabulary."""
+        """The token's text as stored in the vocabulary. Raises TokenizerError for an id outside the vocabulary."""
 
     @abstractmethod
     def _token_bytes(self, token_id: int) -> bytes:
         """`token_bytes` of an id that is in the vocabulary."""
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Token ids of `text`.
+        """The token ids of `text`.
 
-        `add_special`: put BOS in front and EOS behind where `add_bos` and `add_eos` say so.
-        `parse_special`: recognise special tokens written out in the text; otherwise they are ordinary text, so that
-        text from outside cannot forge them. Tokens that the file calls user-defined are recognised in any case.
-        A rendered chat template already has its BOS: encode it with add_special=False, parse_special=True; or let
-        `encode_chat` do both, which tells the template's special tokens from those in a message.
-        Raises TokenizerError if the text has surrogates, which no encoding of it can have.
+        `add_special`: add BOS at the start if `add_bos`, and EOS at the end if `add_eos`.
+        `parse_special`: recognise special tokens that are written out in the text; otherwise they are ordinary text, so
+        untrusted text cannot contain special tokens. Tokens of type user-defined are always recognised.
+        A rendered chat template already contains BOS: encode it with add_special=False, parse_special=True. Or use
+        `encode_chat`, which also distinguishes the template's special tokens from those written in a message.
+        Raises TokenizerError if the text has surrogates, which cannot be encoded as UTF-8.
         """
         _check_unicode(text)
         ids = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
@@ -75,14 +75,14 @@ class Tokenizer(ABC):
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Ids of the conversation that `render_chat` writes.
+        """The ids of a conversation, rendered by the model's chat template.
 
-        Special tokens are the template's alone: one that is written out in a message is ordinary text, so that no
-        message can end itself and begin another. Raises what `render_chat` and `encode` raise.
+        Only the template can make special tokens: one that is written out in a message is ordinary text, so a message
+        cannot end itself and begin another. Raises the errors of `render_chat` and `encode`.
         """
         mark = unused_mark("".join(texts_in([self.chat_template, messages, variables])))
         if mark is None:
-            raise TokenizerError("the messages have every noncharacter of Unicode; no text has those")
+            raise TokenizerError("the messages contain all of Unicode's noncharacters, which text should not have")
 
         def marked(value: Any) -> Any:
             return on_texts(value, lambda text: self._special.mark(text, mark))
@@ -92,7 +92,7 @@ class Tokenizer(ABC):
         return self._encode(rendered, parse_special=True, mark=mark)
 
     def _encode(self, text: str, parse_special: bool, mark: str = "") -> list[int]:
-        """Ids of `text`; a mark in it only keeps special tokens from being seen (`SpecialTokens.mark`)."""
+        """The ids of `text`. A mark in it only hides special tokens (see `SpecialTokens.mark`), and is removed."""
         ids: list[int] = []
         for fragment in self._special.partition(text, parse_special):
             if isinstance(fragment, int):
@@ -102,20 +102,20 @@ class Tokenizer(ABC):
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
-        `skip_special`: leave control tokens out (but not the markers of gpt-oss's channels, without which its output
-        cannot be read). Raises TokenizerError for an id outside the vocabulary.
+        `skip_special`: omit control tokens (but not the markers of gpt-oss's channels, without which its output cannot
+        be understood). Raises TokenizerError for an id outside the vocabulary.
         """
         decoder = self.stream(skip_special=skip_special)
         return "".join([decoder.push(token_id) for token_id in ids]) + decoder.finish()
 
     def stream(self, *, skip_special: bool = False, prompt_ids: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder for ids that come one at a time; `prompt_ids` are those before the first, if any."""
+        """A decoder for ids that arrive one at a time. `prompt_ids`: the ids before the first one, if any."""
         return StreamDecoder(self, skip_special=skip_special, prompt_ids=prompt_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for: maybe a part of a code point; for a special token, its text.
+        """The bytes that a token stands for, which may be a part of a code point; for a special token, its text.
 
         Raises TokenizerError for an id outside the vocabulary.
         """
@@ -123,11 +123,11 @@ class Tokenizer(ABC):
         return self._token_bytes(token_id)
 
     def begins_fragment(self, token_id: int) -> bool:
-        """Whether text after this token is encoded as if it were the start of a text."""
+        """Whether text after this token is encoded like the start of a text."""
         return token_id in self._special.cut_ids
 
     def is_hidden(self, token_id: int) -> bool:
-        """Whether decode(skip_special=True) leaves this token out."""
+        """Whether decode(skip_special=True) omits this token."""
         return token_id in self._special.hidden_ids
 
     def render_chat(
@@ -136,11 +136,11 @@ class Tokenizer(ABC):
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as the model's chat template writes it: text to encode with parse_special.
+        """The text of a conversation, rendered by the model's chat template; to be encoded with parse_special.
 
-        `messages`: role, content and whatever else the template reads. `variables`: more names for the template
-        (`tools`, `reasoning_effort`, ...). Raises TokenizerError if the model has no template, or the template is not
-        valid, fails, refuses the messages or exceeds its limits; RequestError for messages of the wrong shape.
+        `messages`: each with role, content and anything else that the template uses. `variables`: further names for the
+        template (`tools`, `reasoning_effort`, ...). Raises TokenizerError if the model has no template, or the template
+        is invalid, fails, refuses the messages or exceeds its limits; RequestError for messages of the wrong shape.
         """
         from refengine.tokenizer.chat import render_chat_template
 

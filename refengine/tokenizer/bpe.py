@@ -1,8 +1,8 @@
 """Byte-level BPE built from a GGUF file's tokens and merges, on the `tokenizers` library.
 
-The library cuts fragments into words (`pretokenizers.py`) and merges; special tokens, BOS and EOS are the base
-class's. llama.cpp's `clean_spaces`, which drops spaces before punctuation when a whole text is detokenized, is not
-applied: decoding returns what was encoded, streamed or not.
+The library splits fragments into words (`pretokenizers.py`) and merges; the base class handles special tokens, BOS and
+EOS. llama.cpp's `clean_spaces`, which drops spaces before punctuation when a whole text is detokenized, is not
+applied: decoding returns exactly the encoded text, streamed or not.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class ByteLevelBPE(Tokenizer):
-    """Tokenizer of `tokenizer.ggml.model` = "gpt2".
+    """The tokenizer for `tokenizer.ggml.model` = "gpt2".
 
-    Raises GGUFError or TokenizerError, as `read_vocabulary` and `read_merges` do, and for an unknown pre-tokenizer.
-    A BOS or EOS id that the file does not name is None (llama.cpp assumes 11, a comma in GPT-2's vocabulary).
+    Raises the errors of `read_vocabulary` and `read_merges`, and TokenizerError for an unknown pre-tokenizer.
+    A BOS or EOS id that the file does not give is None (llama.cpp assumes 11, a comma in GPT-2's vocabulary).
     """
 
     kind = "gguf-bpe"
@@ -44,7 +44,7 @@ class ByteLevelBPE(Tokenizer):
         merges = read_merges(gguf)
         try:
             model = BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=pre_tokenizer.ignore_merges)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no more specific type
             raise unknown_merge(gguf, merges, vocabulary.ids) or TokenizerError(
                 f"{gguf.path}: the BPE vocabulary cannot be built: {error}"
             ) from error
@@ -71,7 +71,7 @@ class ByteLevelBPE(Tokenizer):
         return self._tokens[token_id]
 
     def _encode_text(self, text: str) -> list[int]:
-        # Without this the library would drop the byte: real vocabularies have all bytes that occur in UTF-8.
+        # The library would silently drop such a byte. Real vocabularies have all bytes that occur in UTF-8.
         if self._bytes_without_token:
             lost = self._bytes_without_token.intersection(text.encode())
             if lost:
@@ -86,7 +86,7 @@ class ByteLevelBPE(Tokenizer):
             return text.encode()
         if kind == TokenType.NORMAL:
             return byte_level_to_bytes(text)
-        return b""  # unused: it stands for nothing, as in llama.cpp
+        return b""  # an unused token has no bytes, as in llama.cpp
 
 
 def _pre_tokenizer(gguf: GGUFFile) -> PreTokenizer:

@@ -1,8 +1,8 @@
-"""How tokens spell bytes. Knows no vocabulary.
+"""How tokens spell bytes, independent of any vocabulary.
 
 Byte-level BPE writes each byte as one printable character (GPT-2's `bytes_to_unicode`): printable Latin-1 bytes stand
-for themselves; the other 68 are, in order, U+0100 and up. SentencePiece writes text as it is, but for a space, and has
-a token of its own for each byte, for what no other token covers.
+for themselves; the other 68 are, in order, U+0100 and up. SentencePiece writes text unchanged except for spaces, and
+has a token for each byte, used for text that no other token covers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ BYTE_FALLBACK: dict[str, int] = {f"<0x{byte:02X}>": byte for byte in range(256)}
 def byte_level_to_bytes(text: str) -> bytes:
     """The bytes that a byte-level token stands for.
 
-    A text with characters outside the alphabet is no byte-level token (an added token typed as a normal one): its
-    bytes are its own UTF-8.
+    A text with characters outside the alphabet is not a byte-level token (but an added token of type normal): its
+    bytes are its UTF-8.
     """
     try:
         return bytes([CHAR_TO_BYTE[char] for char in text])
@@ -35,7 +35,7 @@ def byte_level_to_bytes(text: str) -> bytes:
 
 
 def sentencepiece_to_bytes(text: str, byte_tokens: Mapping[str, int] = BYTE_FALLBACK) -> bytes:
-    """The bytes that a SentencePiece token stands for; `byte_tokens`: those that are byte tokens in this vocabulary."""
+    """The bytes that a SentencePiece token stands for. `byte_tokens`: the byte tokens of this vocabulary."""
     if text in byte_tokens:
         return bytes([byte_tokens[text]])
     return text.replace(SPACE, " ").encode()

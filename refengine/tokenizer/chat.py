@@ -1,10 +1,10 @@
-"""Chat templates: the conversation as the model's own jinja2 template writes it, within limits.
+"""Renders conversations with the model's own jinja2 chat template, within limits.
 
-Templates run in a process of their own (`chat_renderer.py`), started at the first use and kept. It is killed when a
-template exceeds its time; the next call starts another. So a hostile template costs its caller the time limit and
-nothing else, whatever it does.
+Templates run in a separate process (`chat_renderer.py`), which is started at the first use and kept. It is killed when
+a template exceeds its time limit, and the next call starts a new one. So a malicious template costs its caller at most
+the time limit, whatever it does.
 
-Knows nothing of token ids.
+Independent of token ids.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def render_chat_template(
     variables: Mapping[str, Any] | None = None,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> str:
-    """`template` rendered for `messages`.
+    """Render `template` for `messages`.
 
-    The template sees `messages`, `add_generation_prompt`, `tools` and `documents` (None), and `variables`, which may
+    The template can use `messages`, `add_generation_prompt`, `tools` and `documents` (None), and `variables`, which may
     override any of them; and the functions that templates on the Hugging Face hub use.
-    Raises TokenizerError if the template is too long, not valid, fails or refuses the messages, or exceeds its time,
-    memory or output; RequestError if messages or variables are not JSON-like, or messages not a list of objects with
-    a role.
+    Raises TokenizerError if the template is too long or invalid, fails or refuses the messages, or exceeds its limits
+    of time, memory or output; RequestError if messages or variables are not JSON-like, or messages are not a list of
+    objects with a role.
     """
     if len(template) > MAX_TEMPLATE:
         raise TokenizerError(f"the chat template has {len(template)} characters; the limit is {MAX_TEMPLATE}")
@@ -68,7 +68,7 @@ def render_chat_template(
 
 
 def end_rendering() -> None:
-    """Kill the process that renders, whatever it is doing: who waits for its reply gets a TokenizerError."""
+    """Kill the renderer's process at once. A call that waits for its reply raises TokenizerError."""
     _RENDERER.kill()
 
 
@@ -77,16 +77,16 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         raise RequestError(f"messages must be a list of objects, not {type(messages).__name__}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{index}] must be an object with a 'role' that is a text")
+            raise RequestError(f"messages[{index}] must be an object with a 'role' that is a string")
 
 
 class _Renderer:
-    """The process, started when first asked; one question at a time."""
+    """The renderer's process. It is started at the first request and renders one template at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._owner = 0  # id of the process that started it: a fork must not share its pipes
+        self._owner = 0  # id of the process that started it; a forked process must not share its pipes
 
     def ask(self, request: str, time_limit_s: float) -> dict[str, str]:
         with self._lock:
@@ -97,7 +97,7 @@ class _Renderer:
                 raise TokenizerError(f"the chat template took more than its time limit of {time_limit_s:g} s")
             if not line.endswith("\n"):
                 self._stop()
-                raise TokenizerError("the chat template ended the process that renders it (memory?)")
+                raise TokenizerError("the process that renders the chat template died (out of memory?)")
             reply: dict[str, str] = json.loads(line)
             return reply
 
@@ -128,14 +128,14 @@ class _Renderer:
         self._process, self._owner = process, os.getpid()
         if self._exchange(process, None, _START_LIMIT_S) != "ready\n" or process.poll() is not None:
             self._stop()
-            raise TokenizerError(f"the process that renders chat templates does not start: {sys.executable} {script}")
+            raise TokenizerError(f"the process that renders chat templates cannot start: {sys.executable} {script}")
         return process
 
     @staticmethod
     def _exchange(process: subprocess.Popen[str], request: str | None, time_limit_s: float) -> str | None:
-        """The line of reply to `request`: None after the time limit, not a whole line if the process ended.
+        """The reply to `request`: a line, None after the time limit, or an incomplete line if the process died.
 
-        The limit may pass just when the reply is there: the reply stands, and the process is over.
+        If the limit passes just when the reply arrives, the reply is used, and the process is killed all the same.
         """
         assert process.stdin is not None
         assert process.stdout is not None
@@ -145,7 +145,7 @@ class _Renderer:
             expired.set()
             process.kill()
 
-        # Killing the process ends both a write and a read that wait for it.
+        # Killing the process ends a write or a read that waits for it.
         timer = threading.Timer(time_limit_s, kill)
         timer.daemon = True
         timer.start()
@@ -158,9 +158,9 @@ class _Renderer:
             line = ""
         finally:
             timer.cancel()
-            timer.join()  # it may be about to kill: not in the middle of the next exchange
+            timer.join()  # otherwise it might kill during the next exchange
             if expired.is_set():
-                process.wait()  # only then `poll` says that another is needed
+                process.wait()  # so that `poll` reports its end to the next call
         return None if expired.is_set() and not line.endswith("\n") else line
 
     def _stop(self) -> None:
@@ -172,7 +172,7 @@ class _Renderer:
             try:
                 if pipe is not None:
                     pipe.close()
-            except OSError:  # what was not yet written has no reader any more
+            except OSError:  # unwritten data has no reader
                 continue
         process.wait()
 

@@ -1,11 +1,12 @@
-"""Renders chat templates; runs as a process of its own (`python -P chat_renderer.py MEMORY_BYTES`).
+"""Renders chat templates in a separate process (`python -P chat_renderer.py MEMORY_BYTES`).
 
-A template comes out of a model file, so it is not trusted. jinja2's immutable sandbox keeps it from Python's objects,
-but not from running for ever or filling the memory, in one step if need be (`'a' * 10**9`, `10**10**9`); only a process
-can be stopped from doing that. Its memory is limited here, its time by the parent, which kills it.
+A template comes from a model file, so it is not trusted. jinja2's immutable sandbox keeps it away from Python's
+objects, but cannot stop it from running forever or filling the memory, even in one operation (`'a' * 10**9`,
+`10**10**9`); only a process can be limited: its memory here, its time by the parent, which kills it.
 
-Protocol: "ready" on a line; then for each line of input, a JSON object {template, variables, max_output}, one line of
-output: {"text": ...} or {"error": ...}. Ends when its input does. Imports nothing but jinja2 and the standard library.
+Protocol: writes the line "ready"; then, for each input line with a JSON object {template, variables, max_output}, one
+output line {"text": ...} or {"error": ...}. Exits at the end of the input. Imports only jinja2 and the standard
+library.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-_MAX_ERROR = 500  # characters of a message, which a template may make as long as it likes
+_MAX_ERROR = 500  # characters of an error message, whose length the template controls
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -38,12 +39,12 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As chat templates expect it: unlike jinja2's own filter, no HTML escapes."""
+    """The filter `tojson` that chat templates expect: unlike jinja2's own, without HTML escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the model wrote, for training; here it is its content."""
+    """`{% generation %}...{% endgeneration %}` marks the model's text for training; here it is just its content."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
 
@@ -64,7 +65,7 @@ def build_environment() -> ImmutableSandboxedEnvironment:
 
 
 def render(environment: ImmutableSandboxedEnvironment, request: dict[str, Any]) -> dict[str, str]:
-    """{"text": the rendered template} or {"error": what was wrong, in one line}."""
+    """Render a template. Returns {"text": the result} or {"error": the problem, on one line}."""
     try:
         chunks: list[str] = []
         n_chars = 0
@@ -78,7 +79,7 @@ def render(environment: ImmutableSandboxedEnvironment, request: dict[str, Any]) 
         return {"error": f"line {error.lineno}: {error.message}"}
     except MemoryError:
         return {"error": "it needs more memory than a chat template may use"}
-    except Exception as error:  # whatever a template makes Python raise
+    except Exception as error:  # a template can make Python raise any exception
         text = " ".join(str(error)[:_MAX_ERROR].split())
         return {"error": text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"}
 
@@ -86,7 +87,7 @@ def render(environment: ImmutableSandboxedEnvironment, request: dict[str, Any]) 
 def _limit_memory(n_bytes: int) -> None:
     try:
         import resource
-    except ImportError:  # not on Windows; the parent's clock remains
+    except ImportError:  # Windows has no such limit; the parent's time limit remains
         return
     resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
 

@@ -1,8 +1,8 @@
-"""Tokenizer of a `tokenizer.json` beside the model, run by the `tokenizers` library that the format belongs to.
+"""The tokenizer of a `tokenizer.json` beside the model, run by the `tokenizers` library, which defines this format.
 
-The library does all of encoding, special tokens included. Decoding is the base class's, from the bytes of each token:
-the format's decoder only says how a token spells its bytes. BOS, EOS and special ids come from the GGUF's metadata
-where it has them, because that is what the model runs on.
+The library does all encoding, including special tokens. The base class decodes, from the bytes of each token; the
+file's decoder only determines how a token spells its bytes. BOS, EOS and special ids come from the GGUF's metadata if
+it has them, because the model is run with them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from refengine.tokenizer.vocab import read_roles, read_types
 
 
 class HFJsonTokenizer(Tokenizer):
-    """Tokenizer of a tokenizer.json.
+    """The tokenizer of a tokenizer.json.
 
     Raises TokenizerError if the library cannot read the file, if its decoder is neither byte-level nor
-    SentencePiece-like, if it has more ids than the model, or if the GGUF has a vocabulary and the two disagree about an
-    ordinary token. An id of the model that the file does not have, since the embedding is filled up, is no text.
+    SentencePiece-like, if it has more ids than the model, or if the GGUF has a vocabulary in which an ordinary token
+    differs. Ids that only the model has, because its embedding is padded, have no text.
     """
 
     kind = "hf-json"
@@ -39,12 +39,12 @@ class HFJsonTokenizer(Tokenizer):
     def __init__(self, gguf: GGUFFile, path: Path) -> None:
         try:
             library = LibraryTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no more specific type
             raise TokenizerError(f"{path}: the tokenizers library cannot read it: {error}") from error
         library.no_truncation()
         library.no_padding()
         self._library = library
-        self._lock = threading.Lock()  # whether special tokens are parsed is a property of the library's object
+        self._lock = threading.Lock()  # guards the library object's flag that says whether special tokens are parsed
         self._is_byte_level = _is_byte_level(path, _parts(library.decoder))
         self.space_prefix = _space_prefix(_parts(library.normalizer) + _parts(library.pre_tokenizer))
 
@@ -97,12 +97,14 @@ class HFJsonTokenizer(Tokenizer):
         return ids
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
-        """The library looks for special tokens first, then normalises, which takes the marks away."""
+        """Encode text with marks. The library finds special tokens first; a normalizer then removes the marks."""
         library, normalizer = self._library, self._library.normalizer
         added = library.get_added_tokens_decoder()
         late = [t.text for t in self._special.cuts if t.is_control and t.id in added and added[t.id].normalized]
         if late:
-            raise TokenizerError(f"{late[0]!r} in a message: this tokenizer.json cannot tell it from the template's")
+            raise TokenizerError(
+                f"{late[0]!r} in a message: this tokenizer.json cannot distinguish it from the template's token"
+            )
         drop = Replace(mark, "")
         library.normalizer = drop if normalizer is None else Normalizers([drop, normalizer])
         try:
@@ -115,7 +117,7 @@ class HFJsonTokenizer(Tokenizer):
         return self._encode(text, parse_special=False)
 
     def _token_bytes(self, token_id: int) -> bytes:
-        if token_id >= len(self._tokens):  # rows that only fill the embedding up
+        if token_id >= len(self._tokens):  # a padding row of the embedding
             return b""
         text = self._tokens[token_id]
         if token_id in self._special.cut_ids:
@@ -126,7 +128,7 @@ class HFJsonTokenizer(Tokenizer):
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder as the settings of its parts, a sequence being taken apart."""
+    """The settings of a normalizer, pre-tokenizer or decoder; for a sequence, those of each of its parts."""
     if component is None:
         return []
     settings = json.loads(component.__getstate__())
@@ -148,7 +150,7 @@ def _is_byte_level(path: Path, decoders: list[dict[str, Any]]) -> bool:
 
 
 def _space_prefix(parts: list[dict[str, Any]]) -> SpacePrefix:
-    """Where a SentencePiece-like tokenizer.json puts its extra space."""
+    """Where a SentencePiece-like tokenizer.json adds a space."""
     for part in parts:
         if part["type"] == "Prepend" and part.get("prepend") == SPACE:
             return "fragments"
@@ -159,7 +161,7 @@ def _space_prefix(parts: list[dict[str, Any]]) -> SpacePrefix:
 
 
 def _added_around(library: LibraryTokenizer) -> tuple[list[int], list[int]]:
-    """Ids that the file's post-processor puts before and after a text."""
+    """The ids that the file's post-processor adds before and after a text."""
     bare = library.encode("a", add_special_tokens=False).ids
     full = library.encode("a", add_special_tokens=True).ids
     for start in range(len(full) - len(bare) + 1):
@@ -169,7 +171,7 @@ def _added_around(library: LibraryTokenizer) -> tuple[list[int], list[int]]:
 
 
 def _added_by_default(gguf: GGUFFile, has_bos: bool, has_eos: bool) -> tuple[bool, bool]:
-    """Whether BOS and EOS are added where the metadata does not say: as for the GGUF's vocabulary, if it has one.
+    """Whether BOS and EOS are added if the metadata do not say: the defaults of the GGUF's vocabulary, if it has one.
 
     `has_bos`, `has_eos`: whether the tokenizer.json's post-processor adds them.
     """
@@ -183,7 +185,7 @@ def _added_by_default(gguf: GGUFFile, has_bos: bool, has_eos: bool) -> tuple[boo
 
 
 def _embedding_rows(gguf: GGUFFile) -> int:
-    """0 in a file without weights."""
+    """The number of rows of the embedding; 0 in a file without weights."""
     embedding = gguf.tensors.get("token_embd.weight")
     return embedding.shape[0] if embedding is not None else 0
 
@@ -193,13 +195,13 @@ def _no_token(token_id: int) -> str:
 
 
 def _advice(path: Path) -> str:
-    return f"take {path.name} away if it belongs to another model"
+    return f"remove {path.name} if it belongs to another model"
 
 
 def _check_same_vocabulary(
     gguf: GGUFFile, path: Path, in_gguf: list[str], types: list[int], in_json: dict[int, str]
 ) -> None:
-    """Ordinary tokens must agree; GGUF files may pad the vocabulary or name special tokens their own way."""
+    """Raise TokenizerError if an ordinary token differs. GGUF files may have padding and other special tokens."""
     for token_id, (text, kind) in enumerate(zip(in_gguf, types, strict=False)):
         if kind in (TokenType.NORMAL, TokenType.BYTE) and in_json.get(token_id, text) != text:
             raise TokenizerError(

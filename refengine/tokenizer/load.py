@@ -1,4 +1,4 @@
-"""Which tokenizer a model file gets."""
+"""Chooses and loads the tokenizer of a model file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _MODELS = ("gpt2", "llama")
 
 
 def load_tokenizer(gguf: GGUFFile, source: Literal["auto", "gguf", "hf-json"] = "auto") -> Tokenizer | None:
-    """The tokenizer of a model, or None if there is none: the model then runs on token ids only.
+    """The tokenizer of a model, or None if there is none; the model then works with token ids only.
 
     `source`: "gguf" builds it from the file's own vocabulary; "hf-json" reads `NAME.tokenizer.json` (for a model
-    NAME.gguf) or `tokenizer.json` in the model's folder; "auto" takes such a file if there is one, else the GGUF.
+    NAME.gguf) or `tokenizer.json` in the model's folder; "auto" uses such a file if there is one, else the GGUF.
     Raises TokenizerError for a vocabulary of an unsupported kind, a tokenizer.json that does not belong to the model,
-    or one that was asked for and is not there; GGUFError for malformed metadata; RequestError for another `source`.
+    or a requested one that does not exist; GGUFError for malformed metadata; RequestError for another `source`.
     """
     if source not in ("auto", "gguf", "hf-json"):
         raise RequestError(f"unknown tokenizer source {source!r}; choose auto, gguf or hf-json")
     json_path = find_tokenizer_json(gguf.path)
     if source == "hf-json" and json_path is None:
-        raise TokenizerError(f"{gguf.path}: no tokenizer.json lies beside it")
-    # The libraries are imported here, so that only who tokenizes pays for them.
+        raise TokenizerError(f"{gguf.path}: there is no tokenizer.json in its folder")
+    # Imported here, so that the slow libraries are only loaded if they are needed.
     if source != "gguf" and json_path is not None:
         from refengine.tokenizer.hf_json import HFJsonTokenizer
 
@@ -47,7 +47,7 @@ def tokenizer_model(gguf: GGUFFile) -> str | None:
     """`tokenizer.ggml.model`, or None for a file without a vocabulary. Raises TokenizerError if it is not supported."""
     key = "tokenizer.ggml.model"
     if key not in gguf.metadata and "tokenizer.ggml.tokens" in gguf.metadata:
-        raise gguf.error(key, f"{key} is missing, though the file has tokens; expected one of {', '.join(_MODELS)}")
+        raise gguf.error(key, f"{key} is missing, although the file has tokens; expected one of {', '.join(_MODELS)}")
     model = gguf.get(key, str, default="none")
     if model in _NO_VOCABULARY:
         return None
@@ -59,6 +59,6 @@ def tokenizer_model(gguf: GGUFFile) -> str | None:
 
 
 def find_tokenizer_json(model_path: Path) -> Path | None:
-    """The tokenizer.json beside a model file: one named after the model before one named after nothing."""
+    """The tokenizer.json beside a model file, or None; one with the model's name is preferred."""
     candidates = (model_path.with_name(f"{model_path.stem}.tokenizer.json"), model_path.with_name("tokenizer.json"))
     return next((path for path in candidates if path.is_file()), None)

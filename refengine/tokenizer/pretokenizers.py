@@ -1,19 +1,19 @@
-"""Pre-tokenizers: how a byte-level BPE vocabulary cuts text into words before merging.
+"""Pre-tokenizers: how a byte-level BPE vocabulary splits text into words before merging.
 
 A GGUF file names its pre-tokenizer in `tokenizer.ggml.pre`. Several names share one set of regular expressions
-(llama.cpp, `llama_vocab::impl::load` and `llm_tokenizer_bpe`); each name also implies whether a word that is itself in
-the vocabulary is taken whole (`ignore_merges`) and whether BOS is added when the file does not say.
+(llama.cpp, `llama_vocab::impl::load` and `llm_tokenizer_bpe`). Each name also determines whether a word that is itself
+a token is used as that token (`ignore_merges`), and whether BOS is added if the file does not say.
 
-The expressions are in Oniguruma syntax, as the `tokenizers` library wants them. They are applied one after another:
-each cuts the pieces that the one before left; text that no expression matches stays a piece of its own.
+The expressions have Oniguruma's syntax, which the `tokenizers` library uses. They are applied one after another, each
+to the pieces that the one before has left; text that no expression matches becomes a separate piece.
 
-Two differences from llama.cpp, both on purpose:
+There are two intended differences from llama.cpp:
 
 - `gpt-4o` here is the published o200k expression. llama.cpp approximates it: its letters exclude combining marks and
-  its notion of case is ASCII only, so that it cuts Khmer or Devanagari, and mixed case outside ASCII, where OpenAI's
-  tokenizer does not. The ids that the model was trained on are the latter's.
+  it knows upper and lower case in ASCII only, so it splits Khmer, Devanagari and mixed case outside ASCII where
+  OpenAI's tokenizer does not. The model was trained on the ids of OpenAI's tokenizer.
 - Letters, digits, marks and punctuation are those of the Unicode version of the `tokenizers` library (16.0 in release
-  0.23), llama.cpp's are of 15.0: the code points assigned since then may be cut differently.
+  0.23); llama.cpp uses 15.0. Code points assigned since then may be split differently.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _CONTRACTIONS_LOWER = r"'s|'t|'re|'ve|'m|'ll|'d"
-# Spelled out: a case-insensitive group would also match U+017F (long s), which llama.cpp does not.
+# Not written as a case-insensitive group: it would also match U+017F (long s), which llama.cpp's does not.
 _CONTRACTIONS_ANY = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
 _SPACES = r"\s+(?!\S)|\s+"
 
@@ -53,11 +53,11 @@ _DEFAULT_STEPS = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is cut into words, and the defaults that go with the name."""
+    """How text is split into words, and the defaults that the name implies."""
 
     steps: tuple[str, ...]  # regular expressions, applied one after another
-    ignore_merges: bool = False  # a word that is a token is that token, whatever the merges say
-    add_bos: bool = False  # where `tokenizer.ggml.add_bos_token` is absent
+    ignore_merges: bool = False  # a word that is itself a token becomes that token, without merges
+    add_bos: bool = False  # used if `tokenizer.ggml.add_bos_token` is absent
 
 
 def _named(names: str, pre_tokenizer: PreTokenizer) -> dict[str, PreTokenizer]:

@@ -1,12 +1,11 @@
-"""Special tokens: which ids end generation, which are control tokens, and cutting text at them.
+"""Special tokens: which ids end the generation, which are control tokens, and how text is split at them.
 
 The rules are llama.cpp's (`llama_vocab::impl::load`, `tokenizer_st_partition`): token types from the file, then
-corrections by the token's text, because many files carry wrong types. Knows token texts and types, no vocabulary
-library.
+corrections by the token's text, because many files have wrong types.
 
-One difference from llama.cpp, on purpose: llama.cpp turns the markers of gpt-oss's chat format (`<|start|>`,
-`<|message|>`, ...) into user-defined tokens so that they are printed, with the side effect that they are parsed out of
-text even when special tokens are to be escaped. Here they are printed, and they are escaped.
+One intended difference from llama.cpp: it turns the markers of gpt-oss's chat format (`<|start|>`, `<|message|>`, ...)
+into user-defined tokens so that they are printed, but then they are also recognised in text in which special tokens
+should be ordinary text. Here they are printed, and they are ordinary text there.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 from gguf import TokenType
 
-# Texts that end generation wherever they are in a vocabulary.
+# Tokens with these texts end the generation in every vocabulary.
 _EOG_TEXTS = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -45,7 +44,7 @@ _EOG_TEXTS = (
     "[e~[",
 )
 
-# Fill-in-the-middle tokens by role: the first text that is in the vocabulary, where no metadata key names one.
+# Fill-in-the-middle tokens by role: without a metadata key, the first of these texts that is in the vocabulary.
 _FIM_TEXTS = {
     "pre": (
         "<|fim_prefix|>",
@@ -85,35 +84,35 @@ _FIM_THAT_END = ("pad", "rep", "sep")
 
 _HARMONY_MARKERS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 _PHI3_KEEP_SPACE_AFTER = ("<unk>", "<s>", "<|endoftext|>")
-# Code points that no text has: 32 in a row, and the last two of each plane.
+# Unicode's noncharacters, which text should not contain: 32 in a row, and the last two of each plane.
 _NONCHARACTERS = [chr(c) for c in (*range(0xFDD0, 0xFDF0), *(p << 16 | e for p in range(17) for e in (0xFFFE, 0xFFFF)))]
 _C_WHITESPACE = " \t\n\v\f\r"  # isspace() in the C locale
 
 
 @dataclass(frozen=True)
 class SpecialToken:
-    """A token that text is cut at."""
+    """A token that text is split at."""
 
     id: int
     text: str
-    is_control: bool  # cut only when special tokens are to be parsed; else it is ordinary text
-    strip_right: bool  # white space after it belongs to it
+    is_control: bool  # recognised only if special tokens are to be parsed; otherwise it is ordinary text
+    strip_right: bool  # white space after it is dropped
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What is special in one vocabulary."""
+    """The special tokens of one vocabulary."""
 
-    cuts: tuple[SpecialToken, ...]  # in the order in which text is cut: longest first
+    cuts: tuple[SpecialToken, ...]  # in the order in which text is split: the longest text first
     cut_ids: frozenset[int]
-    hidden_ids: frozenset[int]  # left out by decode(skip_special=True)
+    hidden_ids: frozenset[int]  # omitted by decode(skip_special=True)
     eog_ids: frozenset[int]
 
     def partition(self, text: str, parse_special: bool) -> list[str | int]:
-        """`text` as fragments of ordinary text (never empty) and ids of special tokens.
+        """Split `text` into fragments of ordinary text (never empty) and ids of special tokens.
 
-        One token after another, longest text first, cuts the fragments that the ones before left; that is not the same
-        as the leftmost match where two tokens overlap.
+        The tokens are searched one after another, the longest text first, in the fragments that the earlier ones left.
+        If two tokens overlap, this is not the same as the leftmost match.
         """
         fragments: list[str | int] = [text] if text else []
         for token in self.cuts:
@@ -122,10 +121,10 @@ class SpecialTokens:
         return fragments
 
     def mark(self, text: str, mark: str) -> str:
-        """`text` with a mark inside every control token that is written out in it, or begun at its end.
+        """Insert a mark into every control token that is written out in `text`, or that begins at its end.
 
-        So that none is found in it, nor in what it becomes a part of; without the marks it is the text that it was.
-        (A control token of one character cannot be marked; no vocabulary is known to have one.)
+        Then no control token is found in the text, or in a longer text that it becomes a part of. Removing the marks
+        restores the text. (A control token of one character cannot be marked; no known vocabulary has one.)
         """
         inside = {
             len(text) - n + 1 for n in range(1, min(self._longest, len(text) + 1)) if text[-n:] in self._beginnings
@@ -152,12 +151,12 @@ class SpecialTokens:
 
 
 def unused_mark(text: str) -> str | None:
-    """A character that is not in `text` and that no text should have; None where it has all of them."""
+    """A noncharacter that is not in `text`; None if it contains all of them."""
     return next((c for c in _NONCHARACTERS if c not in text), None)
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text in a JSON-like value, names included."""
+    """Yields every string in a JSON-like value, including names."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
@@ -166,7 +165,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def on_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON-like value with every text in it changed, names included."""
+    """A JSON-like value with `change` applied to every string in it, including names."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -200,11 +199,11 @@ def find_special_tokens(
     metadata_ids: dict[str, int],
     model_name: str,
 ) -> SpecialTokens:
-    """Special tokens of a vocabulary.
+    """The special tokens of a vocabulary.
 
-    `metadata_ids`: role ("eos", "eot", "eom", "fim_pad", ...) to id, for the roles that the file or the tokenizer's
-    defaults name. `model_name`: the file's `general.name`; Phi-3 files do not say that white space after their special
-    tokens is dropped, so llama.cpp goes by the name, and so does this.
+    `metadata_ids`: role ("eos", "eot", "eom", "fim_pad", ...) to id, for the roles in the file or in the tokenizer's
+    defaults. `model_name`: the file's `general.name`. In Phi-3 models, white space after special tokens is dropped;
+    their files do not say so, so llama.cpp and this function recognise them by name.
     """
     special_types = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
     cut_ids = {i for i, kind in enumerate(types) if kind in special_types}

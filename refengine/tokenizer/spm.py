@@ -1,10 +1,10 @@
 """SentencePiece tokenizer built from a GGUF file's tokens, scores and types, on the `sentencepiece` library.
 
-The library merges (BPE by score) and falls back to bytes; special tokens, BOS and EOS are the base class's.
-The space that SentencePiece puts before a text is put before every fragment between special tokens, as llama.cpp
-does (`tokenizer.ggml.add_space_prefix`); decoding takes it away again at the same places.
+The library merges (BPE by score) and falls back to bytes; the base class handles special tokens, BOS and EOS.
+The space that SentencePiece adds before a text is added before every fragment between special tokens, as in llama.cpp
+(`tokenizer.ggml.add_space_prefix`); decoding removes it at the same places.
 
-Text that spells a control token out is never merged into that token, which llama.cpp allows.
+Unlike in llama.cpp, ordinary text is never merged into a control token.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from refengine.tokenizer.vocab import Vocabulary, read_scores, read_vocabulary
 
 
 class SentencePieceBPE(Tokenizer):
-    """Tokenizer of `tokenizer.ggml.model` = "llama".
+    """The tokenizer for `tokenizer.ggml.model` = "llama".
 
-    Raises GGUFError or TokenizerError, as `read_vocabulary` and `read_scores` do, and for a token typed as a byte whose
-    text is not `<0xNN>`. A vocabulary without all 256 byte tokens encodes unknown characters as the unknown token.
+    Raises the errors of `read_vocabulary` and `read_scores`, and GGUFError for a token of type byte whose text is not
+    `<0xNN>`. A vocabulary without all 256 byte tokens encodes unknown characters as the unknown token.
     """
 
     kind = "gguf-spm"
@@ -45,7 +45,7 @@ class SentencePieceBPE(Tokenizer):
             self._library = SentencePieceProcessor(model_proto=proto)
         except (RuntimeError, ValueError) as error:
             raise TokenizerError(f"{gguf.path}: the SentencePiece vocabulary cannot be built: {error}") from error
-        # Also where a file without token types calls them ordinary tokens.
+        # Also in a file without token types, where they are ordinary tokens.
         self._byte_tokens = BYTE_FALLBACK if has_all_bytes else {}
         self._tokens = vocabulary.tokens
         self._types = vocabulary.types
@@ -76,17 +76,17 @@ class SentencePieceBPE(Tokenizer):
             return text.encode()
         if kind == TokenType.NORMAL or text in self._byte_tokens:
             return sentencepiece_to_bytes(text, self._byte_tokens)
-        return b""  # unused: it stands for nothing, as in llama.cpp
+        return b""  # an unused token has no bytes, as in llama.cpp
 
 
 def _unknown_id(vocabulary: Vocabulary) -> int:
-    """SentencePiece wants exactly one unknown piece; files have none, one, or, as padding, many."""
+    """The id of the one unknown token that SentencePiece requires; files have none, one, or, as padding, many."""
     typed = (i for i, kind in enumerate(vocabulary.types) if kind == TokenType.UNKNOWN)
     return vocabulary.roles["unk"] if "unk" in vocabulary.roles else next(typed, 0)
 
 
 def _piece_types(gguf: GGUFFile, vocabulary: Vocabulary, unk_id: int, has_all_bytes: bool) -> list[int]:
-    """The types for the library, which must never see the tokens that the base class cuts text at."""
+    """The types for the library. Tokens that the base class splits text at must not occur in the library's results."""
     types = list(vocabulary.types)
     for token_id, kind in enumerate(vocabulary.types):
         text = vocabulary.tokens[token_id]

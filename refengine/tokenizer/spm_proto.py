@@ -1,7 +1,7 @@
-"""SentencePiece's model file, as much of it as a BPE model with byte fallback needs, written by hand.
+"""Writes SentencePiece's model file, with only the fields that a BPE model with byte fallback needs.
 
 The `sentencepiece` library loads a serialised protocol buffer (`sentencepiece_model.proto`). Its own Python classes for
-that need the `protobuf` package; the wire format of the few fields used here is simpler than that dependency:
+that need the `protobuf` package; writing the few fields used here is simpler than that dependency:
 a field is a varint `number << 3 | wire type`, then a varint (type 0), four bytes (type 5), or a length and that many
 bytes (type 2).
 """
@@ -22,10 +22,10 @@ _MODEL_TYPE_BPE = 2
 def build_model_proto(
     pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], *, unk_id: int, byte_fallback: bool
 ) -> bytes:
-    """A serialised ModelProto of a BPE model that leaves text as it is, but for U+2581 in place of each space.
+    """A serialised ModelProto of a BPE model whose only normalisation replaces each space by U+2581.
 
-    `types`: SentencePiece's own (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte), which are also
-    GGUF's. Exactly one piece must be unknown.
+    `types`: SentencePiece's types (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte), which GGUF uses
+    too. Exactly one piece must be unknown.
     """
     encoded = [
         _message(

@@ -1,7 +1,7 @@
-"""Token ids to text, one at a time, never half a code point.
+"""Decodes token ids to text one at a time, without splitting code points.
 
 A token may end in the middle of a UTF-8 sequence (byte-level BPE, byte fallback). The decoder holds such bytes back
-until the sequence is complete or is known never to be. Knows the bytes of a token, not how text became tokens.
+until the sequence is complete or turns out to be invalid.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class TokenPieces(Protocol):
-    """What decoding asks of a tokenizer; `Tokenizer` documents each of them."""
+    """The part of the interface `Tokenizer` that decoding needs; see there."""
 
     @property
     def space_prefix(self) -> str: ...
@@ -23,32 +23,32 @@ class TokenPieces(Protocol):
 
 
 class StreamDecoder:
-    """Decoder of one text: `push` every id, then `finish`.
+    """The decoder of one text: `push` every id, then `finish`.
 
-    All pushes and the finish together are what `Tokenizer.decode` returns for the same ids.
+    The results of all pushes and the finish together are what `Tokenizer.decode` returns for the same ids.
 
-    `prompt_ids`: ids that came before. They are not decoded, but where the text continues a prompt that does not end
-    in a special token, a leading space belongs to the text and is kept.
+    `prompt_ids`: the ids before the text. They are not decoded; but if the text continues a prompt that does not end in
+    a special token, a leading space belongs to the text and is kept.
     """
 
     def __init__(self, tokenizer: TokenPieces, *, skip_special: bool = False, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        # A SentencePiece vocabulary's encoder puts a space before the text and after every special token.
+        # The encoder of a SentencePiece vocabulary adds a space before the text and after every special token.
         self._space_expected = tokenizer.space_prefix != "none" and (
             len(prompt_ids) == 0 or tokenizer.begins_fragment(prompt_ids[-1])
         )
 
     def copy(self) -> StreamDecoder:
-        """Another decoder that goes on from here."""
+        """A second decoder that continues from the same state."""
         other = copy.copy(self)
         other._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         other._utf8.setstate(self._utf8.getstate())
         return other
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes, maybe none.
+        """The text that `token_id` completes, which may be empty.
 
         Raises TokenizerError if the id is outside the vocabulary.
         """
@@ -65,5 +65,5 @@ class StreamDecoder:
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
-        """What is left: nothing, or U+FFFD for a sequence that was never completed. The decoder is then done."""
+        """End the text. Returns U+FFFD if a sequence is incomplete, else nothing."""
         return self._utf8.decode(b"", final=True)

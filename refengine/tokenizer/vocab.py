@@ -1,7 +1,7 @@
 """The vocabulary of a GGUF file: token texts, types, scores and special ids, checked.
 
-Does not know how text is tokenized: `bpe.py` and `spm.py` build that from a `Vocabulary`.
-Every fault in the metadata is an error that names the key and its byte offset.
+`bpe.py` and `spm.py` build tokenizers from a `Vocabulary`.
+Every problem in the metadata is an error that names the key and its byte offset.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _ROLE_KEYS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Everything a tokenizer needs from the file."""
+    """Everything that a tokenizer needs from the file."""
 
-    tokens: list[str]  # token id -> text; byte-level or with U+2581 for a space, as the vocabulary has it
+    tokens: list[str]  # token id -> text as stored: byte-level, or with U+2581 for a space
     ids: dict[str, int]  # text -> token id
     types: list[int]  # gguf.TokenType by token id
     roles: dict[str, int]  # "bos", "eos", "unk", ... -> token id
@@ -54,20 +54,21 @@ class Vocabulary:
 def read_vocabulary(gguf: GGUFFile, *, default_roles: dict[str, int], add_bos: bool) -> Vocabulary:
     """The vocabulary of `gguf`.
 
-    `default_roles` and `add_bos` hold where the file does not say; a default id outside the vocabulary is dropped.
-    Raises GGUFError naming the key for an empty vocabulary, duplicate tokens, too few token types, special ids out of
-    range, or values of the wrong type; TokenizerError if a token is to be added that the file does not name.
+    `default_roles` and `add_bos` are used if the file does not give these values; a default id outside the vocabulary
+    is ignored. Raises GGUFError naming the key for an empty vocabulary, duplicate tokens, too few token types, special
+    ids out of range, or values of the wrong type; TokenizerError if BOS or EOS is to be added but the file has no id
+    for it.
     """
     key = _PREFIX + "tokens"
     texts = gguf.get(key, "strs")
     if not texts:
         raise gguf.error(key, f"{key} is empty: a vocabulary needs at least one token")
-    # llama.cpp names empty tokens like this, so that they can be told apart.
+    # llama.cpp gives empty tokens these names, so that they differ.
     tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(texts)] if "" in texts else texts
     ids = {text: i for i, text in enumerate(tokens)}
     if len(ids) != len(tokens):
-        again = next(i for i, text in enumerate(tokens) if ids[text] != i)
-        raise gguf.error(key, f"{key}: token {tokens[again]!r} occurs twice, with ids {again} and {ids[tokens[again]]}")
+        first = next(i for i, text in enumerate(tokens) if ids[text] != i)
+        raise gguf.error(key, f"{key}: token {tokens[first]!r} occurs twice, with ids {first} and {ids[tokens[first]]}")
     types = read_types(gguf, len(tokens))
     roles = read_roles(gguf, len(tokens), default_roles)
     special = find_special_tokens(tokens, types, ids.get, roles, gguf.get("general.name", str, default=""))
@@ -90,7 +91,7 @@ def read_vocabulary(gguf: GGUFFile, *, default_roles: dict[str, int], add_bos: b
 
 
 def read_roles(gguf: GGUFFile, n_tokens: int, default_roles: dict[str, int]) -> dict[str, int]:
-    """Role to special-token id. Raises GGUFError for any `tokenizer.ggml.*_token_id` outside 0..n_tokens-1."""
+    """The special-token id of each role. Raises GGUFError for a `tokenizer.ggml.*_token_id` outside 0..n_tokens-1."""
     for key in gguf.metadata:
         if key.startswith(_PREFIX) and key.endswith("_token_id"):
             token_id = gguf.get(key, int)
@@ -105,7 +106,7 @@ def read_roles(gguf: GGUFFile, n_tokens: int, default_roles: dict[str, int]) -> 
 
 
 def read_types(gguf: GGUFFile, n_tokens: int) -> list[int]:
-    """gguf.TokenType of each token, all normal where the file does not say. Raises GGUFError for fewer than tokens."""
+    """The gguf.TokenType of each token; all normal if the file has no types. Raises GGUFError for too few types."""
     key = _PREFIX + "token_type"
     if key not in gguf.metadata:
         return [int(TokenType.NORMAL)] * n_tokens
@@ -115,14 +116,14 @@ def read_types(gguf: GGUFFile, n_tokens: int) -> list[int]:
 
 
 def read_scores(gguf: GGUFFile, n_tokens: int) -> list[float]:
-    """Score of each token, 0.0 where the file has none (as llama.cpp).
+    """The score of each token; 0.0 if the file has no scores (as in llama.cpp).
 
-    Raises GGUFError for fewer scores than tokens, a score that is not a number, or another element type.
+    Raises GGUFError for fewer scores than tokens, a score that is NaN, or another element type.
     """
     key = _PREFIX + "scores"
     if key not in gguf.metadata:
         return [0.0] * n_tokens
-    # llama.cpp takes int32 scores as well.
+    # llama.cpp also accepts int32 scores.
     is_int = gguf.type_name(key) == "array of int32"
     scores = [float(score) for score in (gguf.get(key, "ints") if is_int else gguf.get(key, "floats"))]
     _check_length(gguf, key, scores, n_tokens)
@@ -133,9 +134,9 @@ def read_scores(gguf: GGUFFile, n_tokens: int) -> list[float]:
 
 
 def read_merges(gguf: GGUFFile) -> list[tuple[str, str]]:
-    """BPE merges by rank, as pairs of token texts; of equal merges the first counts (as in llama.cpp).
+    """The BPE merges by rank, as pairs of token texts; of equal merges the first is used (as in llama.cpp).
 
-    Raises GGUFError if there are none or one is not two texts with one space between.
+    Raises GGUFError if there are none, or if one is not two texts separated by one space.
     """
     key = _PREFIX + "merges"
     if key not in gguf.metadata:

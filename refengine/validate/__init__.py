@@ -1,1 +1,1 @@
-"""Comparing refengine with other engines."""
+"""Compares refengine with other engines, and finds the operation that is wrong."""

@@ -1,8 +1,9 @@
-"""Another engine's tensors in our axis order: layouts are recognised before anything is computed.
+"""Aligns another engine's tensors with ours: recognises their layout before anything is computed.
 
-Engines hold the same values differently: heads merged or apart, axes swapped, score rows padded to the cache's size,
-and in the last layer only the rows whose logits are wanted. What a shape leaves open (a square one may be transposed)
-is settled by the values: another order is taken only where the plain one is far from what we get and that one is near.
+Engines store the same values in different layouts: with heads merged or separate, axes swapped, score rows padded to
+the cache's size, or in the last layer only the rows whose logits are needed. If the shape is ambiguous (a square matrix
+may be transposed), the values decide: another axis order is used only if its values are near ours and those of the
+plain order are far from ours.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from refengine.errors import TraceError
 from refengine.trace import to_numpy
 from refengine.validate.metrics import nmse
 
-SCORES = ("kq-", "kq_soft_max-")  # the peer pads these to its cache; columns past the prompt are not part of the model
+SCORES = ("kq-", "kq_soft_max-")  # the peer pads these to its cache's size; columns after the prompt are dropped
 HEADS_FIRST = (*SCORES, "kq_exp-", "kqv-")  # (n_head, n_tokens, …)
-FAR, NEAR = 0.5, 0.05  # NMSE: unrelated values are 2 apart, those of a float16 engine less than 0.001
+FAR, NEAR = 0.5, 0.05  # NMSE; for unrelated values it is 2, for a float16 engine's values less than 0.001
 
 
 def align(name: str, peer: np.ndarray, ours: np.ndarray, *, rows_cut: bool = False) -> tuple[np.ndarray, str]:
-    """The peer's tensor in the shape of ours, or with fewer rows (the last ones) where `rows_cut` allows; and a note.
+    """The peer's tensor in our shape, or if `rows_cut` allows with only the last rows; and a note.
 
-    The note says in words what was done that is more than merging or splitting heads; else it is empty.
-    Raises `TraceError` for a size that no layout explains.
+    The note describes any change other than merging or splitting heads; otherwise it is empty.
+    Raises `TraceError` for a size that fits no layout.
     """
     shape = ours.shape
     if name.startswith(SCORES) and peer.ndim == ours.ndim and peer.shape[-1] > shape[-1]:
@@ -43,7 +44,7 @@ def align(name: str, peer: np.ndarray, ours: np.ndarray, *, rows_cut: bool = Fal
         raise TraceError(f"tensor {name}: ours is {shape}, the peer's {peer.shape}")
     orders = [o for o in itertools.permutations(range(len(shape))) if _merges([shape[i] for i in o], peer.shape)]
     plain = tuple(range(len(shape)))
-    if not orders:  # as many values, cut otherwise: read in order
+    if not orders:  # the same number of values, divided differently: read them in order
         return peer.reshape(shape), note
     best = orders[0]
     if len(orders) > 1 or best != plain:
@@ -57,18 +58,18 @@ def align(name: str, peer: np.ndarray, ours: np.ndarray, *, rows_cut: bool = Fal
 
 
 def may_be_cut(name: str, n_layer: int) -> bool:
-    """Whether engines leave rows of this tensor out that no wanted logits depend on: in the last layer and after it."""
+    """Whether engines may omit rows of this tensor on which no needed logits depend: in the last layer and after it."""
     return name.startswith("result_") or name.partition("#")[0].endswith(f"-{n_layer - 1}")
 
 
 def part_of(name: str, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Those rows of ours that an aligned tensor has: all, or the last ones."""
+    """The rows of our tensor that an aligned tensor has: all, or the last ones."""
     axis = row_axis(name)
     return _last_rows(ours, axis, theirs.shape[axis]) if theirs.ndim else ours
 
 
 def put_into(name: str, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Ours with those rows taken from an aligned tensor."""
+    """Our tensor, with the rows that an aligned tensor has replaced by it."""
     axis = row_axis(name)
     first = ours.shape[axis] - theirs.shape[axis]
     if first == 0:
@@ -78,7 +79,7 @@ def put_into(name: str, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def substitution(name: str, theirs: np.ndarray, look: Callable[[np.ndarray], None]) -> Callable[[Any], np.ndarray]:
-    """For `Trace`'s replace: shows `look` the rows of ours that an aligned tensor has, and goes on with that tensor."""
+    """A function for `Trace`'s replace: calls `look` with our rows that an aligned tensor has, and substitutes it."""
 
     def replacement(ours: Any) -> np.ndarray:
         values = to_numpy(ours)
@@ -89,7 +90,7 @@ def substitution(name: str, theirs: np.ndarray, look: Callable[[np.ndarray], Non
 
 
 def row_axis(name: str) -> int:
-    """The axis of our tensor along which the prompt's positions lie."""
+    """The axis of our tensor that has the prompt's positions."""
     return 1 if name.startswith(HEADS_FIRST) else 0
 
 
@@ -98,17 +99,17 @@ def _last_rows(x: np.ndarray, axis: int, n: int) -> np.ndarray:
 
 
 def _merges(lengths: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether `shape` is `lengths` with neighbours merged or split; lengths of 1 do not count."""
+    """Whether `shape` is `lengths` with neighbours merged or split; lengths of 1 are ignored."""
     ours, theirs = (set(itertools.accumulate(sizes, operator.mul, initial=1)) for sizes in (lengths, shape))
     return ours <= theirs or theirs <= ours
 
 
 def _in_order(peer: np.ndarray, shape: tuple[int, ...], order: tuple[int, ...]) -> np.ndarray:
-    """`peer` holds our axes in this order: put them back into ours."""
+    """Transpose `peer`, which has our axes in this order, to our order."""
     return peer.reshape([shape[i] for i in order]).transpose(np.argsort(order))
 
 
 def _distance(value: np.ndarray, reference: np.ndarray) -> float:
     with np.errstate(all="ignore"):
-        found = nmse(value, reference)
-    return found if math.isfinite(found) else math.inf
+        distance = nmse(value, reference)
+    return distance if math.isfinite(distance) else math.inf

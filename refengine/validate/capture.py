@@ -1,4 +1,4 @@
-"""What an engine computed for a prompt: its intermediate tensors, whether live, recorded or dumped."""
+"""A capture: the intermediate tensors that an engine computed for a prompt, live, recorded or dumped."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LOGITS = "result_output"
 
 @dataclass(frozen=True)
 class Capture:
-    """Tensors of one run of one prompt, from position 0. `tensors`: full name → array in NumPy order.
+    """The tensors of one run of one prompt, from position 0. `tensors`: full name → array in NumPy order.
 
-    source: the file it comes from. model_sha256: of the GGUF file, where the engine told. complete: whether the engine
-    finished writing.
+    source: the file that it comes from. model_sha256: the hash of the GGUF file, if the engine gives it.
+    complete: whether the engine finished writing.
     """
 
     source: Path
@@ -32,7 +32,7 @@ class Capture:
 
 
 def sha256_of_file(path: Path, progress: Callable[[int], object] = lambda n_bytes: None) -> str:
-    """SHA-256 of a file in hexadecimal. progress: called with the bytes of every piece read."""
+    """The SHA-256 of a file in hexadecimal. progress: called with the number of bytes of every piece read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(8 << 20):

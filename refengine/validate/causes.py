@@ -1,9 +1,9 @@
-"""Why a tensor is wrong: known mistakes, each tried on the other engine's own inputs, and what its error looks like.
+"""Finds why a tensor is wrong: tries known mistakes on the other engine's own inputs, and locates the error.
 
-A hypothesis (`validate.mistakes`) changes our model in the way that engines are often wrong. Where the changed
-operation, run on the inputs that the other engine had, gives what the other engine gave, the mistake is named. Nothing
-is guessed from the looks of numbers; a cause that no hypothesis covers stays unnamed. Where in a tensor an error sits
-is told besides, as it narrows the search: from one token on, one head, one column.
+A hypothesis (`validate.mistakes`) changes our model in a way in which engines are often wrong. If the changed
+operation, run on the other engine's inputs, gives the other engine's result, the mistake is reported. Nothing is
+guessed from the appearance of numbers; a cause without a hypothesis is not reported. The place of the error in the
+tensor (from one token on, one head, one column) is reported as well, because it narrows the search.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from refengine.validate.judge import POINTWISE, TensorVerdict, Verdict
 from refengine.validate.metrics import compare, nmse
 from refengine.validate.mistakes import hypotheses
 
-MATCH = 1e-3  # of the unexplained error at most, in NMSE, for a hypothesis to count: it must explain nearly all of it
-LISTED = 6  # indices that are named one by one
+MATCH = 1e-3  # a hypothesis must explain the error up to this share of its NMSE
+LISTED = 6  # how many indices are listed one by one
 
 
 def likely_causes(model: Model, verdict: Verdict, wrong: TensorVerdict) -> list[str]:
-    """The mistakes that explain this tensor, the best explanation first. Costs a forward pass for each one tried."""
+    """The mistakes that explain this tensor, the best explanation first. Needs a forward pass for each one tried."""
     tensors, ids = verdict.capture.tensors, verdict.capture.ids
     limit = max(wrong.threshold, MATCH * wrong.local.nmse)
     right, theirs = verdict.replayed[wrong.name], tensors[wrong.name]
@@ -43,7 +43,7 @@ def likely_causes(model: Model, verdict: Verdict, wrong: TensorVerdict) -> list[
 
 
 def whereabouts(verdict: Verdict, wrong: TensorVerdict) -> str:
-    """Where in the tensor the error sits, in words; empty where it is everywhere."""
+    """The part of the tensor that is wrong, as text; empty if all of it is wrong."""
     right, theirs = verdict.replayed[wrong.name], verdict.capture.tensors[wrong.name]
     token_axis, places = row_axis(wrong.name), []
     first_token = len(verdict.capture.ids) - right.shape[token_axis]  # rows may be cut to the last ones
@@ -61,13 +61,13 @@ def whereabouts(verdict: Verdict, wrong: TensorVerdict) -> str:
 
 
 def first_wrong_row(wrong: TensorVerdict, theirs: np.ndarray, right: np.ndarray) -> int:
-    """The first token at which the tensor is wrong; 0 where that cannot be said."""
+    """The first token at which the tensor is wrong; 0 if it cannot be determined."""
     rows = _wrong_along(row_axis(wrong.name), theirs, right, wrong.threshold)
     return rows[0] if rows else 0
 
 
 def _wrong_along(axis: int, theirs: np.ndarray, right: np.ndarray, threshold: float) -> list[int]:
-    """Indices of this axis at which values are off by more than is allowed, against the mean square of the tensor."""
+    """The indices of an axis at which the mean square error, relative to the tensor's mean square, is too large."""
     a, b = (np.moveaxis(v, axis, 0).reshape(right.shape[axis], -1).astype(np.float64) for v in (theirs, right))
     usable = np.isfinite(a) & np.isfinite(b)
     square = np.where(usable, np.square(np.where(usable, a - b, 0.0)), 0.0).mean(axis=1)
@@ -87,7 +87,7 @@ def _listed(indices: list[int]) -> str:
 def _simple_relations(
     wrong: TensorVerdict, theirs: np.ndarray, right: np.ndarray, tensors: Mapping[str, np.ndarray], limit: float
 ) -> list[str]:
-    """What a tensor may be to the right one, or to another of the same capture, whatever made it so."""
+    """Simple relations of a wrong tensor, as text: a multiple of the right one, or equal to another captured tensor."""
     if right.dtype.kind != "f" or not (np.isfinite(theirs).all() and np.isfinite(right).all()):
         return []
     wide = right.astype(np.float64)
@@ -103,22 +103,22 @@ def _simple_relations(
 
 
 def _distance(theirs: np.ndarray, value: np.ndarray) -> float:
-    """NMSE; infinite where NaN and infinities are not at the same places."""
+    """The NMSE; infinite if NaN and infinities are at different places."""
     if theirs.shape != value.shape:
         return math.inf
     if np.isfinite(theirs).all() and np.isfinite(value).all():
         return nmse(theirs, value)
     with np.errstate(all="ignore"):
-        found = compare(theirs, value)
-    return found.nmse if found.finite else math.inf
+        metrics = compare(theirs, value)
+    return metrics.nmse if metrics.finite else math.inf
 
 
 class _Reached(Exception):
-    """The tensor is there: what follows is of no interest."""
+    """Ends the forward pass after the tensor has been computed."""
 
 
 def _replayed(model: Model, ids: list[int], tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """What this model makes of tensor `name` on the capture's inputs, in the rows that the capture has."""
+    """Tensor `name` as this model computes it from the capture's inputs, in the rows that the capture has."""
     result: list[np.ndarray] = []
 
     def reached(ours: np.ndarray) -> None:
@@ -126,7 +126,7 @@ def _replayed(model: Model, ids: list[int], tensors: Mapping[str, np.ndarray], n
         raise _Reached
 
     def passed(ours: np.ndarray) -> None:
-        """On the way: of no interest."""
+        """Ignores the tensors before it."""
 
     replace = {n: substitution(n, theirs, reached if n == name else passed) for n, theirs in tensors.items()}
     with contextlib.suppress(_Reached):

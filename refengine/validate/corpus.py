@@ -1,4 +1,4 @@
-"""Many prompts on many models: in parallel processes, one line of JSON a run, and what is done is not done again."""
+"""Validates many prompts on many models in parallel processes. Each run adds a JSON line; finished runs are skipped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """Of both engines: what `refengine.load` and `capture_peer` take; llamacpp: options of llama.cpp by name."""
+    """The settings of both engines: arguments of `refengine.load` and `capture_peer`. llamacpp: llama.cpp's options."""
 
     peer: str
     device: str = "cpu"
@@ -44,19 +44,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text or ids, and what to call it: its `id` in the file, or the line it stands on."""
+    """A prompt as text or ids. name: its `id` in the file, or its line number."""
 
     name: str
     value: str | list[int]
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """A JSONL file: a line is a string, a list of ids, or an object with `prompt` (text) or `ids`, and maybe `id`.
+    """Read a JSONL file: each line is a string, a list of ids, or an object with `prompt` or `ids`, and maybe `id`.
 
-    Raises RequestError that names the line.
+    Raises RequestError, which names the line.
     """
     prompts: list[Prompt] = []
-    # Lines end at line feeds only: JSON's strings may hold other separators as they are.
+    # Lines end only at line feeds, because JSON strings may contain other separators.
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
@@ -69,12 +69,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         is_ids = isinstance(value, list) and all(type(i) is int for i in value)
         if not value or not (isinstance(value, str) or is_ids):
             raise RequestError(
-                f"{path}: line {number} must be a text, a list of token ids, or an object with one of them as "
+                f"{path}: line {number} must be a string, a list of token ids, or an object with one of them as "
                 f"`prompt` or `ids`: {line:.60}"
             )
         prompts.append(Prompt(one_line(str(entry.get("id", f"line {number}"))), value))
     if not prompts:
-        raise RequestError(f"{path} has no prompt; write one a line, as JSON")
+        raise RequestError(f"{path} has no prompt; write one prompt per line, as JSON")
     twice = [name for name, n in Counter(p.name for p in prompts).items() if n > 1]
     if twice:
         raise RequestError(f"{path}: two prompts have the id {twice[0]!r}")
@@ -90,18 +90,18 @@ def run_corpus(
     jobs: int = 1,
     progress: Callable[[int], object] = lambda n: None,
 ) -> list[Row]:
-    """Validate every prompt on every model; a row each, in the order of models and prompts.
+    """Validate every prompt on every model; returns one row for each, in the order of models and prompts.
 
-    Every row is added to `output` when it is there, and rows that `output` already has, of the same model file, prompt
-    and settings, are taken from it: an interrupted run is resumed by starting it again. Failed runs are tried again.
-    Raises RefengineError where a process dies.
+    Every row is appended to `output` as soon as it is finished. Rows that `output` already has for the same model file,
+    prompt and settings are reused, so an interrupted run is resumed by starting it again. Failed runs are repeated.
+    Raises RefengineError if a process dies.
     """
     hashes = {path: sha256_of_file(path) for path in models}
     tasks = {_key(hashes[path], prompt, settings): (path, prompt) for path in models for prompt in prompts}
     done = {key: row for key, row in _read_rows(output).items() if key in tasks}
     progress(len(done))
     open_tasks = [(key, *task) for key, task in tasks.items() if key not in done]
-    # Processes are started afresh: llama.cpp's threads and a GPU context do not survive a fork.
+    # New processes instead of forks, because llama.cpp's threads and a GPU context do not survive a fork.
     context = multiprocessing.get_context("spawn")
     n_jobs = min(jobs, len(open_tasks))
     with open(output, "a", encoding="utf-8") as file:
@@ -122,7 +122,7 @@ def run_corpus(
                 except BrokenProcessPool:
                     raise RefengineError(
                         f"a process died, perhaps for lack of memory; {output} keeps the {len(done)} results so far, "
-                        "and the same command goes on from there (try fewer --jobs)"
+                        "and the same command resumes from there (try fewer --jobs)"
                     ) from None
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
@@ -131,12 +131,12 @@ def run_corpus(
 
 
 def _key(model_sha256: str, prompt: Prompt, settings: Settings) -> str:
-    told = json.dumps([model_sha256, prompt.value, asdict(settings), refengine.__version__])
-    return hashlib.sha256(told.encode()).hexdigest()[:24]
+    text = json.dumps([model_sha256, prompt.value, asdict(settings), refengine.__version__])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _read_rows(output: Path) -> dict[str, Row]:
-    """Rows of an earlier run that need not be run again. A line that was cut off while it was written is dropped."""
+    """The rows of earlier runs, without failed ones, by key. An incomplete last line is removed from the file."""
     if not output.exists():
         return {}
     text = output.read_text(encoding="utf-8")
@@ -150,13 +150,13 @@ def _read_rows(output: Path) -> dict[str, Row]:
                 with open(output, "r+", encoding="utf-8") as file:
                     file.truncate(len(text[: -len(line)].encode()))
                 continue
-            raise RequestError(f"{output}: line {number} is no result of a corpus run: {line:.60}") from None
+            raise RequestError(f"{output}: line {number} is not a result of a corpus run: {line:.60}") from None
         if "error" not in row:
             rows[key] = row
     return rows
 
 
-_loaded: tuple[Path, Settings, Model] | None = None  # a process keeps the model that it ran last
+_loaded: tuple[Path, Settings, Model] | None = None  # each process keeps the model that it used last
 
 
 def _run(key: str, path: Path, sha256: str, prompt: Prompt, settings: Settings) -> Row:
@@ -185,7 +185,7 @@ def _run(key: str, path: Path, sha256: str, prompt: Prompt, settings: Settings) 
 def _model(path: Path, settings: Settings) -> Model:
     global _loaded
     if _loaded is None or _loaded[:2] != (path, settings):
-        _loaded = None  # freed before the next is loaded
+        _loaded = None  # free it before loading the next
         model = refengine.load(
             path,
             settings.device,
@@ -199,7 +199,7 @@ def _model(path: Path, settings: Settings) -> Model:
 
 
 def summary_table(rows: Sequence[Row]) -> Table:
-    """A line for every model: verdicts, the nearest that any tensor came to its limit, KL over all positions, flips."""
+    """A table with a line for every model: verdicts, the least margin of any tensor, KL over all positions, flips."""
     table = Table(title="agreement by model")
     headings = "model,type,prompts,agree,diverge,failed,least margin,KL mean,p99,max,flips"
     for heading in headings.split(","):

@@ -1,15 +1,15 @@
 """Dumps: intermediate tensors of any engine, in a folder that any engine can write.
 
-A folder with `manifest.json` and data files. The manifest is one JSON object:
+The folder has `manifest.json` and data files. The manifest is one JSON object:
 
     format        "refengine-dump"               format_version   1
     engine        free text: name and version    ids              token ids of the prompt, one sequence from position 0
-    model_sha256  of the GGUF file, or null      numerics, flags  free: what the reader should know of the run
+    model_sha256  of the GGUF file, or null      numerics, flags  free: information about the run for the reader
     axis_order    "numpy" (slowest axis first) or "ggml" (`ne`: fastest first); default "numpy"
     complete      false while the writer is still writing (default true)
     tensors       a list of objects:
         name        llama.cpp's: "Qcur", "l_out", "result_norm"; "result_output" are the logits
-        layer       number, or null for tensors of no layer
+        layer       number, or null for tensors outside the layers
         occurrence  number for an earlier one of several tensors with this name (Qcur: 0 the product, 1 with its
                     bias), null for the last (after RoPE)
         shape       list of lengths, in the manifest's axis order (or the tensor's own `axis_order`)
@@ -19,7 +19,7 @@ A folder with `manifest.json` and data files. The manifest is one JSON object:
 
 `Qcur-3#0` is the full name of tensor Qcur, layer 3, occurrence 0. `refengine_dump.h`, beside this file, writes this
 format from C++.
-A dump comes from somebody else's program: every path, size and type in it is checked before it is used.
+A dump comes from another program, so every path, size and type in it is checked before it is used.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ _MAX_MANIFEST = 256 << 20  # bytes; a manifest of a million tensors is smaller
 
 @dataclass(frozen=True)
 class NameMap:
-    """Another engine's tensor names in llama.cpp's: rules tried in order, the first whose expression matches whole.
+    """Maps another engine's tensor names to llama.cpp's, by the first rule whose expression matches the whole name.
 
-    Made of a YAML or JSON list of [expression, replacement]; `\\1` in the replacement is the first group; a null
-    replacement leaves the tensor out. A name that no rule matches stays as it is.
+    Read from a YAML or JSON list of [expression, replacement]. `\\1` in the replacement is the first group; a null
+    replacement omits the tensor. A name without a matching rule is unchanged.
     """
 
     rules: tuple[tuple[re.Pattern[str], str | None], ...] = ()
 
     @staticmethod
     def read(path: str | Path) -> NameMap:
-        """Raises DumpError for a file that is no such list, or an expression that does not compile."""
+        """Read a name map. Raises DumpError if the file is not such a list, or an expression is invalid."""
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -69,7 +69,7 @@ class NameMap:
                 case [str() as expression, (str() | None) as replacement]:
                     try:
                         compiled = re.compile(expression)
-                        if replacement is not None:  # a group that does not exist shows at once
+                        if replacement is not None:  # raises at once for a group that does not exist
                             compiled.sub(replacement, "")
                     except (re.error, IndexError) as e:
                         raise DumpError(f"{path}: rule {i}: {expression!r} → {replacement!r}: {e}") from None
@@ -79,7 +79,7 @@ class NameMap:
         return NameMap(tuple(rules))
 
     def __call__(self, name: str) -> str | None:
-        """The name in llama.cpp's terms; None to leave the tensor out."""
+        """llama.cpp's name for a tensor; None to omit the tensor."""
         for expression, replacement in self.rules:
             match = expression.fullmatch(name)
             if match:
@@ -88,9 +88,9 @@ class NameMap:
 
 
 def read_dump(path: str | Path, names: NameMap | None = None) -> Capture:
-    """Read a dump: its folder, or its manifest (of any file name). Raw files are mapped, not loaded.
+    """Read a dump, given by its folder or its manifest (with any file name). Raw files are mapped, not loaded.
 
-    Raises DumpError, naming the entry, for whatever is missing, malformed or points outside the folder.
+    Raises DumpError, which names the entry, for anything missing, malformed or outside the folder.
     """
     manifest = Path(path) / "manifest.json" if Path(path).is_dir() else Path(path)
     reader = _Reader(manifest, names or NameMap())
@@ -102,7 +102,7 @@ class _Reader:
         self.path, self.folder, self.names = manifest, manifest.parent, names
         try:
             if manifest.stat().st_size > _MAX_MANIFEST:
-                raise DumpError(f"{manifest}: larger than {_MAX_MANIFEST >> 20} MiB, which no manifest is")
+                raise DumpError(f"{manifest}: larger than the limit of {_MAX_MANIFEST >> 20} MiB for a manifest")
             content = json.loads(manifest.read_text(encoding="utf-8"))
         except OSError as e:
             raise DumpError(f"{manifest}: {e.strerror}; a dump is a folder with manifest.json") from None
@@ -112,8 +112,7 @@ class _Reader:
             raise DumpError(f'{manifest}: not a dump: expected "format": "{FORMAT}"')
         if content.get("format_version") != FORMAT_VERSION:
             raise DumpError(
-                f"{manifest}: format_version {content.get('format_version')!r} is not {FORMAT_VERSION}, which this "
-                "version reads"
+                f"{manifest}: format_version is {content.get('format_version')!r}; this version reads {FORMAT_VERSION}"
             )
         self.content: dict[str, Any] = content
 
@@ -130,7 +129,7 @@ class _Reader:
             if name is None:
                 continue
             if name in tensors:
-                raise DumpError(f"{self.path}: {where}: tensor {name} is there twice")
+                raise DumpError(f"{self.path}: {where}: tensor {name} occurs twice")
             tensors[name] = self._tensor(entry, name)
         sha256 = self._field(self.content, "model_sha256", (str, type(None)), "manifest", None)
         return Capture(
@@ -150,8 +149,8 @@ class _Reader:
         value = table.get(key)
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-            raise DumpError(f"{self.path}: {where}: {key!r} must be {wanted}, found {value!r:.80}")
+            expected = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise DumpError(f"{self.path}: {where}: {key!r} must be {expected}, found {value!r:.80}")
         return value
 
     def _full_name(self, entry: dict[str, Any], where: str) -> str:
@@ -166,7 +165,7 @@ class _Reader:
         where = f"tensor {name}"
         shape = self._field(entry, "shape", list, where)
         if any(type(n) is not int or n < 0 for n in shape):
-            raise DumpError(f"{self.path}: {where}: shape {shape!r:.80} must be lengths from 0")
+            raise DumpError(f"{self.path}: {where}: shape {shape!r:.80} must be a list of lengths from 0")
         dtype = self._field(entry, "dtype", str, where)
         if dtype not in _DTYPES:
             raise DumpError(f"{self.path}: {where}: unknown dtype {dtype!r}; known: {', '.join(_DTYPES)}")
@@ -180,7 +179,7 @@ class _Reader:
         else:
             value = self._loaded(entry, file, name, where)
             if value.shape != in_numpy:
-                raise DumpError(f"{self.path}: {where}: {file.name} holds shape {value.shape}, not {in_numpy}")
+                raise DumpError(f"{self.path}: {where}: {file.name} has shape {value.shape}, not {in_numpy}")
         return _bf16(value) if dtype == "bf16" and value.dtype == np.uint16 else value
 
     def _file(self, entry: dict[str, Any], where: str) -> Path:
@@ -231,7 +230,7 @@ def manifest_of(
     numerics: str = "",
     flags: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of tensors, by full name, that stand in one .safetensors file under these names."""
+    """The manifest of tensors that are stored in one .safetensors file under their full names."""
     entries = []
     for full, value in tensors.items():
         base, _, occurrence = full.partition("#")

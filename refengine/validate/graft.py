@@ -1,7 +1,7 @@
-"""Grafting: what one wrong step costs at the logits, and what is left once it is mended.
+"""Grafting: measures the effect of one wrong operation on the logits, and of all others without it.
 
-The other engine's local error at a tensor is what it got minus what we get on its inputs. Added to ours in a run of our
-own, it travels on as it would in that engine; so errors can be had one by one, or all but one.
+The other engine's local error of a tensor is its value minus ours on the same inputs. Added to our tensor in our own
+run, it propagates as in that engine. So errors can be applied one at a time, or all but one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from refengine.validate.metrics import LogitMetrics, compare_logits
 
 @dataclass(frozen=True)
 class Graft:
-    """Logits against our own, with the own error of tensor `name` `alone`, and with those of all `others` but it."""
+    """Logits compared with our own: with only the own error of tensor `name` (alone), and with all others (others)."""
 
     name: str
     alone: LogitMetrics
@@ -29,9 +29,9 @@ class Graft:
 
 
 def graft(model: Model, verdict: Verdict, name: str) -> Graft:
-    """What the own error of tensor `name` does to the logits. Costs three forward passes.
+    """The effect of the own error of tensor `name` on the logits. Needs three forward passes.
 
-    Raises ValueError for a tensor that has no own error in this verdict.
+    Raises ValueError for a tensor without an own error in this verdict.
     """
     wrong = [t.name for t in verdict.tensors if t.own_error]
     if name not in wrong:
@@ -52,7 +52,7 @@ def _logits(
 
 
 def _change(name: str, ours: np.ndarray, theirs: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Adds the local error. Chosen experts are not added to: theirs are taken."""
+    """A function that adds the local error to a tensor. Indices of chosen experts are replaced by theirs instead."""
     if ours.dtype.kind != "f":
         return lambda value: put_into(name, to_numpy(value), theirs)
     error = theirs.astype(np.float64) - ours.astype(np.float64)

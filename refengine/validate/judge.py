@@ -1,19 +1,20 @@
-"""Which tensor of another engine went wrong first, and whether the error is its own.
+"""Finds the first tensor of another engine that is wrong because of its own operation.
 
-Every operation is run on the inputs that the other engine captured (replay), so that what it inherited does not count:
-that is the local error. It is judged against a noise floor that is measured, not chosen: the same operation on the same
-inputs with its sums in float64, in float32, and in float32 from the other end, which is how much two right engines may
-differ by their order of additions.
+Every operation is run on the inputs that the other engine captured (replay). The difference is the local error, which
+does not include inherited errors. It is compared with a measured noise floor: the difference between runs of the same
+operation on the same inputs with sums in float64, in float32, and in float32 in the reverse order. This is how much two
+correct engines may differ by their order of additions.
 
-Where the capture leaves tensors out, several operations stand between two that it has, and a product that rounds its
-inputs may round one of them the other way. What that makes of the noise is found by shaking the tensors left out, a few
-times by two units in the last place, and a few times sixteen times as much, which meets more of the rare flips. Where
-the rougher runs are further off than in proportion, a flip it was, and they are the floor; else the gentle ones are.
+If the capture lacks tensors, there are several operations between two tensors that it has, and a product that rounds
+its inputs may round one of them the other way (a flip). To measure this noise, the missing tensors are shaken: changed
+at random, in some runs by two units in the last place (gentle), in others by sixteen times as much (rough), which finds
+more of the rare flips. If the rough runs differ by more than in proportion to the shaking, flips have occurred, and the
+rough runs determine the floor; otherwise the gentle ones do.
 
     threshold = max(SUM_MARGIN · floor, POINTWISE)      all as NMSE
 
 SUM_MARGIN: over 91 models of six architectures and twelve types, llama.cpp's local error was at most 6.1 times the
-floor (products with Q5_1 weights), 0.2 times in the median. POINTWISE: where nothing is summed (or sums are exact), it
+floor (products with Q5_1 weights), 0.2 times in the median. POINTWISE: if nothing is summed (or sums are exact), it
 was at most 7e-15 (exponentials in float32); an error of three units in the last place of every element is 3e-14.
 """
 
@@ -41,16 +42,17 @@ POINTWISE = 3e-14
 SHAKE = 2.0**-22  # relative: two units in the last place of float32
 ROUGHER = 16.0
 SHAKEN_RUNS = 4
-AGREES, DIVERGES, NOTHING_COMPARED = 0, 1, 3  # exit codes; 2 is wrong use
+AGREES, DIVERGES, NOTHING_COMPARED = 0, 1, 3  # exit codes; 2 is for wrong arguments
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class TensorVerdict:
-    """One tensor. `local`: on the other engine's inputs; `total`: at the end of both engines' own way there.
+    """The verdict about one tensor.
 
-    layout: how the other engine's was brought into our shape, in words; empty where nothing was to be done.
+    local: the error on the other engine's inputs. total: the error between both engines' own runs.
+    layout: how the other engine's tensor was brought into our shape, as text; empty if it already had it.
     """
 
     name: str
@@ -66,18 +68,18 @@ class TensorVerdict:
 
     @property
     def margin(self) -> float:
-        """How far below its threshold the local error is, as a factor; infinite where there is no error."""
+        """The threshold divided by the local error; infinite if there is no error."""
         return self.threshold / self.local.nmse if self.local.nmse else math.inf
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome. True where the engines agree in everything that was compared, and something was.
+    """The verdict about a capture. True if something was compared and the engines agree in all of it.
 
-    tensors: in order of evaluation. missing: ours that the capture lacks. unknown: those of the capture that we lack.
-    logits: our own free run against the capture's, of the positions that it has.
-    capture: what was judged, its tensors in our shapes and order (`validate.alignment`). replayed: by name, what we get
-    on its inputs, in the rows that it has.
+    tensors: in order of evaluation. missing: our tensors that the capture lacks. unknown: its tensors that we lack.
+    logits: the capture's compared with those of our own run, at the positions that it has.
+    capture: the judged capture, with its tensors in our shapes and axis order (`validate.alignment`).
+    replayed: by name, our tensors computed from its inputs, in the rows that it has.
     """
 
     tensors: tuple[TensorVerdict, ...]
@@ -96,7 +98,7 @@ class Verdict:
 
     @property
     def least_margin(self) -> TensorVerdict | None:
-        """The tensor that is nearest to its threshold, or furthest beyond."""
+        """The tensor that is nearest to its threshold, or furthest above it."""
         return min(self.tensors, key=lambda t: t.margin, default=None)
 
     @property
@@ -114,17 +116,17 @@ def judge(
     model_sha256: str | None = None,
     progress: Progress = lambda stage: None,
 ) -> Verdict:
-    """Judge another engine's tensors by this model, which must run under that engine's numerics profile.
+    """Judge another engine's tensors by this model, which must have that engine's numerics profile.
 
-    tolerances:   (regular expression on full names, NMSE); the last that matches replaces the measured threshold.
-    model_sha256: of our file; refused where the capture names another. None does not ask.
-    Raises ModelError for another model, RequestError for ids that do not fit it or a bad expression, TraceError for a
-    tensor of a size that is not ours.
+    tolerances:   (regular expression on full names, NMSE); the last match replaces the measured threshold.
+    model_sha256: the hash of our file, compared with the capture's. None: not compared.
+    Raises ModelError for another model, RequestError for invalid ids or an invalid expression, TraceError for a tensor
+    whose size differs from ours.
     """
     if model_sha256 and capture.model_sha256 and model_sha256 != capture.model_sha256:
         raise ModelError(
             f"{capture.source} was made with another model file (sha256 {capture.model_sha256[:12]}…, ours "
-            f"{model_sha256[:12]}…); waive this only if you know that the files are equivalent"
+            f"{model_sha256[:12]}…); skip this check only if you know that the files are equivalent"
         )
     model.check_ids(capture.ids)
     patterns = [(_expression(text), value) for text, value in tolerances]
@@ -156,14 +158,14 @@ def judge(
             flips = max(run.distances[name] for run in rough)
             proportionate = max(floor, SHAKE**2) * ROUGHER**2
             floor = flips if flips > ROUGHER * proportionate else floor
-        given = [tolerance for pattern, tolerance in patterns if pattern.search(name)]
+        matching = [tolerance for pattern, tolerance in patterns if pattern.search(name)]
         verdicts.append(
             TensorVerdict(
                 name,
                 local=_compared(name, peer[name], value, own.values[name]),
                 total=_compared(name, peer[name], part_of(name, own.values[name], peer[name]), own.values[name]),
                 floor=floor,
-                threshold=given[-1] if given else max(SUM_MARGIN * floor, POINTWISE),
+                threshold=matching[-1] if matching else max(SUM_MARGIN * floor, POINTWISE),
                 layout=layouts[name],
             )
         )
@@ -178,15 +180,15 @@ def judge(
 
 
 def _compared(name: str, theirs: np.ndarray, ours: np.ndarray, whole: np.ndarray) -> TensorMetrics:
-    """`compare`, the worst coordinate counted in the `whole` of our tensor where theirs has its last rows only."""
-    found, axis = compare(theirs, ours), row_axis(name)
-    worst = list(found.worst)
+    """Like `compare`, but the worst coordinate is that of the `whole` of our tensor; theirs may lack the first rows."""
+    metrics, axis = compare(theirs, ours), row_axis(name)
+    worst = list(metrics.worst)
     worst[axis] += whole.shape[axis] - theirs.shape[axis]
-    return replace(found, worst=tuple(worst))
+    return replace(metrics, worst=tuple(worst))
 
 
 def _aligned(capture: Capture, own: Mapping[str, np.ndarray], n_layer: int) -> tuple[Capture, dict[str, str]]:
-    """The capture with every tensor that we have too in our shape, and notes by name."""
+    """The capture, with its tensors in our shapes as far as we have them, and notes on their layouts by name."""
     tensors, layouts = dict(capture.tensors), {}
     for name, ours in own.items():
         rows_cut = may_be_cut(name, n_layer)
@@ -195,7 +197,7 @@ def _aligned(capture: Capture, own: Mapping[str, np.ndarray], n_layer: int) -> t
 
 
 def _logits(other_sums: Model, capture: Capture, ours: np.ndarray, names: Sequence[str]) -> LogitMetrics | None:
-    """The capture's logits against ours; what rounding may do is measured only where a token flips."""
+    """The capture's logits compared with ours. The effect of rounding is measured only if a token flips."""
     if LOGITS not in capture.tensors:
         return None
     theirs = capture.tensors[LOGITS]
@@ -219,7 +221,7 @@ def _expression(text: str) -> re.Pattern[str]:
 
 
 def _in_other_width(model: Model) -> Model:
-    """What is float32 in float64, and the reverse; RoPE's angles too, but for profiles that follow one engine."""
+    """The model with sums in float64 instead of float32, or the reverse; for the exact profiles all arithmetic."""
     numerics = model.ops.numerics
     if numerics.as_llamacpp or numerics.half_rows:
         return _variant(model, sum_dtype=np.float32)
@@ -228,17 +230,17 @@ def _in_other_width(model: Model) -> Model:
 
 
 def _variant(model: Model, **numerics: Any) -> Model:
-    """The same model rounded in another way. It runs once: no dequantised weight is worth keeping."""
+    """The same model with other numerics. It runs only once, so it keeps no dequantised weights."""
     ops = Ops(model.ops.xp, replace(model.ops.numerics, **numerics), cache_bytes=0)
     return Model(model.gguf, model.config, model.vocabulary, model.weights, ops, model.device, model.n_ctx)
 
 
 class _Run:
-    """One forward pass whose tensors are kept where the peer has them, and replaced by the peer's if asked.
+    """One forward pass that keeps our tensors which the peer has too, and optionally replaces them by the peer's.
 
-    The peer's are aligned, and ours are kept to the rows that it has, if they are to be substituted. With a reference,
-    only the NMSE from it is kept of each tensor: noise is a number.
-    shaken: tensors to move by a few units in the last place, at random, to see what rounding makes of that.
+    substitute: replace our tensors by the peer's, which must be aligned; only the rows that the peer has are kept.
+    reference: if given, only the NMSE of each tensor from the reference is kept, as a measure of noise.
+    shaken: the names of tensors to change at random by a few units in the last place, to measure rounding's effect.
     """
 
     def __init__(
@@ -258,19 +260,19 @@ class _Run:
         self._shaken, self._amount, self._rng = shaken, shake, np.random.default_rng(seed)
 
     def forward(self, model: Model, ids: Sequence[int]) -> np.ndarray:
-        moved = {name: self._shake for name in self._shaken}
-        trace = Trace(replace=moved | {name: self._at(name) for name in self._peer}, strict=False)
+        shaking = {name: self._shake for name in self._shaken}
+        trace = Trace(replace=shaking | {name: self._at(name) for name in self._peer}, strict=False)
         logits = model.forward(ids, trace=trace, chunk=len(ids))
         self.seen = trace.seen
         return logits
 
     def _shake(self, ours: np.ndarray) -> np.ndarray:
-        if ours.dtype.kind != "f":  # chosen experts
+        if ours.dtype.kind != "f":  # indices of chosen experts
             return ours
         values = to_numpy(ours)
         amounts = self._rng.uniform(-self._amount, self._amount, values.shape).astype(values.dtype)
         shaken: np.ndarray = values + values * amounts
-        return shaken  # Trace puts it on the tensor's device
+        return shaken  # Trace copies it to the tensor's device
 
     def _at(self, name: str) -> Callable[[np.ndarray], np.ndarray]:
         def keep(ours: np.ndarray) -> None:

@@ -1,10 +1,10 @@
-"""llama.cpp as a peer: its logits and every intermediate float tensor, live, through llama-cpp-python.
+"""llama.cpp as a peer: its logits and all intermediate float tensors, live, with llama-cpp-python.
 
-Runs on the CPU backend with flash attention off and weights as the file stores them, so that what is compared is the
-arithmetic described in its source. Tensors are read in the scheduler's evaluation callback (`cb_eval`) with ctypes: a
-`ggml_tensor`'s ne, nb, data and name (ggml/include/ggml.h).
+Runs on the CPU backend without flash attention, with weights as the file stores them, so that the arithmetic of its
+source is compared. Tensors are read in the scheduler's evaluation callback (`cb_eval`) with ctypes: the ne, nb, data
+and name of a `ggml_tensor` (ggml/include/ggml.h).
 
-Names follow refengine: NumPy axis order, and `Qcur-0#0` for the earlier of several nodes called `Qcur-0`.
+Names and shapes follow refengine: NumPy axis order, and `Qcur-0#0` for the first of several nodes called `Qcur-0`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _VIEW_OPS = {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}
 
 
 class _GgmlTensor(ctypes.Structure):
-    """`struct ggml_tensor` up to its name."""
+    """`struct ggml_tensor`, up to and including its name."""
 
     _fields_ = (
         ("type", ctypes.c_int),
@@ -49,13 +49,13 @@ class _GgmlTensor(ctypes.Structure):
 
 
 class LlamaCpp:
-    """A model loaded by llama.cpp. A context manager; `close` frees what the library holds.
+    """A model loaded by llama.cpp. A context manager; `close` frees the library's memory.
 
-    kv_type: `f16` or `f32`. n_threads: CPU threads. n_ctx: tokens of context.
-    n_ubatch: tokens of a micro-batch (default: all that are given at once).
-    repack: let llama.cpp re-order weights at load for its fastest kernels (off: weights as the file has them).
-    capture: install the evaluation callback that `tensors` needs; it costs speed (the graph runs node by node).
-    Raises `RefengineError` where llama-cpp-python is not installed, `ModelError` where llama.cpp refuses the file.
+    kv_type: `f16` or `f32`. n_threads: CPU threads. n_ctx: context length in tokens.
+    n_ubatch: tokens of a micro-batch (default: all tokens of a call).
+    repack: let llama.cpp reorder weights at load for its fastest kernels (False: weights as stored in the file).
+    capture: install the evaluation callback that `tensors` needs; it is slower, because the graph runs node by node.
+    Raises `RefengineError` if llama-cpp-python is not installed, `ModelError` if llama.cpp refuses the file.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class LlamaCpp:
         model_params.n_gpu_layers = 0
         self._model = llama_cpp.llama_model_load_from_file(str(Path(path)).encode(), model_params)
         if not self._model:
-            raise ModelError(f"{path}: llama.cpp does not load this file: {_last_log()}")
+            raise ModelError(f"{path}: llama.cpp cannot load this file: {_last_log()}")
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -93,21 +93,21 @@ class LlamaCpp:
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn_type = 1 if flash_attention else 0
         params.type_k = params.type_v = kv_types[kv_type]
-        params.swa_full = True  # cells stay in the order of positions, also in sliding layers
+        params.swa_full = True  # cells stay in the order of positions, also in layers with a sliding window
         params.offload_kqv = False
         if capture:
             self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_eval)
             params.cb_eval = self._callback
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
-            raise ModelError(f"{path}: llama.cpp makes no context: {_last_log()}")
+            raise ModelError(f"{path}: llama.cpp cannot create a context: {_last_log()}")
         self._filter: re.Pattern[str] | None = None
         self._captured: list[tuple[str, str, np.ndarray]] = []
         self._callback_error: BaseException | None = None
         self._n_past = 0
 
     def logits(self, ids: Sequence[int], last_only: bool = False) -> np.ndarray:
-        """Logits of every one of `ids` (or the last), appended to what was evaluated before: (n, n_vocab) float32."""
+        """The logits of all `ids` (or the last), (n, n_vocab) float32. The ids continue those of earlier calls."""
         lib, n = self._lib, len(ids)
         if n == 0:
             raise RequestError("no tokens to evaluate")
@@ -132,10 +132,10 @@ class LlamaCpp:
         return np.ctypeslib.as_array(rows, shape=(1 if last_only else n, self.n_vocab)).copy()
 
     def tensors(self, ids: Sequence[int], pattern: str = "") -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """As `logits`, and the tensors whose name matches the regular expression, in NumPy order without leading 1s.
+        """Like `logits`, with the tensors whose name matches the regular expression, in NumPy order without leading 1s.
 
-        Views (reshape, permute) are left out. A name that several nodes bear keeps its plain form for the last of them.
-        Micro-batches are joined along the rows; `kq` is left out then: its columns for later tokens were not yet made.
+        Views (reshape, permute) are omitted. If several nodes have the same name, the last one has the plain name.
+        Micro-batches are joined along the rows; `kq` is then omitted, because its columns for later tokens are missing.
         """
         self._filter, self._captured, self._callback_error = re.compile(pattern), [], None
         try:
@@ -155,11 +155,11 @@ class LlamaCpp:
         return logits, named
 
     def ops(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Name, ggml operation and shape of what the last `tensors` call captured, in order of evaluation."""
+        """Name, ggml operation and shape of each tensor that the last `tensors` call captured, in order."""
         return [(name, op, value.shape) for name, op, value in self._captured]
 
     def reset(self) -> None:
-        """Forget what was evaluated."""
+        """Clear the KV cache and start at position 0."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         self._n_past = 0
 
@@ -180,20 +180,21 @@ class LlamaCpp:
         self.close()
 
     def _on_eval(self, pointer: int, ask: bool, user_data: Any) -> bool:
-        """Called twice a node: `ask` whether its value is wanted, then with the value. False would stop the run."""
+        """llama.cpp's callback, called twice per node: with `ask`, returns whether the value is needed; then with the
+        value, returns True to continue."""
         if self._filter is None:
-            return not ask  # nothing is wanted; computed nodes are always fine
+            return not ask  # no value is needed; after a node the run always continues
         try:
             tensor = ctypes.cast(pointer, ctypes.POINTER(_GgmlTensor)).contents
             name = tensor.name.decode("utf-8", "replace")
-            wanted = self._filter.search(name) is not None and tensor.type in _NUMPY_TYPES
+            is_captured = self._filter.search(name) is not None and tensor.type in _NUMPY_TYPES
             if ask:
-                return wanted
+                return is_captured
             op = self._op_name(pointer)
-            if wanted and op not in _VIEW_OPS:
+            if is_captured and op not in _VIEW_OPS:
                 self._captured.append((name, op, _read(tensor)))
             return True
-        except Exception as e:  # an exception must not cross into C
+        except Exception as e:  # an exception must not propagate into C
             self._callback_error = e
             return False
 
@@ -204,13 +205,13 @@ class LlamaCpp:
 
 
 def _joined(name: str, parts: list[np.ndarray], n_batches: int) -> list[np.ndarray]:
-    """A name's values of every micro-batch, in order of evaluation → of the whole prompt, one an occurrence."""
+    """Join a name's values of all micro-batches, in order of evaluation, to one value per occurrence."""
     if name.startswith("kq-") or len(parts) % n_batches or any(p.ndim < 2 for p in parts):
         return []
     n, axis, joined = len(parts) // n_batches, row_axis(name), []
     for occurrence in range(n):
         values = parts[occurrence::n]
-        if name.startswith(SCORES):  # the cache grows; what is not in it yet has no weight
+        if name.startswith(SCORES):  # the cache grows; positions that are not in it yet have weight 0
             width = max(v.shape[-1] for v in values)
             values = [np.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, width - v.shape[-1])]) for v in values]
         joined.append(np.concatenate(values, axis=axis))
@@ -218,7 +219,7 @@ def _joined(name: str, parts: list[np.ndarray], n_batches: int) -> list[np.ndarr
 
 
 def capture_llamacpp(path: str | os.PathLike[str], ids: Sequence[int], **options: Any) -> Capture:
-    """Every tensor that llama.cpp makes of a prompt; options are those of `LlamaCpp`."""
+    """All tensors that llama.cpp computes for a prompt. options: those of `LlamaCpp`."""
     options.setdefault("n_ctx", max(512, len(ids)))
     with LlamaCpp(path, **options) as peer:
         _, tensors = peer.tensors(ids)
@@ -227,24 +228,24 @@ def capture_llamacpp(path: str | os.PathLike[str], ids: Sequence[int], **options
 
 
 def quantize(source: str | os.PathLike[str], output: str | os.PathLike[str], file_type: int) -> None:
-    """Write `source`, a float GGUF file, as `output` by llama.cpp's quantiser (`llama_model_quantize`).
+    """Quantise the float GGUF file `source` to `output` with llama.cpp's `llama_model_quantize`.
 
-    file_type: a `gguf.LlamaFileType`, as MOSTLY_Q4_K_M. Raises `RefengineError` without llama-cpp-python, `ModelError`
-    where llama.cpp refuses.
+    file_type: a `gguf.LlamaFileType`, such as MOSTLY_Q4_K_M. Raises `RefengineError` without llama-cpp-python,
+    `ModelError` if llama.cpp refuses the file.
     """
     llama_cpp = _library()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = int(file_type)
     if llama_cpp.llama_model_quantize(str(Path(source)).encode(), str(Path(output)).encode(), ctypes.byref(params)):
-        raise ModelError(f"{source}: llama.cpp does not quantise this file: {_last_log()}")
+        raise ModelError(f"{source}: llama.cpp cannot quantise this file: {_last_log()}")
 
 
 _log_lines: list[str] = []
-_log_callback: Any = None  # C keeps the pointer: it must outlive every context
+_log_callback: Any = None  # C code keeps a pointer to it, so it must outlive every context
 
 
 def _library() -> Any:
-    """llama-cpp-python, with the library's log kept here instead of on stderr."""
+    """The module llama_cpp. The library's log is stored here instead of being printed to stderr."""
     global _log_callback
     try:
         import llama_cpp
@@ -277,7 +278,7 @@ def _ggml_base() -> ctypes.CDLL:
 
 
 def _read(tensor: _GgmlTensor) -> np.ndarray:
-    """A copy of the tensor's values, axes in NumPy's order, leading axes of length 1 dropped (to at least 2)."""
+    """A copy of the tensor's values in NumPy's axis order, without leading axes of length 1 (but at least 2 axes)."""
     dtype = np.dtype(_NUMPY_TYPES[tensor.type])
     shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
     extent = dtype.itemsize + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))

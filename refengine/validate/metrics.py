@@ -1,8 +1,8 @@
-"""How far two tensors, or two sets of logits, are apart.
+"""Measures the distance between two tensors, or between two sets of logits.
 
-`value` is the tensor under test, `reference` what it should be. Everything is computed in float64. Where exactly one of
-the two is NaN or infinite, or they are infinite with different signs, the coordinate is a mismatch: counted, and left
-out of the other figures.
+`value` is the tensor under test, `reference` the correct one. Everything is computed in float64. If exactly one of the
+two is NaN or infinite at a coordinate, or they are infinite with different signs, the coordinate is a mismatch: it is
+counted, and excluded from the other metrics.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TOP_K = 10
 
 @dataclass(frozen=True)
 class TensorMetrics:
-    """Distance of a tensor from its reference; see `compare` for the definitions."""
+    """The distance of a tensor from its reference; see `compare` for the definitions."""
 
     size: int
     nmse: float
@@ -37,19 +37,19 @@ class TensorMetrics:
 
     @property
     def finite(self) -> bool:
-        """Whether no coordinate is NaN or infinite in one of the two only."""
+        """Whether there is no mismatch, that is, no coordinate with NaN or infinity in only one of the two."""
         return self.nonfinite_mismatches == 0
 
 
 def compare(value: np.ndarray, reference: np.ndarray) -> TensorMetrics:
-    """Compare two tensors of one shape.
+    """Compare two tensors with the same shape.
 
     nmse:     mean((value - reference)²) / mean(reference²): the mean-square definition.
     cosine:   ⟨value, reference⟩ / (‖value‖ ‖reference‖); 1 for two zero tensors.
     *_abs:    of |value - reference|.      *_rel: of |value - reference| / |reference|, where the reference is not 0.
-    worst:    coordinate of max_abs, or of the first mismatch; worst_value and worst_reference stand there.
-    ulp_*:    float32 numbers between the two, after rounding both to float32.
-    Raises ValueError for unlike shapes or empty tensors.
+    worst:    the coordinate of max_abs, or of the first mismatch; worst_value and worst_reference are the values there.
+    ulp_*:    the number of float32 steps between the two, after rounding both to float32.
+    Raises ValueError for different shapes or empty tensors.
     """
     if value.shape != reference.shape:
         raise ValueError(f"shapes differ: {value.shape} and {reference.shape}")
@@ -103,7 +103,7 @@ def nmse(value: np.ndarray, reference: np.ndarray) -> float:
 
 
 def _nmse(error: np.ndarray, reference: np.ndarray) -> float:
-    # Scaled, so that squares of huge values do not overflow.
+    # Scaled, so that the squares of very large values do not overflow.
     scale = float(np.abs(reference).max())
     if scale == 0.0:
         return math.inf if error.any() else 0.0
@@ -119,24 +119,24 @@ def _cosine(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def ulp_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How many float32 numbers apart each pair is, +0 and -0 being one: (n,) int64. Finite numbers only."""
+    """The number of float32 steps between each pair, (n,) int64; +0 and -0 are equal. Only for finite numbers."""
     with np.errstate(over="ignore"):
         distance: np.ndarray = np.abs(_ordered(x.astype(np.float32)) - _ordered(y.astype(np.float32)))
     return distance
 
 
 def _ordered(x: np.ndarray) -> np.ndarray:
-    """float32 → integers in the same order, neighbours being one apart."""
+    """float32 → integers in the same order, whose neighbours differ by 1."""
     bits = x.view(np.int32).astype(np.int64)
     return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 @dataclass(frozen=True)
 class Flip:
-    """A position whose likeliest token differs.
+    """A position at which the most likely token differs.
 
-    margin: what the reference's logit of its own token is above that of `token`, in logits. bound: how far logits of
-    this position may be off by rounding. A tie is a flip that rounding explains: margin ≤ 2 · bound.
+    margin: the reference's logit of its own token minus its logit of `token`. bound: how far rounding may change logits
+    at this position. A tie is a flip that rounding explains: margin ≤ 2 · bound.
     """
 
     position: int
@@ -152,7 +152,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class LogitMetrics:
-    """Distance of logits from their reference over the positions of a prompt; see `compare_logits`."""
+    """The distance of logits from their reference over the positions of a prompt; see `compare_logits`."""
 
     kl: tuple[float, ...]
     top1_agreement: float
@@ -237,7 +237,7 @@ def compare_logits(
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities of every row, in nats, float64."""
+    """The log-probabilities of every row, in nats, float64."""
     wide = logits.astype(np.float64)
     shifted = wide - wide.max(axis=1, keepdims=True)
     log_probabilities: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -245,5 +245,5 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _top(logits: np.ndarray, k: int) -> np.ndarray:
-    """The k likeliest ids of every row, ties to the lower id: (n, k)."""
+    """The k most likely ids of every row, (n, k); of equal logits the lower id is first."""
     return np.argsort(-logits, axis=1, kind="stable")[:, :k]

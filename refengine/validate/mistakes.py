@@ -1,4 +1,4 @@
-"""Known mistakes of engines: what they are called, where they show first, and our model changed to make them."""
+"""Known mistakes of engines: a description, the tensors that show them first, and our model changed to make them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROTATED = r"^[QK]cur-\d+(#\d)?$"
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A known mistake: the tensors (expression on names) in which it shows first, in words, and as a changed model."""
+    """A known mistake. tensors: an expression for the tensors that show it first. apply: makes the changed model."""
 
     tensors: str
     text: str
@@ -35,7 +35,7 @@ class Hypothesis:
 
 
 def hypotheses(model: Model, first_wrong_row: int = 0) -> Iterator[Hypothesis]:
-    """Those that make a difference for this model. first_wrong_row: the token at which the error begins."""
+    """The hypotheses that apply to this model. first_wrong_row: the token at which the error begins."""
     yield from _norm_hypotheses(model)
     if model.config.rope is not None:
         yield from _rope_hypotheses(model, first_wrong_row)
@@ -122,7 +122,7 @@ def _attention_hypotheses(model: Model) -> Iterator[Hypothesis]:
 
 
 def _cache_hypotheses() -> Iterator[Hypothesis]:
-    """K and V as a wrong stride or a late write leaves them. Only a tensor made from K (or V) itself is tried."""
+    """Mistakes of the KV cache, such as a wrong stride or a late write. They show in tensors made from K or V."""
     for change, words in (
         (_newest_missing, "the newest token is not in the {} cache when it is read"),
         (_one_slot_late, "the {} cache is read one slot late: every token gets the one before"),
@@ -190,10 +190,10 @@ def _config(**changes: Any) -> Callable[[Model], Model]:
 
 
 class _ChangedOps(Ops):
-    """Operations of which some are replaced by functions of the right one and its arguments."""
+    """Operations, some of which are replaced by functions of the right operation and its arguments."""
 
     def __init__(self, ops: Ops, changes: dict[str, Callable[..., Any]]) -> None:
-        super().__init__(ops.xp, ops.numerics, cache_bytes=0)  # it runs once, and weights may be changed
+        super().__init__(ops.xp, ops.numerics, cache_bytes=0)  # no cache: it runs only once, and weights may be changed
         for name, change in changes.items():
             right = getattr(super(), name)
             setattr(self, name, lambda *a, _right=right, _change=change, **k: _change(_right, *a, **k))
@@ -209,7 +209,7 @@ def _ops(**changes: Callable[..., Any]) -> Callable[[Model], Model]:
 
 
 def _layers(change: Callable[[Any], None]) -> Callable[[Model], Model]:
-    """A model whose layers' weights are changed, all of them; the given one is left as it is."""
+    """Makes a copy of a model with `change` applied to the weights of every layer."""
 
     def apply(model: Model) -> Model:
         changed = copy.copy(model)
@@ -296,7 +296,7 @@ def _other_cache(change: Callable[[Any, int], Any]) -> Callable[..., Any]:
     """Attention on changed K and V: `change(rows, n_kv)` of the flat cache (n_slots, n_head_kv, head_dim)."""
 
     def attention(right: Any, Qcur: Any, k_cache: Any, v_cache: Any, batch: Any, **given: Any) -> Any:
-        n_kv = batch.spans[0].n_kv  # one sequence, in a cache of its own: slots are positions
+        n_kv = batch.spans[0].n_kv  # the cache has only this sequence, so its slots are positions
         changed = []
         for cache in (k_cache, v_cache):
             rows = cache.reshape(-1, *cache.shape[2:]).copy()
@@ -326,7 +326,7 @@ def _one_slot_early(rows: Any, n_kv: int) -> Any:
 
 
 def _strides_exchanged(rows: Any, n_kv: int) -> Any:
-    """What was written token by token, read as if it stood head by head."""
+    """Rows that were written token by token, read as if they had been written head by head."""
     n_head_kv, head_dim = rows.shape[1:]
     return rows[:n_kv].reshape(n_head_kv, n_kv, head_dim).transpose(1, 0, 2).copy()
 
@@ -379,7 +379,7 @@ def _changed_matrix(w: Any, kind: Any, field: str, change: Callable[[Any], Any])
 
 
 def _interleaved_heads(right: Any, Qcur: Any, k_cache: Any, v_cache: Any, *args: Any, **rest: Any) -> Any:
-    """Query head h reads K/V head h % n_head_kv: every query head gets a K/V head of its own, that one."""
+    """Attention in which query head h uses K/V head h % n_head_kv."""
     taken = np.arange(Qcur.shape[1]) % k_cache.shape[2]
     return right(Qcur, k_cache[:, :, taken], v_cache[:, :, taken], *args, **rest)
 

@@ -1,4 +1,4 @@
-"""The other engine, by what a user calls it: llama.cpp, refengine itself under another setting, or a dump."""
+"""Captures the tensors of the engine named by `--peer`: llama.cpp, refengine with other settings, or a dump."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from refengine.validate.llamacpp import capture_llamacpp
 LLAMACPP = "llama.cpp"
 SELF = "refengine"
 DEFAULT_PROMPT = "The quick brown fox jumps over the lazy dog. In 1984 there were 12,345 naïve ones — and you?"
-DEFAULT_TOKENS = 32  # of a prompt for a model without vocabulary
+DEFAULT_TOKENS = 32  # length of the default prompt for a model without vocabulary
 
 
 def is_dump(peer: str) -> bool:
-    """Whether this peer brings a prompt of its own."""
+    """Whether this peer is a dump, which contains its prompt."""
     return peer != LLAMACPP and peer.partition(":")[0] != SELF
 
 
 def default_ids(model: Model) -> list[int]:
-    """A prompt for who gives none: a sentence with numbers, accents and punctuation, or ids 1, 2, 3 …"""
+    """The default prompt: a sentence with numbers, accents and punctuation, or without a vocabulary ids 1, 2, 3 …"""
     if model.vocabulary is not None:
         return model.prompt_ids(DEFAULT_PROMPT)
     return [i % model.config.n_vocab for i in range(1, DEFAULT_TOKENS + 1)]
@@ -45,12 +45,12 @@ def capture_peer(
     flash_attention: bool = False,
     repack: bool = False,
 ) -> Capture:
-    """What `peer` makes of a prompt.
+    """The tensors that `peer` computes for a prompt.
 
-    peer:  `llama.cpp`; `refengine:SETTING,…` with settings among the profiles, KV types and devices
-           (`refengine:exact64`, `refengine:cuda,f16`); else the path of a dump, which has its own prompt.
-    names: for a dump. The rest is llama.cpp's (`LlamaCpp`).
-    Raises RequestError for a setting that does not exist or ids that do not fit, DumpError, and what engines raise.
+    peer:  `llama.cpp`; `refengine:SETTING,…` with numerics profiles, KV types and devices as settings
+           (`refengine:exact64`, `refengine:cuda,f16`); or the path of a dump, which contains its prompt.
+    names: the name map of a dump. The other arguments are those of `LlamaCpp`.
+    Raises RequestError for an unknown setting or invalid ids, DumpError, and the errors of the engines.
     """
     if is_dump(peer):
         return read_dump(peer, names or NameMap())
@@ -73,7 +73,7 @@ def capture_peer(
 
 
 def _capture_self(peer: str, model: Model, ids: list[int]) -> Capture:
-    """Our own engine on another device, profile or cache type; what is not said is as in `model`."""
+    """The capture of our own engine with another device, profile or KV type; other settings are those of `model`."""
     numerics, kv_type, device = model.ops.numerics.name, None, model.device.name
     for setting in filter(None, peer.partition(":")[2].split(",")):
         if setting in PROFILES:

@@ -1,4 +1,4 @@
-"""A pytest fixture for engines' own test suites: `assert_agrees`. pytest finds it where refengine is installed."""
+"""The pytest fixture `assert_agrees` for other engines' test suites. pytest finds it if refengine is installed."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def check_agreement(
     any_model: bool = False,
     **llamacpp: Any,
 ) -> Any:
-    """Compare `peer` with refengine on a prompt (text, ids, or None: a sentence of our own, or the dump's).
+    """Compare `peer` with refengine on a prompt (text, ids, or None for a built-in sentence or the dump's prompt).
 
-    peer: as `refengine validate --peer`. names: name map of a dump. numerics: `exact` for an engine that multiplies
-    dequantised weights. tolerances: (expression on names, NMSE). llamacpp: n_threads, n_ubatch, flash_attention,
-    repack.
-    Returns the `Outcome`; fails the test where the engines diverge or nothing was compared. Raises RefengineError for
-    wrong use.
+    peer: as for `refengine validate --peer`. names: the name map of a dump. numerics: `exact` for an engine that
+    multiplies dequantised weights. tolerances: (expression on names, NMSE). llamacpp: n_threads, n_ubatch,
+    flash_attention, repack.
+    Returns the `Outcome`; fails the test if the engines diverge or nothing was compared. Raises RefengineError for
+    wrong arguments.
     """
     __tracebackhide__ = True
     from rich.console import Console
@@ -56,7 +56,7 @@ def check_agreement(
     from refengine.validate.run import validate
 
     if prompt is not None and is_dump(str(peer)):
-        raise RequestError("a dump has its own prompt: leave yours out")
+        raise RequestError("a dump contains its prompt: do not give another one")
     loaded = refengine.load(model, device, numerics, kv_type=kv_type, cpu_cache_mb=0)
     ids = None if prompt is None else loaded.prompt_ids(prompt)
     capture = capture_peer(str(peer), loaded, ids, names=NameMap.read(names) if names else None, **llamacpp)

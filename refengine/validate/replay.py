@@ -1,8 +1,8 @@
-"""Replay: every operation of our forward pass run on the peer's own inputs.
+"""Replay: runs every operation of our forward pass on the peer's own inputs.
 
-With quantised weights one activation on a rounding boundary falls either way and the difference travels, so that
-two right engines end 1e-8 to 2e-4 apart. An operation that is fed the peer's captured inputs has inherited nothing:
-what it differs by is its own.
+With quantised weights, an activation on a rounding boundary may be rounded either way, and the difference propagates,
+so that two correct engines end 1e-8 to 2e-4 apart. An operation on the peer's captured inputs has inherited no error,
+so its whole difference is its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from refengine.validate.alignment import align, may_be_cut, part_of, put_into
 def replay(
     model: Model, ids: Sequence[int], peer: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Run `ids` with every tensor replaced, once we have computed it, by the peer's tensor of that name.
+    """Run `ids` and replace every tensor, after computing it, by the peer's tensor with that name.
 
     Returns the logits and, by tensor name in order of evaluation, our value and the peer's, both in our shape.
     """

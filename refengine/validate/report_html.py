@@ -1,4 +1,4 @@
-"""The verdict as one page: nothing is fetched, every figure is that of the JSON report it is made from."""
+"""The verdict as one HTML page, made from the JSON report. The page loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import jinja2
 from refengine.validate.report_text import number
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-LEVELS = 8  # of colour
+LEVELS = 8  # number of colour levels
 TINY = 1e-300  # for logarithms of 0
 
 Report = dict[str, Any]
 
 
 def to_html(report: Report) -> str:
-    """A page from the data of `report_json.to_json`. Text of other engines is escaped."""
+    """The HTML page for the data of `report_json.to_json`. Text from other engines is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["number"] = number
     environment.filters["value"] = lambda v: "NaN or infinite" if v is None else f"{v:.7g}"
@@ -42,7 +42,10 @@ def to_html(report: Report) -> str:
 
 
 def _heat_map(tensors: list[Report], level: Any, which: str) -> dict[str, Any]:
-    """Columns by tensor, rows by layer: the cells of `which` error. Tensors of no layer stand in rows of their own."""
+    """The cells of a heat map: columns by tensor, rows by layer; tensors outside the layers are listed separately.
+
+    which: `local` or `total` error.
+    """
     columns: dict[str, None] = {}
     rows: dict[str, dict[str, Report]] = {}
     for index, tensor in enumerate(tensors):
@@ -75,12 +78,12 @@ def _place(name: str) -> tuple[str, str | None]:
 
 
 def exponent(value: float | None) -> str:
-    """A power of ten, for a narrow cell; a dot for no error at all."""
+    """The power of ten as text, for a narrow cell; a dot for an error of 0."""
     return "∞" if value is None else "·" if value == 0 else str(math.floor(math.log10(value)))
 
 
 def _own_level(tensor: Report) -> int:
-    """0 within the noise; above, a level for every two orders of magnitude."""
+    """The colour level: 0 within the noise, above it one level per two orders of magnitude."""
     if not tensor["own_error"]:
         return 0
     ratio = (tensor["local"]["nmse"] or math.inf) / max(tensor["threshold"], TINY)
@@ -88,13 +91,13 @@ def _own_level(tensor: Report) -> int:
 
 
 def _total_level(tensor: Report) -> int:
-    """A level for every two orders of magnitude from 1e-16 to 1."""
+    """The colour level: one per two orders of magnitude from 1e-16 to 1."""
     value = tensor["total"]["nmse"]
     return LEVELS if value is None else max(0, min(LEVELS, int((16 + math.log10(max(value, TINY))) / 2)))
 
 
 def _bars(logits: Report | None) -> list[dict[str, Any]]:
-    """KL by position as bars on a logarithmic scale from 1e-16 to 10 nats: height in per cent."""
+    """The KL divergence of each position as a bar on a logarithmic scale from 1e-16 to 10 nats; height in per cent."""
     if logits is None:
         return []
     flipped = {flip["position"] for flip in logits["flips"]}

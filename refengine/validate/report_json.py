@@ -1,4 +1,4 @@
-"""An outcome as JSON data, schema `refengine-verdict`. Numbers that JSON lacks (NaN, infinite) are null."""
+"""An outcome as JSON data with the schema `refengine-verdict`. NaN and infinity, which JSON lacks, are null."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCHEMA_VERSION = 2
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:
-    """Everything that was found, by plain values."""
+    """The whole outcome as plain JSON values."""
     verdict, capture, graft = outcome.verdict, outcome.verdict.capture, outcome.graft
     first = verdict.first_own_error
     report: dict[str, Any] = _plain({

@@ -1,4 +1,4 @@
-"""A verdict for people: the outcome first, then where to look, then what was compared."""
+"""Prints a verdict as text: first the outcome, then where to look, then what was compared."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from refengine.validate.judge import NOTHING_COMPARED, TensorVerdict, Verdict
 from refengine.validate.metrics import Flip
 from refengine.validate.run import Outcome
 
-SHOWN = 12  # rows of the table, unless all are asked for
+SHOWN = 12  # rows of the table, unless all are requested
 
 
 def print_outcome(outcome: Outcome, console: Console, show_all: bool = False) -> None:
-    """Print the verdict with the causes found; a table of the tensors in order, or of those that matter."""
+    """Print the verdict with its causes, and a table of the tensors: all in order, or only the relevant ones."""
     verdict = outcome.verdict
     for style, line in headline(outcome):
         console.print(escape(line), style=style, highlight=False, soft_wrap=True)
@@ -29,14 +29,14 @@ def print_outcome(outcome: Outcome, console: Console, show_all: bool = False) ->
 
 
 def headline(outcome: Outcome) -> list[tuple[str, str]]:
-    """Lines with their styles (of rich), the verdict first."""
+    """Lines with their styles (for rich), the verdict first."""
     verdict, capture = outcome.verdict, outcome.verdict.capture
     n = len(verdict.tensors)
     first = verdict.first_own_error
     lines: list[tuple[str, str]] = []
     if verdict.exit_code == NOTHING_COMPARED:
-        there = ", ".join(list(capture.tensors)[:5]) or "no tensor at all"
-        lines.append(("bold red", f"NOTHING COMPARED: {capture.engine} has {there}; no name is one of ours"))
+        names = ", ".join(list(capture.tensors)[:5]) or "no tensor at all"
+        lines.append(("bold red", f"NOTHING COMPARED: {capture.engine} has {names}; no name is one of ours"))
     elif first is not None:
         own = sum(t.own_error for t in verdict.tensors)
         lines.append(("bold red", f"DIVERGES: {first.name} is the first tensor with an error of its own"))
@@ -70,7 +70,7 @@ def _where(tensor: TensorVerdict) -> str:
 
 
 def _table(verdict: Verdict, show_all: bool, width: int) -> Table:
-    """As many columns as the width has room for; a figure is never cut."""
+    """The table, with as many columns as fit into the width; numbers are never truncated."""
     rows = list(verdict.tensors)
     if not show_all and len(rows) > SHOWN:
         first = verdict.first_own_error
@@ -90,7 +90,7 @@ def _table(verdict: Verdict, show_all: bool, width: int) -> Table:
     ]
     marks = ["own error" if t.own_error else "inherited" if t.total.nmse > 4 * t.threshold else "" for t in rows]
     names = max((len(t.name) for t in rows), default=0)
-    # Each column has its longest line, two spaces and a rule; the rightmost figures are left out where it is narrow.
+    # A column is as wide as its longest line, two spaces and a rule. The rightmost columns are dropped if it is narrow.
     while len(columns) > 3:
         cells = [max(max(map(len, h.split("\n"))), *(len(f(t)) for t in rows)) for h, f in columns]
         if 1 + names + sum(cells) + len("own error") + 3 * (len(columns) + 2) <= width:
@@ -107,7 +107,7 @@ def _table(verdict: Verdict, show_all: bool, width: int) -> Table:
 
 
 def number(value: float | None) -> str:
-    """Two digits. JSON's null stands for what is not finite."""
+    """A number with two digits. None, JSON's null, stands for NaN and infinity."""
     return "not finite" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
@@ -127,7 +127,7 @@ def _logit_lines(verdict: Verdict) -> list[str]:
 
 
 def flip_words(flip: Flip) -> str:
-    """What became of the likeliest token at a position, and whether rounding explains it."""
+    """A position at which the most likely token differs, as text, and whether rounding explains it."""
     told = f"position {flip.position}: token {flip.token} instead of {flip.reference_token}, which we put "
     if flip.is_tie:
         return told + f"{flip.margin:.2g} above it: a tie, as rounding moves logits there by {flip.bound:.2g}"
@@ -135,7 +135,7 @@ def flip_words(flip: Flip) -> str:
 
 
 def _layout_lines(verdict: Verdict) -> list[str]:
-    """Layouts that differ from ours, each with the tensors that have it."""
+    """The layouts that differ from ours, each with its tensors, as text."""
     by_layout: dict[str, list[str]] = {}
     for t in verdict.tensors:
         if t.layout:

@@ -1,4 +1,4 @@
-"""One validation from start to end: the verdict, and for what diverges its likely cause and its cost."""
+"""Runs one validation: the verdict and, if the engines diverge, the likely cause and the effect on the logits."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from refengine.weights import quant_kind
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a validation found. True where the engines agree.
+    """The result of a validation. True if the engines agree.
 
-    causes: known mistakes that explain the first own error, in words. where: the part of the tensor that is wrong, if
-    it is not all of it. graft: what that error does to the logits.
-    facts: what ran: versions, model, hash, numerics.
+    causes: known mistakes that explain the first own error, as text. where: the part of the tensor that is wrong, as
+    text; empty if all of it is wrong. graft: the effect of that error on the logits.
+    facts: versions, model, hash and numerics of the run.
     """
 
     verdict: Verdict
@@ -45,9 +45,10 @@ def validate(
     any_model: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Outcome:
-    """Judge a capture (`judge.judge`), then look for the cause of the first own error and for what it costs.
+    """Judge a capture (`judge.judge`), then find the cause of the first own error and its effect on the logits.
 
-    model_sha256: of our file, for the facts; compared with the capture's unless `any_model`. Raises what `judge` does.
+    model_sha256: the hash of our file, for `facts`; compared with the capture's unless `any_model`.
+    Raises the errors of `judge`.
     """
     verdict = judge(
         model,

@@ -1,1 +1,1 @@
-"""The worker: one model on one device, over HTTP. `serve` in life.py runs it from start to exit."""
+"""The worker serves one model on one device over HTTP. `serve` in server.py runs it from start to exit."""

@@ -1,4 +1,4 @@
-"""What can go wrong for a client: a stable code, its HTTP status, words, and the field that is to blame."""
+"""Errors that a client receives: a stable code, an HTTP status, a message, and the field at fault."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ STATUS = {
     "SHUTTING_DOWN": 503,
 }
 RETRIABLE = {"VRAM_OOM", "CUDA_ERROR", "INFERENCE_TIMEOUT", "QUEUE_FULL", "SHUTTING_DOWN"}
-RETRY_AFTER_S = 1  # where a full queue or a worker that stops sends a client away
+RETRY_AFTER_S = 1  # the Retry-After header of a full queue and of a worker that is shutting down
 MAX_MESSAGE = 400  # characters of a message that may quote what a client sent
-MAX_FIELD = 60  # characters of a field's name, which a client may have made up
+MAX_FIELD = 60  # characters of a field's name, which may be any text that a client sent
 
 
 class WorkerError(Exception):
-    """Answers a request: as an HTTP status and JSON before its stream starts, as the event `error` after.
+    """The error of a request. Sent as an HTTP status and JSON before the stream starts, as an `error` event after that.
 
-    status: only where it is not the code's own (409, 413).
+    status: given only if it differs from the code's usual HTTP status (409, 413).
     """
 
     def __init__(self, code: str, message: str, field: str | None = None, status: int | None = None) -> None:
@@ -40,7 +40,7 @@ class WorkerError(Exception):
         self.status = STATUS[code] if status is None else status
 
     def body(self) -> dict[str, Any]:
-        """The JSON of an HTTP answer."""
+        """The JSON body of an HTTP response."""
         return {"code": self.code, "message": self.message, "field": self.field}
 
     def event(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class WorkerError(Exception):
 
 
 def to_worker_error(error: BaseException, on_gpu: bool = False) -> WorkerError:
-    """What a client is told of an error of the engine's. Nothing of an unexpected error but its kind."""
+    """The error to send to a client. Of an unexpected exception it gives only the type, not the message."""
     if isinstance(error, WorkerError):
         return error
     if isinstance(error, OutOfBlocks):
@@ -60,9 +60,9 @@ def to_worker_error(error: BaseException, on_gpu: bool = False) -> WorkerError:
     if isinstance(error, RequestError):
         return WorkerError("INVALID_REQUEST", str(error), error.field)
     if isinstance(error, MemoryError):  # CuPy's OutOfMemoryError is one
-        return WorkerError("VRAM_OOM", "the device has too little memory for this step; ask for less, or later")
+        return WorkerError("VRAM_OOM", "the device has too little memory for this step; ask for less, or retry later")
     if on_gpu and "CUDA" in type(error).__name__:
-        return WorkerError("CUDA_ERROR", f"the device failed in the middle of a step ({type(error).__name__})")
+        return WorkerError("CUDA_ERROR", f"the device failed during a step ({type(error).__name__})")
     if isinstance(error, RefengineError):
         return WorkerError("INTERNAL", str(error))
-    return WorkerError("INTERNAL", f"unexpected {type(error).__name__}; the log of the worker has where")
+    return WorkerError("INTERNAL", f"unexpected {type(error).__name__}; the worker's log says where it was raised")

@@ -1,4 +1,4 @@
-"""What a worker is told on the command line, checked: every error says what was given and what is allowed."""
+"""The options of a worker, checked. Every error says what was given and what is allowed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """Checked on construction; raises RequestError. None: worked out from the model and the device.
+    """The options of a worker. The constructor checks them and raises RequestError.
 
-    device is `cpu`, `host` or `cuda:N`: there is no `auto`, since a worker never moves to another device by itself.
+    None means that the value is derived from the model and the device.
+    device: `cpu`, `host` or `cuda:N`. There is no `auto`, because a worker never chooses another device by itself.
     """
 
     worker_id: str
-    model: Path | str  # as text: its name on the hub
+    model: Path | str  # a file, or a name on the hub
     device: str
     port: int
     host: str = "127.0.0.1"
@@ -45,9 +46,9 @@ class WorkerOptions:
     attention: str = "flash"
     copy_chunk_kb: int = 1024
     residency_check_sec: float = 60.0
-    shutdown_grace_sec: float = 2.5  # for live jobs; with what follows, a shutdown stays within 5 s
-    heartbeat_sec: float = 15.0  # a comment in a stream that has been silent for so long
-    metrics_event_sec: float = 0.0  # between figures in a stream of /execute; 0: none
+    shutdown_grace_sec: float = 2.5  # for live jobs; the whole shutdown then takes at most 5 s
+    heartbeat_sec: float = 15.0  # a comment is sent in a stream that has been silent for this long
+    metrics_event_sec: float = 0.0  # between two `metrics` events in a stream of /execute; 0: no such events
     callback_url: str | None = None
     api_key: str | None = field(default=None, repr=False)
     max_connections: int | None = None
@@ -95,19 +96,25 @@ class WorkerOptions:
 
     @property
     def connections(self) -> int:
-        """How many may be open; a client may well hold several."""
+        """The number of connections that may be open. The default allows several per client."""
         return self.max_connections or 4 * (self.max_batch + self.max_queue) + 64
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """Names in a `Host` header that are answered; None: any. On a loopback address a browser must not be misled."""
+        """The names that a `Host` header may contain; None: any name.
+
+        On a loopback address names are restricted, so that no web page can reach the worker by DNS rebinding.
+        """
         if not self.allowed_hosts and not _is_loopback(self.host):
             return None
         return frozenset(name.lower() for name in (*LOOPBACK_NAMES, self.host, *self.allowed_hosts))
 
     @cached_property
     def url(self) -> str:
-        """Where others reach this worker. One that listens on all addresses is at a name that it answers to."""
+        """The URL at which others reach this worker.
+
+        If it listens on all addresses, the URL has the first allowed host or the machine's own address.
+        """
         host = self.host
         if _is_unspecified(host):
             host = self.allowed_hosts[0] if self.allowed_hosts else _own_address(host, self.callback_url)
@@ -115,11 +122,11 @@ class WorkerOptions:
 
 
 def device_of(device: str | None, gpu_device: str | None) -> str:
-    """`--device` or `--gpu-device` as the name of one device. Raises RequestError unless exactly one is given."""
+    """The device's name, from `--device` or `--gpu-device`. Raises RequestError unless exactly one is given."""
     if (device is None) == (gpu_device is None):
         given = "neither" if device is None else "both"
         raise RequestError(
-            f"--gpu-device N and --device: given {given}, allowed exactly one; --device cpu is for the CPU, on purpose"
+            f"--gpu-device N and --device: given {given}, allowed exactly one; use --device cpu to run on the CPU"
         )
     if device is not None:
         return "cuda:0" if device == "cuda" else device
@@ -127,7 +134,7 @@ def device_of(device: str | None, gpu_device: str | None) -> str:
 
 
 def integer(name: str, text: str, low: int, high: int) -> int:
-    """An argument that is a whole number. Raises RequestError."""
+    """Parse an argument that is a whole number from low to high. Raises RequestError."""
     if re.fullmatch(r"[+-]?\d{1,18}", text) is None:
         raise RequestError(f"{name}: given {text[:40]!r}, allowed a whole number from {low} to {high}")
     value = int(text)
@@ -136,7 +143,7 @@ def integer(name: str, text: str, low: int, high: int) -> int:
 
 
 def seconds(name: str, text: str) -> float:
-    """An argument that is a number. Raises RequestError."""
+    """Parse an argument that is a number of seconds. Raises RequestError."""
     try:
         return float(text)
     except ValueError:
@@ -158,11 +165,14 @@ def _is_unspecified(host: str) -> bool:
 
 
 def _own_address(listening: str, callback_url: str | None) -> str:
-    """This machine's on the way to the callback's address, or to the world; else its name. Nothing is sent or asked."""
+    """This machine's address on the route to the callback's host or to the internet; its host name if there is none.
+
+    Connects unbound UDP sockets, which sends no packet.
+    """
     families = {6: socket.AF_INET6, 4: socket.AF_INET} if ":" in listening else {4: socket.AF_INET}
     called = [] if callback_url is None else [str(urlsplit(callback_url).hostname)]
-    for target in (*called, "2001:db8::1", "192.0.2.1"):  # the last two are nobody's
-        with contextlib.suppress(OSError, ValueError, KeyError):  # no route, a name, a family that is not listened to
+    for target in (*called, "2001:db8::1", "192.0.2.1"):  # the last two are reserved for documentation
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no route; a host name; the other address family
             family = families[ipaddress.ip_address(target).version]
             with socket.socket(family, socket.SOCK_DGRAM) as unconnected:
                 unconnected.connect((target, 9))

@@ -1,6 +1,6 @@
-"""A worker's life: device, model, HTTP server, ready; then a signal or POST /shutdown, and an orderly end.
+"""Runs a worker: loads the model, serves HTTP, and shuts down in order after a signal or POST /shutdown.
 
-Exit codes: 0 after a shutdown, 1 where the start fails.
+Exit codes: 0 after a shutdown, 1 if the start fails.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ from refengine.worker.startup import StartFailed, Startup, failure_of
 from refengine.worker.telemetry.log import Log
 from refengine.worker.telemetry.uncaught import log_uncaught
 
-HELD_UP_S = 0.1  # for threads to end
-LAST_BYTES_S = 1  # for clients to read their last event
-DESCRIPTORS = 100  # of files and pipes, besides the connections
-SWITCH_S = 0.0001  # between Python threads: the event loop waits so long for the engine, at every system call
-BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # where the user has said how many
+THREADS_END_S = 0.1  # how long the end of the process waits for threads
+LAST_BYTES_S = 1  # how long a shutdown waits for clients to read their last event
+DESCRIPTORS = 100  # file descriptors for files and pipes, in addition to the connections
+SWITCH_S = 0.0001  # Python's thread switch interval: after each system call the event loop waits this long for the GIL
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # the user's own number of threads
 
 
 def serve(options: WorkerOptions) -> int:
-    """Run a worker until it is told to stop; the exit code."""
+    """Run a worker until it is told to stop. Returns the exit code."""
     log = Log(options.worker_id, str(options.model), options.device)
     log.write_behind()
     log_uncaught(log)
     sys.setswitchinterval(SWITCH_S)
     _leave_a_core()
     code = asyncio.run(_live(options, log))
-    _leave_behind(log, code)
+    _exit_despite_threads(log, code)
     return code
 
 
-def _leave_behind(log: Log, code: int) -> None:
-    """End the process here where the interpreter would wait for a thread: it may be making tokens of a long prompt."""
+def _exit_despite_threads(log: Log, code: int) -> None:
+    """Exit the process if a thread is still busy, for example with a long prompt: the interpreter would wait for it."""
     end_rendering()
     others = [t for t in threading.enumerate() if not t.daemon and t is not threading.current_thread()]
-    end = time.monotonic() + HELD_UP_S
+    end = time.monotonic() + THREADS_END_S
     for thread in others:
         thread.join(max(0.0, end - time.monotonic()))
     if any(thread.is_alive() for thread in others):
@@ -67,9 +67,9 @@ def _leave_behind(log: Log, code: int) -> None:
 
 
 def _leave_a_core() -> None:
-    """Matrices are multiplied on all cores but one, where the event loop answers.
+    """Limit BLAS to all cores but one, which is left for the event loop.
 
-    BLAS threads wait for each other by spinning: one more than there are free cores makes every product slow.
+    BLAS threads wait for each other in busy loops: one thread more than there are free cores slows every product down.
     """
     if not any(os.environ.get(name) for name in BLAS_THREADS):
         threadpool_limits(max(1, len(os.sched_getaffinity(0)) - 1), user_api="blas")
@@ -94,7 +94,7 @@ async def _live(options: WorkerOptions, log: Log) -> int:
     try:
         started = await _started(engine, stop)
         if started is None:
-            log("shutdown", reason="stopped while it started")
+            log("shutdown", reason="stopped during the start")
             return 0
         listener = _listen(options)
     except Exception as e:
@@ -133,7 +133,7 @@ async def _live(options: WorkerOptions, log: Log) -> int:
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await server.listening.wait()
     gc.collect()
-    gc.freeze()  # what a start has made stays: looking through all of it again and again held everything up for 25 ms
+    gc.freeze()  # objects of the start live until exit; without this, each full collection takes 25 ms to scan them
     log(
         "ready", url=options.url, seconds=round(time.perf_counter() - start, 3), vram_bytes=worker.state.vram_bytes_used
     )
@@ -150,7 +150,7 @@ async def _live(options: WorkerOptions, log: Log) -> int:
 
 
 async def _started(engine: EngineThread, stop: asyncio.Event) -> Started | None:
-    """What the start-up made, or None where a signal came first."""
+    """The result of the start, or None if a signal arrived first. Raises the start's exception."""
     stopped = asyncio.create_task(stop.wait())
     waiting: set[asyncio.Future[Any]] = {engine.started, stopped}
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -159,6 +159,7 @@ async def _started(engine: EngineThread, stop: asyncio.Event) -> Started | None:
 
 
 async def _first(*events: asyncio.Event) -> None:
+    """Wait until one of the events is set."""
     tasks = [asyncio.create_task(event.wait()) for event in events]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
@@ -169,20 +170,20 @@ def _call_back(options: WorkerOptions, worker: Worker) -> None:
     if options.callback_url is None:
         return
     state = worker.state
-    facts = {
+    body = {
         "worker_id": options.worker_id,
         "url": options.url,
         "vram_bytes": state.vram_bytes_used,
         "model": state.model.model,
     }
-    announce(options.callback_url, facts, worker.log)
+    announce(options.callback_url, body, worker.log)
 
 
 def _listen(options: WorkerOptions) -> socket.socket:
-    """A socket on the address and port. Raises StartFailed."""
+    """A listening socket on the address and port. Raises StartFailed."""
     try:
         family, _, protocol, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
-        # With the protocol named asyncio sets TCP_NODELAY; else a head and its body could be 40 ms apart.
+        # asyncio sets TCP_NODELAY only if the protocol is given; without it a head and its body can be 40 ms apart.
         listener = socket.socket(family, socket.SOCK_STREAM, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -197,7 +198,7 @@ def _listen(options: WorkerOptions) -> socket.socket:
 
 
 def _allowed_connections(n_connections: int) -> int:
-    """Of these connections, as many as the system lets this process have open. May raise the soft limit."""
+    """The number of connections that the system allows, at most `n_connections`. May raise the soft limit on files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     others = RESERVED + DESCRIPTORS
     if soft == resource.RLIM_INFINITY or soft >= n_connections + others:
@@ -208,7 +209,7 @@ def _allowed_connections(n_connections: int) -> int:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, without its signal handlers: this module has its own. Looks after its connections."""
+    """uvicorn's server without its signal handlers (this module has its own). Checks its connections' timeouts."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -219,7 +220,7 @@ class _Server(uvicorn.Server):
         yield
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn calls it every tenth of a second."""
+        """Called by uvicorn every tenth of a second."""
         if counter % round(CHECK_S * 10) == 0:
             for connection in list(self.server_state.connections):
                 assert isinstance(connection, Connection)

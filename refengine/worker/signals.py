@@ -1,4 +1,4 @@
-"""Signals that come before a worker listens for them: while its libraries are imported, which takes half a second."""
+"""Handles signals that arrive while the worker's libraries are imported, which takes half a second."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from refengine.worker.telemetry.log import Log
 
 @contextlib.contextmanager
 def ending_on_signals(worker_id: str, model: str, device: str) -> Iterator[None]:
-    """Inside, until the worker's own handlers are there, SIGTERM and SIGINT end the process as they end a start."""
+    """While the context is active, SIGTERM and SIGINT log a shutdown and end the process with exit code 0."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(*_: Any) -> None:
-        with contextlib.suppress(OSError), open(2, "w", closefd=False) as stderr:  # sys.stderr's may be amid a line
-            Log(worker_id, model, device, stderr)("shutdown", reason="stopped while it started")
-        os._exit(0)  # not an exception: whoever imports could catch it
+        with contextlib.suppress(OSError), open(2, "w", closefd=False) as stderr:  # sys.stderr may be in mid-write
+            Log(worker_id, model, device, stderr)("shutdown", reason="stopped during the start")
+        os._exit(0)  # an exception could be caught by the code that is being imported
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,6 +1,7 @@
-"""From options to an engine: device, file, capacity, weights, cache. Runs in the engine's thread.
+"""Makes an engine from the worker's options: device, model file, capacity, weights, KV cache.
 
-Every failure is a StartFailed with a stable code and, if memory is short, the bytes needed and available.
+Runs in the engine's thread. Every failure is a StartFailed with a stable code and, if memory is short, the bytes needed
+and available.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from refengine.worker.telemetry.status import ModelInfo, State, check_residency
 
 
 class StartFailed(Exception):
-    """A worker that cannot start: code, message, and the bytes needed and available where that is the reason."""
+    """The worker cannot start. required, available: bytes of memory, if too little memory is the reason."""
 
     def __init__(self, code: str, message: str, required: int | None = None, available: int | None = None) -> None:
         super().__init__(message)
@@ -48,7 +49,7 @@ class StartFailed(Exception):
 
 
 class Startup:
-    """Call it to start. `metrics` is there once it has returned."""
+    """Call it to start the engine. `metrics` is None until the call has returned."""
 
     def __init__(self, options: WorkerOptions, log: Log) -> None:
         self._options, self._log = options, log
@@ -57,8 +58,7 @@ class Startup:
     def __call__(self) -> Started:
         device = self._open_device()
         model = self._load(device)
-        facts = ModelInfo.of(model)
-        state = State(facts)
+        state = State(ModelInfo.of(model))
         self.metrics = Metrics(state)
         capacity = capacity_of(model.config, self._options, device.name, model.weights)
         free = _free_bytes(device)
@@ -67,9 +67,9 @@ class Startup:
             engine = Engine(model, capacity.engine_options(n_blocks), EngineHook(self.metrics))
             engine.warm_up()
         except DeviceError as e:
-            raise _failed_on_device(e, "no room for the KV cache: ") from None
+            raise _failed_on_device(e, "too little memory for the KV cache: ") from None
         except MemoryError as e:
-            message = f"no room for a KV cache of {n_blocks} blocks and what steps take: {e}"
+            message = f"too little memory for a KV cache of {n_blocks} blocks and a step's buffers: {e}"
             raise StartFailed("INSUFFICIENT_VRAM", message, capacity.needed_bytes(n_blocks), free) from None
         try:
             check_residency(model)
@@ -103,26 +103,26 @@ class Startup:
                         attention=self._options.attention,
                         progress=self._progress(bar),
                         copy_chunk_kb=self._options.copy_chunk_kb,
-                        copied=True,  # a file that shrinks under its mapping would kill the process
+                        copied=True,  # a mapped file that shrinks would kill the process with SIGBUS
                     )
                 on_failure.pop_all()  # The model keeps the file open.
         except DeviceError as e:
             raise _failed_on_device(e) from None
         except MemoryError as e:
-            raise StartFailed("INSUFFICIENT_VRAM", f"no room for the weights: {e}", n_bytes, free) from None
+            raise StartFailed("INSUFFICIENT_VRAM", f"too little memory for the weights: {e}", n_bytes, free) from None
         except OSError as e:
             raise StartFailed("MODEL_LOAD_FAILED", f"{path} cannot be read: {e.strerror or e}") from None
         except RefengineError as e:
             raise StartFailed("MODEL_LOAD_FAILED", str(e)) from None
         if model.vocabulary is None:
-            raise StartFailed("MODEL_LOAD_FAILED", f"{path} has no vocabulary: a worker serves text")
+            raise StartFailed("MODEL_LOAD_FAILED", f"{path} has no vocabulary, which a worker needs")
         self._log(
             "model_load_complete", seconds=round(time.perf_counter() - start, 3), weight_bytes=model.weights.n_bytes
         )
         return model
 
     def _fetched(self, model: Path | str) -> Path:
-        """The file of a model that may be named on the hub: its download is the first part of loading it."""
+        """The path of the model's file. Downloads the file first if `model` is a name on the hub."""
         reference = parse(str(model))
         if reference is None:
             return Path(model)
@@ -144,7 +144,7 @@ class Startup:
         return found.path
 
     def _compile(self, device: Device) -> None:
-        """Kernels that no start on this machine has compiled yet: all at once, not each at its first launch."""
+        """Compile all kernels that are missing in the cache, in parallel instead of one at each first launch."""
         if not device.name.startswith("cuda"):
             return
         arch = architecture(device.xp)
@@ -158,7 +158,7 @@ class Startup:
             self._log("model_load_progress", phase="kernels", percent=100, seconds=seconds)
 
     def _needed(self, device: Device, gguf: GGUFFile, free: int | None) -> int:
-        """Bytes that the start needs at least. Raises StartFailed where they are not free (W-1020)."""
+        """The bytes of memory that the start needs at least. Raises StartFailed if fewer are free (W-1020)."""
         config = read_config(gguf)
         specs = BY_ARCHITECTURE[config.arch].tensors(config)
         shapes = None if device.name == "cpu" else load_weights(gguf, specs, config.n_layer, Described())
@@ -167,13 +167,13 @@ class Startup:
         tensors = gguf.tensors.values()
         if device.name == "cpu":
             return sum(info.n_bytes for info in tensors) + capacity.needed_bytes(capacity.min_blocks)
-        weights, beside = weight_bytes(tensors), capacity.needed_bytes(capacity.min_blocks)
-        needed = weights + max(beside, packing_bytes(tensors))
+        weights, cache_and_steps = weight_bytes(tensors), capacity.needed_bytes(capacity.min_blocks)
+        needed = weights + max(cache_and_steps, packing_bytes(tensors))
         if free is not None and needed > free:
             raise StartFailed(
                 "INSUFFICIENT_VRAM",
-                f"{gguf.path} on {device.name}: weights of {weights} bytes and {needed - weights} more for a KV cache "
-                f"of {capacity.min_blocks} blocks and what steps take do not fit into {free} bytes: take a smaller "
+                f"{gguf.path} on {device.name}: {weights} bytes of weights and {needed - weights} bytes for a KV cache "
+                f"of {capacity.min_blocks} blocks and a step's buffers do not fit into {free} bytes: use a smaller "
                 "model, a smaller --kv-cache-size-mb, --max-batch or --max-step-tokens, or another device",
                 needed,
                 free,
@@ -181,7 +181,7 @@ class Startup:
         return needed
 
     def _progress(self, bar: Any) -> Callable[[int, int], None]:
-        """Logs the quarters, and moves a bar on a terminal."""
+        """A callback (bytes done, total bytes) that logs every quarter and moves the progress bar."""
         quarters = self._quarters(0, 25, 50, 75, 100)
 
         def progress(done: int, total: int) -> None:
@@ -192,34 +192,31 @@ class Startup:
         progress(0, 1)
         return progress
 
-    def _quarters(self, *percents: int, **facts: Any) -> Callable[[int, int], None]:
-        """Logs each of these once it is reached."""
+    def _quarters(self, *percents: int, **fields: Any) -> Callable[[int, int], None]:
+        """A callback (done, total) that logs each of these percentages, with `fields`, when it is reached."""
         left = list(percents)
 
         def progress(done: int, total: int) -> None:
             while left and done * 100 >= left[0] * total:
-                self._log("model_load_progress", **facts, percent=left.pop(0))
+                self._log("model_load_progress", **fields, percent=left.pop(0))
 
         return progress
 
 
-def _failed_on_device(error: DeviceError, where_short: str = "") -> StartFailed:
-    """where_short: said in front where it is memory that lacks, and not the device that fails."""
+def _failed_on_device(error: DeviceError, memory_prefix: str = "") -> StartFailed:
+    """The StartFailed of a device error. memory_prefix: begins the message if the cause is too little memory."""
     if error.required is None:
         return StartFailed("CUDA_ERROR", str(error))
-    return StartFailed("INSUFFICIENT_VRAM", f"{where_short}{error}", error.required, error.available)
+    return StartFailed("INSUFFICIENT_VRAM", f"{memory_prefix}{error}", error.required, error.available)
 
 
 def _free_bytes(device: Device) -> int | None:
-    """Of a GPU; None elsewhere, where nobody knows."""
+    """The free memory of a GPU in bytes; None for other devices."""
     return int(device.xp.cuda.runtime.memGetInfo()[0]) if device.name.startswith("cuda") else None
 
 
 def capacity_of(config: ModelConfig, options: WorkerOptions, device: str, weights: Any) -> Capacity:
-    """The engine that these options ask for, with the number of its cache blocks still open.
-
-    weights: as for `Capacity`.
-    """
+    """The capacity of the engine that these options ask for. weights: as for `Capacity`."""
     engine_options = EngineOptions(
         max_batch=options.max_batch,
         max_step_tokens=options.max_step_tokens or default_step_tokens(device),
@@ -233,21 +230,26 @@ def capacity_of(config: ModelConfig, options: WorkerOptions, device: str, weight
 
 
 def _check_asked(capacity: Capacity) -> None:
-    """Raises StartFailed for a cache of less than one block."""
+    """Raises StartFailed if the requested KV cache is smaller than one block."""
     if not capacity.min_blocks:
-        given, block = capacity.asked_bytes or 0, capacity.cache_bytes(1)
-        message = f"--kv-cache-size-mb: given {given >> 20}, and a block of {BLOCK_SIZE} tokens takes {block} bytes"
-        raise StartFailed("INSUFFICIENT_VRAM", message, block, given)
+        requested, block = capacity.asked_bytes or 0, capacity.cache_bytes(1)
+        message = (
+            f"--kv-cache-size-mb: given {requested >> 20}, but one block of {BLOCK_SIZE} tokens takes {block} bytes"
+        )
+        raise StartFailed("INSUFFICIENT_VRAM", message, block, requested)
 
 
 def _blocks(capacity: Capacity, free: int | None) -> int:
-    """Blocks of the KV cache, once the weights are loaded. Raises StartFailed where too little memory is left."""
+    """The number of KV cache blocks, after loading the weights. Raises StartFailed if too little memory is left.
+
+    free: the free bytes of a GPU; None for other devices.
+    """
     n_blocks = capacity.blocks(free)
     if not n_blocks:
         least = capacity.min_blocks
         raise StartFailed(
             "INSUFFICIENT_VRAM",
-            f"no room for a KV cache of {least} blocks and what steps take: the weights leave {free} bytes",
+            f"too little memory for a KV cache of {least} blocks and a step's buffers: the weights leave {free} bytes",
             capacity.needed_bytes(least),
             free,
         )
@@ -259,7 +261,7 @@ def _bar(shown: bool) -> Any:
 
 
 def failure_of(error: BaseException) -> StartFailed:
-    """Any error of a start-up as the one that is logged."""
+    """Convert any exception of the start to a StartFailed."""
     if isinstance(error, StartFailed):
         return error
     if isinstance(error, RequestError):

@@ -69,7 +69,7 @@ def test_free_blocks_cannot_be_released_or_retained() -> None:
 def test_refused_allocation_takes_nothing() -> None:
     pool = BlockPool(5)
     pool.allocate(2)
-    with pytest.raises(OutOfBlocks, match="4 blocks wanted, 3 of 5 free"):
+    with pytest.raises(OutOfBlocks, match="4 blocks needed, 3 of 5 free"):
         pool.allocate(4)
     assert pool.n_free == 3
     assert [pool.references(b) for b in range(5)] == [1, 1, 0, 0, 0]
@@ -164,7 +164,7 @@ def test_batch_that_does_not_fit_changes_nothing() -> None:
     for array in (*cache.k, *cache.v):
         array[:] = 7
     # Each alone would fit: `a` needs one more block, `b` three.
-    with pytest.raises(OutOfBlocks, match="4 blocks wanted, 3 of 4 free"):
+    with pytest.raises(OutOfBlocks, match="4 blocks needed, 3 of 4 free"):
         cache.batch([(a, [4, 5]), (b, list(range(12)))])
     assert (a.block_table, a.length, b.block_table, b.length) == ([0], 3, [], 0)
     assert cache.pool.n_free == 3

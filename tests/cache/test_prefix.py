@@ -72,7 +72,7 @@ def test_blocks_in_use_are_not_given_away(prefix: PrefixCache, pool: BlockPool) 
     used = prefix.match(ids(9))
     assert pool.can_allocate(4)
     assert not pool.can_allocate(5)
-    with pytest.raises(OutOfBlocks, match="5 blocks wanted, 4 of 6 free"):
+    with pytest.raises(OutOfBlocks, match="5 blocks needed, 4 of 6 free"):
         pool.allocate(5)
     for block in used:
         pool.release(block)

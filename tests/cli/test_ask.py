@@ -61,7 +61,7 @@ def test_ask_through_the_chat_template(server: Server) -> None:
 def test_ask_tells_nothing_of_a_stop_string(server: Server) -> None:
     result = asked(server, PROMPT, "--logprobs", 3, "--temperature", 0.7, "--seed", 42, "--stop", "shader")
     last = result.out.splitlines()[-1].split(maxsplit=1)
-    assert last[1] == "(of a stop string)"
+    assert last[1] == "(part of a stop string)"
     assert "shad" not in result.out
 
 
@@ -83,7 +83,7 @@ def test_ask_takes_the_key_from_either_place(server: Server) -> None:
     [
         ([], "give the prompt once"),
         (["a", "--prompt", "b"], "(2 were given)"),
-        (["a", "--chat", "--logprobs", "1"], "--logprobs is not for --chat"),
+        (["a", "--chat", "--logprobs", "1"], "--logprobs cannot be used with --chat"),
         (["a", "--url", "nonsense"], "given 'nonsense', allowed http://HOST:PORT"),
         (["a", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1 cannot be reached"),
     ],

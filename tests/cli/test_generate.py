@@ -159,7 +159,7 @@ def test_learned_positions_bound_the_context(tmp_path: Path) -> None:
     write_model(tmp_path / "gpt2.gguf", "gpt2", "F32", n_layer=1, n_ctx=8)
     ids, output = "1,2,3,4,5,6,7,8,9", tmp_path / "x.npz"
     arguments = ["logits", "--ids", ids, "--model", tmp_path / "gpt2.gguf", "--output", output]
-    assert "only 8 of them" in cli(*arguments, "--ctx", 9).error
+    assert "only 8 learned positions" in cli(*arguments, "--ctx", 9).error
     result = cli(*arguments)
     assert result.code == 2
-    assert "9 tokens, the context holds 8" in result.err
+    assert "9 tokens, but the context has 8" in result.err

@@ -96,7 +96,7 @@ def test_wrong_arguments_exit_with_2(arguments: tuple[str, ...]) -> None:
         (["generate", "a", "--chunk", "0"], "--chunk 0"),
         (["generate", "a", "--cpu-cache-mb", "-1"], "cpu_cache_mb -1"),
         (["generate", "a", "--device", "tpu"], "unknown device 'tpu'"),
-        (["generate", "--ids", "1", "--chat"], "--chat needs a prompt as text"),
+        (["generate", "--ids", "1", "--chat"], "--chat needs a text prompt"),
         (["trace", "--ids", "1"], "give --output FILE.safetensors, or --list"),
         (["trace", "--ids", "1", "--list", "--filter", "("], "'(' is not a regular expression"),
         (["trace", "--ids", "1", "--list", "--filter", "nonsense"], "no tensor matches --filter 'nonsense'"),
@@ -206,5 +206,5 @@ def test_auto_says_which_device_it_took_and_why(llama: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "cupy", None)
     result = cli("generate", "a", "--model", llama, "--device", "auto", "--max-tokens", 1)
     assert result.code == 0
-    assert "device cpu (no GPU serves: device cuda:0 needs CuPy" in result.err
+    assert "device cpu (no GPU is usable: device cuda:0 needs CuPy" in result.err
     assert "(" not in cli("generate", "a", "--model", llama, "--max-tokens", 1).err.split("device cpu")[1].split(",")[0]

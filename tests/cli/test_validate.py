@@ -118,7 +118,7 @@ def test_a_dump_of_another_model_is_refused_unless_waived(model: Path, dump: Pat
         (("--tolerance", "norm"), "--tolerance norm: write EXPRESSION=NMSE"),
         (("--tolerance", "norm=-1"), "write EXPRESSION=NMSE"),
         (("--tolerance", "(=1"), "not a regular expression"),
-        (("--prompt", "x"), "a dump has its own prompt"),
+        (("--prompt", "x"), "a dump contains its prompt"),
         (("--json", "out.txt"), "must end in .json"),
     ],
 )

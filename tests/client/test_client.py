@@ -157,7 +157,7 @@ def test_unusable_arguments(arguments: Any) -> None:
 
 
 def test_a_deadline_without_zone_is_refused(server: Server) -> None:
-    with Client(server.url) as client, pytest.raises(RequestError, match="no zone"):
+    with Client(server.url) as client, pytest.raises(RequestError, match="no time zone"):
         list(client.execute("x", deadline=datetime.now()))
 
 

@@ -131,7 +131,7 @@ def test_or_whoever_finds_no_block_fails(model: SmallBlocks) -> None:
 
 def test_what_can_never_fit_is_refused_at_once(model: SmallBlocks) -> None:
     engine = engine_with(model, cache_tokens=40)
-    with pytest.raises(RequestError, match="30 prompt tokens and 12 more need 11 blocks of 4, the KV cache has 10"):
+    with pytest.raises(RequestError, match="30 prompt tokens and 12 more need 11 blocks of 4, but the KV cache has 10"):
         engine.start(prompt(30), greedy(12))
     assert engine.idle
 

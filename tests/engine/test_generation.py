@@ -372,7 +372,7 @@ def test_forward_refuses_unusable_ids(models: dict[str, Model]) -> None:
         ([], "empty"),
         ([0, n_vocab], f"token id {n_vocab} is outside the vocabulary of {n_vocab}"),
         ([-1], "token id -1"),
-        ([1] * (model.n_ctx + 1), "the context holds 512"),
+        ([1] * (model.n_ctx + 1), "the context has 512"),
     ):
         with pytest.raises(RequestError, match=message):
             model.forward(ids)

@@ -126,7 +126,7 @@ def test_split_file_missing_is_refused(tmp_path: Path, given: int, gone: int) ->
     second = split_builder(1, 2, 2).tensor("b", [3])
     paths = write_pair_of_files(tmp_path, second)
     paths[gone].unlink()
-    words = rf"1 of the 2 files that split\.count announces are missing, the first is {re.escape(paths[gone].name)}"
+    words = rf"1 of the 2 files of split\.count are missing, the first is {re.escape(paths[gone].name)}"
     assert_split_refused(paths[given], paths[given], second.at["key:split.count"], words)
 
 
@@ -145,7 +145,7 @@ def test_split_number_of_another_file_is_refused(tmp_path: Path) -> None:
         first_path, second_path, second.at["key:split.no"], r"split\.no is 0; expected 1 by the file's name"
     )
     assert_split_refused(
-        second_path, second_path, second.at["key:split.no"], r"want a file name that ends in '-00001-of-"
+        second_path, second_path, second.at["key:split.no"], r"need a file name that ends in '-00001-of-"
     )
 
 
@@ -168,7 +168,7 @@ def test_split_count_that_differs_is_refused(tmp_path: Path) -> None:
     first_path, second_path = write_pair_of_files(tmp_path, second)
     assert_split_refused(first_path, second_path, second.at["key:split.count"], r"split\.count is 3; expected 2")
     assert_split_refused(
-        second_path, second_path, second.at["key:split.no"], r"want a file name .*-00002-of-00003\.gguf"
+        second_path, second_path, second.at["key:split.no"], r"need a file name .*-00002-of-00003\.gguf"
     )
 
 
@@ -180,13 +180,13 @@ def test_split_count_that_differs_is_refused(tmp_path: Path) -> None:
         (("split.count", U64, 1 << 60), r"split\.count is 1152921504606846976; expected 1 to 65535"),
         (("split.count", F32, 2), r"split\.count is of type float32; expected an integer"),
         (("split.count", BOOL, 1), r"split\.count is of type bool; expected an integer"),
-        (("split.count", U16, 60_000), r"want a file name that ends in '-00001-of-60000\.gguf'"),
+        (("split.count", U16, 60_000), r"need a file name that ends in '-00001-of-60000\.gguf'"),
     ],
 )
 def test_split_count_out_of_range_is_refused(tmp_path: Path, count: tuple[str, int, int], words: str) -> None:
     builder = split_builder(0, 2, 1, count=count)
     path = builder.write(tmp_path / "m-00001-of-00002.gguf")
-    position = builder.at["key:split.no" if "want" in words else "key:split.count"]
+    position = builder.at["key:split.no" if "need" in words else "key:split.count"]
     assert_split_refused(path, path, position, words)
 
 
@@ -195,7 +195,7 @@ def test_split_file_under_another_name_is_refused(tmp_path: Path) -> None:
     for name in ("renamed.gguf", "-00001-of-00002.gguf", "m-00001-of-00002.gguf.part", "m-1-of-2.gguf"):
         path = builder.write(tmp_path / name)
         assert_split_refused(
-            path, path, builder.at["key:split.no"], r"want a file name that ends in '-00001-of-00002\.gguf'"
+            path, path, builder.at["key:split.no"], r"need a file name that ends in '-00001-of-00002\.gguf'"
         )
 
 
@@ -211,7 +211,7 @@ def test_split_tensor_in_two_files_is_refused(tmp_path: Path, given: int) -> Non
 def test_split_tensor_count_that_differs_is_refused(tmp_path: Path, total: int) -> None:
     first = split_builder(0, 2, total).tensor("a", [3])
     paths = write_pair_of_files(tmp_path, split_builder(1, 2, 2).tensor("b", [3]), first)
-    words = rf"split\.tensors\.count is {total}, but the files together hold 2 tensors"
+    words = rf"split\.tensors\.count is {total}, but the files together have 2 tensors"
     assert_split_refused(paths[0], paths[0], first.at["key:split.tensors.count"], words)
 
 

@@ -131,7 +131,7 @@ def test_generate_downloads_once_and_then_needs_no_network(tmp_path: Path) -> No
     assert (again.code, again.out) == (0, expected.out), again.err
     told = again.err.splitlines()[0]
     assert told.startswith("refengine: the hub cannot be reached (")
-    assert told.endswith(f"): {pinned} is in the cache and is taken")
+    assert told.endswith(f"): using {pinned} from the cache")
     assert "Connection refused" in told
 
 
@@ -148,7 +148,7 @@ def test_interrupted_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path)
     before = len(hub.requests)
     result = run(hub, tmp_path, "inspect", "--model", "hf:me/large", "--json")
     assert result.code == 0, result.err
-    assert "10.00 MiB are there from an earlier run; it goes on from there" in result.err
+    assert "resuming after 10.00 MiB from an earlier run" in result.err
     (content,) = [r for r in hub.requests[before:] if "/cdn/" in r.path]
     assert content.headers["Range"] == f"bytes={10 * MIB}-"
     path = Path(json.loads(result.out)["file"])
@@ -173,7 +173,7 @@ def test_two_that_want_the_same_download_it_once(hub: Hub, tmp_path: Path) -> No
     hub.pause = 0.0
     said = [process.communicate(timeout=60) for process in (first, second)]
     assert [out[:4] for out, _ in said] == [b"file"] * 2
-    assert b"large-Q4_K_M.gguf: another process downloads it; waiting for that" in lines[1]
+    assert b"large-Q4_K_M.gguf: another process is downloading it; waiting" in lines[1]
     assert len(hub.paths("GET", "/cdn/")) == 1
 
 
@@ -312,10 +312,10 @@ def test_offline(here: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(hub.requests)
     told: list[str] = []
     resolve("hf:me/haiku:Q8_0", told.append)
-    assert told == [f"the hub cannot be reached (HF_HUB_OFFLINE is set): {pinned} is in the cache and is taken"]
-    error_of("hf:me/haiku:BF16", "HF_HUB_OFFLINE is set", f"does not fit: {pinned} (4 bytes)")
-    error_of("hf:me/haiku@v1:Q8_0", "cannot be reached (HF_HUB_OFFLINE is set)", f"does not fit: {pinned} (4 bytes)")
-    error_of("hf:me/one", "HF_HUB_OFFLINE is set", f"the cache has nothing of this repo ({here})")
+    assert told == [f"the hub cannot be reached (HF_HUB_OFFLINE is set): using {pinned} from the cache"]
+    error_of("hf:me/haiku:BF16", "HF_HUB_OFFLINE is set", f"has only other models of this repo: {pinned} (4 bytes)")
+    error_of("hf:me/haiku@v1:Q8_0", "(HF_HUB_OFFLINE is set)", f"other models of this repo: {pinned} (4 bytes)")
+    error_of("hf:me/one", "HF_HUB_OFFLINE is set", f"the cache has no model of this repo ({here})")
     assert len(hub.requests) == before
 
 
@@ -324,14 +324,12 @@ def test_hub_that_is_ill_or_none(here: Path, hub: Hub) -> None:
     hub.status = 503
     told: list[str] = []
     resolve("hf:me/haiku:Q8_0", told.append)
-    assert told == [
-        f"the hub cannot be reached (it answers with HTTP status 503): {pinned} is in the cache and is taken"
-    ]
+    assert told == [f"the hub cannot be reached (it answers with HTTP status 503): using {pinned} from the cache"]
     error_of("hf:me/one", hub.url, "HTTP status 503")
     hub.status = 418
-    error_of("hf:me/one", "the hub refuses this with HTTP status 418")
+    error_of("hf:me/one", "the hub refuses the request with HTTP status 418")
     hub.status, hub.plain = None, True
-    error_of("hf:me/one", f"what answers at {hub.url} is not a hub")
+    error_of("hf:me/one", f"the server at {hub.url} is not a hub")
 
 
 def test_repos_that_are_missing_or_closed(here: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,9 +344,9 @@ def test_repos_that_are_missing_or_closed(here: Path, hub: Hub, monkeypatch: pyt
     for request in hub.requests:
         assert "/cdn/" not in request.path or "authorization" not in {k.lower() for k in request.headers}
     for wrong, words in (
-        ("hf_wrong", "the hub refuses this (HTTP status 401)"),
+        ("hf_wrong", "the hub refuses the request (HTTP status 401)"),
         ("hf_wrong\x7fsecret", "the hub refuses"),
-        ("hf_wröng secret", "the token that is set (HF_TOKEN) has characters that no token has"),
+        ("hf_wröng secret", "the token (HF_TOKEN) has characters that are not allowed in a token"),
     ):
         monkeypatch.setenv("HF_TOKEN", wrong)
         message = error_of("hf:me/haiku:Q8_0", words)
@@ -368,7 +366,7 @@ def test_connection_that_breaks(here: Path, hub: Hub) -> None:
     assert "aSecret" not in str(told)
     shutil.rmtree(here)
     hub.cut = MIB
-    error_of("hf:me/large", "the download of large-Q4_K_M.gguf broke off", "try again later")
+    error_of("hf:me/large", "the download of large-Q4_K_M.gguf was interrupted", "try again later")
 
 
 def test_file_too_large_for_plain_http_is_left_to_the_library(
@@ -403,7 +401,7 @@ def test_what_an_earlier_run_left_is_checked(here: Path, hub: Hub, there: bytes)
     told: list[str] = []
     assert resolve("hf:me/large", told.append).read_bytes() == LARGE
     assert blob.read_bytes() == LARGE
-    restarted = "large-Q4_K_M.gguf: what the earlier run left was damaged; the download starts over"
+    restarted = "large-Q4_K_M.gguf: the part from the earlier run was damaged; downloading from the start"
     assert (restarted in told) == (len(there) <= len(LARGE))
 
 
@@ -416,7 +414,7 @@ def begun(here: Path, content: bytes, there: bytes) -> Path:
 
 def test_content_that_is_not_what_was_announced(here: Path, hub: Hub) -> None:
     hub.garbled = True
-    error_of("hf:me/haiku:Q4_K_M", "what came as haiku-q4_k_m.gguf does not have the SHA-256", "thrown away")
+    error_of("hf:me/haiku:Q4_K_M", "the downloaded haiku-q4_k_m.gguf did not have the SHA-256", "deleted")
     assert not [path for path in here.rglob("*") if path.is_file() and path.stat().st_size > 1000]
 
 
@@ -437,7 +435,7 @@ def test_no_room(here: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=MIB))
-        error_of("hf:me/one", f"no room in {here}: 3.14 MiB are needed, 1.00 MiB are free", "set HF_HOME")
+        error_of("hf:me/one", f"too little disk space for {here}: 3.14 MiB are needed, 1.00 MiB are", "HF_HOME")
     assert not hub.paths("GET", "/cdn/")
     with monkeypatch.context() as patched:
 
@@ -446,7 +444,7 @@ def test_no_room(here: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         patched.setattr(hub_module, "open", lambda path, mode: Full(path, mode), raising=False)
-        error_of("hf:me/one", f"no room in {here}: it is full")
+        error_of("hf:me/one", f"too little disk space for {here}: it is full")
     assert found("hf:me/one").path.read_bytes() == HAIKU
 
 

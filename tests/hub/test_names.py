@@ -63,10 +63,10 @@ REFUSED = [
     ("hf:me/m:x.gguf", MANY, "no file has this name; there is m-BF16"),
     ("hf:me/m:m.gguf", ["a/m.gguf", "b/m.gguf"], r"several files have this name; there is a/m\.gguf \(1\.00 MiB\), b"),
     ("hf:me/m:Q8_0", ["a-Q8_0.gguf", "b-Q8_0.gguf", "c-F16.gguf"], r"several .* there is a-Q8_0[^c]*b-Q8_0[^c]*$"),
-    ("hf:me/m", ["a-Q8_0.gguf", "b-F16.gguf"], "several models, and not one alone is Q4_K_M: name one after a colon"),
-    ("hf:me/m", ["a-Q4_K_M.gguf", "b-Q4_K_M.gguf", "c.gguf"], "not one alone is Q4_K_M.*a-Q4_K_M"),
-    ("hf:me/m", ["model.safetensors", "mmproj-F16.gguf"], "no GGUF model; look for one"),
-    ("hf:me/m:F16", ["mmproj-F16.gguf"], "no model has F16 in the name; there is no GGUF model at all"),
+    ("hf:me/m", ["a-Q8_0.gguf", "b-F16.gguf"], "several models, and not exactly one is Q4_K_M: name one after a colon"),
+    ("hf:me/m", ["a-Q4_K_M.gguf", "b-Q4_K_M.gguf", "c.gguf"], "not exactly one is Q4_K_M.*a-Q4_K_M"),
+    ("hf:me/m", ["model.safetensors", "mmproj-F16.gguf"], "no GGUF model; choose a repo"),
+    ("hf:me/m:F16", ["mmproj-F16.gguf"], "no model has F16 in the name; there is no GGUF model"),
     ("hf:me/m:Q8_0", [f"m{i}-F16.gguf" for i in range(60)], "and 20 more$"),
 ]
 

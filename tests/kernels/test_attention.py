@@ -216,9 +216,9 @@ def test_what_does_not_fit_is_refused_before_the_launch(there: OpsThere) -> None
         there.kv_append(cache.k[0], np.zeros((2, 3, 24), np.float32), np.array([5, 6]))
     wide = there.cache(1, 256, 1)
     batch = wide.batch([(CacheSequence(), [0])])
-    with pytest.raises(KernelError, match="kernels take multiples of 8 up to 128"):
+    with pytest.raises(KernelError, match="kernels support multiples of 8 up to 128"):
         there.attention(np.zeros((1, 1, 256), np.float32), wide.k[0], wide.v[0], batch, scale=1.0, probe=shown)
     narrow = there.cache(1, 32, 4, block_size=16)
     batch = narrow.batch([(CacheSequence(), [0])])
-    with pytest.raises(KernelError, match="blocks of 16 positions are no multiple of 64"):
+    with pytest.raises(KernelError, match="blocks of 16 positions are not a multiple of 64"):
         there.attention(np.zeros((1, 1, 32), np.float32), narrow.k[0], narrow.v[0], batch, scale=1.0, probe=shown)

@@ -290,8 +290,8 @@ def test_the_reason_for_no_fused_step_is_told(tiny_model: ModelFiles, caplog: py
         (None, model.config, r"the model file of llama has no decode\(\)"),
         (llama.decode, replace(model.config, head_dim=20), "heads of 20 elements; kernels take multiples of 8 up to"),
         (llama.decode, replace(model.config, n_expert_used=99), "99 experts a token; kernels take up to"),
-        (softmax_of_logits, model.config, "softmax is of the chosen experts' scores only"),
-        (scaled_keys, model.config, "a factor of Q alone"),
+        (softmax_of_logits, model.config, "row_soft_max supports only the chosen experts' scores"),
+        (scaled_keys, model.config, "no factor of K"),
     ]
     for decode, config, reason in cases:
         with pytest.raises(NoFusedStep, match=reason):
@@ -331,6 +331,6 @@ def test_what_does_not_fit_is_refused(place: str, tiny_model: ModelFiles) -> Non
     ):
         with pytest.raises(KernelError, match=message):
             decoding.fused.run([DecodeRow(**{**given, **wrong})])
-    with pytest.raises(KernelError, match="decode: 3 rows, of 1 to 2"):
+    with pytest.raises(KernelError, match="decode: 3 rows, allowed 1 to 2"):
         decoding.fused.run([row] * 3)
     decoding.step()

@@ -41,7 +41,7 @@ def test_packing_adds_only_whole_tiles(kind: str) -> None:
 
 
 def test_rows_that_are_no_whole_tiles_are_refused() -> None:
-    with pytest.raises(ModelError, match="rows of 48 are no multiple of 32"):
+    with pytest.raises(ModelError, match="rows of 48 are not a multiple of 32"):
         pack(np, Matrix("x", GGMLQuantizationType.F16, (2, 48), np.zeros(192, np.uint8)))
 
 

@@ -258,7 +258,7 @@ def test_structs_of_pointers_are_one_argument_and_python_numbers_are_converted()
 def test_an_unknown_kernel_or_type_and_a_compile_error_are_named(checked: HostModule) -> None:
     with pytest.raises(KernelError, match="has no kernel 'nothing'; it has add_f32"):
         checked.launch("nothing", (1,), (1,), [])
-    with pytest.raises(KernelError, match=r"parameter 'Matrix m' has a type that launches do not know"):
+    with pytest.raises(KernelError, match=r"parameter 'Matrix m' has a type that launches do not support"):
         source_of("m", ("m.cu", 'extern "C" __global__ void k(Matrix m) {}'))
     wrong = '\nextern "C" __global__ void k(int n) { x; }'
     broken = source_of("broken", ("head.cuh", "// one\n"), ("broken.cu", wrong))

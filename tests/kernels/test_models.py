@@ -170,7 +170,7 @@ def test_a_nan_is_found_and_named(model: Model) -> None:
 
 
 def test_the_host_runs_kernels_only(tiny_model: ModelFiles) -> None:
-    with pytest.raises(RequestError, match="device host runs the kernels, whose numerics are fast; exact runs on cpu"):
+    with pytest.raises(RequestError, match="runs the CUDA kernels, which need numerics fast; use cpu for exact"):
         refengine.load(tiny_model("llama-f32"), "host", "exact")
     model = refengine.load(tiny_model("llama-q4_0"), "host")
     assert (model.device.name, model.ops.numerics.name) == ("host", "fast")

@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_refused_and_names_the_tensor(there: OpsThere) -> N
     w = there.matrix(random_matrix("Q8_0", (16, 64), 1))
     with pytest.raises(KernelError, match=r"random Q8_0: a matrix \(16, 64\) cannot multiply rows \(2, 32\)"):
         there.linear(np.zeros((2, 32), np.float32), w)
-    with pytest.raises(KernelError, match=r"random Q8_0: rows 2 to 16 were asked for, it has 16"):
+    with pytest.raises(KernelError, match=r"random Q8_0: rows 2 to 16 were requested, it has 16"):
         there.embedding(w, np.array([2, 16]))
     with pytest.raises(KernelError, match="at most 32"):
         there.row_soft_max(np.zeros((1, 33), np.float32))

@@ -44,7 +44,7 @@ def test_ids_are_lists_arrays_and_tensors(model: refengine.Model) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ("hello", "text where token ids are wanted"),
+        ("hello", "text, expected token ids"),
         ([[1, 2], [3, 4]], r"\[1, 2\] among its token ids"),
         (np.zeros((2, 2), np.int64), r"\[0, 0\] among its token ids"),
         ([1.5], "1.5 among its token ids"),

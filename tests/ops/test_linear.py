@@ -318,7 +318,7 @@ def test_unknown_profile_and_cache_type_are_named() -> None:
 
     with pytest.raises(RequestError, match="unknown numerics profile 'faster'; choose one of exact, exact64, llamacpp"):
         profile("faster")
-    with pytest.raises(RequestError, match="fast has a float16 KV cache, 'f32' was asked for"):
+    with pytest.raises(RequestError, match="fast has a float16 KV cache, 'f32' was requested"):
         profile("fast", "f32")
     with pytest.raises(RequestError, match="unknown KV cache type 'q8_0'; choose one of f16, f32, f64"):
         profile("exact", "q8_0")

@@ -175,12 +175,12 @@ def test_dequantize_refuses_unusable_out() -> None:
 def test_dequantize_refuses_wrong_byte_counts(type_: T, delta: int) -> None:
     fmt = SUPPORTED[type_]
     raw = np.zeros(3 * fmt.block_bytes + delta, np.uint8)
-    with pytest.raises(ModelError, match=rf"{fmt.name}.*takes {3 * fmt.block_bytes} bytes, got {raw.size}"):
+    with pytest.raises(ModelError, match=rf"{fmt.name}.*has {3 * fmt.block_bytes} bytes, got {raw.size}"):
         dequantize(np, raw, type_, (3, fmt.block_size))
 
 
 def test_dequantize_refuses_rows_that_split_blocks() -> None:
-    with pytest.raises(ModelError, match=r"Q4_K: rows of shape \(2, 128\) are no multiple of blocks of 256"):
+    with pytest.raises(ModelError, match=r"Q4_K: rows of shape \(2, 128\) are not a multiple of 256 elements"):
         dequantize(np, np.zeros(144, np.uint8), T.Q4_K, (2, 128))
 
 

@@ -192,7 +192,7 @@ def test_rows_that_only_fill_the_embedding_up_are_no_text(tmp_path: Path) -> Non
 
 def test_file_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_path: Path) -> None:
     byte_level_json(tmp_path / "tokenizer.json")
-    with pytest.raises(TokenizerError, match=r"has token id 260, but bare\.gguf has only 97 tokens; take"):
+    with pytest.raises(TokenizerError, match=r"has token id 260, but bare\.gguf has only 97 tokens; remove"):
         refengine.load(bare_model(tmp_path, 97))
 
 

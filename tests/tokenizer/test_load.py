@@ -38,12 +38,12 @@ def test_unsupported_vocabulary_is_named_with_the_supported_ones(tmp_path: Path)
 
 def test_tokens_without_a_model_key_are_malformed(tmp_path: Path) -> None:
     gguf = GGUFFile(write_vocabulary(tmp_path / "v.gguf", None, BYTE_CHARS))
-    with pytest.raises(GGUFError, match=r"tokenizer\.ggml\.model is missing, though the file has tokens"):
+    with pytest.raises(GGUFError, match=r"tokenizer\.ggml\.model is missing, although the file has tokens"):
         load_tokenizer(gguf)
 
 
 def test_asking_for_a_tokenizer_json_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"no tokenizer\.json lies beside it"):
+    with pytest.raises(TokenizerError, match=r"there is no tokenizer\.json in its folder"):
         load_tokenizer(bpe_file(tmp_path / "v.gguf"), "hf-json")
     with pytest.raises(RequestError, match="unknown tokenizer source 'pickle'"):
         load_tokenizer(bpe_file(tmp_path / "w.gguf"), "pickle")  # type: ignore[arg-type]

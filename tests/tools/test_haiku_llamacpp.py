@@ -86,7 +86,7 @@ def test_every_operation_on_trained_weights_is_llamacpps(haiku_file: ModelFiles,
 
 def test_quantiser_refuses_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("no model at all")
-    with pytest.raises(refengine.RefengineError, match=r"text\.gguf: llama\.cpp does not quantise"):
+    with pytest.raises(refengine.RefengineError, match=r"text\.gguf: llama\.cpp cannot quantise"):
         quantize(tmp_path / "text.gguf", tmp_path / "out.gguf", FILES["haiku-q8_0"][1])
 
 

@@ -1,6 +1,5 @@
 """llama.cpp, live, judged on every small model: no error of its own in any tensor."""
 
-
 import numpy as np
 import pytest
 

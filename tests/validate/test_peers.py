@@ -1,6 +1,5 @@
 """The other engine by its name: refengine under other settings, and llama.cpp in micro-batches."""
 
-
 import numpy as np
 import pytest
 

@@ -196,7 +196,7 @@ def test_what_is_refused_once_it_is_tokenized_was_no_job(talker: Path) -> None:
             assert (response.status_code, response.json()["field"]) == (400, field)
         response, _ = post(server, "/v1/completions", prompt=["a", "b", "c", "d"])
         assert response.status_code == 400
-        assert "given 4 of them, allowed 3 on this worker" in response.json()["error"]["message"]
+        assert "given 4 prompts, allowed 3 on this worker" in response.json()["error"]["message"]
         *jobs, answer = [line["job_id"] for line in server.events("error")]
         assert jobs == ["prompt", "stop", "top_k"]
         assert answer.startswith("cmpl-")

@@ -146,7 +146,7 @@ class Slow:
 def test_a_body_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "BODY_TIMEOUT_S", 0.02)
     request: Any = Slow()
-    with pytest.raises(WorkerError, match="was not there within") as caught:
+    with pytest.raises(WorkerError, match="did not arrive within") as caught:
         asyncio.run(app.read_body(request))
     assert caught.value.status == 408
 

@@ -326,7 +326,7 @@ def test_key_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "given both": ("--api-key", "key-of-the-line", "--api-key-file", str(file)),
         "cannot be read": ("--api-key-file", str(tmp_path / "none")),
         "given 0 characters": ("--api-key-file", "/dev/null"),
-        "is no text": ("--api-key-file", str(PACKAGED_MODEL)),
+        "is not a text file": ("--api-key-file", str(PACKAGED_MODEL)),
     }
     for message, given in wrong.items():
         with pytest.raises(RequestError, match=message):
@@ -372,7 +372,7 @@ def test_signal_while_libraries_are_imported(number: signal.Signals) -> None:
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
     (found,) = [json.loads(text) for text in err.splitlines()]
-    assert (found["event"], found["reason"]) == ("shutdown", "stopped while it started")
+    assert (found["event"], found["reason"]) == ("shutdown", "stopped during the start")
     assert (found["model_ref"], found["gpu_device"]) == ("m.gguf", "cuda:3")
 
 

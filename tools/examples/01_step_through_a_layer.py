@@ -1,6 +1,6 @@
-"""Watch one layer of a forward pass: every tensor as it is made, under llama.cpp's name.
+"""Print every tensor of one layer during a forward pass, with llama.cpp's names.
 
-To stop in a debugger instead, run `refengine generate "a frog" --break Qcur-0`: pdb opens in the model's own file.
+To stop in a debugger instead, run `refengine generate "a frog" --break Qcur-0`: pdb opens in the model's file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dump tensors from C++ and find the wrong one: 02_dump.cpp computes one norm with a wrong epsilon.
+"""Dump tensors from C++ and find the wrong one: 02_dump.cpp computes a norm with a wrong epsilon.
 
 Needs a C++ compiler (g++, or $CXX).
 """

@@ -1,4 +1,4 @@
-"""Put a tensor in the place of one of ours, and see what that does to the logits."""
+"""Replace a tensor in a forward pass, and see how the logits change."""
 
 from __future__ import annotations
 

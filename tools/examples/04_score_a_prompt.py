@@ -1,4 +1,4 @@
-"""Log-probability of each token of an answer, given the question and the tokens before it."""
+"""Print the log-probability of each token of an answer, given the question and the tokens before it."""
 
 from __future__ import annotations
 

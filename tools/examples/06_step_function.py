@@ -1,4 +1,4 @@
-"""Several sequences at once through the engine's step function, and a fork of one of them."""
+"""Run several sequences at once with the engine's step function, and fork one of them."""
 
 from __future__ import annotations
 

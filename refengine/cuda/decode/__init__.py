@@ -1,1 +1,1 @@
-"""The decode step: one token for each of several sequences, on buffers that never move."""
+"""The decode step: one token for each of several sequences, on buffers at fixed addresses."""

@@ -1,8 +1,8 @@
-"""Where a decode step keeps what it computes: places in one arena, planned ahead, the same at every step.
+"""The buffers of a decode step: they have fixed places in one arena, which are planned ahead.
 
-A step asks for buffers in an order that depends on the number of rows alone. `Recorder` notes their sizes and between
-which launches each is in use, without a device; `Recorder.plan` finds places for them, so that what is not in use at
-the same time may lie at the same place; `Placed` hands them out.
+The order in which a step requests buffers depends only on the number of rows. `Recorder` records, without a device, the
+size of each buffer and the launches during which it is in use. `Recorder.plan` finds places for the buffers; those that
+are not in use at the same time may have the same place. `Placed` gives the buffers out.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from refengine.cuda.memory import Arena, aligned
 
 @dataclass(frozen=True)
 class Buffer:
-    """Space of a step. index: its number in the order of asking."""
+    """A buffer of a step. index: its number in the order of requests."""
 
     array: Array
     index: int
 
 
 class Buffers(Protocol):
-    """Hands out the buffers of one step."""
+    """Gives out the buffers of one step."""
 
     def new(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
-        """Space that is in use from the next launch on."""
+        """A new buffer, in use from the next launch on."""
 
     def use(self, buffer: Buffer) -> None:
-        """The next launch reads or writes it."""
+        """Note that the next launch reads or writes the buffer."""
 
     def launched(self) -> None:
-        """A launch was made."""
+        """Note that a launch was made."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """offsets: of each buffer in the arena, by index. n_bytes: what all of them take together."""
+    """The places of a step's buffers. offsets: of each buffer in the arena, by index. n_bytes: their total size."""
 
     offsets: tuple[int, ...]
     n_bytes: int
 
 
 class Recorder:
-    """Buffers that have a shape and no memory."""
+    """Records the use of buffers, which have shapes but no memory."""
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
@@ -67,12 +67,12 @@ class Recorder:
         self._now += 1
 
     def plan(self) -> Plan:
-        """The lowest free place for each buffer in turn, among those still in use at its first launch."""
+        """Give each buffer, in order, the lowest place that is free at its first launch."""
         offsets: list[int] = []
         in_use: list[tuple[int, int, int]] = []  # offset, end, last launch; by offset
         most = 0
         for size, (first, last) in zip(self._sizes, self._spans, strict=True):
-            in_use = [taken for taken in in_use if taken[2] >= first]
+            in_use = [place for place in in_use if place[2] >= first]
             offset = 0
             for start, end, _ in in_use:
                 if offset + size <= start:
@@ -85,7 +85,7 @@ class Recorder:
 
 
 class Placed:
-    """The buffers of one step, at the places of a plan. rows: as many as the plan was made for."""
+    """The buffers of one step, at the places of a plan for the same number of rows."""
 
     def __init__(self, arena: Arena, offsets: Sequence[int]) -> None:
         self._arena, self._offsets, self._n = arena, offsets, 0
@@ -96,7 +96,7 @@ class Placed:
         return Buffer(array, self._n - 1)
 
     def use(self, buffer: Buffer) -> None:
-        """The plan knows."""
+        """Does nothing: the plan is already made."""
 
     def launched(self) -> None:
-        """The plan knows."""
+        """Does nothing: the plan is already made."""

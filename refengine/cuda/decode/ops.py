@@ -1,10 +1,10 @@
-"""`ops.decode.DecodeOps` on kernels: operations are fused where kernels for that exist, on buffers planned ahead.
+"""`ops.decode.DecodeOps` on kernels: fuses operations if there is a kernel for it, and uses buffers planned ahead.
 
-A product is launched when its value is wanted. Until then an addition becomes its residual, an activation its epilogue,
-and a norm in front of it writes rows as it reads them; three products of the same rows on their way to attention become
-one. Nothing is allocated and nothing waits, so that a CUDA graph can be made of a step. Every fused kernel is the twin,
-bit for bit, of the operations of `cuda.ops` that it stands for. Rows whose position is below zero are not there: they
-write nothing to the cache, and what their other rows hold is of no meaning.
+A product is launched only when its value is needed. Before that, an addition can become its residual and an activation
+its epilogue; a norm before it writes rows in the form that the product reads; and the products for Q, K and V become
+one. Nothing is allocated and nothing waits, so a step can be captured as a CUDA graph. Every fused kernel gives the
+same bits as the operations of `cuda.ops` that it replaces. Rows whose position is below zero have no sequence: they
+write nothing to the cache, and their values have no meaning.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Angles = tuple[Array, Array]
 
 @dataclass(frozen=True)
 class StepArrays:
-    """What stays from step to step. ids, positions: (max_batch,) int32, positions below zero where there is no row;
-    tables: (max_batch, n_blocks) int32, blocks of the cache; k, v: the cache of each layer.
+    """The arrays that all steps share. ids, positions: (max_batch,) int32, positions below zero for rows without a
+    sequence; tables: (max_batch, n_blocks) int32, blocks of the cache; k, v: the cache of each layer.
 
-    angles: cos and sin (n_positions, n_rot / 2) float32, by the order in which `decode()` asks for them.
+    angles: gives cos and sin (n_positions, n_rot / 2) float32, by the number of the request in `decode()`.
     """
 
     ids: Array
@@ -61,9 +61,9 @@ class StepOps:
         return self._a.n_ctx
 
     def array(self, x: Value) -> Array:
-        """The rows (n_rows, width) of a value, launched if they were not."""
-        (found,) = self._arrays(x)
-        return found
+        """The rows (n_rows, width) of a value. Launches their computation if necessary."""
+        (rows,) = self._arrays(x)
+        return rows
 
     # --- Into the layers, norms, products ---
 
@@ -91,9 +91,7 @@ class StepOps:
 
     def split(self, x: Value, widths: tuple[int, ...]) -> tuple[Value, ...]:
         starts = [sum(widths[:i]) for i in range(len(widths))]
-        return tuple(
-            Columns(x.n_rows, width, of=x, start=start) for width, start in zip(widths, starts, strict=True)
-        )
+        return tuple(Columns(x.n_rows, width, of=x, start=start) for width, start in zip(widths, starts, strict=True))
 
     def add(self, a: Value, b: Value) -> Value:
         for first, second in ((a, b), (b, a)):
@@ -125,13 +123,13 @@ class StepOps:
         assert gate.x is not None
         assert gate.w is not None
         assert up.w is not None
-        groups, of_groups = self._groups(gate, gate.x)  # the router first: it wants floats of the norm as well
+        groups, of_groups = self._groups(gate, gate.x)  # first, because the router also needs the norm's floats
         rows, of_rows = self._rows(gate.x, gate.w)
         self._use(*of_rows, *of_groups)
         y = self._new(gate.n_rows, gate.width)
         biases = (gate.bias, up.bias)
-        given = {"biases": biases, "groups": groups, "clamped": clamped}
-        self._launch(gate_up.gate_up, rows, gate.w, up.w, y.array, **given)
+        options = {"biases": biases, "groups": groups, "clamped": clamped}
+        self._launch(gate_up.gate_up, rows, gate.w, up.w, y.array, **options)
         return Value(gate.n_rows, gate.width, y)
 
     def gelu(self, x: Value) -> Value:
@@ -194,24 +192,24 @@ class StepOps:
             or v.norm is not None
             or (k.factor, v.factor) != (1.0, 1.0)
         ):
-            raise NoFusedStep("decode: attention takes Q and K rotated alike, V as it is, and a factor of Q alone")
+            raise NoFusedStep("decode: attention needs equally rotated Q and K, an unchanged V, and no factor of K")
         projections, of_projections = self._projections(q.x, k.x, v.x)
         self._use(*of_projections)
         rotated = self._b.new((n, n_head, head_dim), np.float32)
-        given: dict[str, Any] = {"norms": (q.norm, k.norm), "eps": q.eps or k.eps, "q_factor": q.factor}
+        options: dict[str, Any] = {"norms": (q.norm, k.norm), "eps": q.eps or k.eps, "q_factor": q.factor}
         places = (a.positions[:n], a.tables[:n])
-        self._launch(rope.rope_append, projections, rotation, *places, rotated.array, a.k[il], a.v[il], **given)
+        self._launch(rope.rope_append, projections, rotation, *places, rotated.array, a.k[il], a.v[il], **options)
 
         self._use(rotated)
         n_splits = -(-a.n_positions // SPLIT)
         partial = self._b.new((n, n_head, n_splits, head_dim + 2), np.float32)
         y = self._new(n, n_head * head_dim)
-        given = {"scale": scale, "window": window, "sinks": sinks}
-        self._launch(attention_step, rotated.array, a.k[il], a.v[il], *places, partial.array, y.array, **given)
+        options = {"scale": scale, "window": window, "sinks": sinks}
+        self._launch(attention_step, rotated.array, a.k[il], a.v[il], *places, partial.array, y.array, **options)
         return Value(n, n_head * head_dim, y)
 
     def _projections(self, *values: Value) -> tuple[Projections, tuple[Buffer, ...]]:
-        """Q, K and V where they are, computed in as few launches as there are."""
+        """Q, K and V and the buffers that have them, computed in as few launches as possible."""
         first = values[0]
         if isinstance(first, Columns) and all(isinstance(v, Columns) and v.of is first.of for v in values):
             assert first.of is not None
@@ -255,12 +253,12 @@ class StepOps:
 
     def take_experts(self, scores: Value, chosen: Choice) -> Shares:
         if chosen.scores is not scores:
-            raise NoFusedStep("decode: only the scores that experts were chosen by can be taken")
+            raise NoFusedStep("decode: take_experts needs the scores by which the experts were chosen")
         return Shares(chosen, soft_max=False)
 
     def row_soft_max(self, x: Any) -> Shares:
         if not isinstance(x, Shares) or x.soft_max:
-            raise NoFusedStep("decode: softmax is of the chosen experts' scores only")
+            raise NoFusedStep("decode: row_soft_max supports only the chosen experts' scores")
         return replace(x, soft_max=True)
 
     def linear_experts(self, x: Value, w: PackedMatrix, chosen: Choice, bias: Array | None = None) -> Value:
@@ -268,7 +266,7 @@ class StepOps:
 
     def sum_experts(self, experts: Value, shares: Shares) -> Value:
         if not shares.soft_max:
-            raise NoFusedStep("decode: experts are weighted by a softmax of their scores")
+            raise NoFusedStep("decode: sum_experts needs the softmax of the chosen experts' scores")
         return ExpertSum(self._n, experts.width, experts=experts, shares=shares)
 
     def _combine(self, total: ExpertSum, residual: Value) -> Value:
@@ -304,19 +302,19 @@ class StepOps:
         _, _, groups, buffers = self._chosen(product.choice)
         return (groups.by_pair if x.n_rows == product.n_rows else groups), buffers
 
-    # --- Computing what was put off ---
+    # --- Computing deferred values ---
 
     def _arrays(self, *values: Value) -> list[Array]:
-        """Their rows, for the next launch."""
+        """The rows of values, computed if necessary, for use by the next launch."""
         for value in values:
             if value.buffer is None:
                 value.buffer = self._computed(value)
-        found = []
+        arrays = []
         for value in values:
             assert value.buffer is not None
             self._use(value.buffer)
-            found.append(value.buffer.array)
-        return found
+            arrays.append(value.buffer.array)
+        return arrays
 
     def _computed(self, value: Value) -> Buffer:
         if isinstance(value, Product):
@@ -325,7 +323,7 @@ class StepOps:
             y = self._normed(value, floats=True, halves=False)[0].floats
             assert value.buffer is not None, y
             return value.buffer
-        raise NoFusedStep(f"decode: {type(value).__name__} has no kernel that computes it by itself")
+        raise NoFusedStep(f"decode: there is no kernel that computes a {type(value).__name__} alone")
 
     def _multiply(self, product: Product, residual: Value | None = None) -> Buffer:
         assert product.x is not None
@@ -335,12 +333,12 @@ class StepOps:
         added = None if residual is None else self._arrays(residual)[0]
         self._use(*of_rows, *of_groups)
         y = self._new(product.n_rows, product.width)
-        given = {"bias": product.bias, "residual": added, "groups": groups, "overlap": True}
-        self._launch(matmul.linear, rows, product.w, y.array, **given)
+        options = {"bias": product.bias, "residual": added, "groups": groups, "overlap": True}
+        self._launch(matmul.linear, rows, product.w, y.array, **options)
         return y
 
     def _rows(self, x: Value, w: PackedMatrix) -> tuple[Rows, tuple[Buffer, ...]]:
-        """Rows as a product with w reads them, and where they are."""
+        """The rows in the form that a product with w reads, and their buffers."""
         for rows, buffers in x.prepared:
             if (rows.floats if w.is_float else rows.halves) is not None:
                 return rows, buffers
@@ -398,13 +396,13 @@ def _gate_up_fits(gate: Product, up: Product) -> bool:
 
 
 def _as_product(value: Value) -> Value:
-    """Columns of a product that was put off, as the product with those rows of its matrix."""
+    """Columns of a deferred product, as a product with only these rows of its matrix; other values unchanged."""
     if not isinstance(value, Columns) or not isinstance(value.of, Product) or value.of.buffer is not None:
         return value
     whole = value.of
     assert whole.w is not None
     if not whole.w.is_float and (value.start % TILE_ROWS or value.width % TILE_ROWS):
-        return value  # a tile has outputs of both parts
+        return value  # a tile has outputs of two parts
     w = rows_of(whole.w, value.start, value.start + value.width)
     bias = None if whole.bias is None else whole.bias[value.start : value.start + value.width]
     return Product(whole.n_rows, value.width, x=whole.x, w=w, bias=bias, choice=whole.choice)

@@ -1,8 +1,8 @@
-"""What a decode step knows of its rows, on the device and mirrored on the host.
+"""The state of a decode step's rows, on the device and mirrored on the host.
 
-At its end a step advances its own state there: the token drawn is the one fed next, one position further on. Before the
-next one, `update` compares what is asked for with the mirror and uploads only what differs: nothing, while the same
-sequences go on. Knows nothing of models.
+At its end, a step advances the state on the device: the sampled token is fed next, at the next position. Before the
+next step, `update` compares the requested state with the mirror and uploads only the differences, which is nothing
+while the same sequences continue. Independent of models.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import numpy as np
 from refengine.array import Array
 from refengine.errors import KernelError
 
-NOT_THERE = -1  # position of a row without a sequence
+NO_ROW = -1  # the position of a row without a sequence
 
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """What a sequence is before a step.
+    """The state of a sequence before a step.
 
-    key: the sequence; while it stays in its row, its history only grows. token: the id to feed, the last of `history`;
-    position: its own, so many are in the cache. block_table: blocks that cover `position`. params: temperature, top_p,
-    min_p, repetition_penalty and top_k as `SamplingParams` has them; seed and index: of the token to be drawn.
+    key: identifies the sequence; while it stays in its row, its history only grows. token: the id to feed, the last of
+    `history`. position: its position, which is also the number of positions in the cache. block_table: blocks that
+    include `position`. params: temperature, top_p, min_p, repetition_penalty and top_k as in `SamplingParams`.
+    seed, index: of the token to be sampled.
     """
 
     key: object
@@ -39,44 +40,47 @@ class DecodeRow:
 
 
 class DecodeState:
-    """Rows' state. ids, positions (max_batch,) int32; tables (max_batch, most blocks) int32 are given; the rest is what
-    sampling.cu calls reals, whole and history."""
+    """The state of all rows, on the device and on the host.
+
+    arrays: ids, positions (max_batch,) int32, tables (max_batch, most blocks) int32, and reals, whole and history as in
+    sampling.cu.
+    """
 
     def __init__(self, xp: Any, arrays: dict[str, Array], n_vocab: int, n_positions: int, block_size: int) -> None:
         self._xp, self._n_vocab, self._n_positions, self._block_size = xp, n_vocab, n_positions, block_size
-        self.there = arrays
+        self._arrays = arrays
         n = len(arrays["ids"])
         self._mirror: dict[str, np.ndarray] = {
             "ids": np.zeros(n, np.int32),
-            "positions": np.full(n, NOT_THERE, np.int32),
+            "positions": np.full(n, NO_ROW, np.int32),
             "reals": np.tile(np.array([0.0, 1.0, 0.0, 1.0]), (n, 1)),
             "whole": np.zeros((n, 4), np.int64),
         }
         self._keys: list[object] = [None] * n
         self._tables: list[list[int]] = [[] for _ in range(n)]
-        self.n_uploads = 0  # so far; tests count them
+        self.n_uploads = 0  # number of uploads so far, for tests
         for name in self._mirror:
             self._upload(name, slice(None), self._mirror[name])
 
     def update(self, rows: Sequence[DecodeRow]) -> None:
-        """Make the device's state that of `rows`; after them are none. Raises KernelError for what cannot be."""
+        """Set the device's state to `rows`; further rows have no sequence. Raises KernelError for invalid rows."""
         for i, row in enumerate(rows):
             self._check(i, row)
-        wanted = {name: array.copy() for name, array in self._mirror.items()}
-        wanted["positions"][len(rows) :] = NOT_THERE
+        requested = {name: array.copy() for name, array in self._mirror.items()}
+        requested["positions"][len(rows) :] = NO_ROW
         if rows:
             n, params = len(rows), [row.params for row in rows]
             lengths = [len(r.history) if r.params.repetition_penalty != 1.0 else 0 for r in rows]
-            wanted["ids"][:n] = [row.token for row in rows]
-            wanted["positions"][:n] = [row.position for row in rows]
-            wanted["reals"][:n] = [(p.temperature, p.top_p, p.min_p, p.repetition_penalty) for p in params]
+            requested["ids"][:n] = [row.token for row in rows]
+            requested["positions"][:n] = [row.position for row in rows]
+            requested["reals"][:n] = [(p.temperature, p.top_p, p.min_p, p.repetition_penalty) for p in params]
             whole = [(r.params.top_k, r.seed, r.index, length) for r, length in zip(rows, lengths, strict=True)]
-            wanted["whole"][:n] = np.array(whole, np.uint64).view(np.int64)
+            requested["whole"][:n] = np.array(whole, np.uint64).view(np.int64)
             for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
                 self._history(i, row, length)
                 self._table(i, row)
                 self._keys[i] = row.key
-        for name, array in wanted.items():
+        for name, array in requested.items():
             if not np.array_equal(array, self._mirror[name]):
                 self._upload(name, slice(None), array)
                 self._mirror[name] = array
@@ -93,7 +97,7 @@ class DecodeState:
         if not 0 <= row.token < self._n_vocab:
             raise KernelError(f"decode row {i}: id {row.token} is outside the vocabulary of {self._n_vocab}")
         covered = len(row.block_table) * self._block_size
-        if not row.position < covered <= self.there["tables"].shape[1] * self._block_size:
+        if not row.position < covered <= self._arrays["tables"].shape[1] * self._block_size:
             raise KernelError(f"decode row {i}: position {row.position}, and a block table of {covered} positions")
 
     def _history(self, i: int, row: DecodeRow, n: int) -> None:
@@ -106,18 +110,18 @@ class DecodeState:
         self._upload("history", (i, slice(n)), ids.astype(np.int32))
 
     def advanced(self, drawn: np.ndarray) -> None:
-        """The step is done, and (n, 3) is what it drew: the device has advanced, now the mirror does."""
+        """Advance the mirror after a step, as the device has done. drawn: the step's result (n, 3)."""
         active = slice(len(drawn))
         self._mirror["ids"][active] = np.maximum(drawn[:, 0], 0)
         self._mirror["positions"][active] += 1
         whole = self._mirror["whole"][active]
         whole[:, 2] += 1
-        longest = self.there["history"].shape[1]
+        longest = self._arrays["history"].shape[1]
         whole[:, 3] += (self._mirror["reals"][active, 3] != 1.0) & (whole[:, 3] < longest)
 
     def _upload(self, name: str, where: Any, values: np.ndarray) -> None:
         self.n_uploads += 1
-        place = self.there[name][where]
+        place = self._arrays[name][where]
         if self._xp is np:
             place[...] = values
         else:

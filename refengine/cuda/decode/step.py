@@ -1,8 +1,8 @@
-"""The decode step: one new token for each of up to `max_batch` sequences, from the ids fed to the ids drawn.
+"""The decode step: one new token for each of up to `max_batch` sequences, from the fed ids to the sampled ids.
 
-All on the device: a model's `decode()` in few kernels a layer (`cuda.decode.ops`), a CUDA graph for each bucket of
-rows, and bit for bit what `model.step` and `sampling.sample_rows` compute. The host uploads what changed, launches, and
-reads the ids.
+Everything runs on the device: a model's `decode()` in few kernels per layer (`cuda.decode.ops`), with a CUDA graph for
+each bucket of rows. The results have the same bits as those of `model.step` and `sampling.sample_rows`. The host
+uploads changed state, launches, and reads the ids.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from refengine.ops.decode import DecodeOps, DecodeTrace, Value, no_trace
 Decode = Callable[[ModelConfig, Any, DecodeOps, DecodeTrace], Value]  # `decode()` of a model file
 Shapes = dict[str, tuple[tuple[int, ...], Any]]
 
-ANGLES_AT_ONCE = 4096  # positions whose angles are made together, on the host
+ANGLES_AT_ONCE = 4096  # how many positions' angles are computed together on the host
 
 __all__ = ["Decode", "DecodeRow", "DecodeStep", "NoFusedStep", "StepPlan", "buckets_for"]
 
 
 def buckets_for(max_batch: int) -> tuple[int, ...]:
-    """The numbers of rows that kernels are launched for: powers of two below max_batch, and max_batch."""
+    """The numbers of rows for which kernels are launched: powers of two below max_batch, and max_batch."""
     return (*(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch), max_batch)
 
 
@@ -53,10 +53,10 @@ class _NoKernels(Kernels):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step needs of a device: buffers for each bucket of rows, angles of positions, and the rows' state.
+    """The device memory that a step needs: buffers for each bucket of rows, angles of positions, and the rows' state.
 
-    offsets: of a bucket's buffers. n_bytes: of the largest bucket's buffers. angles: (n_positions, n_rot / 2) of each
-    table of cos and sin. state: arrays of rows and of sampling, by name.
+    offsets: of the buffers, by bucket. n_bytes: the size of the largest bucket's buffers. angles: the shape
+    (n_positions, n_rot / 2) of each table of cos and sin. state: the arrays of rows and sampling, by name.
     """
 
     offsets: dict[int, tuple[int, ...]]
@@ -66,7 +66,7 @@ class StepPlan:
 
     @property
     def total_bytes(self) -> int:
-        """All of it, as an arena lays it out."""
+        """The total bytes in an arena."""
         tables = sum(2 * aligned(4 * n * half) for n, half in self.angles)
         shapes = self.state.values()
         state = sum(aligned(int(np.prod(s, dtype=np.int64)) * np.dtype(t).itemsize) for s, t in shapes)
@@ -84,11 +84,10 @@ class StepPlan:
         n_positions: int,
         block_size: int,
     ) -> StepPlan:
-        """Plan a step without a device.
+        """Plan a step without a device. Raises NoFusedStep, with the reason, if the model has no fused step.
 
-        weights: the model's, of which only names, types and shapes are looked at. n_positions: how long a sequence may
-        be, the smaller of the context and what the whole cache holds. Raises NoFusedStep with the reason where there is
-        no fused step for this model.
+        weights: the model's weights, of which only names, types and shapes are used. n_positions: the maximum length of
+        a sequence, the smaller of the context length and the cache's size.
         """
         if decode is None:
             raise NoFusedStep(f"the model file of {cfg.arch} has no decode()")
@@ -127,12 +126,12 @@ class StepPlan:
 
 
 class DecodeStep:
-    """Steps over the sequences of one cache. buckets: the numbers of rows that kernels are launched for; n_positions:
-    how long a sequence may be.
+    """Runs decode steps for the sequences of one cache. buckets: the numbers of rows for which kernels are launched;
+    n_positions: the maximum length of a sequence.
 
-    Memory is taken here, once, of the purpose `workspace`. Raises DeviceError where it does not fit, NoFusedStep where
-    the model has no fused step. What else runs on the device must be on the stream that is current when `run` is
-    called, or be waited for.
+    The constructor allocates all memory, with the purpose `workspace`. It raises DeviceError if the memory does not
+    fit, NoFusedStep if the model has no fused step. Other work on the device must be on the current stream of `run`, or
+    must be waited for.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class DecodeStep:
         graphs: bool = True,
     ) -> None:
         if kv.block_size % TILE:
-            raise KernelError(f"decode: blocks of {kv.block_size} positions are no multiple of {TILE}")
+            raise KernelError(f"decode: blocks of {kv.block_size} positions are not a multiple of {TILE}")
         self.n_positions = min(kv.n_ctx, kv.n_blocks * kv.block_size)
         sizes = {"n_ctx": kv.n_ctx, "n_positions": self.n_positions, "block_size": kv.block_size}
         place = ops.kernels.place
@@ -162,7 +161,7 @@ class DecodeStep:
         self._logits: dict[int, Array] = {}
         with ops.workspace():
             self._arena: Arena = ops.memory.arena("workspace", plan.total_bytes)
-            self._arena.take((plan.n_bytes,), np.uint8)  # where the buffers are
+            self._arena.take((plan.n_bytes,), np.uint8)  # the memory of the buffers
             self._tables = [tuple(self._arena.take(shape, np.float32) for _ in range(2)) for shape in plan.angles]
             self._b = {name: self._arena.take(shape, dtype) for name, (shape, dtype) in plan.state.items()}
         self._filled: set[int] = set()
@@ -174,9 +173,9 @@ class DecodeStep:
         self.state = DecodeState(ops.xp, self._b, cfg.n_vocab, self.n_positions, kv.block_size)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile what a step needs, and capture a graph for every bucket. No sequence is touched.
+        """Compile the kernels of a step, and capture a graph for every bucket. Does not affect any sequence.
 
-        progress(buckets done, buckets in all).
+        progress: called with (buckets done, total buckets).
         """
         self.state.update([])
         for i, bucket in enumerate(self.buckets):
@@ -187,14 +186,16 @@ class DecodeStep:
                 progress(i + 1, len(self.buckets))
 
     def run(self, rows: Sequence[DecodeRow], trace: DecodeTrace | None = None) -> tuple[np.ndarray, Array]:
-        """Feed every row's token and draw the next: what `sampling.checked_tokens` takes, (n, 3) int32 on the host, and
-        logits (n, n_vocab) on the device, there until the next run.
+        """Feed every row's token and sample the next one.
 
-        trace: sees what a layer has; kernels are then launched one by one. Raises KernelError for rows that do not fit.
+        Returns the argument of `sampling.checked_tokens`, (n, 3) int32 on the host, and the logits (n, n_vocab) on the
+        device, which are valid until the next run.
+        trace: gets the results of layers; kernels are then launched without a graph.
+        Raises KernelError for invalid rows.
         """
         n = len(rows)
         if not 1 <= n <= self.buckets[-1]:
-            raise KernelError(f"decode: {n} rows, of 1 to {self.buckets[-1]}")
+            raise KernelError(f"decode: {n} rows, allowed 1 to {self.buckets[-1]}")
         self.state.update(rows)
         bucket = next(b for b in self.buckets if b >= n)
         graph = self._graphs.get(bucket) if trace is None else None
@@ -208,7 +209,7 @@ class DecodeStep:
         return on_host, self._logits[bucket][:n]
 
     def _captured(self, bucket: int) -> Any:
-        """The launches of a step as a graph. They were made once before, so that nothing compiles or allocates here."""
+        """Capture the launches of a step as a graph. They have run before, so nothing is compiled or allocated now."""
         xp = self._ops.xp
         xp.cuda.get_current_stream().synchronize()
         stream = xp.cuda.Stream(non_blocking=True)
@@ -221,7 +222,7 @@ class DecodeStep:
         return graph
 
     def _launch(self, bucket: int, trace: DecodeTrace | None) -> None:
-        """Every kernel of a step for `bucket` rows."""
+        """Launch all kernels of a step for `bucket` rows."""
         step = StepOps(self._ops.kernels, self._arrays, Placed(self._arena, self._plan.offsets[bucket]), bucket)
 
         def traced(name: str, il: int, x: Value) -> None:
@@ -234,7 +235,7 @@ class DecodeStep:
         self._sampler.draw(bucket, logits, self._b)
 
     def _angles(self, number: int, constants: Any, freq_factors: Array | None) -> Angles:
-        """The table of `decode()`'s call of that number, filled when it is first asked for."""
+        """The table for `decode()`'s request with this number, filled at the first request."""
         cos, sin = self._tables[number]
         if number not in self._filled:
             for start in range(0, self.n_positions, ANGLES_AT_ONCE):
@@ -247,5 +248,5 @@ class DecodeStep:
 
 
 def _shaped(shape: tuple[int, ...], dtype: Any) -> Array:
-    """An array that has a shape and no memory."""
+    """An array with a shape but no memory."""
     return np.broadcast_to(np.zeros((), dtype), shape)

@@ -1,4 +1,4 @@
-"""What a decode step's operations hand on: rows that are there, and rows that are still to be computed."""
+"""The values of a decode step's operations: rows that have been computed, and rows whose computation is deferred."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from refengine.errors import KernelError
 
 
 class NoFusedStep(KernelError):
-    """Kernels have no way to compute what a model's `decode()` asks for: its tokens go through `forward`."""
+    """The kernels cannot compute a model's `decode()`; its tokens then go through `forward`."""
 
 
 @dataclass(eq=False)
 class Value:
-    """Rows (n_rows, width) float32. buffer: where they are, None until they are computed.
+    """Rows (n_rows, width) float32. buffer: their buffer; None until they are computed.
 
-    prepared: the rows as products take them, and the buffers that hold them, once one has asked.
+    prepared: the rows in the forms that products have requested, with their buffers.
     """
 
     n_rows: int
@@ -32,7 +32,7 @@ class Value:
 
 @dataclass(eq=False)
 class Norm(Value):
-    """A norm of rows, computed when the first product reads it. bias: of a layer norm; None: an RMS norm."""
+    """A norm of rows, computed when the first product reads it. bias: of a layer norm; None for an RMS norm."""
 
     x: Value | None = None
     weight: Array | None = None
@@ -42,7 +42,7 @@ class Norm(Value):
 
 @dataclass(eq=False)
 class Choice:
-    """The experts chosen from scores. computed: (chosen, shares, groups) once they are wanted."""
+    """The experts chosen from scores. computed: (chosen, shares, groups, their buffers), made when first needed."""
 
     scores: Value
     n_used: int
@@ -59,7 +59,7 @@ class Shares:
 
 @dataclass(eq=False)
 class Product(Value):
-    """A product of rows with a matrix, + bias; with a choice, with the matrices of the chosen experts."""
+    """A product of rows with a matrix, + bias; with `choice`, with the matrices of the chosen experts."""
 
     x: Value | None = None
     w: PackedMatrix | None = None
@@ -77,7 +77,7 @@ class Columns(Value):
 
 @dataclass(eq=False)
 class ExpertSum(Value):
-    """Experts' outputs times their shares, to be summed over ranks where a residual is added."""
+    """Experts' outputs times their shares; they are summed over ranks when a residual is added."""
 
     experts: Value | None = None
     shares: Shares | None = None
@@ -85,7 +85,7 @@ class ExpertSum(Value):
 
 @dataclass(frozen=True)
 class Heads:
-    """Q, K or V as heads, and what is to be done to each head on its way to attention, in this order."""
+    """Q, K or V as heads, with the operations that are applied to each head before attention, in this order."""
 
     x: Value
     n_head: int

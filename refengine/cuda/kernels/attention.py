@@ -12,15 +12,17 @@ from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
-BLOCK_ROWS, TILE, SPLIT = 16, 64, 512  # rows of a block of threads; positions of a tile and of a split
-HEAD_DIMS = (32, 64, 96, 128)  # for which the kernels are compiled; smaller ones are filled up
-BUSY = 264  # blocks of threads that keep a large GPU busy: with fewer, positions are cut into splits
+BLOCK_ROWS, TILE, SPLIT = 16, 64, 512  # rows per block of threads; positions per tile and per split
+HEAD_DIMS = (32, 64, 96, 128)  # the head widths of the compiled kernels; narrower heads are padded
+BUSY = 264  # blocks of threads that keep a large GPU busy; with fewer blocks, positions are divided into splits
 
 
 @dataclass(frozen=True)
 class PagedRows:
-    """K or V of a layer. values: (n_blocks, block_size, n_head_kv, head_dim) float16, each row times 2^-e; exponents:
-    (n_blocks, block_size, n_head_kv) uint8, e + 127; arena: where they are."""
+    """K or V of a layer. values: (n_blocks, block_size, n_head_kv, head_dim) float16, each row times 2^-e.
+
+    exponents: (n_blocks, block_size, n_head_kv) uint8, e + 127. arena: the arena that has both, kept alive.
+    """
 
     values: Array
     exponents: Array
@@ -28,7 +30,7 @@ class PagedRows:
 
     @cached_property
     def struct(self) -> Struct:
-        """`CachedRows` or `NewRows` of arguments.cuh."""
+        """The struct `CachedRows` or `NewRows` of arguments.cuh."""
         return Struct(self.values, self.exponents)
 
     @property
@@ -38,11 +40,11 @@ class PagedRows:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Where the rows of a batch are, on the device and for the launch.
+    """The rows of a batch, on the device and for the launch.
 
-    tables: block tables one after another, int32. spans: (n_spans, 4) int32: first row, rows, positions, where its
-    table begins. tiles: (n_tiles, 2) int32: span, first of its rows of a KV head. longest: positions of the longest
-    sequence; furthest: positions before the first row of the sequence with the fewest.
+    tables: the block tables one after another, int32. spans: (n_spans, 4) int32: first row, number of rows, positions,
+    begin of its table. tiles: (n_tiles, 2) int32: span, first row in it (of a KV head). longest: the positions of the
+    longest sequence. furthest: the smallest number of positions before the first row of a sequence.
     """
 
     tables: Array
@@ -53,36 +55,39 @@ class BatchLayout:
 
 
 def head_width(head_dim: int) -> int:
-    """The width of heads that the kernel for head_dim is compiled for."""
+    """The head width of the kernel that is used for head_dim."""
     return next(d for d in HEAD_DIMS if d >= head_dim)
 
 
 def shared_bytes(width: int) -> int:
-    """Bytes of `Shared` in kernels_cu/attention.cu."""
+    """The bytes of the struct `Shared` in kernels_cu/attention.cu."""
     groups, rows, warps = width // 32, BLOCK_ROWS, SPLIT // TILE
     halves = rows * (groups | 1) * 32 * 2
     return halves + 4 * (rows + 4 * warps * rows + 4 * rows + warps * groups * 16 * 32)
 
 
 def check_cache(n_head: int, head_dim: int, k_cache: PagedRows) -> None:
-    """Raises KernelError for heads that the kernels do not take over this cache."""
+    """Raises KernelError if the kernels do not support these heads with this cache."""
     _, block_size, n_head_kv, cached_dim = k_cache.values.shape
     if head_dim != cached_dim or n_head % n_head_kv or head_dim % 8 or head_dim > HEAD_DIMS[-1]:
         raise KernelError(
-            f"attention: {n_head} heads of {head_dim} over a cache of {n_head_kv} of {cached_dim}; kernels take "
+            f"attention: {n_head} heads of {head_dim} over a cache of {n_head_kv} of {cached_dim}; kernels support "
             f"multiples of 8 up to {HEAD_DIMS[-1]}"
         )
     if block_size % TILE:
-        raise KernelError(f"attention: blocks of {block_size} positions are no multiple of {TILE}")
+        raise KernelError(f"attention: blocks of {block_size} positions are not a multiple of {TILE}")
 
 
-def splits_of(batch: BatchLayout, n_head_kv: int, window: int, wanted: bool | None) -> tuple[int, int, bool]:
-    """The first split that some row sees, their number, and whether each is a block's own (wanted; None: by size)."""
+def splits_of(batch: BatchLayout, n_head_kv: int, window: int, separate: bool | None) -> tuple[int, int, bool]:
+    """The first split that some row sees, the number of splits, and whether each has its own block of threads.
+
+    separate: requests or forbids own blocks; None decides by size.
+    """
     first = max(batch.furthest - window + 1, 0) // SPLIT if window else 0
     n_splits = -(-batch.longest // SPLIT) - first
-    if wanted is None:
-        wanted = n_splits > 1 and len(batch.tiles) * n_head_kv < BUSY
-    return first, n_splits, wanted
+    if separate is None:
+        separate = n_splits > 1 and len(batch.tiles) * n_head_kv < BUSY
+    return first, n_splits, separate
 
 
 def attention(
@@ -99,27 +104,26 @@ def attention(
     splits: tuple[int, int, bool],
     partial: Array | None,
 ) -> None:
-    """Causal attention of all rows of a batch. q: (n_tokens, n_head, head_dim), y: (n_tokens, n_head · head_dim)
-    float32.
+    """Causal attention of all rows of a batch.
 
-    splits: of `splits_of`; where each is a block's own, partial (n_tokens, n_head, n_splits, head_dim + 2) float32 is
-    space.
+    q: (n_tokens, n_head, head_dim), y: (n_tokens, n_head · head_dim) float32. splits: the result of `splits_of`.
+    partial: if splits have their own blocks, work space (n_tokens, n_head, n_splits, head_dim + 2) float32.
     """
     n_tokens, n_head, head_dim = q.shape
     _, block_size, n_head_kv, _ = k_cache.values.shape
-    first, n_splits, apart = splits
+    first, n_splits, separate = splits
     width = head_width(head_dim)
     check_shape("attention", "the output", y, (n_tokens, n_head * head_dim))
     check_shape("attention", "the sinks' array", sinks, (n_head,))
-    if apart:
+    if separate:
         check_shape("attention", "the space for splits", partial, (n_tokens, n_head, n_splits, head_dim + 2))
     sizes = [n_head, n_head_kv, head_dim, block_size, window, float(scale), first, n_splits]
-    out = partial if apart else y
+    out = partial if separate else y
     arguments = [q, k_cache.struct, v_cache.struct, batch.tables, sinks, batch.spans, batch.tiles, out, *sizes]
-    grid = (len(batch.tiles), n_head_kv, n_splits if apart else 1)
-    kernel = f"attention_{'splits' if apart else 'rows'}_{width}"
+    grid = (len(batch.tiles), n_head_kv, n_splits if separate else 1)
+    kernel = f"attention_{'splits' if separate else 'rows'}_{width}"
     kernels.launch("attention", kernel, grid, 256, arguments, shared_bytes(width))
-    if apart:
+    if separate:
         arguments = [partial, sinks, y, n_head, head_dim, n_splits]
         kernels.launch("attention", "attention_merge", (n_tokens, n_head), head_dim, arguments)
 
@@ -138,11 +142,10 @@ def attention_step(
     window: int,
     sinks: Array | None,
 ) -> None:
-    """Attention of one token for each of n sequences, in two launches that overlap. q: (n, n_head, head_dim), y: (n,
-    n_head · head_dim) float32.
+    """Attention of one token for each of n sequences, in two launches that overlap.
 
-    positions: (n,) int32, below zero where there is no row; tables: (n, n_blocks) int32; partial: (n, n_head,
-    most_splits, head_dim + 2) float32, space.
+    q: (n, n_head, head_dim), y: (n, n_head · head_dim) float32. positions: (n,) int32, below zero for rows without a
+    sequence. tables: (n, n_blocks) int32. partial: work space (n, n_head, most_splits, head_dim + 2) float32.
     """
     n, n_head, head_dim = q.shape
     check_cache(n_head, head_dim, k_cache)
@@ -166,7 +169,7 @@ def attention_step(
 
 
 def kv_append(kernels: Kernels, rows: Array, slots: Array, cache: PagedRows) -> None:
-    """Write rows (n_tokens, n_head_kv, head_dim) float32 into the cache at slots (n_tokens,) int64."""
+    """Write rows (n_tokens, n_head_kv, head_dim) float32 to the cache at slots (n_tokens,) int64."""
     n_tokens, n_head_kv, head_dim = rows.shape
     check_shape("kv_append", "the new rows' array", rows, (len(slots), *cache.values.shape[2:]))
     arguments = [rows, slots, cache.struct, head_dim]

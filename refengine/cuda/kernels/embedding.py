@@ -10,7 +10,7 @@ from refengine.cuda.runtime.source import Struct
 
 
 def embedding(kernels: Kernels, w: PackedMatrix, ids: Array, y: Array) -> None:
-    """y[t] = row ids[t] of w, dequantised. ids: (n,) int32, each below w's rows; y: (n, n_in) float32."""
+    """y[t] = row ids[t] of w, dequantised. ids: (n,) int32, each below the number of rows; y: (n, n_in) float32."""
     n_in = w.shape[-1]
     check_shape(w.name, "the rows' array", y, (len(ids), n_in))
     kernel = f"embedding_{w.type.name.lower()}"

@@ -13,7 +13,7 @@ from refengine.errors import KernelError
 
 
 def fits(gate: PackedMatrix, up: PackedMatrix, n_together: int) -> bool:
-    """Whether `gate_up` takes them: quantised matrices of one type and shape, and at most 8 rows multiplied together.
+    """Whether `gate_up` supports these matrices: quantised, of the same type and shape, and for at most 8 rows.
 
     n_together: the number of rows, or the size of groups.
     """
@@ -31,12 +31,14 @@ def gate_up(
     groups: Groups | None = None,
     clamped: bool = False,
 ) -> None:
-    """y = swiglu(x gateᵀ + bias, x upᵀ + bias), or swiglu_clamped. y: (n_rows, n_ff) float32, n_rows pairs with groups.
+    """y = swiglu(x gateᵀ + bias, x upᵀ + bias), or swiglu_clamped.
+
+    y: (n_rows, n_ff) float32; with groups, it has one row per pair.
     """
     n_out, n_in = gate.shape[-2:]
     if not fits(gate, up, groups.size if groups else x.n):
         found = f"{gate.type.name} {gate.shape} and {up.type.name} {up.shape} for {x.n} rows"
-        raise KernelError(f"{gate.name}: quantised matrices of one type and shape are taken together, found {found}")
+        raise KernelError(f"{gate.name}: gate_up needs quantised matrices of the same type and shape, found {found}")
     x.check(gate.name, n_in, floats=False)
     check_shape(gate.name, "the output", y, (len(groups.y_rows) if groups else x.n, n_out))
     for w, bias in zip((gate, up), biases, strict=True):
@@ -51,11 +53,11 @@ def gate_up(
 
 
 def up_gelu(kernels: Kernels, x: Rows, up: PackedMatrix, y: Array, bias: Array | None = None) -> None:
-    """y = gelu(x upᵀ + bias), of quantised weights and at most 8 rows. y: (n_rows, n_ff) float32."""
+    """y = gelu(x upᵀ + bias), for quantised weights and at most 8 rows. y: (n_rows, n_ff) float32."""
     n_out, n_in = up.shape
     if up.is_float or x.n > FEW_ROWS:
         found = f"{x.n} rows and {up.type.name}"
-        raise KernelError(f"{up.name}: up_gelu takes at most {FEW_ROWS} rows and quantised weights, found {found}")
+        raise KernelError(f"{up.name}: up_gelu needs quantised weights and at most {FEW_ROWS} rows, found {found}")
     x.check(up.name, n_in, floats=False)
     check_shape(up.name, "the output", y, (x.n, n_out))
     check_shape(up.name, "the bias", bias, (n_out,))

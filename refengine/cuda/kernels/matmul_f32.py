@@ -8,7 +8,7 @@ from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
 
-ROWS = 8  # that a block multiplies
+ROWS = 8  # rows per block
 
 
 def linear(
@@ -22,7 +22,7 @@ def linear(
     groups: Groups | None,
     overlap: bool,
 ) -> None:
-    """As `matmul.linear`, from the rows' floats."""
+    """Like `matmul.linear`, with the floats of the rows."""
     n_out, n_in = w.shape[-2:]
     n_groups = len(groups.group) if groups else -(-x.n // ROWS)
     struct = groups.struct if groups else NO_GROUPS

@@ -11,16 +11,16 @@ from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
-MOST_USED = 32  # experts that a row may use: a warp holds them
-NO_GROUPS = Struct(None, None, None)  # row i goes to row i
+MOST_USED = 32  # maximum number of experts per row, because one warp handles them
+NO_GROUPS = Struct(None, None, None)  # output row i is made from row i
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Which pairs of a row and a rank go to which experts, `size` of one expert together at most.
+    """Which pairs of row and rank use which experts, in groups of at most `size` pairs of one expert.
 
     group: (n_groups, 3) int32: expert, first slot, number of slots. x_rows, y_rows: (n_pairs,) int32: the row of
-    activations that a slot takes, and the row of outputs that it gives.
+    activations that a slot reads, and the output row that it writes.
     """
 
     group: Array
@@ -30,17 +30,17 @@ class Groups:
 
     @cached_property
     def struct(self) -> Struct:
-        """`Groups` of arguments.cuh."""
+        """The struct `Groups` of arguments.cuh."""
         return Struct(self.group, self.x_rows, self.y_rows)
 
     @cached_property
     def by_pair(self) -> Groups:
-        """The same groups where activations have a row for each pair already."""
+        """The same groups for activations that have one row per pair."""
         return Groups(self.group, self.y_rows, self.y_rows, self.size)
 
 
 def most_groups(n_pairs: int, n_expert: int, size: int) -> int:
-    """The most groups of up to `size` pairs of one expert that `n_pairs` can come to."""
+    """The maximum number of groups, of up to `size` pairs of one expert, for `n_pairs` pairs."""
     return min(n_pairs, n_expert) + n_pairs // size
 
 
@@ -58,20 +58,20 @@ def row_soft_max(kernels: Kernels, x: Array, y: Array) -> None:
     """Softmax over the last axis of x, at most 32 wide. x, y: (..., n) float32."""
     n = int(x.shape[-1])
     if n > MOST_USED:
-        raise KernelError(f"row_soft_max: rows of {n}, at most {MOST_USED} are taken")
+        raise KernelError(f"row_soft_max: rows of {n}, allowed at most {MOST_USED}")
     check_shape("row_soft_max", "the output", y, x.shape)
     kernels.launch("moe", "row_soft_max_f32", (int(x.size) // n,), 32, [x, y, n])
 
 
 def route(kernels: Kernels, scores: Array, positions: Array, chosen: Array, shares: Array) -> None:
-    """`top_experts`, and the softmax over the chosen ones' scores: shares (n, n_used) float32. Overlaps.
+    """`top_experts`, and the softmax over the chosen experts' scores: shares (n, n_used) float32. Overlaps.
 
-    positions: (n,) int32; a row whose position is below zero chooses expert -1, none.
+    positions: (n,) int32; a row whose position is below zero chooses expert -1, which means none.
     """
     n, n_expert = scores.shape
     n_used = chosen.shape[1]
     if not 1 <= n_used <= min(n_expert, MOST_USED):
-        raise KernelError(f"route: {n_used} of {n_expert} experts, at most {MOST_USED} are taken")
+        raise KernelError(f"route: {n_used} of {n_expert} experts, allowed at most {MOST_USED}")
     check_shape("route", "the positions' array", positions, (n,))
     check_shape("route", "the array of chosen experts", chosen, (n, n_used))
     check_shape("route", "the shares' array", shares, (n, n_used))
@@ -82,7 +82,7 @@ def route(kernels: Kernels, scores: Array, positions: Array, chosen: Array, shar
 def group_experts(
     kernels: Kernels, chosen: Array, n_expert: int, share: int, groups: Groups, *, overlap: bool = False
 ) -> None:
-    """Fill `groups` from chosen (n_tokens, n_used) int32. share: pairs, one after another, that read one row."""
+    """Fill `groups` from chosen (n_tokens, n_used) int32. share: how many successive pairs read the same row."""
     n_pairs = int(chosen.size)
     check_shape("group_experts", "the groups' array", groups.group, (most_groups(n_pairs, n_expert, groups.size), 3))
     check_shape("group_experts", "the array of rows read", groups.x_rows, (n_pairs,))
@@ -93,7 +93,7 @@ def group_experts(
 
 
 def sum_experts(kernels: Kernels, experts: Array, y: Array) -> None:
-    """y (n_tokens, n) = the sum over ranks, in their order, of experts (n_tokens, n_used, n). float32."""
+    """y (n_tokens, n) = the sum of experts (n_tokens, n_used, n) over ranks, in their order; float32."""
     n_tokens, n_used, n = experts.shape
     n_elements = n_tokens * n
     check_shape("sum_experts", "the output", y, (n_tokens, n))
@@ -101,10 +101,7 @@ def sum_experts(kernels: Kernels, experts: Array, y: Array) -> None:
 
 
 def combine(kernels: Kernels, down: Array, shares: Array, residual: Array, y: Array) -> None:
-    """y (n, width) = Σ over ranks, in their order, of down (n · n_used, width) times shares (n, n_used); + residual.
-
-    Overlaps.
-    """
+    """y (n, width) = the sum over ranks of down (n · n_used, width) times shares (n, n_used), + residual. Overlaps."""
     n, width = y.shape
     check_shape("combine", "the array of outputs", down, (n * shares.shape[1], width))
     check_shape("combine", "the shares' array", shares, (n, shares.shape[1]))

@@ -28,12 +28,12 @@ def _norm(kernels: Kernels, kernel: str, x: Array, vectors: list[Array], eps: fl
 
 
 def rms_norm_rows(kernels: Kernels, x: Array, weight: Array, eps: float, rows: Rows) -> None:
-    """`rms_norm` of x (n_rows, n) into whatever `rows` has: floats, and halves with sums and scales. Overlaps."""
+    """`rms_norm` of x (n_rows, n), written to the arrays that `rows` has: floats, halves, sums, scales. Overlaps."""
     _norm_rows(kernels, "rms_norm_f16", x, [weight], eps, rows)
 
 
 def layer_norm_rows(kernels: Kernels, x: Array, weight: Array, bias: Array, eps: float, rows: Rows) -> None:
-    """`layer_norm` of x (n_rows, n) into whatever `rows` has: floats, and halves with sums and scales. Overlaps."""
+    """`layer_norm` of x (n_rows, n), written to the arrays that `rows` has: floats, halves, sums, scales. Overlaps."""
     _norm_rows(kernels, "layer_norm_f16", x, [weight, bias], eps, rows)
 
 
@@ -51,5 +51,5 @@ def _norm_rows(kernels: Kernels, kernel: str, x: Array, vectors: list[Array], ep
 def _width(kernel: str, x: Array, vectors: list[Array]) -> int:
     n = int(x.shape[-1])
     if any(v.shape != (n,) for v in vectors):
-        raise KernelError(f"{kernel}: rows of {n}, weights of {[v.shape for v in vectors]}")
+        raise KernelError(f"{kernel}: rows of {n}, but weights of {[v.shape for v in vectors]}")
     return n

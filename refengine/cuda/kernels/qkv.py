@@ -1,4 +1,4 @@
-"""Products with two or three matrices of one type in one kernel, for few rows: bindings of kernels_cu/qkv.cu."""
+"""Products with two or three matrices of the same type in one kernel, for few rows: bindings of kernels_cu/qkv.cu."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_MATRIX = Struct(None, None, None, None)
 
 
 def n_together(n_rows: int, matrices: Sequence[PackedMatrix]) -> int:
-    """How many of three matrices, from the first, `qkv` multiplies at once: 0, 2 or 3."""
+    """How many of three matrices, from the first on, `qkv` can multiply at once: 0, 2 or 3."""
     q, k, v = matrices
     if n_rows > FEW_ROWS or q.is_float or q.type != k.type or q.shape[0] % TILE_ROWS or k.shape[0] % TILE_ROWS:
         return 0
@@ -25,14 +25,15 @@ def n_together(n_rows: int, matrices: Sequence[PackedMatrix]) -> int:
 
 
 def qkv(kernels: Kernels, x: Rows, matrices: Sequence[PackedMatrix], biases: Sequence[Array | None], y: Array) -> None:
-    """y (n_rows, n_out) float32: for each row what two or three matrices (·, n_in) give, one after another. Overlaps.
-    """
+    """y (n_rows, n_out) float32: each row has its products with two or three matrices (·, n_in). Overlaps."""
     first = matrices[0]
     n_in, n_out, n_segments = first.shape[1], sum(w.shape[0] for w in matrices), -(-first.shape[1] // SEGMENT)
     missing = 3 - len(matrices)
     if x.n > FEW_ROWS or any(w.type != first.type or w.shape[1] != n_in or w.is_float for w in matrices):
         found = [f"{w.type.name} {w.shape}" for w in matrices]
-        raise KernelError(f"{first.name}: at most {FEW_ROWS} rows and matrices of one type go together, found {found}")
+        raise KernelError(
+            f"{first.name}: qkv needs at most {FEW_ROWS} rows and matrices of the same type, found {x.n} and {found}"
+        )
     x.check(first.name, n_in, floats=False)
     check_shape(first.name, "the output", y, (x.n, n_out))
     for w, bias in zip(matrices, biases, strict=True):

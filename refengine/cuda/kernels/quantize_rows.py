@@ -1,4 +1,4 @@
-"""Rows of activations as products take them: bindings of kernels_cu/quantize_rows.cu."""
+"""Converts rows of activations to the form that products read: bindings of kernels_cu/quantize_rows.cu."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
-BLOCK = 32  # columns whose sum is kept
+BLOCK = 32  # columns per stored sum
 
 
 @dataclass(frozen=True)
 class Rows:
-    """n rows of activations. What a product with F32 or BF16 weights reads: floats (n, n_in) float32. What every other
-    reads: halves (n, n_in) float16 in the device's order, their block sums (n, n_in / 32) and scales (n,) float32.
+    """n rows of activations, in one or both of two forms; None for arrays that do not exist.
 
-    None: not made.
+    floats: (n, n_in) float32, for products with F32 and BF16 weights.
+    halves, sums, scale: for all other products; halves (n, n_in) float16 in the device's column order, their block sums
+    (n, n_in / 32), and scales (n,) float32.
     """
 
     n: int
@@ -30,11 +31,11 @@ class Rows:
 
     @cached_property
     def struct(self) -> Struct:
-        """`Activations` of arguments.cuh."""
+        """The struct `Activations` of arguments.cuh."""
         return Struct(self.halves, self.sums, self.scale)
 
     def check(self, tensor: str, n_in: int, *, floats: bool) -> None:
-        """Raises KernelError unless a product with `tensor`, of rows n_in wide, can read its floats or its halves."""
+        """Raises KernelError if the floats, or the halves, are missing or have another width than n_in."""
         array = self.floats if floats else self.halves
         if array is None or array.shape != (self.n, n_in):
             found = "none" if array is None else f"rows of the shape {array.shape}"
@@ -43,10 +44,10 @@ class Rows:
 
 
 def quantize_rows(kernels: Kernels, x: Array, rows: Rows, *, overlap: bool = False) -> None:
-    """Write the halves, sums and scales of `rows` from x (n, n_in) float32."""
+    """Compute the halves, sums and scales of `rows` from x (n, n_in) float32."""
     n, n_in = x.shape
     if n_in % BLOCK:
-        raise KernelError(f"quantize_rows_f16: rows of {n_in} are no multiple of {BLOCK}")
+        raise KernelError(f"quantize_rows_f16: rows of {n_in} are not a multiple of {BLOCK}")
     check_shape("quantize_rows_f16", "the halves' array", rows.halves, (n, n_in))
     check_shape("quantize_rows_f16", "the sums' array", rows.sums, (n, n_in // BLOCK))
     check_shape("quantize_rows_f16", "the scales' array", rows.scale, (n,))

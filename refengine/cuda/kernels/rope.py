@@ -18,7 +18,7 @@ Angles = tuple[Array, Array]
 def rope(kernels: Kernels, x: Array, angles: Angles, y: Array, *, neox: bool) -> None:
     """y = x rotated. x, y: (n_tokens, n_head, head_dim) float32; angles: cos, sin (n_tokens, 1, n_rot / 2) float32.
 
-    neox: pairs are elements i and i + n_rot / 2, else 2i and 2i + 1.
+    neox: True rotates pairs of elements i and i + n_rot / 2, False pairs 2i and 2i + 1.
     """
     n_tokens, n_head, head_dim = x.shape
     half = angles[0].shape[-1]
@@ -31,15 +31,17 @@ def rope(kernels: Kernels, x: Array, angles: Angles, y: Array, *, neox: bool) ->
 
 @dataclass(frozen=True)
 class Projections:
-    """Q, K and V of one new token for each of n rows: where those of the first row begin, and how many floats further
-    on those of the next."""
+    """Q, K and V of one new token for each of n rows.
+
+    parts: arrays that begin with Q, K and V of the first row. strides: the distances between rows, in floats.
+    """
 
     parts: tuple[Array, Array, Array]
     strides: tuple[int, int, int]
 
     @cached_property
     def struct(self) -> Struct:
-        """`Projections` of arguments.cuh."""
+        """The struct `Projections` of arguments.cuh."""
         return Struct(*self.parts)
 
 
@@ -70,10 +72,10 @@ def rope_append(
     eps: float = 0.0,
     q_factor: float = 1.0,
 ) -> None:
-    """Heads' RMS norm (with weights `norms`), RoPE, Q times q_factor; K and V go into the cache. Overlaps.
+    """RMS norm of the heads (with weights `norms`), RoPE, Q times q_factor; writes K and V to the cache. Overlaps.
 
-    positions: (n,) int32, below zero where there is no row; tables: (n, n_blocks) int32; q: (n, n_head, head_dim)
-    float32.
+    positions: (n,) int32, below zero for rows without a sequence; tables: (n, n_blocks) int32; q: the output,
+    (n, n_head, head_dim) float32.
     """
     n, n_head, head_dim = q.shape
     check_cache(n_head, head_dim, k_cache)
@@ -85,7 +87,9 @@ def rope_append(
         check_shape("rope_append", "the weight of a norm", weight, (head_dim,))
     for part, stride, heads in zip(qkv.parts, qkv.strides, (n_head, n_head_kv, n_head_kv), strict=True):
         if part.size < (n - 1) * stride + heads * head_dim:
-            raise KernelError(f"rope_append: {n} rows of {heads} heads of {head_dim} every {stride} of {part.size}")
+            raise KernelError(
+                f"rope_append: {n} rows of {heads} heads of {head_dim}, {stride} floats apart, do not fit {part.size}"
+            )
     sizes = [n_head, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, tables.shape[1]]
     arrays = [qkv.struct, *norms, rotation.cos, rotation.sin, positions, tables, q, k_cache.struct, v_cache.struct]
     arguments = [*arrays, *qkv.strides, *sizes, float(eps), float(q_factor)]

@@ -1,4 +1,4 @@
-"""Drawing tokens from rows of logits: bindings of kernels_cu/sampling.cu. All launches overlap."""
+"""Samples tokens from rows of logits: bindings of kernels_cu/sampling.cu. All launches overlap."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from refengine.array import Array
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
 
-BINS = 2048  # of sampling.cu
+BINS = 2048  # as in sampling.cu
 
 
 class Sampler:
-    """Launches that draw a token from each of several rows, and move the rows' state on by it. Holds sizes only.
+    """Samples a token from each of several rows, and advances the rows' state by it. Has no arrays itself.
 
-    n_vocab: width of a row of logits; longest: ids that a row's history has room for.
+    n_vocab: the width of a row of logits. longest: the maximum number of ids in a row's history.
     """
 
     def __init__(self, kernels: Kernels, n_vocab: int, longest: int) -> None:
@@ -26,9 +26,9 @@ class Sampler:
         self._n_parts, self._threads, self._most_threads = (64, 256, 1024) if on_gpu else (3, 64, 64)
 
     def arrays(self, n: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """The arrays, (shape, dtype) by name, that `draw` takes for up to n rows, besides ids and positions.
+        """The arrays, (shape, dtype) by name, that `draw` needs for up to n rows, in addition to ids and positions.
 
-        reals, whole and history are the rows' state, drawn is the result, the others are space; see sampling.cu.
+        reals, whole and history are the rows' state, drawn is the result, the others are work space; see sampling.cu.
         """
         return {
             "reals": ((n, 4), np.float64),
@@ -43,7 +43,7 @@ class Sampler:
         }
 
     def draw(self, n: int, logits: Array, b: Mapping[str, Array]) -> None:
-        """Draw from rows of logits (n, n_vocab) into b["drawn"]. b: `arrays`, and ids, positions (n,) int32."""
+        """Sample from rows of logits (n, n_vocab) into b["drawn"]. b: the `arrays`, and ids, positions (n,) int32."""
         n_parts, n_vocab, longest = self._n_parts, self._n_vocab, self._longest
         check_shape("sampling", "the logits' array", logits, (n, n_vocab))
 
@@ -54,12 +54,12 @@ class Sampler:
         best, bins = [b["values"], b["keys"], b["marks"]], [b["counts"], b["masses"]]
         launch("scan_f32", (n_parts, n), self._threads, logits, *state, *best, *bins, n_vocab, longest)
         launch("weigh_f32", (n_parts, n), self._threads, logits, b["reals"], b["positions"], *best, *bins, n_vocab)
-        moved = [b["drawn"], b["ids"], b["positions"], b["whole"], b["history"]]
+        outputs = [b["drawn"], b["ids"], b["positions"], b["whole"], b["history"]]
         sizes = [n_vocab, n_parts, longest]
-        launch("draw_f32", (n,), self._most_threads, logits, b["reals"], *best, *bins, *moved, *sizes)
+        launch("draw_f32", (n,), self._most_threads, logits, b["reals"], *best, *bins, *outputs, *sizes)
 
 
 def allocated(sampler: Sampler, n: int, empty: Callable[..., Array]) -> dict[str, Array]:
-    """The sampler's arrays for n rows, made by `empty(shape, dtype)`, with ids and positions."""
+    """The sampler's arrays for n rows, with ids and positions, allocated by `empty(shape, dtype)`."""
     arrays = {name: empty(shape, dtype) for name, (shape, dtype) in sampler.arrays(n).items()}
     return arrays | {"ids": empty((n,), np.int32), "positions": empty((n,), np.int32)}

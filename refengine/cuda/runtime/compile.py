@@ -1,6 +1,6 @@
-"""Compiles kernel files ahead of their first use, in processes side by side: NVRTC takes one at a time in each.
+"""Compiles kernel files before their first use, in parallel processes, because NVRTC compiles only one per process.
 
-`python -m refengine.cuda.runtime.compile ARCH FILE` is such a process.
+Each process runs `python -m refengine.cuda.runtime.compile ARCH FILE`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from refengine.cuda.runtime.nvrtc import compile_source, is_compiled
 from refengine.cuda.runtime.source import names, read_source
 from refengine.errors import KernelError, RefengineError
 
-PAUSE_S = 0.01  # between two looks at the processes
+PAUSE_S = 0.01  # between two checks of the processes
 
 
 def missing(arch: str) -> list[str]:
-    """Kernel files whose machine code the cache lacks, the longest first. Raises DeviceError without NVRTC."""
+    """The kernel files whose machine code is not in the cache, the longest first. Raises DeviceError without NVRTC."""
     sources = [read_source(name) for name in names()]
     sources.sort(key=lambda source: -len(source.text) * len(source.kernels))
     return [source.name for source in sources if not is_compiled(source, arch)]
@@ -28,10 +28,10 @@ def missing(arch: str) -> list[str]:
 def compile_files(
     arch: str, files: Sequence[str], progress: Callable[[int, int], None] | None = None, jobs: int | None = None
 ) -> None:
-    """Compile what `missing` found, into the cache. progress(files done, files in all).
+    """Compile the files that `missing` gives, into the cache. progress: called with (files done, total files).
 
-    Raises KernelError with a compiler's messages. Processes that run when this is given up end by themselves, and what
-    they compiled is kept.
+    Raises KernelError with the compiler's messages. If this is interrupted, running processes still end by themselves,
+    and their results are kept.
     """
     waiting, n_all, n_done = list(files), len(files), 0
     running: list[tuple[str, subprocess.Popen[str]]] = []
@@ -42,10 +42,10 @@ def compile_files(
             running.append((name, subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)))
         for name, process in [(name, process) for name, process in running if process.poll() is not None]:
             running.remove((name, process))
-            _, said = process.communicate()
+            _, messages = process.communicate()
             if process.returncode != 0:
                 raise KernelError(
-                    f"{name}.cu was not compiled for {arch} (exit code {process.returncode}): {said[-2000:]}"
+                    f"{name}.cu was not compiled for {arch} (exit code {process.returncode}): {messages[-2000:]}"
                 )
             n_done += 1
             if progress is not None:

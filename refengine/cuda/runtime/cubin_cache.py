@@ -1,4 +1,4 @@
-"""The folder in which compiled kernels are kept, and files that appear there whole."""
+"""The cache folder of compiled kernels. Files are written atomically."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from refengine.errors import DeviceError
 
 
 def cache_folder() -> Path:
-    """$REFENGINE_CACHE, or `refengine` in the user's cache folder. Made where it is missing; else DeviceError."""
-    given = os.environ.get("REFENGINE_CACHE")
-    folder = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "refengine"
+    """$REFENGINE_CACHE, or `refengine` in the user's cache folder; created if missing. Raises DeviceError."""
+    own = os.environ.get("REFENGINE_CACHE")
+    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "refengine"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -22,12 +22,12 @@ def cache_folder() -> Path:
 
 
 def digest(*parts: str) -> str:
-    """What a compilation depends on, as a name."""
+    """A short hash of all inputs of a compilation, for a file name."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Another process sees all of the file or none of it. Raises DeviceError where it cannot be written."""
+    """Write a file atomically: other processes see all of it or nothing. Raises DeviceError if it cannot be written."""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(handle, "wb") as file:
@@ -39,6 +39,6 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def _unusable(folder: Path, error: OSError) -> DeviceError:
     return DeviceError(
-        f"compiled kernels cannot be kept in {folder} ({error.strerror or error}): "
-        "set REFENGINE_CACHE to a folder that can be written, or that has them (refengine compile)"
+        f"compiled kernels cannot be stored in {folder} ({error.strerror or error}): "
+        "set REFENGINE_CACHE to a writable folder, or to one that has them already (refengine compile)"
     )

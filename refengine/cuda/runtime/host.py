@@ -1,6 +1,6 @@
-"""Kernels on the CPU: the unchanged sources, built with g++ against kernels_cu/host and called through ctypes.
+"""Kernels on the CPU: the unchanged sources, compiled with g++ and kernels_cu/host, and called through ctypes.
 
-For tests and for stepping through a kernel in gdb, not for speed. Built once and kept in a cache folder.
+For tests and for stepping through a kernel in gdb, not for speed. The libraries are kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from refengine.cuda.runtime.source import Source, check_arguments, folder, three
 from refengine.errors import KernelError
 
 _MODES = {
-    # Every access is checked: about ten times slower.
+    # Checks every access; about ten times slower.
     "checked": ("-O1", "-g", "-fsanitize=thread"),
     "plain": ("-O2",),
     "debug": ("-O0", "-g"),  # for gdb
@@ -40,7 +40,7 @@ class _Buffer(ctypes.Structure):
 class HostModule:
     """One kernel file on the CPU. mode: `checked`, `plain` or `debug` (see `_MODES`).
 
-    Raises KernelError where no compiler is there, or the source does not compile (with its messages).
+    Raises KernelError if there is no compiler, or if the source does not compile (with the compiler's messages).
     """
 
     def __init__(self, source: Source, mode: str = "checked") -> None:
@@ -60,12 +60,11 @@ class HostModule:
         *,
         order: int = 0,
     ) -> None:
-        """Run a kernel. arguments: NumPy arrays (as device buffers), Structs and numbers, as its signature wants
-        them.
+        """Run a kernel. arguments: NumPy arrays (as device buffers), Structs and numbers, according to its signature.
 
-        overlap: as `DeviceModule.launch`; here one kernel runs after another.
-        order: 0 runs the threads of a block forwards, 1 backwards, more shuffles them: results must not change.
-        Raises KernelError for what does not fit, and for what a GPU would call undefined: accesses out of bounds,
+        overlap: ignored; kernels run one after another.
+        order: 0 runs a block's threads forwards, 1 backwards; higher numbers shuffle them. Results must not change.
+        Raises KernelError for invalid arguments, and for anything that is undefined on a GPU: accesses out of bounds,
         misaligned or to a read-only buffer, divergent barriers, reads of uninitialised shared memory.
         """
         checked = check_arguments(self.source, kernel, arguments)
@@ -86,7 +85,7 @@ class HostModule:
                     start = array.ctypes.data
                     buffers.append(_Buffer(member.name.encode(), start, array.nbytes, int(member.writable)))
         pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
-        given = (_Buffer * max(len(buffers), 1))(*buffers)
+        buffer_array = (_Buffer * max(len(buffers), 1))(*buffers)
         error = self._launch(
             kernel.encode(),
             ctypes.cast(self._library[f"hostcuda_call_{kernel}"], ctypes.c_void_p),
@@ -94,7 +93,7 @@ class HostModule:
             (ctypes.c_uint * 3)(*three(grid)),
             (ctypes.c_uint * 3)(*three(block)),
             ctypes.c_size_t(shared_bytes),
-            given,
+            buffer_array,
             len(buffers),
             order,
             int(self.mode == "checked"),
@@ -104,15 +103,15 @@ class HostModule:
 
 
 def toolchain() -> Path:
-    """The folder of hostcuda.h and runtime.cpp."""
+    """The folder with hostcuda.h and runtime.cpp."""
     return folder() / "host"
 
 
 def _build(source: Source, mode: str) -> Path:
-    """The shared library of a source, compiled where the cache lacks it. Two processes may build at once."""
+    """The shared library of a source, compiled if it is not in the cache. Several processes may build it at once."""
     compiler, tools = os.environ.get("CXX", "g++"), toolchain()
     if shutil.which(compiler) is None:
-        raise KernelError(f"kernels on the CPU need a C++ compiler, and there is no {compiler}; set CXX to another")
+        raise KernelError(f"kernels on the CPU need a C++ compiler, but {compiler} is missing; set CXX to another one")
     exports = "".join(f"HOSTCUDA_EXPORT({kernel})\n" for kernel in source.kernels)
     header, runtime = tools / "hostcuda.h", tools / "runtime.cpp"
     key = digest(source.text, exports, mode, compiler, header.read_text("utf-8"), runtime.read_text("utf-8"))
@@ -122,7 +121,7 @@ def _build(source: Source, mode: str) -> Path:
     flags = [compiler, "-std=c++17", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         code = Path(folder) / f"{source.name}.cpp"
-        # The text names its own files by #line; those must be found by the debugger.
+        # The text has #line directives with its file names, so that the debugger finds the sources.
         code.write_text(f'{source.text}#line 1 "exports"\n{exports}', encoding="utf-8")
         objects = [f"{folder}/kernel.o", f"{folder}/runtime.o"]
         _run([*flags, *_MODES[mode], "-include", str(header), "-c", str(code), "-o", objects[0]], source.name)

@@ -1,4 +1,4 @@
-"""All kernel files of one place, compiled when first wanted: a GPU (`cuda`), or their build for the CPU (`host`)."""
+"""All kernel files for a GPU (`cuda`) or built for the CPU (`host`), compiled at their first use."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from refengine.cuda.runtime.source import read_source
 from refengine.errors import KernelError
 
-HOST_MULTIPROCESSORS = 4  # a small device: blocks have several tiles
-HOST_MODE = "REFENGINE_HOST_MODE"  # environment: `checked` and `debug` run whole models so, for gdb and for hunting
+HOST_MULTIPROCESSORS = 4  # a small device, so that blocks have several tiles
+HOST_MODE = "REFENGINE_HOST_MODE"  # environment variable: `checked` or `debug` for whole models, to find bugs
 
 
 class Kernels:
-    """`launch("norm", "rms_norm_f32", …)`: a kernel of kernels_cu/norm.cu."""
+    """Launches kernels: `launch("norm", "rms_norm_f32", …)` runs a kernel of kernels_cu/norm.cu."""
 
     def __init__(self, place: str, host_mode: str | None = None) -> None:
-        """host_mode: of `HostModule`, else what the environment says, else `plain`."""
+        """host_mode: the mode of `HostModule`; None uses the environment variable, else `plain`."""
         self.place, self._host_mode = place, host_mode or os.environ.get(HOST_MODE, "plain")
         self._modules: dict[str, Any] = {}
 
     @cached_property
     def n_multiprocessors(self) -> int:
-        """What a launch is cut for."""
+        """The number of multiprocessors that launches are sized for."""
         if self.place == "host":
             return HOST_MULTIPROCESSORS
         import cupy
@@ -32,7 +32,7 @@ class Kernels:
         return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
     def module(self, file: str) -> Any:
-        """`DeviceModule` or `HostModule` of a file. Raises KernelError, DeviceError."""
+        """The `DeviceModule` or `HostModule` of a file. Raises KernelError or DeviceError."""
         if file not in self._modules:
             source = read_source(file)
             if self.place == "host":
@@ -57,10 +57,10 @@ class Kernels:
         *,
         what: str = "",
     ) -> None:
-        """Start a kernel; nothing is done where the grid is empty.
+        """Launch a kernel; does nothing if the grid is empty.
 
-        arguments: arrays, None for null pointers, Structs and numbers. what: the tensor it is for, named in the
-        KernelError that a bad launch raises. overlap: see `runtime.overlap`.
+        arguments: arrays, None for null pointers, Structs and numbers. what: the name of the tensor, for the
+        KernelError of an invalid launch. overlap: see `runtime.overlap`.
         """
         if not all(grid):
             return

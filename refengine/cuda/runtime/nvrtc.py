@@ -1,7 +1,7 @@
-"""Kernels on a GPU: compiled by NVRTC, once for each architecture and source, loaded and launched through CuPy.
+"""Kernels on a GPU: compiled by NVRTC, once for each architecture and source, loaded and launched with CuPy.
 
-The only place that compiles for a device. It needs no driver to compile. Options are written out here; nothing is taken
-from CuPy's own compilation path, which adds some (`-ftz=true`), and cannot take `sm_90a`.
+This is the only module that compiles for a device; compiling needs no driver. All options are given here. CuPy's own
+compilation is not used, because it adds options (`-ftz=true`) and does not support `sm_90a`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from refengine.cuda.runtime.source import Source, Struct, check_arguments, three
 from refengine.errors import DeviceError, KernelError, install_hint
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
-# Sums are written as they are meant: no contraction of a·b + c, denormals kept, division and root rounded to nearest.
+# Arithmetic exactly as written: no contraction of a·b + c, denormals kept, division and root rounded to nearest.
 OPTIONS = ("-std=c++17", "-default-device", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 _NULL = np.uintp(0)
-STATIC_LIMIT = 48 << 10  # bytes of shared memory that a launch may have without asking
+STATIC_LIMIT = 48 << 10  # bytes of shared memory that a launch may use without setting an attribute
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says a kernel takes: registers a thread; bytes of static shared memory, of stack, and spilled."""
+    """The resources of a kernel, from ptxas: registers per thread; bytes of static shared memory, stack, and spills."""
 
     registers: int
     shared: int
@@ -39,7 +39,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code for one architecture, the file that holds it, and what each kernel takes."""
+    """Machine code for one architecture, its file, and the resources of each kernel."""
 
     cubin: bytes
     path: Path
@@ -47,15 +47,15 @@ class Compiled:
 
 
 def compile_source(source: Source, arch: str) -> Compiled:
-    """Machine code of a source, from the cache if it is there.
+    """The machine code of a source, from the cache if it has it.
 
-    Raises KernelError with NVRTC's messages, DeviceError where NVRTC is not installed or does not know `arch`.
+    Raises KernelError with NVRTC's messages, DeviceError if NVRTC is not installed or does not support `arch`.
     """
     nvrtc, version = _nvrtc()
-    path, facts = _kept(source, arch)
-    if path.exists() and facts.exists():
-        told = json.loads(facts.read_text())
-        return Compiled(path.read_bytes(), path, {name: Resources(**r) for name, r in told.items()})
+    path, resources_path = _cache_paths(source, arch)
+    if path.exists() and resources_path.exists():
+        resources = json.loads(resources_path.read_text())
+        return Compiled(path.read_bytes(), path, {name: Resources(**r) for name, r in resources.items()})
     program = nvrtc.createProgram(source.text, f"{source.name}.cu", [], [])
     try:
         nvrtc.compileProgram(program, [f"-arch={arch}", "--ptxas-options=-v", *OPTIONS])
@@ -63,22 +63,22 @@ def compile_source(source: Source, arch: str) -> Compiled:
     except nvrtc.NVRTCError as e:
         log = nvrtc.getProgramLog(program).strip()
         if "invalid value for" in log:
-            raise DeviceError(f"NVRTC {version} does not know {arch}: {log[:300]}") from None
+            raise DeviceError(f"NVRTC {version} does not support {arch}: {log[:300]}") from None
         raise KernelError(f"{source.name}.cu does not compile for {arch} ({e}):\n{log[:4000]}") from None
     finally:
         nvrtc.destroyProgram(program)
-    write_whole(facts, json.dumps({name: asdict(r) for name, r in compiled.resources.items()}).encode())
+    write_whole(resources_path, json.dumps({name: asdict(r) for name, r in compiled.resources.items()}).encode())
     write_whole(path, compiled.cubin)
     return compiled
 
 
 def is_compiled(source: Source, arch: str) -> bool:
-    """Whether the cache has its machine code. Raises DeviceError where NVRTC is not installed."""
-    return all(path.exists() for path in _kept(source, arch))
+    """Whether a source's machine code is in the cache. Raises DeviceError if NVRTC is not installed."""
+    return all(path.exists() for path in _cache_paths(source, arch))
 
 
-def _kept(source: Source, arch: str) -> tuple[Path, Path]:
-    """Where the cache has its machine code, and what its kernels take."""
+def _cache_paths(source: Source, arch: str) -> tuple[Path, Path]:
+    """The paths in the cache of a source's machine code, and of its kernels' resources."""
     key = digest(source.text, arch, *OPTIONS, nvrtc_version())
     path = cache_folder() / f"{source.name}-{arch}-{key}.cubin"
     return path, path.with_suffix(".json")
@@ -91,13 +91,13 @@ def _nvrtc() -> tuple[Any, str]:
         return nvrtc, ".".join(map(str, nvrtc.getVersion()))
     except (ImportError, RuntimeError, OSError) as e:
         raise DeviceError(
-            f"kernels need CuPy and NVRTC, which cannot be loaded ({e}); {install_hint('cuda13')}; without a GPU, "
+            f"kernels need CuPy and NVRTC, which cannot be loaded ({e}); {install_hint('cuda13')}; without a GPU, use "
             "nvrtc instead of cuda13"
         ) from None
 
 
 def nvrtc_version() -> str:
-    """NVRTC's version. Raises DeviceError where it is not installed."""
+    """NVRTC's version. Raises DeviceError if it is not installed."""
     return _nvrtc()[1]
 
 
@@ -117,7 +117,7 @@ def _resources(log: str) -> dict[str, Resources]:
 
 
 class DeviceModule:
-    """One kernel file on the current CUDA device: `launch` as `host.HostModule` has it, with CuPy arrays."""
+    """One kernel file on the current CUDA device. `launch` is like that of `host.HostModule`, with CuPy arrays."""
 
     def __init__(self, source: Source, arch: str | None = None) -> None:
         import cupy
@@ -131,7 +131,7 @@ class DeviceModule:
         self._stream = cupy.cuda.get_current_stream
 
     def raw_kernel(self, kernel: str) -> Any:
-        """The kernel as CuPy has it: a `cupy.RawKernel`, to look at its attributes or to launch it by hand."""
+        """The kernel as a `cupy.RawKernel`, to read its attributes or to launch it directly."""
         return self.module.get_function(kernel)
 
     def launch(
@@ -143,28 +143,28 @@ class DeviceModule:
         shared_bytes: int = 0,
         overlap: bool = False,
     ) -> None:
-        """Start a kernel on the current stream. Raises KernelError for what does not fit, or a refused launch.
+        """Launch a kernel on the current stream. Raises KernelError for invalid arguments, or a refused launch.
 
-        overlap: let it begin before the one in front of it has ended; only for kernels with `wait_for_previous`.
+        overlap: let it begin before the previous kernel has ended; only for kernels that call `wait_for_previous`.
         """
         checked = check_arguments(self.source, kernel, arguments)
         function = self._functions.get(kernel)
         if function is None:
             function = self._functions[kernel] = self.raw_kernel(kernel).kernel
-        given = [_NULL if a is None else a.packed if isinstance(a, Struct) else a for a in checked]
+        values = [_NULL if a is None else a.packed if isinstance(a, Struct) else a for a in checked]
         try:
             if shared_bytes > STATIC_LIMIT:
                 attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 self._driver.funcSetAttribute(function.ptr, attribute, shared_bytes)
             if overlap and self._overlaps:
-                launch_overlapping(function.ptr, three(grid), three(block), given, shared_bytes, self._stream().ptr)
+                launch_overlapping(function.ptr, three(grid), three(block), values, shared_bytes, self._stream().ptr)
             else:
-                function(three(grid), three(block), given, shared_bytes)
+                function(three(grid), three(block), values, shared_bytes)
         except RuntimeError as e:  # CUDADriverError
             raise KernelError(f"{kernel}: launch of grid {tuple(grid)}, block {tuple(block)} refused: {e}") from None
 
 
 def architecture(cupy: Any) -> str:
-    """`sm_80` and the like of the current device; with its own instructions (`a`) where the kernels use them."""
+    """The architecture of the current device, such as `sm_80`; `sm_90a` if the kernels use its special instructions."""
     capability = str(cupy.cuda.Device().compute_capability)
     return "sm_90a" if capability == "90" else f"sm_{capability}"

@@ -1,6 +1,7 @@
-"""Launches that may begin before the kernel in front of them has ended (programmatic dependent launch, sm_90).
+"""Launches that may begin before the previous kernel has ended (programmatic dependent launch, sm_90).
 
-CuPy has no call for it: `cuLaunchKernelEx` of the driver, through ctypes. In a graph capture it makes such an edge.
+CuPy has no function for it, so the driver's `cuLaunchKernelEx` is called through ctypes. In a graph capture it creates
+a programmatic edge.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def launch_overlapping(
     shared_bytes: int,
     stream: int,
 ) -> None:
-    """arguments: CuPy arrays, NumPy scalars, and NumPy arrays of a struct's bytes. Raises RuntimeError with the
-    driver's number where it refuses.
+    """Launch a kernel that may overlap with the previous one. Raises RuntimeError with the driver's error number.
+
+    arguments: CuPy arrays, NumPy scalars, and NumPy arrays with a struct's bytes.
     """
     on_host = (np.ndarray, np.generic)
     values = [np.asarray(a) if isinstance(a, on_host) else np.array(a.data.ptr, np.uint64) for a in arguments]

@@ -1,9 +1,8 @@
-"""Kernel sources: the text that is compiled, and the kernels' signatures as they stand in it.
+"""Kernel sources: the text to compile, and the kernels' signatures, which are parsed from it.
 
-`common.cuh`, and each header that a file includes, is put in front of it, with `#line`: one text is all there is to
-compile and to hash, and messages of the compiler name the right file and line. Signatures are read from the text, so
-that what a launch is checked against cannot be out of step with the kernel. This module knows nothing of compilers and
-devices.
+`common.cuh`, and each header that a file includes, is inserted before it, with `#line`. So there is only one text to
+compile and to hash, and the compiler's messages have the right file and line. Because signatures are parsed from the
+text, the check of a launch always agrees with the kernel. Independent of compilers and devices.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def _converter(kind: str) -> Callable[[Any], Any]:
         return scalar(value)
 
     def real(value: Any) -> Any:
-        if type(value) is float and abs(value) <= 1.0:  # nearly always: scales and epsilons
+        if type(value) is float and abs(value) <= 1.0:  # the usual case: scales and epsilons
             return scalar(value)
         with np.errstate(over="ignore"):
             number = scalar(value)
@@ -71,9 +70,9 @@ _CONVERTERS = {kind: _converter(kind) for kind in _TYPES}
 
 
 class Struct:
-    """Arrays that a kernel takes as one argument: a C struct of pointers, passed by value. None is a null pointer.
+    """Arrays that are one argument of a kernel: a C struct of pointers, passed by value. None is a null pointer.
 
-    Make one where the arrays live as long as it does; its pointers are collected once.
+    It keeps its arrays alive, and collects their pointers only once.
     """
 
     __slots__ = ("_packed", "arrays", "fits")
@@ -93,16 +92,16 @@ class Struct:
 
 
 def address_of(array: Any) -> int:
-    """Where a NumPy or CuPy array begins."""
+    """The address of a NumPy or CuPy array."""
     return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a kernel. kind: its C type without const and *. members: of a struct, its pointers.
+    """One parameter of a kernel. kind: its C type without const and *. members: the pointers in a struct.
 
-    dtypes: of arrays and NumPy scalars that fit. converted: a Python number as a scalar of the C type; it raises
-    OverflowError for a number out of range, and TypeError for a fraction where the C type is an integer's.
+    dtypes: the allowed dtypes of arrays and NumPy scalars. converted: converts a Python number to a scalar of the C
+    type; it raises OverflowError for a number out of range, and TypeError for a fraction if the C type is an integer.
     """
 
     name: str
@@ -113,14 +112,14 @@ class Parameter:
     dtypes: frozenset[np.dtype[Any]] = field(init=False, repr=False)
     converted: Callable[[Any], Any] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:  # once for each kernel, for the sake of `check_arguments`
+    def __post_init__(self) -> None:  # computed once per kernel, which makes `check_arguments` fast
         object.__setattr__(self, "dtypes", _DTYPES.get(self.kind, frozenset()))
         object.__setattr__(self, "converted", _CONVERTERS.get(self.kind))
 
 
 @dataclass(frozen=True)
 class Source:
-    """A kernel file, ready to compile. text: with the preamble in front. kernels: name → parameters."""
+    """A kernel file, ready to compile. text: the preamble, its headers and the file. kernels: name → parameters."""
 
     name: str
     text: str
@@ -128,9 +127,9 @@ class Source:
 
 
 def folder() -> Path:
-    """The folder of the kernel sources: `kernels_cu` of the package, in a checkout a link to the one beside it.
+    """The folder of the kernel sources: the package's `kernels_cu`, which is a link in a checkout.
 
-    Raises KernelError where the sources are missing.
+    Raises KernelError if the sources are missing.
     """
     place = Path(str(files("refengine") / "kernels_cu"))
     if not (place / PREAMBLE).is_file():
@@ -139,12 +138,12 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """Every kernel file, without its ending."""
+    """The names of all kernel files, without the suffix."""
     return sorted(path.stem for path in folder().glob("*.cu"))
 
 
 def read_source(name: str) -> Source:
-    """`name` of kernels_cu/name.cu. Raises KernelError where it is missing or a signature cannot be read."""
+    """Read kernels_cu/`name`.cu. Raises KernelError if it is missing or a signature cannot be parsed."""
     path = folder() / f"{name}.cu"
     if not path.is_file():
         raise KernelError(f"no kernel file {path.name}; there are {', '.join(names())}")
@@ -155,7 +154,7 @@ def read_source(name: str) -> Source:
 
 
 def source_of(name: str, *parts: tuple[str, str]) -> Source:
-    """A source of (file name, text) parts, one after the other."""
+    """A source made from (file name, text) parts, one after another."""
     text = "".join(f'#line 1 "{file}"\n{part}\n' for file, part in parts)
     *headers, plain = (re.sub(r"//[^\n]*|/\*.*?\*/", "", part, flags=re.DOTALL) for _, part in parts)
     structs = dict(found for part in (*headers, plain) for found in _STRUCT.findall(part))
@@ -164,7 +163,7 @@ def source_of(name: str, *parts: tuple[str, str]) -> Source:
 
 
 def _signatures(plain: str) -> Iterator[tuple[str, str]]:
-    """Kernels and parameters; of a macro whose first argument is the kernel's name, those for each of its uses."""
+    """Yields kernels and parameters. For a macro whose first argument is the kernel's name, one kernel for each use."""
     for macro, argument, body in _MACRO.findall(plain):
         for kernel, given in _KERNEL.findall(body.replace("\\\n", " ")):
             if kernel == argument:
@@ -173,30 +172,30 @@ def _signatures(plain: str) -> Iterator[tuple[str, str]]:
 
 
 def _parameters(file: str, kernel: str, text: str, structs: dict[str, str]) -> tuple[Parameter, ...]:
-    """structs: the members of those that the text declares, as they stand there."""
-    found = []
+    """Parse a parameter list. structs: the members of each struct that the text declares, as text."""
+    parameters = []
     for declaration in filter(None, (" ".join(d.split()) for d in text.split(","))):
         match = re.fullmatch(r"(const )?([\w ]+?) ?(\*)? ?(?:__restrict__ )?(\w+)", declaration)
         members: tuple[Parameter, ...] = ()
         if match is not None and not match[3] and match[2] in structs:
             members = _parameters(file, match[2], structs[match[2]].replace(";", ","), {})
         if match is None or (match[2] not in _TYPES and not members):
-            raise KernelError(f"{file}.cu: {kernel}: parameter {declaration!r} has a type that launches do not know")
-        found.append(Parameter(match[4], match[2], match[3] is not None, match[1] is None, members))
-    return tuple(found)
+            raise KernelError(f"{file}.cu: {kernel}: parameter {declaration!r} has a type that launches do not support")
+        parameters.append(Parameter(match[4], match[2], match[3] is not None, match[1] is None, members))
+    return tuple(parameters)
 
 
 def three(sizes: Sequence[int]) -> tuple[int, int, int]:
-    """A grid or block of one to three sizes, as launches take it."""
+    """A grid or block of one to three sizes, extended to three."""
     x, y, z = (*sizes, 1, 1)[:3]
     return x, y, z
 
 
 def check_arguments(source: Source, kernel: str, arguments: Sequence[Any]) -> list[Any]:
-    """The arguments as the kernel takes them: arrays, None for null pointers, NumPy scalars, Structs. See W-1431.
+    """Check and convert the arguments of a kernel: arrays, None for null pointers, NumPy scalars, Structs. See W-1431.
 
-    Python numbers become scalars of the parameter's C type. Raises KernelError for what does not fit in number, type,
-    range or layout; a fraction does not fit an integer.
+    Python numbers are converted to scalars of the parameter's C type. Raises KernelError for a wrong number of
+    arguments, type, range or layout; a fraction is not allowed for an integer.
     """
     parameters = source.kernels.get(kernel)
     if parameters is None:
@@ -204,7 +203,7 @@ def check_arguments(source: Source, kernel: str, arguments: Sequence[Any]) -> li
     if len(arguments) != len(parameters):
         raise KernelError(f"{kernel} takes {len(parameters)} arguments, {len(arguments)} were given")
     checked = list(arguments)
-    for i, value in enumerate(arguments):  # at every launch: what is wrong is worked out where something is
+    for i, value in enumerate(arguments):  # runs at every launch, so error messages are only made if necessary
         parameter = parameters[i]
         if parameter.pointer:
             if value is not None:

@@ -1,1 +1,1 @@
-"""HTTP: the application, its routes and bodies, connections."""
+"""The worker's HTTP side: the application, its routes, request bodies, responses, connections."""

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, the answer that streams, and how faults look to a client. What is done is in worker.py."""
+"""The HTTP application: the worker's own routes, access checks, and error responses. Jobs are run by jobs/worker.py."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from refengine.worker.jobs.worker import Worker
 from refengine.worker.telemetry.log import prompt_facts
 from refengine.worker.telemetry.metrics import CONTENT_TYPE
 
-LONG_BODY_BYTES = 1 << 16  # parsing 1 MiB takes up to 60 ms
-BODY_TIMEOUT_S = 10.0  # for a client to send all of its request
-OPEN_PATHS = {"/health"}  # answered without a key
+LONG_BODY_BYTES = 1 << 16  # longer bodies are parsed outside the event loop: 1 MiB takes up to 60 ms
+BODY_TIMEOUT_S = 10.0  # for a client to send the whole body
+OPEN_PATHS = {"/health"}  # need no key
 CHALLENGE = 'Basic realm="refengine", charset="UTF-8", Bearer realm="refengine"'
 
 
 class Guard:
-    """Lets a request through that has the key, or needs none, and that no page of another site sent.
+    """Refuses requests without the required key, and requests from web pages of other sites.
 
-    A browser sends such requests for any page that its user looks at, also to 127.0.0.1, and says so in `Origin`;
-    unless that site's name has been made to mean 127.0.0.1 (DNS rebinding), which shows in `Host`.
-    hosts: the names that are answered in `Host`; None: any.
+    Any page in a browser can send requests, even to 127.0.0.1. The browser names the page's site in `Origin`. If the
+    site has made its own name resolve to 127.0.0.1 (DNS rebinding), `Origin` looks right, but `Host` has that name.
+    hosts: the names that `Host` may have; None: any name.
     """
 
     def __init__(self, app: ASGIApp, key: str | None, hosts: frozenset[str] | None = None) -> None:
@@ -64,30 +64,30 @@ class Guard:
             return WorkerError("UNAUTHORIZED", "requests from pages of other sites are refused", "Origin", status=403)
         if self._key is None or path in OPEN_PATHS:
             return None
-        if hmac.compare_digest(_key_in(headers.get("authorization", "")), self._key):  # takes as long for every key
+        if hmac.compare_digest(_key_in(headers.get("authorization", "")), self._key):  # in constant time
             return None
-        return WorkerError("UNAUTHORIZED", "this worker wants its key: Authorization: Bearer KEY, or as a password")
+        return WorkerError("UNAUTHORIZED", "this worker requires its key: Authorization: Bearer KEY, or as a password")
 
 
 def _name_in(host: str) -> str:
-    """Of a `Host` header, without the port."""
+    """The name in a `Host` header, without the port."""
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return name.lower()
 
 
 def _key_in(authorization: str) -> bytes:
-    """The key of a Bearer, or the password of a Basic header, whatever its user; else nothing."""
-    scheme, _, given = authorization.partition(" ")
+    """The key in an `Authorization` header: the token of Bearer, or the password of Basic; else empty."""
+    scheme, _, credentials = authorization.partition(" ")
     if scheme.lower() == "bearer":
-        return given.strip().encode()
+        return credentials.strip().encode()
     if scheme.lower() == "basic":
         with contextlib.suppress(ValueError):
-            return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+            return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
     return b""
 
 
 def make_app(worker: Worker) -> FastAPI:
-    """All routes of one worker."""
+    """The application with the worker's own routes; the other modules add theirs."""
     app = FastAPI(title="refengine worker", docs_url=None, redoc_url=None)
 
     app.add_middleware(Guard, key=worker.options.api_key, hosts=worker.options.hosts)
@@ -116,7 +116,11 @@ def make_app(worker: Worker) -> FastAPI:
 
     @app.post("/execute", openapi_extra=body_of(ExecuteRequest))
     async def execute(request: Request) -> Response:
-        """Generate: answers with server-sent events: started, token (many), metrics (where asked for), end or error."""
+        """Generate text. The response is a stream of server-sent events.
+
+        They are `started`, then a `token` for each token, `metrics` if the worker's options ask for it, and finally
+        `end` or `error`.
+        """
         with worker.refusing():
             worker.check_open()
             body = await parsed(worker, request, ExecuteRequest)
@@ -130,33 +134,33 @@ def make_app(worker: Worker) -> FastAPI:
 
     @app.post("/cancel", status_code=202, openapi_extra=body_of(CancelRequest))
     async def cancel(request: Request) -> dict[str, Any]:
-        """End a job, or all jobs of an answer. Accepted also for one that has ended, or never was."""
+        """Cancel a job, or all jobs of an answer. Also accepted if no job with this id exists."""
         job_id = (await parsed(worker, request, CancelRequest)).job_id
         worker.cancel(job_id)
         return {"job_id": job_id}
 
     @app.post("/shutdown", status_code=202)
     async def shutdown() -> dict[str, Any]:
-        """Take nothing new in, let the jobs that live finish for a few seconds, and exit."""
+        """Accept no new jobs, give running jobs a few seconds to finish, and exit."""
         worker.closing = True
         worker.stop_asked.set()
         return {"status": "shutting down"}
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Healthy or not and why, the model, the device, its memory: what is known, without asking the device."""
+        """The worker's health with the reasons if unhealthy, the model, the device and its memory, all from a cache."""
         return worker.state.health()
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """Counters, gauges and histograms as Prometheus reads them."""
+        """Metrics in Prometheus' text format."""
         return Response(worker.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return app
 
 
 def answer(fault: WorkerError, path: str = "") -> Response:
-    """Under /v1/ as OpenAI's clients read it."""
+    """The response to a failed request. For paths under /v1/ it has the form of OpenAI's errors."""
     body = fault.body()
     if path.startswith("/v1/"):
         body = {"error": error_of(fault.code, fault.message, fault.field)}
@@ -164,13 +168,13 @@ def answer(fault: WorkerError, path: str = "") -> Response:
 
 
 async def parsed(worker: Worker, request: Request, kind: type[R]) -> R:
-    """What a body asks for; a long one is not parsed in the event loop's thread. Raises WorkerError."""
+    """Read and parse a request's body. Long bodies are parsed outside the event loop's thread. Raises WorkerError."""
     body = await read_body(request)
     return parse(kind, body) if len(body) <= LONG_BODY_BYTES else await worker.run_aside(partial(parse, kind, body))
 
 
 async def read_body(request: Request) -> bytes:
-    """All of it, within a size and a time. Raises WorkerError."""
+    """Read a request's whole body. Raises WorkerError if it is too large or takes too long."""
     parts, n_bytes = [], 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -178,17 +182,17 @@ async def read_body(request: Request) -> bytes:
                 n_bytes += len(part)
                 if n_bytes > MAX_BODY_BYTES:
                     raise WorkerError(
-                        "INVALID_REQUEST", f"the body: given more than the {MAX_BODY_BYTES} bytes allowed", status=413
+                        "INVALID_REQUEST", f"the body: given more than the allowed {MAX_BODY_BYTES} bytes", status=413
                     )
                 parts.append(part)
     except TimeoutError:
-        message = f"the body was not there within {BODY_TIMEOUT_S:g} s"
+        message = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
         raise WorkerError("INVALID_REQUEST", message, status=408) from None
     except ClientDisconnect:
-        raise WorkerError("CANCELLED", "the client has gone") from None
+        raise WorkerError("CANCELLED", "the client disconnected") from None
     return b"".join(parts)
 
 
 def body_of(kind: Any) -> dict[str, Any]:
-    """The OpenAPI document's words for a body that is parsed here, and not by FastAPI."""
+    """The OpenAPI description of a body that this module parses instead of FastAPI."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}

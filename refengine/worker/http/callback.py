@@ -1,4 +1,4 @@
-"""Tells whoever started the worker that it is ready: one POST, repeated with growing pauses until it is heard."""
+"""Reports to --callback-url that the worker is ready: one POST, repeated with growing pauses until it succeeds."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 TIMEOUT_S = 5.0
 
 
-def announce(url: str, facts: dict[str, Any], log: Log) -> None:
-    """In a thread that no shutdown waits for. A worker that nobody hears serves all the same."""
-    threading.Thread(
-        target=_announce, args=(url, json.dumps(facts).encode(), log), name="callback", daemon=True
-    ).start()
+def announce(url: str, body: dict[str, Any], log: Log) -> None:
+    """Send the callback from a daemon thread. Failures are logged and do not stop the worker."""
+    threading.Thread(target=_announce, args=(url, json.dumps(body).encode(), log), name="callback", daemon=True).start()
 
 
 def _announce(url: str, body: bytes, log: Log) -> None:
@@ -35,13 +33,13 @@ def _announce(url: str, body: bytes, log: Log) -> None:
 
 
 class _Direct(urllib.request.HTTPRedirectHandler):
-    """Where a redirect leads, a POST would come as a GET without its body: it is an error, as all but 2xx."""
+    """Treats a redirect as an error, because urllib would follow it with a GET without the body."""
 
     def redirect_request(self, *arguments: Any) -> None:
         return None
 
 
 def _post(url: str, body: bytes) -> None:
-    """Done when a status of 2xx has come. Raises OSError, ValueError or HTTPException."""
+    """Send the POST. Raises OSError, ValueError or HTTPException unless the response's status is 2xx."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
     urllib.request.build_opener(_Direct).open(request, timeout=TIMEOUT_S).close()

@@ -1,7 +1,8 @@
-"""HTTP connections within limits: uvicorn's h11 protocol, and what it leaves open.
+"""Limits on HTTP connections that uvicorn's h11 protocol does not have.
 
-How many there are, how long a client may take to send a request's head, to take the last of an answer and to go, and
-how large a head may be. A body's size and time are `app.read_body`'s, a stream's time is `stream.EventStream`'s.
+They limit the number of connections, the size of a request's head, and the time that a client takes to send the head,
+to read the response and to close the connection. `app.read_body` limits a body's size and time, `stream.EventStream`
+the time to read a stream.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from refengine.worker.errors import WorkerError
 from refengine.worker.http.app import OPEN_PATHS, answer
 
-HEAD_TIMEOUT_S = 10.0  # from the end of the last answer, or the start of the connection, to a whole head
-RESERVED_HEAD_TIMEOUT_S = 2.0
+HEAD_TIMEOUT_S = 10.0  # from the start of the connection, or the end of the last response, to a complete head
+RESERVED_HEAD_TIMEOUT_S = 2.0  # the same on a reserved connection
 BODY_REST_TIMEOUT_S = 5.0  # for the rest of a body that was answered before its end
-WRITE_TIMEOUT_S = 30.0  # without any progress, for a client to take what was sent
-LINGER_S = 1.0  # a client that is sent away reads that before its connection is gone
-CHECK_S = 1.0  # between two looks at all connections
-RESERVED = 16  # connections beyond the limit, for /health
+WRITE_TIMEOUT_S = 30.0  # without any progress, for a client to read what was sent
+LINGER_S = 1.0  # for a refused client to read the response before the connection is closed
+CHECK_S = 1.0  # between two checks of all connections
+RESERVED = 16  # additional connections beyond the limit, only for /health
 MAX_HEAD_BYTES = 16 << 10
 MAX_TARGET_BYTES = 4 << 10
 MAX_HEADERS = 100
-MAX_AHEAD_BYTES = 64 << 10  # of the next requests, sent before this one is answered
-SEND_BUFFER_BYTES = 128 << 10  # in the kernel; its own default lets a client that does not read hold megabytes
+MAX_AHEAD_BYTES = 64 << 10  # of pipelined requests, sent before the current one is answered
+SEND_BUFFER_BYTES = 128 << 10  # in the kernel; with its default size, a client that does not read occupies megabytes
 
-FULL = WorkerError("QUEUE_FULL", "this worker has all the connections that it takes: come back later")
+FULL = WorkerError("QUEUE_FULL", "all connections of this worker are in use: try again later")
 
 
 class Http(h11.Connection):
-    """Refuses heads that are too large, and those whose end two readers could see in different places."""
+    """Refuses heads that are too large, and requests whose length is ambiguous (request smuggling)."""
 
     def next_event(self) -> Any:
         event = super().next_event()
@@ -54,13 +55,13 @@ def _check_head(head: h11.Request) -> None:
     if len(names) > MAX_HEADERS or n_bytes > MAX_HEAD_BYTES:
         raise h11.RemoteProtocolError(f"more than {MAX_HEADERS} headers or {MAX_HEAD_BYTES} bytes of them", 431)
     if head.http_version not in (b"1.0", b"1.1"):
-        raise h11.RemoteProtocolError("only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
+        raise h11.RemoteProtocolError("only HTTP/1.0 and HTTP/1.1 are supported", 505)
     if b"transfer-encoding" in names and (b"content-length" in names or head.http_version == b"1.0"):
-        raise h11.RemoteProtocolError("two lengths of one body", 400)
+        raise h11.RemoteProtocolError("the body's length is ambiguous (Transfer-Encoding)", 400)
 
 
 class Connection(H11Protocol):
-    """One client's. `limited` gives the class that a server wants."""
+    """One client's connection. Servers use the subclass that `limited` makes."""
 
     max_connections = sys.maxsize
 
@@ -81,9 +82,9 @@ class Connection(H11Protocol):
         self.check(time.monotonic())
         n_over = len(self.connections) - self.max_connections
         if n_over > 0:
-            self.logger.warning("All connections that this worker takes are in use.")
+            self.logger.warning("All connections of this worker are in use.")
         if n_over > RESERVED:
-            self._send_away(FULL)
+            self._refuse(FULL)
         elif n_over > 0:
             self.app, self._head_timeout_s = Reserved(self.app), RESERVED_HEAD_TIMEOUT_S
 
@@ -97,29 +98,32 @@ class Connection(H11Protocol):
                 return
         super().data_received(data)
         if self.conn.their_state is h11.DONE:
-            self.flow.resume_reading()  # else nobody would notice that the client goes
+            self.flow.resume_reading()  # without reading, a disconnect would not be noticed
 
     def _should_upgrade(self) -> bool:
-        return False  # to what there is not; uvicorn would say so in the log, for every request
+        return False  # no upgrade is supported; uvicorn would log a warning for each request
 
     def on_response_complete(self) -> None:
         self._n_ahead = 0
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Called while the error is handled: it says what was wrong."""
+        """Answer an invalid request. Called in an `except` block, whose exception has the reason."""
         error = sys.exc_info()[1]
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # the body went wrong
+            self.cycle.disconnected = True  # the body is invalid
             self.cycle.message_event.set()
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # a response has begun
             self.transport.abort()
             return
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        self._send_away(WorkerError("INVALID_REQUEST", f"this is no HTTP request: {error or msg}", status=status))
+        self._refuse(WorkerError("INVALID_REQUEST", f"this is not a valid HTTP request: {error or msg}", status=status))
 
-    def _send_away(self, fault: WorkerError) -> None:
-        """Answer without the app, and close: the client has a moment to read it before what it sent resets it."""
+    def _refuse(self, fault: WorkerError) -> None:
+        """Send an error without calling the app, and close the connection LINGER_S later.
+
+        The delay lets the client read the error; closing with unread data at once would reset the connection.
+        """
         self._refused = True
         self._unset_keepalive_if_required()
         body = json.dumps(fault.body()).encode()
@@ -136,20 +140,20 @@ class Connection(H11Protocol):
         self.loop.call_later(LINGER_S, self.transport.abort)
 
     def check(self, now: float) -> None:
-        """Close a connection whose client has made no progress for too long. Called again and again."""
+        """Close the connection if its client has made no progress for too long. Called every CHECK_S seconds."""
         phase, timeout_s = self._phase()
         seen = (phase, self.cycle, self.transport.get_write_buffer_size())
         if seen != self._seen:
             self._seen, self._since = seen, now
         elif now - self._since > timeout_s:
             if phase == "head" and self.conn.trailing_data[0]:
-                message = f"no whole request came within {timeout_s:g} s"
-                self._send_away(WorkerError("INVALID_REQUEST", message, status=408))
+                message = f"no complete request arrived within {timeout_s:g} s"
+                self._refuse(WorkerError("INVALID_REQUEST", message, status=408))
             else:
                 self.transport.abort()
 
     def _phase(self) -> tuple[str, float]:
-        """What is waited for, and for how long at most."""
+        """What the connection is waiting for, and the maximum time for that in seconds."""
         if self._refused or self.transport.is_closing():
             return "closing", WRITE_TIMEOUT_S
         if self.cycle is not None and not self.cycle.response_complete:
@@ -166,12 +170,12 @@ class Connection(H11Protocol):
 
 
 def limited(max_connections: int) -> type[Connection]:
-    """The protocol for a server that takes this many connections, and a few more that may ask for its health."""
+    """The protocol class for a server with at most this many connections, plus RESERVED ones for /health only."""
     return type("LimitedConnection", (Connection,), {"max_connections": max_connections})
 
 
 class Reserved:
-    """The app on a connection beyond the limit: one request, and only for the server's health."""
+    """The app on a reserved connection: it answers one request, and only for a path in OPEN_PATHS."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""What OpenAI's clients read: answers, made of a job's events."""
+"""Responses in the form that OpenAI's clients read, made from the events of jobs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ FINISH_REASON = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
 class Logprobs:
-    """Log-probabilities of tokens in the form of completions: parallel lists."""
+    """Formats log-probabilities of tokens: as parallel lists for completions, as objects for chats."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.offset = 0  # in the text of the choice, where the next token's begins
+        self.offset = 0  # where the next token begins in the choice's text, in characters
 
     def text_of(self, token_id: int) -> str:
-        """Of a token; bytes that are no text by themselves, such as a part of a code point, in hexadecimal."""
-        found = self._tokenizer.token_bytes(token_id)
+        """A token's text. If its bytes are not valid UTF-8, such as a part of a code point, they are in hexadecimal."""
+        token_bytes = self._tokenizer.token_bytes(token_id)
         try:
-            return found.decode()
+            return token_bytes.decode()
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
 
     def of(self, entries: Sequence[dict[str, Any]], decoder: StreamDecoder) -> dict[str, Any]:
-        """entries: of `jobs.scored`. decoder: of their text, part of which may be sent later than they are."""
+        """The log-probabilities of successive tokens as the parallel lists of a completion.
+
+        entries: the results of `scored` in jobs/job.py. decoder: decodes the tokens; it may hold text back until a
+        later token completes it.
+        """
         tokens, offsets = [self.text_of(entry["id"]) for entry in entries], []
         for token, entry in zip(tokens, entries, strict=True):
             text = decoder.push(entry["id"])
-            before = len(text) - len(token) if text.endswith(token) else 0  # U+FFFD, for bytes that are no text
+            before = len(text) - len(token) if text.endswith(token) else 0  # U+FFFD, for earlier invalid bytes
             offsets.append(self.offset + before)
             self.offset += len(text)
         return {
@@ -46,17 +50,20 @@ class Logprobs:
         }
 
     def _top(self, entry: dict[str, Any]) -> dict[str, float] | None:
-        """The likeliest, and the token itself; of tokens with one text the likeliest counts."""
+        """Log-probabilities by text: the most likely tokens and the token itself.
+
+        If several tokens have the same text, the most likely one is used.
+        """
         if entry["logprob"] is None and not entry["top"]:
             return None
-        found: dict[str, float] = {}
+        by_text: dict[str, float] = {}
         for one in [*entry["top"], entry]:
             if one["logprob"] is not None:
-                found.setdefault(self.text_of(one["id"]), one["logprob"])
-        return found
+                by_text.setdefault(self.text_of(one["id"]), one["logprob"])
+        return by_text
 
     def of_chat(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """The same in the form of chats."""
+        """The log-probabilities of one token as the object of a chat completion."""
         return {**self._one(entry), "top_logprobs": [self._one(one) for one in entry["top"]]}
 
     def _one(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -65,10 +72,10 @@ class Logprobs:
 
 
 class Choice:
-    """Makes the parts of one choice of a job's events; a whole one is its parts put together.
+    """Makes one choice of a response, in parts or as a whole, from the events of its job.
 
-    echo: the prompt's text, where it is to come first. silent: leave what was generated out.
-    prompt_ids: to be set before the first event.
+    echo: the prompt's text if it comes before the completion, else None. silent: omit the generated text.
+    prompt_ids: the prompt's token ids, to be set before the first event.
     """
 
     def __init__(
@@ -85,10 +92,10 @@ class Choice:
         self._echo = echo
         self._decoder = tokenizer.stream()
         self.prompt_ids: Sequence[int] = ()
-        self.usage: dict[str, Any] | None = None  # once it has ended well
+        self.usage: dict[str, Any] | None = None  # set when the job has ended without an error
 
     def parts(self, event: Event) -> list[dict[str, Any]]:
-        """What a stream sends for an event: maybe nothing."""
+        """The parts that a stream sends for an event; may be empty."""
         name, data = event
         if name == "started":
             self._decoder = self._tokenizer.stream(skip_special=True, prompt_ids=self.prompt_ids)
@@ -109,36 +116,36 @@ class Choice:
         return []
 
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        """Of all events of a job that has ended well."""
+        """The whole choice, from all events of a job that has ended without an error."""
         parts = [part for event in events for part in self.parts(event)]
         kept = [part["logprobs"] for part in parts if part["logprobs"] is not None]
         logprobs = None
         if self._logprobs is not None:
             names = ["content"] if self._chat else ["tokens", "token_logprobs", "top_logprobs", "text_offset"]
             logprobs = {name: [one for block in kept for one in block[name]] for name in names}
-        said: dict[str, Any]
+        body: dict[str, Any]
         if self._chat:
             content = "".join(part["delta"].get("content", "") for part in parts)
-            said = {"message": {"role": "assistant", "content": content}}
+            body = {"message": {"role": "assistant", "content": content}}
         else:
-            said = {"text": "".join(part["text"] for part in parts)}
+            body = {"text": "".join(part["text"] for part in parts)}
         finish_reason = parts[-1]["finish_reason"]
-        return {"index": self._index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {"index": self._index, **body, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _part(self, said: Any, logprobs: Any = None, finish_reason: str | None = None) -> dict[str, Any]:
-        body = {"delta": said} if self._chat else {"text": said}
+    def _part(self, content: Any, logprobs: Any = None, finish_reason: str | None = None) -> dict[str, Any]:
+        body = {"delta": content} if self._chat else {"text": content}
         return {"index": self._index, **body, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _of_token(self, data: dict[str, Any]) -> dict[str, Any] | None:
-        if self._logprobs is None or "id" not in data:  # a token of a stop string is not told
+        if self._logprobs is None or "id" not in data:  # a token of a stop string has no id here
             return None
         return {"content": [self._logprobs.of_chat(data)]} if self._chat else self._logprobs.of([data], self._decoder)
 
     def _of_prompt(self, ids: Sequence[int], scores: Sequence[Score | None]) -> dict[str, Any]:
-        """Of a long prompt it takes its time."""
+        """The log-probabilities of the prompt's tokens. Slow for a long prompt."""
         assert self._logprobs is not None
         entries = [scored(i, score, self._tokenizer) for i, score in zip(ids, scores, strict=True)]
-        with_special = self._tokenizer.decode(ids) == self._echo  # without the BOS that a text is given
+        with_special = self._tokenizer.decode(ids) == self._echo  # false if the tokenizer has added BOS to a text
         logprobs = self._logprobs.of(entries, self._tokenizer.stream(skip_special=not with_special))
         self._logprobs.offset = len(self._echo or "")
         return logprobs
@@ -152,7 +159,11 @@ class Choice:
 
 
 class Answer:
-    """Choices under one head. id: as /cancel takes it, which ends all jobs; a later job's own adds -1, -2, …"""
+    """A response with one or several choices, each made by its own job.
+
+    id: the response's id; /cancel with this id cancels all its jobs. The first job has the same id, the next ones have
+    -1, -2, … added to it.
+    """
 
     def __init__(self, chat: bool, model: str, choices: Sequence[Choice], with_usage: bool) -> None:
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -163,7 +174,7 @@ class Answer:
         return f"{self.id}-{number}" if number else self.id
 
     def chunks(self, number: int, event: Event) -> list[dict[str, Any]]:
-        """What a stream sends for an event of a job: maybe nothing."""
+        """The chunks that a stream sends for an event of job `number`; may be empty."""
         name, data = event
         if name == "error":
             return [{"error": error_of(data["code"], data["message"], None)}]
@@ -173,7 +184,7 @@ class Answer:
         return chunks
 
     def whole(self, events: Sequence[Sequence[Event]]) -> dict[str, Any]:
-        """One object, of the events of jobs that have all ended well."""
+        """The whole response, from the events of each job. All jobs must have ended without an error."""
         choices = [choice.whole(own) for choice, own in zip(self._choices, events, strict=True)]
         return {**self._head(False), "choices": choices, "usage": self._usage()}
 
@@ -195,6 +206,6 @@ class Answer:
 
 
 def error_of(code: str, message: str, field: str | None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """An error in the form that OpenAI's clients read."""
     kind = "invalid_request_error" if code == "INVALID_REQUEST" else "server_error"
     return {"message": message, "type": kind, "param": field, "code": code}

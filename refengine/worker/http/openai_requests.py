@@ -1,7 +1,7 @@
-"""What OpenAI's clients send, checked as strictly as our own requests.
+"""The request bodies of OpenAI's API, checked as strictly as the worker's own.
 
-null is the default wherever OpenAI's documents allow it. What is not offered (several choices of one prompt, the two
-penalties, tools) is refused, not ignored: of such a field only the values are taken that ask for nothing.
+Where OpenAI's API allows null, it means the default. Features that the worker does not have (several choices for one
+prompt, presence and frequency penalties, tools) are refused, not ignored: their fields accept only neutral values.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from refengine.worker.http.requests import MAX_PROMPT_CHARS, Stop, Stops, Strict
 MAX_PROMPT_IDS = 1 << 17
 MAX_PROMPTS = 64
 MAX_MESSAGES = 1024
-MAX_PARTS = 1024  # of a message
+MAX_PARTS = 1024  # text parts of a message
 MAX_NAME_CHARS = 64
 
 
 def _bool(value: Any) -> Any:
-    """Python takes 0 for False."""
+    """Refuse numbers: Literal[False] would accept 0, which equals False in Python."""
     if not isinstance(value, bool):
         raise PydanticCustomError("bool_type", "Input should be false")
     return value
@@ -47,7 +47,10 @@ class StreamOptions(Strict):
 
 
 class Common(Strict):
-    """model: any name, since a worker has one model. user: ignored."""
+    """The fields that completions and chats share.
+
+    model: any name is accepted, because a worker has one model. user: ignored.
+    """
 
     model: str | None = None
     max_tokens: Annotated[int | None, Field(ge=1, le=DEFAULT_MAX_TOKENS)] = None
@@ -67,7 +70,7 @@ class Common(Strict):
     user: str | None = None
 
     def sampling(self, max_tokens_out: int) -> SamplingParams:
-        """As the engine takes them. Raises RequestError, WorkerError."""
+        """The request's sampling parameters. Raises RequestError or WorkerError."""
         return self._sampling(max_tokens_out, None, None)
 
     def _sampling(self, max_tokens_out: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
@@ -82,9 +85,9 @@ class Common(Strict):
 class CompletionRequest(Common):
     """The body of POST /v1/completions.
 
-    prompt: text, or token ids that are taken as they are; or a list of either, which gives a choice for each.
-    echo: the prompt comes before its completion; with logprobs, its tokens' log-probabilities too.
-    max_tokens 0, with echo: nothing but the prompt.
+    prompt: text, or token ids that are used unchanged, or a list of either; each prompt in a list gets its own choice.
+    echo: return the prompt before its completion; with logprobs, also the log-probabilities of its tokens.
+    max_tokens: 0 is allowed with echo and returns only the prompt.
     """
 
     prompt: (
@@ -101,21 +104,24 @@ class CompletionRequest(Common):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """At least one."""
+        """The prompts as a list, at least one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         of_one = isinstance(self.prompt[0], int)
         return [self.prompt] if of_one else list(self.prompt)  # type: ignore[list-item, arg-type]
 
     def sampling(self, max_tokens_out: int) -> SamplingParams:
-        """As the engine takes them; where no token is asked for it draws one all the same. Raises RequestError."""
+        """The request's sampling parameters. Raises RequestError or WorkerError.
+
+        For max_tokens 0 the engine still generates one token, which the response omits.
+        """
         if self.max_tokens == 0 and not self.echo:
-            raise WorkerError("INVALID_REQUEST", "max_tokens: given 0, allowed with echo only", "max_tokens")
-        asked = self.model_copy(update={"max_tokens": self.max_tokens if self.max_tokens != 0 else 1})
-        return asked._sampling(max_tokens_out, self.logprobs, self.logprobs if self.echo else None)
+            raise WorkerError("INVALID_REQUEST", "max_tokens: given 0, which is only allowed with echo", "max_tokens")
+        request = self.model_copy(update={"max_tokens": self.max_tokens if self.max_tokens != 0 else 1})
+        return request._sampling(max_tokens_out, self.logprobs, self.logprobs if self.echo else None)
 
 
-# No other names: many templates make their special tokens of it, and `end` or `endoftext` would be one.
+# No other roles: many templates make special tokens from the role's name, so `end` or `endoftext` would become one.
 Role = Literal["system", "developer", "user", "assistant", "tool", "function", "ipython"]
 
 
@@ -125,7 +131,11 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    """name: of who says it, for templates that tell it. The rest is what clients send back of an answer's message."""
+    """One message of a chat.
+
+    name: the speaker's name, for templates that use it. The fields after it occur in the messages of responses, which
+    clients send back; they must be null or empty.
+    """
 
     role: Role
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
@@ -136,7 +146,7 @@ class Message(Strict):
     tool_calls: NoItems | None = None
 
     def for_template(self) -> dict[str, str]:
-        """The content as one text: its parts are lines, as in llama.cpp and vLLM."""
+        """The message for the chat template. Text parts are joined with newlines, as in llama.cpp and vLLM."""
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
         message = {"role": self.role, "content": "\n".join(parts)}
         return message if self.name is None else {**message, "name": self.name}
@@ -147,9 +157,9 @@ class TextFormat(Strict):
 
 
 class ChatRequest(Common):
-    """The body of POST /v1/chat/completions. Goes through the model's own template.
+    """The body of POST /v1/chat/completions. The model's chat template turns the messages into the prompt.
 
-    max_completion_tokens: another name of max_tokens.
+    max_completion_tokens: another name for max_tokens.
     """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -168,23 +178,27 @@ class ChatRequest(Common):
     verbosity: None = None
 
     def sampling(self, max_tokens_out: int) -> SamplingParams:
-        """As the engine takes them. Raises RequestError, WorkerError."""
+        """The request's sampling parameters. Raises RequestError or WorkerError."""
         if self.top_logprobs is not None and not self.logprobs:
             raise WorkerError("INVALID_REQUEST", "top_logprobs: given without logprobs: true", "top_logprobs")
         limit, field = self.max_completion_tokens, "max_completion_tokens"
         if limit is None:
             limit = self.max_tokens
         elif self.max_tokens not in (None, limit):
-            raise WorkerError("INVALID_REQUEST", f"{field}: given {limit}, and {self.max_tokens} as max_tokens", field)
+            message = f"{field}: given {limit}, but max_tokens is {self.max_tokens}"
+            raise WorkerError("INVALID_REQUEST", message, field)
         elif limit > max_tokens_out:
             message = f"{field}: given {limit}, allowed 1 to {max_tokens_out} on this worker"
             raise WorkerError("INVALID_REQUEST", message, field)
-        asked = self.model_copy(update={"max_tokens": limit})
-        return asked._sampling(max_tokens_out, (self.top_logprobs or 0) if self.logprobs else None, None)
+        request = self.model_copy(update={"max_tokens": limit})
+        return request._sampling(max_tokens_out, (self.top_logprobs or 0) if self.logprobs else None, None)
 
 
 class TokenizeRequest(Strict):
-    """The body of POST /tokenize: the text as llama.cpp's server names it (content), or as vLLM's (prompt)."""
+    """The body of POST /tokenize.
+
+    The text is in `content`, with the fields of llama.cpp's server, or in `prompt`, with those of vLLM's.
+    """
 
     content: Text | None = None
     add_special: bool = True
@@ -194,10 +208,13 @@ class TokenizeRequest(Strict):
     model: str | None = None
 
     def arguments(self) -> tuple[str, dict[str, bool]]:
-        """Text and keywords of `Tokenizer.encode`. Raises WorkerError unless one of the two texts is given."""
+        """The text and the keyword arguments for `Tokenizer.encode`.
+
+        Raises WorkerError unless exactly one of `content` and `prompt` is given.
+        """
         if (self.content is None) == (self.prompt is None):
             given = "neither" if self.content is None else "both"
-            message = f"content: given {given} of content and prompt, allowed one"
+            message = f"content: given {given} of content and prompt, allowed exactly one"
             raise WorkerError("INVALID_REQUEST", message, "content")
         if self.content is not None:
             return self.content, {"add_special": self.add_special, "parse_special": self.parse_special}

@@ -1,4 +1,4 @@
-"""The OpenAPI document: schemas where its references look for them, and a version for tools that read no 3.1 yet."""
+"""Completes the OpenAPI document, and converts it for tools that do not read version 3.1."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 
 
 def describe(app: FastAPI) -> None:
-    """Make /openapi.json whole: bodies that the worker parses itself bring schemas of their own along."""
+    """Complete /openapi.json: add examples, and move the schemas of bodies that the worker parses to `components`."""
     make = app.openapi
     app.openapi = lambda: with_examples(with_components(make()))  # type: ignore[method-assign]
 
 
 def with_examples(document: dict[str, Any]) -> dict[str, Any]:
-    """The same, each body with one that works: tools would else make one of the fields' largest values."""
+    """Add a working example to each body. Tools would otherwise make one from the fields' largest values."""
     for path, example in EXAMPLES.items():
         document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"] = example
     return document
 
 
 def with_components(document: dict[str, Any]) -> dict[str, Any]:
-    """The same, with the `$defs` of every schema among the document's components, where `$ref` then finds them."""
+    """Move the `$defs` of every schema to the document's components, and change each `$ref` accordingly."""
     schemas: dict[str, Any] = {}
 
     def moved(value: Any) -> Any:
@@ -53,7 +53,7 @@ def with_components(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_openapi_30(document: dict[str, Any]) -> dict[str, Any]:
-    """The same in version 3.0.3, which Swagger UI 4 reads: null, const and exclusive limits in the words it has."""
+    """Convert the document to version 3.0.3 for Swagger UI 4: null, const and exclusive limits have another form."""
     return {**_converted(document), "openapi": "3.0.3"}
 
 
@@ -64,7 +64,7 @@ def _converted(value: Any) -> Any:
         return value
     if NULL in value.get("anyOf", []):
         kinds = [kind for kind in value["anyOf"] if kind != NULL]
-        alone = len(kinds) == 1 and "$ref" not in kinds[0]  # beside a $ref nothing else is read
+        alone = len(kinds) == 1 and "$ref" not in kinds[0]  # fields beside a $ref are ignored in 3.0
         value = {name: item for name, item in value.items() if name != "anyOf"}
         value |= {"nullable": True, **(kinds[0] if alone else {"anyOf": kinds})}
     found = {name: _converted(item) for name, item in value.items()}

@@ -1,7 +1,8 @@
-"""The JSON that clients send: parsed strictly, and checked before any work is done.
+"""The JSON bodies of requests, parsed strictly and checked before any work is done.
 
-Beyond JSON's own grammar: no NaN or infinity, no name twice in an object, no unknown field, no text where a number is
-expected. Every refusal is a WorkerError that names the field. Limits that need the model are the engine's to check.
+Stricter than JSON's grammar: no NaN or infinity, no duplicate name in an object, no unknown field, no string where a
+number is expected. Every error is a WorkerError that names the field. The engine checks the limits that depend on the
+model.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from refengine.engine.sampling import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_STOPS, SamplingParams
 from refengine.worker.errors import MAX_FIELD, WorkerError
 
-MAX_BODY_BYTES = 1 << 20  # a prompt of 32,768 characters, each as two escapes of six, takes 384 KiB
+MAX_BODY_BYTES = 1 << 20  # a prompt of 32,768 characters, each written as two escapes of six bytes, takes 384 KiB
 MAX_PROMPT_CHARS = 32_768
-MAX_ID_CHARS = 256  # it is logged with every event of the job
-WANTED = {"model_type": "Input should be an object", "none_required": "Input should be null"}  # not in Python's words
-MAX_STOP_CHARS = 4096  # 32 tokens are allowed, and no vocabulary has longer ones than 128 characters
+MAX_ID_CHARS = 256  # the id is logged with every event of the job
+MESSAGES = {"model_type": "Input should be an object", "none_required": "Input should be null"}  # instead of pydantic's
+MAX_STOP_CHARS = 4096  # 32 tokens are allowed, and no vocabulary has tokens of more than 128 characters
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 
 
 class Strict(BaseModel):
-    """Lists in it fail fast: a body has room for hundreds of thousands of errors, and one is told."""
+    """Base of all request bodies. Their lists use fail_fast, because only one of possibly many errors is reported."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _has_no_unknown_field(cls, value: Any) -> Any:
-        """Before all else, since pydantic would collect them all."""
+        """Refuse unknown fields before any other check; pydantic would collect an error for each of them."""
         if isinstance(value, dict) and any(name not in cls.model_fields for name in value):
             raise PydanticCustomError("unknown_field", "unknown field", {"kind": cls})
         return value
@@ -58,7 +59,7 @@ class ExecuteRequest(Strict):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
 
     def sampling(self, max_tokens_out: int) -> SamplingParams:
-        """As the engine takes them. Raises RequestError."""
+        """The request's sampling parameters. Raises RequestError."""
         return sampling_of(self, max_tokens_out, self.stop, self.logprobs or None)
 
 
@@ -69,11 +70,14 @@ def sampling_of(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """Of a request whose fields have the names of `SamplingParams`; None is the default. Raises RequestError."""
+    """The sampling parameters of a request whose fields are named as in `SamplingParams`.
+
+    A field that is None gets the default. Raises RequestError.
+    """
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
-    given = {name: value for name in names if (value := getattr(request, name)) is not None}
+    values = {name: value for name in names if (value := getattr(request, name)) is not None}
     return SamplingParams(
-        **{"max_tokens": max_tokens_out, **given},
+        **{"max_tokens": max_tokens_out, **values},
         stop=tuple(stop),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
@@ -90,15 +94,15 @@ R = TypeVar("R", bound=Strict)
 
 
 def parse(kind: type[R], body: bytes) -> R:
-    """A request from the bytes of a body. Raises WorkerError."""
+    """Parse the bytes of a body. Raises WorkerError."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_twins)
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except UnicodeDecodeError as e:
-        raise WorkerError("INVALID_REQUEST", f"the body is no UTF-8: byte {e.start} ({e.reason})") from None
+        raise WorkerError("INVALID_REQUEST", f"the body is not UTF-8: byte {e.start} ({e.reason})") from None
     except json.JSONDecodeError as e:
-        raise WorkerError("INVALID_REQUEST", f"the body is no JSON: {e.msg} at character {e.pos}") from None
+        raise WorkerError("INVALID_REQUEST", f"the body is not JSON: {e.msg} at character {e.pos}") from None
     except RecursionError:
-        raise WorkerError("INVALID_REQUEST", "the body is no JSON that is read here: nested too deeply") from None
+        raise WorkerError("INVALID_REQUEST", "the body's JSON is nested too deeply") from None
     except ValueError as e:  # an integer of thousands of digits
         raise WorkerError("INVALID_REQUEST", f"the body has a number that cannot be read: {e}") from None
     if not isinstance(value, dict):
@@ -110,9 +114,10 @@ def parse(kind: type[R], body: bytes) -> R:
 
 
 def deadline_seconds(header: str | None, now: datetime) -> float | None:
-    """Seconds that `X-Deadline` leaves, given as seconds from now or as a point in time (RFC 3339).
+    """The seconds until the deadline in an `X-Deadline` header; None if there is no header.
 
-    Raises WorkerError for anything else.
+    The header has a number of seconds from now, or a point in time (RFC 3339). Raises WorkerError for anything else,
+    and for a deadline that has passed.
     """
     if header is None:
         return None
@@ -141,28 +146,29 @@ def _seconds_until(text: str, now: datetime) -> float:
 def _bad_deadline(text: str) -> WorkerError:
     return WorkerError(
         "INVALID_REQUEST",
-        f"X-Deadline: given {text[:40]!r}, allowed seconds from now or a time with zone (2030-01-31T12:00:00Z)",
+        f"X-Deadline: given {text[:40]!r}, allowed seconds from now or a time with its zone (2030-01-31T12:00:00Z)",
         "X-Deadline",
     )
 
 
 def _no_constant(name: str) -> Any:
-    raise WorkerError("INVALID_REQUEST", f"the body has {name}, which is no JSON number")
+    raise WorkerError("INVALID_REQUEST", f"the body has {name}, which is not a JSON number")
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
         seen: set[str] = set()
-        twin = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise WorkerError("INVALID_REQUEST", f"{twin[:MAX_FIELD]}: given more than once", twin)
-    return found
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise WorkerError("INVALID_REQUEST", f"{name[:MAX_FIELD]}: given more than once", name)
+    return result
 
 
 def _fault(error: ValidationError, body: dict[str, Any]) -> WorkerError:
-    """One problem in words: where, what was given (of text only its length), what is allowed.
+    """The WorkerError for one of pydantic's errors: the field, what was given (of text only its length), the problem.
 
-    A value that may be of several kinds has a problem for each: one within its kind counts most, then the deepest.
+    A value that may have one of several types has an error for each of them. Errors other than a wrong type are
+    preferred, then the error at the deepest place.
     """
     problems = error.errors(include_url=False)
     problems = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
@@ -174,12 +180,12 @@ def _fault(error: ValidationError, body: dict[str, Any]) -> WorkerError:
         return WorkerError("INVALID_REQUEST", f"{where}: unknown field, allowed {known}", str(path[0]))
     if found["type"] == "missing":
         return WorkerError("INVALID_REQUEST", f"{where}: is missing", str(path[0]))
-    wanted = WANTED.get(found["type"], found["msg"])
-    return WorkerError("INVALID_REQUEST", f"{where}: given {_shown(found['input'])}; {wanted}", str(path[0]))
+    message = MESSAGES.get(found["type"], found["msg"])
+    return WorkerError("INVALID_REQUEST", f"{where}: given {_shown(found['input'])}; {message}", str(path[0]))
 
 
 def _path(problem: ErrorDetails, body: dict[str, Any]) -> list[str | int]:
-    """Names and indexes that lead to a problem, without the kinds of value that pydantic puts between them."""
+    """The names and indexes of the invalid value in the body, without the type names that pydantic inserts."""
     path: list[str | int] = []
     value: Any = body
     for step in problem["loc"]:

@@ -1,4 +1,4 @@
-"""Routes that OpenAI's clients know, and the tokenizer's own. They share jobs, limits and faults with /execute."""
+"""The routes of OpenAI's API, and those of the tokenizer. Jobs, limits and errors are the same as for /execute."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ T = TypeVar("T")
 
 
 def make_router(worker: Worker) -> APIRouter:
-    """All of them, for one worker."""
+    """The router with these routes for one worker."""
     router = APIRouter()
-    tokenizer, facts = worker.tokenizer, worker.state.model
+    tokenizer, info = worker.tokenizer, worker.state.model
 
-    entry = {"id": facts.model, "object": "model", "created": 0, "owned_by": "refengine"}
-    entry |= {"context_length": facts.context_length}
+    entry = {"id": info.model, "object": "model", "created": 0, "owned_by": "refengine"}
+    entry |= {"context_length": info.context_length}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The one model, in a list."""
+        """A list of the worker's one model."""
         return {"object": "list", "data": [entry]}
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        """The one model, by its name."""
-        if model != facts.model:
-            message = f"model: given {model[:80]!r}, this worker has {facts.model!r}"
+        """The worker's model, by its name."""
+        if model != info.model:
+            message = f"model: given {model[:80]!r}, this worker has {info.model!r}"
             raise WorkerError("INVALID_REQUEST", message, "model", status=404)
         return entry
 
     @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
-        """Continue a prompt, given as text or token ids, or several."""
+        """Complete one or several prompts, given as text or token ids."""
         body, params = await _read(worker, request, CompletionRequest)
         prompts = body.prompts
         with worker.refusing():
@@ -61,7 +61,7 @@ def make_router(worker: Worker) -> APIRouter:
             Choice(i, tokenizer, False, body.logprobs is not None, text, body.max_tokens == 0)
             for i, text in enumerate(texts)
         ]
-        answer = Answer(False, facts.model, choices, body.with_usage)
+        answer = Answer(False, info.model, choices, body.with_usage)
         jobs = [
             Job(answer.job_id(i), partial(ids_of, prompt, choice), params, prompt_facts(words_of(prompt)), answer.id)
             for i, (prompt, choice) in enumerate(zip(prompts, choices, strict=True))
@@ -70,10 +70,10 @@ def make_router(worker: Worker) -> APIRouter:
 
     @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
     async def chat(request: Request) -> Response:
-        """Answer a conversation, which goes through the model's own template."""
+        """Answer a conversation. The model's chat template turns the messages into the prompt."""
         body, params = await _read(worker, request, ChatRequest)
         messages = [message.for_template() for message in body.messages]
-        answer = Answer(True, facts.model, [Choice(0, tokenizer, True, bool(body.logprobs))], body.with_usage)
+        answer = Answer(True, info.model, [Choice(0, tokenizer, True, bool(body.logprobs))], body.with_usage)
         job = Job(
             answer.id,
             partial(tokenizer.encode_chat, messages),
@@ -85,35 +85,35 @@ def make_router(worker: Worker) -> APIRouter:
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
-        """Token ids of a text."""
+        """The token ids of a text."""
         worker.check_open()
         text, keywords = (await parsed(worker, request, TokenizeRequest)).arguments()
-        tokens = await aside(partial(tokenizer.encode, text, **keywords), "content")
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": facts.context_length}
+        tokens = await in_thread(partial(tokenizer.encode, text, **keywords), "content")
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": info.context_length}
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, Any]:
-        """The text of token ids; under the two names that clients know."""
+        """The text of token ids, in the fields `content` (llama.cpp) and `prompt` (vLLM)."""
         worker.check_open()
         body = await parsed(worker, request, DetokenizeRequest)
-        text = await aside(partial(tokenizer.decode, body.tokens), "tokens")
+        text = await in_thread(partial(tokenizer.decode, body.tokens), "tokens")
         return {"content": text, "prompt": text}
 
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
-        """What lm-evaluation-harness asks for, to use the routes above as its tokenizer."""
+        """The special tokens and the chat template, as lm-evaluation-harness reads them to use /tokenize."""
         roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         texts = {name: None if i is None else tokenizer.token_text(i) for name, i in roles.items()}
-        return {"tokenizer_class": facts.tokenizer_kind, **texts, "chat_template": tokenizer.chat_template}
+        return {"tokenizer_class": info.tokenizer_kind, **texts, "chat_template": tokenizer.chat_template}
 
     def ids_of(prompt: str | list[int], choice: Choice) -> list[int]:
         choice.prompt_ids = ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return ids
 
     async def text_of(prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else await aside(partial(tokenizer.decode, prompt), "prompt")
+        return prompt if isinstance(prompt, str) else await in_thread(partial(tokenizer.decode, prompt), "prompt")
 
-    async def aside(work: Callable[[], T], field: str) -> T:
+    async def in_thread(work: Callable[[], T], field: str) -> T:
         try:
             return await worker.run_aside(work)
         except RefengineError as e:
@@ -123,11 +123,12 @@ def make_router(worker: Worker) -> APIRouter:
 
 
 def words_of(prompt: str | list[int]) -> str:
+    """A prompt as text: token ids are written as JSON. Used for the prompt's hash and length in the log."""
     return prompt if isinstance(prompt, str) else json_of(prompt)
 
 
 async def _read(worker: Worker, request: Request, kind: type[R]) -> tuple[R, SamplingParams]:
-    """A body, and how it wants to be sampled. Raises WorkerError."""
+    """Read a body and its sampling parameters. Raises WorkerError."""
     with worker.refusing():
         worker.check_open()
         body = await parsed(worker, request, kind)
@@ -150,11 +151,11 @@ async def _answer(worker: Worker, request: Request, stream: bool, answer: Answer
 
 
 async def _all_events(jobs: Sequence[Job]) -> list[list[Event]]:
-    """Until the jobs have ended well. Raises WorkerError where one has not."""
-    found: list[list[Event]] = [[] for _ in jobs]
+    """Wait for the jobs to end; returns the events of each job. Raises WorkerError if a job ends with an error."""
+    collected: list[list[Event]] = [[] for _ in jobs]
     async for events in events_of(jobs):
         for number, (name, data) in events:
             if name == "error":
                 raise WorkerError(data["code"], data["message"])
-            found[number].append((name, data))
-    return found
+            collected[number].append((name, data))
+    return collected

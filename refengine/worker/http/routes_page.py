@@ -1,6 +1,6 @@
-"""The pages for people: `GET /` to try the model and watch the worker, `GET /docs` for the OpenAPI document.
+"""The web pages: `GET /` to try the model and watch the worker, `GET /docs` to read the OpenAPI document.
 
-Nothing on them comes from anywhere but this worker, and the policies sent with them let nothing else in.
+All their content comes from this worker. Their Content-Security-Policy forbids anything else.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DOCS_PAGE = """<!DOCTYPE html>
 
 
 def make_page_router(worker: Worker) -> APIRouter:
-    """Both pages, for one worker. They are no part of the API, so the OpenAPI document leaves them out."""
+    """The router with both pages for one worker. The OpenAPI document does not list them."""
     router = APIRouter(include_in_schema=False)
     has_template = worker.tokenizer.chat_template is not None
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def make_page_router(worker: Worker) -> APIRouter:
 
     @router.get("/docs/openapi.json")
     async def document(request: Request) -> Response:
-        """The same document in the version that Swagger UI 4 reads."""
+        """The OpenAPI document in version 3.0.3, which Swagger UI 4 reads."""
         return JSONResponse(as_openapi_30(request.app.openapi()))
 
     @router.get("/docs/{name}")
@@ -69,7 +69,7 @@ def make_page_router(worker: Worker) -> APIRouter:
 
 
 def headers_of(page: str, files: str = "") -> dict[str, str]:
-    """Of a page that may run and style itself by what is written in it, and by what `files` says; nothing else."""
+    """The security headers of a page, which allow only its inline scripts and styles, and the sources in `files`."""
 
     def sources(tag: str) -> str:
         found = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

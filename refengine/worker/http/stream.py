@@ -1,4 +1,4 @@
-"""Answers that stream: events of one or several jobs as they come, comments while nothing comes."""
+"""Streaming responses: the events of one or several jobs as they arrive, and comments while there are none."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from refengine.worker.errors import WorkerError
 from refengine.worker.jobs.job import Event, Job
 from refengine.worker.jobs.worker import Worker
 
-SEND_TIMEOUT_S = 30.0  # for a client to read what was sent
+SEND_TIMEOUT_S = 30.0  # for a client to read the sent data
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-SLOW = ("prompt",)  # events with something for each token of a prompt: not in the event loop's thread
-LINE_ENDS = "\x85\u2028\u2029"  # those that JSON lets into a text
-HEARTBEAT = ": nothing yet\n\n"  # a comment: clients drop it, proxies see that the connection is alive
+SLOW = ("prompt",)  # events with data for each prompt token, which are rendered outside the event loop's thread
+LINE_ENDS = "\x85\u2028\u2029"  # the line ends that JSON does not escape
+HEARTBEAT = ": nothing yet\n\n"  # a comment: clients ignore it; it shows proxies that the connection is alive
 
 
 class EventStream(Response):
-    """Sends the jobs' events. A client that goes away ends its jobs at once, also while nothing is sent.
+    """A response that streams the events of jobs. If the client disconnects, its jobs end at once.
 
-    render: from an event and the number of its job to what is sent. last: sent at the end.
+    render: makes the text that is sent, from a job's number and an event; may be empty. last: text sent at the end.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class EventStream(Response):
                 body = await self._worker.run_aside(partial(self._rendered, events))
             else:
                 body = self._rendered(events)
-            if not body and left_s() <= 0:  # there may be events, of which nothing is to be sent
+            if not body and left_s() <= 0:  # the text of some events is empty
                 body = HEARTBEAT
             if body:
                 await _soon(send, {"type": "http.response.body", "body": body.encode(), "more_body": True})
@@ -67,7 +67,10 @@ class EventStream(Response):
 async def events_of(
     jobs: Sequence[Job], left_s: Callable[[], float] | None = None
 ) -> AsyncIterator[list[tuple[int, Event]]]:
-    """Events of all jobs, each with its job's number, as they come; nothing where none comes in what `left_s` says."""
+    """Yields lists of (job number, event) of all jobs as they arrive. Yields an empty list if none arrives in time.
+
+    left_s: gives the seconds to wait; None: no limit.
+    """
     waiting = {asyncio.create_task(job.events()): number for number, job in enumerate(jobs)}
     try:
         while waiting:
@@ -88,7 +91,7 @@ async def events_of(
 
 @contextlib.contextmanager
 def watching(worker: Worker, jobs: Sequence[Job], receive: Receive) -> Iterator[None]:
-    """Inside, the jobs end as soon as their client goes away; they also do where an exception leaves."""
+    """While the context is active, the jobs end if their client disconnects, or if an exception leaves the context."""
 
     async def until_gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -98,7 +101,7 @@ def watching(worker: Worker, jobs: Sequence[Job], receive: Receive) -> Iterator[
     gone = asyncio.create_task(until_gone())
     try:
         yield
-    except WorkerError:  # of one of them
+    except WorkerError:  # one of the jobs has failed
         for job in jobs:
             worker.cancel(job.job_id)
         raise
@@ -110,19 +113,19 @@ def watching(worker: Worker, jobs: Sequence[Job], receive: Receive) -> Iterator[
 
 
 async def taken(jobs: Sequence[Job]) -> None:
-    """Until the engine has all of them. Raises the WorkerError that ended one before."""
+    """Wait until the engine has accepted all jobs. Raises the WorkerError of a job that ended before."""
     for job in jobs:
         await asyncio.shield(job.queue_position)
 
 
 def sse(_: int, event: Event) -> str:
-    """An event as /execute sends it."""
+    """The text of an event in /execute's stream of server-sent events."""
     name, data = event
     return f"event: {name}\ndata: {json_of(data)}\n\n"
 
 
 def json_of(data: Any) -> str:
-    """On one line, also for clients that know more ends of a line than server-sent events do (`str.splitlines`)."""
+    """JSON on one line, even for clients that split lines at more characters than LF and CR (`str.splitlines`)."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for end in LINE_ENDS:
         text = text.replace(end, f"\\u{ord(end):04x}")
@@ -130,6 +133,6 @@ def json_of(data: Any) -> str:
 
 
 async def _soon(send: Send, message: Message) -> None:
-    """Raises TimeoutError, an OSError, for a client that has stopped reading."""
+    """Send a message. Raises TimeoutError, which is an OSError, if the client has stopped reading."""
     async with asyncio.timeout(SEND_TIMEOUT_S):
         await send(message)

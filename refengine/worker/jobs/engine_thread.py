@@ -1,7 +1,7 @@
-"""The engine in a thread of its own: commands come in through a queue, what happens goes out to the event loop.
+"""Runs the engine in its own thread. Commands reach it through a queue; results are passed to the event loop.
 
-The thread opens the device, loads the model and takes every step, so that one thread alone speaks to the device and the
-event loop never waits for it. Cancellations are obeyed between two steps.
+The thread opens the device, loads the model and runs every step. So only one thread uses the device, and the event loop
+never waits for it. Cancellations take effect between two steps.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from refengine.worker.telemetry.status import Load, State, check_residency, vram
 
 @dataclass(frozen=True)
 class Started:
-    """What a start-up made."""
+    """The result of a successful start: the engine and the worker's state."""
 
     engine: Engine
     state: State
 
 
 class Listener(Protocol):
-    """Who is told what happens; in the event loop's thread."""
+    """Receives the events of jobs. All methods are called in the event loop's thread.
+
+    drawn: the time when the tokens were sampled, as time.perf_counter() gives it.
+    """
 
     def on_start(self, job: Job, queue_position: int) -> None: ...
     def on_scores(self, job: Job, scores: list[Score | None]) -> None: ...
@@ -43,7 +46,12 @@ class Listener(Protocol):
 
 
 class EngineThread:
-    """start: opens, loads and makes the engine; called in the thread. `started` then has its result or its error."""
+    """Runs the engine's steps in a thread and reports the results to `listener`.
+
+    start: opens the device, loads the model and makes the engine. It is called in the thread; the future `started` gets
+    its result or its exception.
+    residency_check_s: the seconds between two checks that the model is in device memory.
+    """
 
     def __init__(self, start: Callable[[], Started], log: Log, residency_check_s: float) -> None:
         self._start, self._log, self._residency_check_s = start, log, residency_check_s
@@ -53,26 +61,26 @@ class EngineThread:
         self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._jobs: dict[Generation, Job] = {}
         self._generations: dict[Job, Generation] = {}
-        self._fault: WorkerError | None = None  # what ended the thread
+        self._fatal_error: WorkerError | None = None  # the error that ended the thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Raises WorkerError where the thread has ended."""
+        """Queue a job for the engine. Raises WorkerError if the thread has ended."""
         self._commands.put(("submit", job))
-        if self._fault is not None:  # looked at afterwards: what was put before, the thread itself still finds
-            raise self._fault
+        if self._fatal_error is not None:  # checked after put(): a thread that ends later reports queued jobs itself
+            raise self._fatal_error
 
     def cancel(self, job: Job) -> None:
-        """Harmless for a job that has ended, or was never submitted."""
+        """Stop a job. Does nothing for a job that has ended or was never submitted."""
         self._commands.put(("cancel", job))
 
     def stop(self) -> None:
-        """End after the step that is under way, freeing what there is."""
+        """End the thread after the current step and free all sequences."""
         self._commands.put(("stop", None))
 
     def join(self, timeout_s: float) -> bool:
-        """Whether the thread has ended within this time."""
+        """Wait for the thread to end. Returns whether it ended within `timeout_s` seconds."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -85,24 +93,24 @@ class EngineThread:
         self._engine, self._state = started.engine, started.state
         self._on_gpu = started.state.model.device.startswith("cuda")
         self._next_check = time.monotonic() + self._residency_check_s
-        self._look()
+        self._update_load()
         self._tell(_settle, self.started, started, None)
         try:
-            while self._obey():
+            while self._run_commands():
                 self._step()
-                self._look()
+                self._update_load()
                 self._check_residency()
             for generation in list(self._jobs):
                 self._engine.free(generation)
-        except BaseException as e:  # a bug; without this thread nothing can be served
+        except BaseException as e:  # a bug; the worker cannot serve anything without this thread
             self._log.failure(e)
-            self._fault = to_worker_error(e, self._on_gpu)
-            self._state.faults["engine"] = "the engine's thread has ended"
+            self._fatal_error = to_worker_error(e, self._on_gpu)
+            self._state.errors["engine"] = "the engine's thread has ended"
             for job in [*self._generations, *self._unread()]:
-                self._report_error(job, self._fault)
+                self._report_error(job, self._fatal_error)
 
-    def _obey(self) -> bool:
-        """Take all commands; where there is nothing to do, wait for one. False: stop."""
+    def _run_commands(self) -> bool:
+        """Run all queued commands; an idle engine waits for one. Returns False if the command is to stop."""
         try:
             wait = self._engine.idle
             while True:
@@ -111,7 +119,7 @@ class EngineThread:
                 if job is None:
                     return False
                 if command == "submit":
-                    self._take(job)
+                    self._start_job(job)
                 else:
                     self._drop(job)
                 wait = False
@@ -119,11 +127,11 @@ class EngineThread:
             return True
 
     def _unread(self) -> list[Job]:
-        """Jobs that were submitted, and that the thread has not taken."""
+        """Jobs that were submitted but not started by the thread."""
         commands = [self._commands.get_nowait() for _ in range(self._commands.qsize())]
         return [job for command, job in commands if command == "submit" and job is not None]
 
-    def _take(self, job: Job) -> None:
+    def _start_job(self, job: Job) -> None:
         try:
             generation = self._engine.start(job.ids, job.params)
         except Exception as e:
@@ -144,19 +152,19 @@ class EngineThread:
     def _step(self) -> None:
         if self._engine.idle:
             return
-        fault, aborted = None, None
+        step_error, aborted = None, None
         try:
-            moved = self._engine.step()
-            self._state.faults.pop("step", None)
-        except Exception as e:  # the device failed, or we have a bug: this step's requests end, the worker goes on
+            changed = self._engine.step()
+            self._state.errors.pop("step", None)
+        except Exception as e:  # a device error or a bug: the requests of this step end, the worker continues
             self._log.failure(e)
-            fault = to_worker_error(e, self._on_gpu)
-            if fault.code == "CUDA_ERROR":
-                self._state.faults["step"] = fault.message
-            aborted = RefengineError(fault.message)
+            step_error = to_worker_error(e, self._on_gpu)
+            if step_error.code == "CUDA_ERROR":
+                self._state.errors["step"] = step_error.message
+            aborted = RefengineError(step_error.message)
             self._engine.abort(aborted)
-            moved = [generation for generation in self._jobs if generation.end is not None]
-        for generation in moved:
+            changed = [generation for generation in self._jobs if generation.end is not None]
+        for generation in changed:
             tokens = list(generation.pending)
             generation.pending.clear()
             if generation.prompt_scores and generation.n_generated == 1 and self.listener is not None:
@@ -164,29 +172,32 @@ class EngineThread:
             if tokens and self.listener is not None:
                 self._tell(self.listener.on_tokens, self._jobs[generation], tokens, time.perf_counter())
             if generation.end is not None:
-                of_step = fault if generation.error is aborted else None
-                self._end(generation, of_step)
+                self._end(generation, step_error if generation.error is aborted else None)
 
-    def _end(self, generation: Generation, fault: WorkerError | None) -> None:
-        """Free a sequence that has ended and report how. fault: the step's, which says more than the sequence's own."""
+    def _end(self, generation: Generation, step_error: WorkerError | None) -> None:
+        """Free a sequence that has ended and report its result.
+
+        step_error: the error of a failed step, which is reported instead of the sequence's own error.
+        """
         job = self._jobs.pop(generation)
         del self._generations[job]
         self._engine.free(generation)
         if generation.error is not None:
-            self._report_error(job, fault or to_worker_error(generation.error))
+            self._report_error(job, step_error or to_worker_error(generation.error))
         elif self.listener is not None:
             self._tell(self.listener.on_end, job, str(generation.end), generation.progress.prefix_tokens)
 
-    def _report_error(self, job: Job, fault: WorkerError) -> None:
+    def _report_error(self, job: Job, error: WorkerError) -> None:
         if self.listener is not None:
-            self._tell(self.listener.on_error, job, fault)
+            self._tell(self.listener.on_error, job, error)
 
     def _tell(self, function: Callable[..., Any], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to be told
+        """Call a function in the event loop's thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop has been closed
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _look(self) -> None:
-        """What /health and /metrics will say."""
+    def _update_load(self) -> None:
+        """Update the state that /health and /metrics report."""
         self._state.load = Load(vram_of(self._engine.model), self._engine.stats())
 
     def _check_residency(self) -> None:
@@ -197,7 +208,7 @@ class EngineThread:
             check_residency(self._engine.model)
         except DeviceError as e:
             self._state.resident = False
-            self._state.faults["residency"] = str(e)
+            self._state.errors["residency"] = str(e)
             self._log("error", "CRITICAL", code="CUDA_ERROR", message=str(e))
 
 

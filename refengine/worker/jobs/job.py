@@ -1,6 +1,6 @@
-"""One request on its way: what the event loop knows of it, and the events that its client is still to be sent.
+"""One job: its parameters, its progress, and the events that have not been sent to its client yet.
 
-Lives in the event loop's thread alone; the engine's thread only reads what `submit` handed over.
+Only the event loop's thread changes a job. The engine's thread only reads the job that `submit` passed to it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from refengine.engine.generation import Score, Token
 from refengine.engine.sampling import SamplingParams
 from refengine.tokenizer import Tokenizer
 
-Event = tuple[str, dict[str, Any]]  # its name and data
+Event = tuple[str, dict[str, Any]]  # an event's name and data
 
 
 class Job:
-    """What a client asks for, whatever the route, and how far it has come.
+    """A request for the generation of one sequence, and its progress. All routes make the same kind of job.
 
-    encode: makes the prompt's ids, which may take its time. prompt_facts: what may be logged of the prompt.
-    params: max_tokens is the worker's limit if the client names none; `Worker.accept` draws a seed if it has none.
-    answer_id: the answer that the job is a part of, whose cancellation ends all its jobs. None: it is the only part.
-    field: the request's field that holds the prompt, for error messages.
-    ids, timeout_s: set before the engine sees the job.
-    preparing: the task that makes the ids and hands the job to the engine.
-    queue_position: done when the engine has the job (0 runs at once); failed with the WorkerError that ended it before.
+    encode: tokenizes the prompt, which may take long. prompt_facts: the fields of the prompt that may be logged.
+    params: max_tokens is the worker's limit if the client gives none; `Worker.accept` chooses a seed if there is none.
+    answer_id: the id of the answer that this job is a part of; cancelling the answer ends all its jobs. None: the
+    answer has no other job.
+    field: the name of the request's field that holds the prompt, for error messages.
+    ids, timeout_s: the token ids of the prompt and the time limit in seconds; set before the engine gets the job.
+    preparing: the task that tokenizes the prompt and submits the job to the engine.
+    queue_position: a future for the job's place in the engine's queue (0: it runs at once). If the job ends before the
+    engine has accepted it, the future has the WorkerError as its exception.
     outcome: None while the job is alive, then one of metrics.OUTCOMES.
     """
 
@@ -53,9 +55,9 @@ class Job:
         self.tokens_out = 0
         self.first_token: float | None = None
         self.last_token = 0.0
-        self.last_metrics: float | None = None  # when figures were last sent
+        self.last_metrics: float | None = None  # when the last `metrics` event was sent
         self._events: deque[Event] = deque()
-        self._silent: list[dict[str, Any]] = []  # scored tokens whose text is held back
+        self._withheld: list[dict[str, Any]] = []  # tokens with log-probabilities that may belong to a stop string
         self._wake = asyncio.Event()
 
     @property
@@ -64,12 +66,12 @@ class Job:
 
     @property
     def first_token_ms(self) -> float | None:
-        """From accept."""
+        """Milliseconds from the acceptance of the job to its first token."""
         return None if self.first_token is None else round((self.first_token - self.arrived) * 1000, 3)
 
     @property
     def decode_time_ms(self) -> float:
-        """From the first token to the last."""
+        """Milliseconds from the first token to the last."""
         return 0.0 if self.first_token is None else round((self.last_token - self.first_token) * 1000, 3)
 
     def emit(self, event: str, data: dict[str, Any]) -> None:
@@ -78,7 +80,7 @@ class Job:
         self._wake.set()
 
     def emit_token(self, token: Token, drawn: float, tokenizer: Tokenizer) -> None:
-        """drawn: when, on the clock of perf_counter."""
+        """Queue a token for the client. drawn: the time when it was sampled, as time.perf_counter() gives it."""
         if self.first_token is None:
             self.first_token = drawn
         self.last_token = drawn
@@ -87,16 +89,16 @@ class Job:
         if token.logprob is None:
             self.emit("token", data)
             return
-        self._silent.append({**data, **scored(token.id, token, tokenizer)})
+        self._withheld.append({**data, **scored(token.id, token, tokenizer)})
         stopped = token.stop_reason == "stop"
         if self.params.stop and not token.text and token.stop_reason is None:
-            return  # it may be of a stop string, of which nothing is told: not even which tokens it was made of
-        for one in self._silent:
-            self.emit("token", {"t": "", "i": one["i"]} if stopped and not token.text else one)
-        self._silent.clear()
+            return  # it may belong to a stop string, whose text and token ids are not sent to the client
+        for withheld in self._withheld:
+            self.emit("token", {"t": "", "i": withheld["i"]} if stopped and not token.text else withheld)
+        self._withheld.clear()
 
     async def events(self) -> list[Event] | None:
-        """Everything that is ready to be sent, at least one event; None after the last."""
+        """Wait for events and return all that are ready, at least one. Returns None after the last event."""
         while not self._events:
             if not self.alive:
                 return None
@@ -107,16 +109,16 @@ class Job:
         return ready
 
     def close(self, outcome: str) -> None:
-        """The last event is queued; nothing more will come."""
+        """End the job. Its last event must be queued already."""
         self.outcome = outcome
-        for under_way in (self.timer, self.preparing):
-            if under_way is not None:
-                under_way.cancel()
+        for pending in (self.timer, self.preparing):
+            if pending is not None:
+                pending.cancel()
         self._wake.set()
 
 
 def scored(token_id: int, score: Token | Score | None, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What is sent of a token where log-probabilities are asked for. None: it has none, the first of a prompt."""
+    """The JSON of a token with its log-probabilities. score: None for a prompt's first token, which has none."""
 
     def entry(i: int, logprob: float | None) -> dict[str, Any]:
         return {"id": i, "token": tokenizer.token_text(i), "logprob": None if logprob is None else _finite(logprob)}
@@ -126,5 +128,5 @@ def scored(token_id: int, score: Token | Score | None, tokenizer: Tokenizer) -> 
 
 
 def _finite(logprob: float) -> float | None:
-    """JSON has no -infinity, the log-probability of a token that cannot be drawn."""
+    """None for -infinity, the log-probability of a token that cannot be sampled: JSON has no infinity."""
     return logprob if logprob > float("-inf") else None

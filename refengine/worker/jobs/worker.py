@@ -1,7 +1,8 @@
-"""The worker's jobs: who may come in, how each ends, and when the last has gone. All of it in the event loop's thread.
+"""Accepts jobs, passes them to the engine, and ends them. All of this runs in the event loop's thread.
 
-However a job ends (last token, error, cancel, disconnect, deadline, shutdown), its client gets exactly one last event,
-at once; the engine is told to drop it, and what it still says of a job that has ended is not heard.
+Every job sends exactly one final event to its client, without delay, whatever ends it (the last token, an error, a
+cancellation, a disconnect, the deadline, a shutdown). The engine is then told to drop the job, and any later result of
+the engine for that job is ignored.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ LOGGED_FIELDS = {*ExecuteRequest.model_fields, "X-Deadline"}
 
 
 class Worker:
+    """The jobs of one worker, and the limits that a new job is checked against."""
+
     def __init__(
         self, options: WorkerOptions, started: Started, metrics: Metrics, engine: EngineThread, log: Log
     ) -> None:
@@ -48,12 +51,12 @@ class Worker:
         self._jobs: dict[str, Job] = {}
         self._empty = asyncio.Event()
         self._empty.set()
-        self._pool = ThreadPoolExecutor(1, "aside")
+        self._pool = ThreadPoolExecutor(1, "slow-work")
         self.closing = False
         self.stop_asked = asyncio.Event()
 
     def accept(self, jobs: Sequence[Job], deadline: str | None) -> None:
-        """Send jobs on their way to the engine: all of them, or none. Raises WorkerError if one may not come in."""
+        """Accept all of the jobs, or none, and pass them to the engine. Raises WorkerError if one is refused."""
         try:
             timeout_s = self._admit(jobs, deadline)
         except WorkerError as e:
@@ -64,39 +67,39 @@ class Worker:
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
-        """What is refused inside is counted and logged. Raises WorkerError."""
+        """Count and log an error that is raised inside as a refused request. Raises it as a WorkerError."""
         try:
             yield
         except (WorkerError, RefengineError) as e:
-            fault = to_worker_error(e)
-            self.refused(fault)
-            raise fault from None
+            error = to_worker_error(e)
+            self.refused(error)
+            raise error from None
 
     def refused(self, fault: WorkerError, job_id: str | None = None) -> None:
-        """Count and log a request that never became a job."""
+        """Count and log a request that was refused."""
         self.metrics.requests["refused"].inc()
-        field = fault.field if fault.field in LOGGED_FIELDS else None  # not the name of an unknown one
+        field = fault.field if fault.field in LOGGED_FIELDS else None  # an unknown field's name is the client's text
         self.log("error", "WARNING", job_id=job_id, code=fault.code, field=field, status=fault.status)
 
     def _admit(self, jobs: Sequence[Job], deadline: str | None) -> float:
-        """The seconds that new jobs are given. Raises WorkerError if one of them may not come in."""
+        """Check new jobs against the limits; returns their time limit in seconds. Raises WorkerError if one fails."""
         self.check_open()
         left = deadline_seconds(deadline, datetime.now(UTC))
         limit = self.options.max_tokens_out
         for job in jobs:
-            given = job.params.max_tokens
-            if given > limit:
-                message = f"max_tokens: given {given}, allowed 1 to {limit} on this worker"
+            max_tokens = job.params.max_tokens
+            if max_tokens > limit:
+                message = f"max_tokens: given {max_tokens}, allowed 1 to {limit} on this worker"
                 raise WorkerError("INVALID_REQUEST", message, "max_tokens")
             if job.job_id in self._jobs:
-                message = "job_id: a job of this id is alive; ids must differ"
+                message = "job_id: another job with this id is still running or waiting; use a different id"
                 raise WorkerError("INVALID_REQUEST", message, "job_id", status=409)
         if len(jobs) > self._max_jobs:
-            message = f"prompt: given {len(jobs)} of them, allowed {self._max_jobs} on this worker"
+            message = f"prompt: given {len(jobs)} prompts, allowed {self._max_jobs} on this worker"
             raise WorkerError("INVALID_REQUEST", message, "prompt")
         if len(self._jobs) + len(jobs) > self._max_jobs:
             n_wait = self.options.max_queue
-            message = f"{self._max_jobs - n_wait} requests run and {n_wait} wait: come back later"
+            message = f"the queue is full ({self._max_jobs - n_wait} requests run, {n_wait} wait): try again later"
             raise WorkerError("QUEUE_FULL", message)
         return min(self.options.inference_timeout_sec, math.inf if left is None else left)
 
@@ -119,11 +122,11 @@ class Worker:
             self.end(job, to_worker_error(e))
 
     def _encoded(self, job: Job) -> list[int]:
-        """The prompt's ids, checked, as the parameters are. Raises WorkerError, RequestError."""
+        """Check the job's parameters and tokenize its prompt. Raises WorkerError or RequestError."""
         job.params.check_for_model(self.state.model.vocab_size, self._n_tokens)
         try:
             ids = job.encode()
-        except RefengineError as e:  # of this text
+        except RefengineError as e:  # the prompt cannot be tokenized
             raise WorkerError("INVALID_REQUEST", f"{job.field}: {e}", job.field) from None
         if len(ids) > self._max_tokens_in:
             message = f"{job.field}: given {len(ids)} tokens, allowed 1 to {self._max_tokens_in} on this worker"
@@ -134,7 +137,10 @@ class Worker:
         return len(self.tokenizer.encode(text, add_special=False))
 
     async def run_aside(self, function: Callable[[], T]) -> T:
-        """Its result, from the one thread for what would hold up the event loop: long prompts, answers about them."""
+        """Run a function in the worker's one extra thread and return its result.
+
+        For work that would block the event loop, such as tokenizing a long prompt or building a large answer.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
     def on_start(self, job: Job, queue_position: int) -> None:
@@ -190,9 +196,9 @@ class Worker:
         self._close(job, stop_reason)
 
     def _emit_metrics(self, job: Job, now: float) -> None:
-        """The event `metrics`, where the worker's options ask for it and its time has come."""
-        every, began = self.options.metrics_event_sec, job.first_token
-        if not every or began is None or now - (job.last_metrics or began) < every:
+        """Queue a `metrics` event if the worker's options ask for one and the interval since the last is over."""
+        interval, began = self.options.metrics_event_sec, job.first_token
+        if not interval or began is None or now - (job.last_metrics or began) < interval:
             return
         job.last_metrics = now
         engine = self.state.load.engine
@@ -207,14 +213,14 @@ class Worker:
         job.emit("metrics", figures)
 
     def end(self, job: Job, fault: WorkerError, outcome: str | None = None) -> None:
-        """End a job with an error. Harmless for one that has ended."""
+        """End a job with an error. Does nothing for a job that has ended."""
         if not job.alive:
             return
         if job.queue_position.done():
             job.emit("error", fault.event())
         else:
             job.queue_position.set_exception(fault)
-            job.queue_position.exception()  # whoever waits gets it; if nobody does, nobody is to be warned
+            job.queue_position.exception()  # marks it as read: asyncio must not warn if nothing awaits this future
         self._engine.cancel(job)
         outcome = outcome or OUTCOME_OF.get(fault.code, "error")
         if outcome == "refused":
@@ -224,18 +230,18 @@ class Worker:
             self._close(job, outcome, code=fault.code)
 
     def cancel(self, name: str) -> None:
-        """End the job of this id, or all jobs of the answer of this id. Harmless where there is none."""
+        """End the job with this id, or all jobs of the answer with this id. Does nothing if there is none."""
         for job in list(self._jobs.values()):
             if name in (job.job_id, job.answer_id):
                 self.end(job, WorkerError("CANCELLED", "the job was cancelled"))
 
     def disconnected(self, *jobs: Job) -> None:
-        """Nobody reads any more. Harmless for a job that has ended."""
+        """End jobs whose client has disconnected. Does nothing for a job that has ended."""
         for job in jobs:
-            self.end(job, WorkerError("CANCELLED", "the client has gone"), "disconnected")
+            self.end(job, WorkerError("CANCELLED", "the client disconnected"), "disconnected")
 
     def _time_is_up(self, job: Job) -> None:
-        self.end(job, WorkerError("INFERENCE_TIMEOUT", f"not done after the {job.timeout_s:.3f} s it was given"))
+        self.end(job, WorkerError("INFERENCE_TIMEOUT", f"not finished within its limit of {job.timeout_s:.3f} s"))
 
     def _close(self, job: Job, outcome: str, **fields: Any) -> None:
         self._forget(job, outcome)
@@ -262,10 +268,13 @@ class Worker:
     def check_open(self) -> None:
         """Raises WorkerError once the worker is closing."""
         if self.closing:
-            raise WorkerError("SHUTTING_DOWN", "this worker is shutting down: ask another")
+            raise WorkerError("SHUTTING_DOWN", "this worker is shutting down: use another worker")
 
     async def finish(self, grace_s: float) -> int:
-        """Take nothing new in; the jobs that live finish, or are cut after `grace_s`. How many were cut."""
+        """Accept no new jobs, and wait for the live ones. Cancels those that have not ended after `grace_s` seconds.
+
+        Returns the number of cancelled jobs.
+        """
         self.closing = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), grace_s)
@@ -275,5 +284,5 @@ class Worker:
         return len(cut)
 
     def close(self) -> None:
-        """The last answer has been sent."""
+        """Stop the extra thread. Called after the last answer has been sent."""
         self._pool.shutdown(wait=False, cancel_futures=True)

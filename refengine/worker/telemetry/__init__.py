@@ -1,1 +1,1 @@
-"""What a worker tells about itself: log, metrics, status, uncaught errors."""
+"""Telemetry of a worker: log, metrics, status, uncaught errors."""

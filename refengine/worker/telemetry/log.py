@@ -1,7 +1,7 @@
-"""The worker's log: one JSON object a line on stderr; words on a terminal.
+"""The worker's log on stderr: one JSON object per line, or plain text on a terminal.
 
-Nothing that a client wrote or a model said goes in: callers give lengths, counts and hashes. Any thread may log, and in
-a worker none waits for whoever reads the log.
+The log never contains text from a client or a model: callers pass lengths, counts and hashes. Any thread may log. In a
+worker, no thread waits for the reader of the log.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ EVENTS = {"startup", "model_load_start", "model_load_progress", "model_load_comp
     "execute_end",
     "error",
 }
-QUEUE_LINES = 4096  # that wait for a reader; what comes then is lost
-LAST_LINES_S = 1.0  # for a reader to take them when the process ends
+QUEUE_LINES = 4096  # lines that may wait for a reader; further lines are dropped
+LAST_LINES_S = 1.0  # how long the end of the process waits for a reader to take the last lines
 
 
 def now_rfc3339() -> str:
@@ -36,12 +36,12 @@ def now_rfc3339() -> str:
 
 
 def prompt_facts(prompt: str) -> dict[str, Any]:
-    """What may be logged of a prompt."""
+    """The fields of a prompt that may be logged: its SHA-256 hash and its length."""
     return {"prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(), "prompt_chars": len(prompt)}
 
 
 class Log:
-    """stream: stderr unless a test says otherwise. Lines are written by whoever logs, until `write_behind`."""
+    """Writes log lines to stderr, or to `stream` in tests. The calling thread writes them, until `write_behind`."""
 
     def __init__(self, worker_id: str, model_ref: str, gpu_device: str, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
@@ -51,9 +51,9 @@ class Log:
         self.for_people = self._stream.isatty()
 
     def write_behind(self) -> None:
-        """From here on by a thread of its own, which has some time for what is left when the process ends.
+        """From now on, let a separate thread write the lines; at exit it gets LAST_LINES_S seconds for the rest.
 
-        Except into a file, which waits for no reader: there a line stands whatever happens next.
+        If the stream is a regular file, the calling threads still write: a file never blocks them, and no line is lost.
         """
         if stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode):
             return
@@ -61,12 +61,12 @@ class Log:
         atexit.register(self.drain)
 
     def drain(self) -> None:
-        """Wait until all is written, at most LAST_LINES_S."""
+        """Wait until all lines are written, at most LAST_LINES_S seconds."""
         if self._writer is not None:
             self._writer.drain(LAST_LINES_S)
 
     def __call__(self, event: str, level: str = "INFO", **fields: Any) -> None:
-        """One line. level: INFO, WARNING, ERROR or CRITICAL."""
+        """Log one line. level: INFO, WARNING, ERROR or CRITICAL."""
         line = self._line(event, level, fields)
         if self._writer is None:
             self._write_at_once(line)
@@ -82,24 +82,25 @@ class Log:
         return json.dumps({**head, **self._common, **fields}, default=str)
 
     def _lost(self, n_lines: int) -> str:
-        return self._line("error", "WARNING", {"source": "log", "message": "nobody read it", "lines_lost": n_lines})
+        message = "log lines were dropped because nobody read them"
+        return self._line("error", "WARNING", {"source": "log", "message": message, "lines_lost": n_lines})
 
     def _write_at_once(self, line: str) -> None:
-        # Whoever read the log may have gone: serving goes on.
+        # If the reader of the log is gone, the worker continues.
         with self._lock, contextlib.suppress(OSError, ValueError):
             print(line, file=self._stream, flush=True)
 
     def failure(self, error: BaseException, **fields: Any) -> None:
-        """An unexpected error: its kind and where it happened. Not its message, which may quote a request."""
+        """Log an unexpected exception: its type and its place, but not its message, which may quote a request."""
         frames = traceback.extract_tb(error.__traceback__)[-4:]
         where = [f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} {frame.name}" for frame in frames]
         self("error", "ERROR", **fields, kind=type(error).__name__, where=where)
 
 
 class _Writer:
-    """Takes lines and writes them in turn, in a thread. Those that find the queue full are lost.
+    """Writes lines in a thread, in their order. Drops lines that arrive while the queue is full.
 
-    lost: makes the line that says how many were, which comes in their place.
+    lost: makes the line that reports the number of dropped lines.
     """
 
     def __init__(self, stream: TextIO, lost: Callable[[int], str]) -> None:
@@ -119,7 +120,7 @@ class _Writer:
             self._changed.notify_all()
 
     def drain(self, seconds: float) -> None:
-        """Wait until all is written, at most so long."""
+        """Wait until all lines are written, at most this many seconds."""
         with self._changed:
             self._changed.wait_for(lambda: not self._lines and not self._is_writing, seconds)
 
@@ -135,17 +136,17 @@ class _Writer:
             if n_lost:
                 lines.append(self._make_lost(n_lost))
             for text in _together(lines):
-                with contextlib.suppress(OSError, ValueError):  # as above
+                with contextlib.suppress(OSError, ValueError):  # the reader of the log is gone
                     self._put(text.encode(self._stream.encoding, "backslashreplace"))
 
     def _put(self, content: bytes) -> None:
-        """Not through the stream, whose buffer the interpreter wants to have when it ends, with a reader or without."""
+        """Write to the file descriptor. The stream has a buffer, and the interpreter would wait for it at exit."""
         while content:
             content = content[os.write(self._stream.fileno(), content) :]
 
 
 def _together(lines: Sequence[str]) -> Iterator[str]:
-    """As many at a time as a pipe takes whole or not at all."""
+    """Join lines into texts of at most PIPE_BUF bytes, which a pipe takes in one atomic write."""
     text = ""
     for line in lines:
         if text and len(text) + len(line) >= PIPE_BUF:

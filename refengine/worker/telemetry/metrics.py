@@ -1,6 +1,6 @@
-"""Prometheus metrics, all labelled with the model's quant_kind; and the engine's hook that feeds some of them.
+"""Prometheus metrics, all labelled with the model's quant_kind, and the engine hook that updates some of them.
 
-Counters and histograms are told of what happens; gauges are read from the cached state when somebody asks.
+Counters and histograms are updated by events; gauges are set from the cached state when /metrics is requested.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """One worker's registry. Any thread may tell it something."""
+    """The metrics of one worker. Any thread may update them."""
 
     def __init__(self, state: State) -> None:
         disable_created_metrics()
@@ -27,37 +27,43 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         plain, kind = ["quant_kind"], self._kind
 
-        def counter(name: str, what: str) -> Counter:
-            return Counter(name, what, plain, registry=registry).labels(kind)
+        def counter(name: str, description: str) -> Counter:
+            return Counter(name, description, plain, registry=registry).labels(kind)
 
-        def gauge(name: str, what: str) -> Gauge:
-            return Gauge(name, what, plain, registry=registry).labels(kind)
+        def gauge(name: str, description: str) -> Gauge:
+            return Gauge(name, description, plain, registry=registry).labels(kind)
 
-        def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, what, plain, buckets=buckets, registry=registry).labels(kind)
+        def histogram(name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, description, plain, buckets=buckets, registry=registry).labels(kind)
 
         requests = Counter(
-            "worker_requests", "Requests to /execute by how they ended", ["outcome", *plain], registry=registry
+            "worker_requests", "Jobs and refused requests by outcome", ["outcome", *plain], registry=registry
         )
         self.requests = {outcome: requests.labels(outcome, kind) for outcome in OUTCOMES}
-        self.tokens = counter("worker_tokens_generated", "Tokens drawn")
-        self.prompt_tokens = counter("worker_prompt_tokens", "Tokens of prompts that were taken in")
-        self.duration_ms = histogram("worker_inference_duration_ms", "From accept to the last event", MS)
-        self.first_token_ms = histogram("worker_first_token_ms", "From accept to the first token", MS)
-        self.inter_token_ms = histogram("worker_inter_token_ms", "Between two tokens of a request", MS_FINE)
-        self._hits = counter("worker_prefix_cache_hits", "Blocks of prompts found in the prefix cache")
-        self._misses = counter("worker_prefix_cache_misses", "Blocks of prompts not found there")
+        self.tokens = counter("worker_tokens_generated", "Generated tokens")
+        self.prompt_tokens = counter("worker_prompt_tokens", "Prompt tokens of started jobs")
+        self.duration_ms = histogram(
+            "worker_inference_duration_ms", "Milliseconds from the acceptance of a job to its last event", MS
+        )
+        self.first_token_ms = histogram(
+            "worker_first_token_ms", "Milliseconds from the acceptance of a job to its first token", MS
+        )
+        self.inter_token_ms = histogram(
+            "worker_inter_token_ms", "Milliseconds between two successive tokens of a job", MS_FINE
+        )
+        self._hits = counter("worker_prefix_cache_hits", "Prompt blocks found in the prefix cache")
+        self._misses = counter("worker_prefix_cache_misses", "Prompt blocks not found in the prefix cache")
         self._seen_hits = self._seen_misses = 0
-        vram = Gauge("worker_vram_bytes", "Device memory by purpose", ["kind", *plain], registry=registry)
+        vram = Gauge("worker_vram_bytes", "Bytes of device memory by purpose", ["kind", *plain], registry=registry)
         self._vram = {purpose: vram.labels(purpose, kind) for purpose in PURPOSES}
-        blocks = Gauge("worker_kv_blocks", "Blocks of the KV cache by state", ["state", *plain], registry=registry)
+        blocks = Gauge("worker_kv_blocks", "KV cache blocks by state", ["state", *plain], registry=registry)
         self._blocks = {name: blocks.labels(name, kind) for name in ("used", "cached", "free")}
-        self._batch = gauge("worker_batch_size", "Sequences that run together")
-        self._queue = gauge("worker_queue_depth", "Requests that wait for their turn")
-        self._uptime = gauge("worker_uptime_seconds", "Since the model was loaded")
+        self._batch = gauge("worker_batch_size", "Sequences in the running batch")
+        self._queue = gauge("worker_queue_depth", "Jobs waiting to run")
+        self._uptime = gauge("worker_uptime_seconds", "Seconds since the model was loaded")
 
     def text(self) -> bytes:
-        """The exposition format. Called in one thread only."""
+        """All metrics in Prometheus' text format. To be called in one thread only."""
         vram_bytes, engine = self._state.load.vram_bytes, self._state.load.engine
         for purpose, gauge in self._vram.items():
             gauge.set(vram_bytes.get(purpose, 0))
@@ -74,7 +80,7 @@ class Metrics:
 
 
 class EngineHook(MetricsHook):
-    """The engine's own events, in the engine's thread."""
+    """Updates metrics from the engine's events. Called in the engine's thread."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

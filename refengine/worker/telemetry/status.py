@@ -1,6 +1,6 @@
-"""What is known of the model and of the worker's state without asking a device: `/health` answers from here.
+"""The cached state of the model and the worker, from which `/health` answers without asking the device.
 
-The engine's thread replaces the changing half (`State.load`); whoever reads sees the old one or the new one, whole.
+The engine's thread replaces `State.load` as a whole, so a reader in another thread never sees a half-updated one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOKENIZER_KINDS = {"ByteLevelBPE": "gguf-bpe", "SentencePieceBPE": "gguf-spm", "
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What never changes once the model is loaded."""
+    """Properties of the loaded model and its device, which never change."""
 
     model: str
     quant_kind: str
@@ -33,7 +33,7 @@ class ModelInfo:
 
     @staticmethod
     def of(model: Model) -> ModelInfo:
-        """Asks the device for its name: called once, in the thread that uses it."""
+        """Query the model and its device. Called once, in the thread that uses the device."""
         config, device = model.config, model.device
         on_gpu = device.name.startswith("cuda")
         return ModelInfo(
@@ -51,20 +51,24 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Load:
-    """What the engine's thread saw when it last looked."""
+    """Memory and load as the engine's thread last measured them. vram_bytes: bytes of device memory by purpose."""
 
     vram_bytes: dict[str, int] = field(default_factory=dict)
     engine: EngineStats = field(default_factory=EngineStats)
 
 
 class State:
-    """faults: why the worker is unhealthy, by cause; none: healthy. resident: all of the model is in device memory."""
+    """The worker's state.
+
+    errors: the reasons why the worker is unhealthy, by cause; empty if it is healthy.
+    resident: whether all of the model is in the memory of a GPU.
+    """
 
     def __init__(self, model: ModelInfo) -> None:
         self.model = model
         self.started = time.monotonic()
         self.resident = model.device.startswith("cuda")
-        self.faults: dict[str, str] = {}
+        self.errors: dict[str, str] = {}
         self.load = Load()
 
     @property
@@ -76,10 +80,11 @@ class State:
         return time.monotonic() - self.started
 
     def health(self) -> dict[str, Any]:
+        """The JSON of GET /health."""
         model = self.model
         return {
-            "status": "unhealthy" if self.faults else "healthy",
-            "reasons": list(self.faults.values()),
+            "status": "unhealthy" if self.errors else "healthy",
+            "reasons": list(self.errors.values()),
             "model": model.model,
             "resident": self.resident,
             "quant_kind": model.quant_kind,
@@ -97,12 +102,12 @@ class State:
 
 
 def vram_of(model: Model) -> dict[str, int]:
-    """Bytes of device memory by purpose; none on the CPU."""
+    """Bytes of device memory by purpose; empty on the CPU."""
     return model.memory.accounted() if model.memory is not None and model.device.is_gpu else {}
 
 
 def check_residency(model: Model) -> None:
-    """Raises DeviceError for a buffer that is not plain device memory. On the CPU there is nothing to check."""
+    """Raises DeviceError if one of the model's buffers is not plain device memory. Does nothing on the CPU."""
     if model.memory is not None and model.device.is_gpu:
         model.memory.check_residency()
 
@@ -112,5 +117,5 @@ def _tokenizer_kind(tokenizer: Tokenizer | None) -> str | None:
 
 
 def _version(number: int) -> str:
-    """12090 is 12.9."""
+    """CUDA's version number as text: 12090 is 12.9."""
     return f"{number // 1000}.{number % 1000 // 10}"

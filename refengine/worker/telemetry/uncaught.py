@@ -1,7 +1,7 @@
-"""What would reach stderr past the log, as lines of it: libraries' loggers, warnings, exceptions that nobody catches.
+"""Logs what would otherwise be printed to stderr: records of libraries' loggers, warnings, uncaught exceptions.
 
-Kind and place, not the words, which may quote a request: asyncio's have the arguments of a callback. Only those of
-uvicorn, without what it puts into them, and our own are known to be harmless.
+Logs their type and place but not their messages, which may quote a request: asyncio's contain the arguments of a
+callback. Only refengine's own messages, and uvicorn's without their arguments, are known to be safe.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from refengine.worker.telemetry.log import Log
 
 
 class _ToLog(logging.Handler):
-    """Warnings and worse."""
+    """Sends log records of level WARNING and above to the worker's log."""
 
     def __init__(self, log: Log) -> None:
         super().__init__(logging.WARNING)
@@ -24,7 +24,7 @@ class _ToLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        fields = {"source": record.name, "message": _harmless(record)}
+        fields = {"source": record.name, "message": _safe_message(record)}
         if error is not None:
             self._log.failure(error, **fields)
         else:
@@ -32,7 +32,8 @@ class _ToLog(logging.Handler):
             self._log("error", record.levelname, **fields, where=where)
 
 
-def _harmless(record: logging.LogRecord) -> str | None:
+def _safe_message(record: logging.LogRecord) -> str | None:
+    """The record's message if it cannot quote a request, else None."""
     library = record.name.partition(".")[0]
     if library == "refengine":
         return record.getMessage()
@@ -40,7 +41,7 @@ def _harmless(record: logging.LogRecord) -> str | None:
 
 
 def log_uncaught(log: Log) -> None:
-    """From here on, in the whole process."""
+    """Install the handlers in the whole process."""
     logging.getLogger().handlers = [_ToLog(log)]
 
     def unhandled(error: BaseException | None, source: str) -> None:
