@@ -65,23 +65,6 @@ class Arena:
         return self._xp.ndarray(shape, dtype, memptr=self._base + start)
 
 
-class Layout:
-    """The names, shapes and types of an arena's arrays: `want` declares them, then `taken` allocates them."""
-
-    def __init__(self) -> None:
-        self._declared: dict[str, tuple[tuple[int, ...], Any]] = {}
-
-    def want(self, name: str, *shape: int, dtype: Any = np.float32) -> None:
-        self._declared[name] = (shape, dtype)
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(aligned(int(np.prod(s, dtype=np.int64)) * np.dtype(t).itemsize) for s, t in self._declared.values())
-
-    def taken(self, arena: Arena) -> dict[str, Array]:
-        return {name: arena.take(shape, dtype) for name, (shape, dtype) in self._declared.items()}
-
-
 class DeviceMemory:
     """The memory of a device that one model uses."""
 

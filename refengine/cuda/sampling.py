@@ -15,7 +15,7 @@ from refengine.cuda.kernels.sampling import Sampler, allocated
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError, RefengineError
 
-_PROBLEMS = ("", "is NaN: the forward pass went wrong", "is +Inf: the forward pass overflowed", "")
+_PROBLEMS = {1: "is NaN: the forward pass went wrong", 2: "is +Inf: the forward pass overflowed"}  # of sampling.cu
 
 
 def sample_rows(
