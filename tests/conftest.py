@@ -26,8 +26,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu_alone: a GPU test that compares the driver's memory, so it runs alone")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: half as many again as there are cores, since many tests wait for a server they started."""
+    from refengine.ops.dequant import usable_cpus
+
+    return max(1, 3 * usable_cpus() // 2)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `ci` repeat on more models what others show on two, for minutes: they run where $CI is set."""
+    """Tests marked `ci` take long, most of them because they repeat a test on more models: they run where $CI is set."""
     from tests.levels import IN_CI
 
     if IN_CI:

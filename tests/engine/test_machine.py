@@ -134,11 +134,11 @@ def test_blocks_are_accounted_for_at_every_step(tmp_path_factory: pytest.TempPat
         model = SmallBlocks(one_layer(tmp_path_factory.mktemp("machine"), "cpu"), BLOCK)
 
     n = 0
-    while STEPS["OnArrays"] < in_ci(20_000, 4_000):  # a handful of examples has some thousands
+    while STEPS["OnArrays"] < in_ci(20_000, 2_000):  # a handful of examples has some thousands
         run_state_machine_as_test(
             OnArrays,
             settings=settings(
-                max_examples=in_ci(60, 20),
+                max_examples=in_ci(60, 10),
                 stateful_step_count=60,
                 deadline=None,
                 derandomize=n == 0,

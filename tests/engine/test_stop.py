@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from refengine.engine.stop import StopMatcher
 from refengine.errors import RequestError
+from tests.levels import in_ci
 
-examples = settings(max_examples=500, deadline=None)  # no deadline: a busy machine is no failure
+examples = settings(max_examples=in_ci(500, 150), deadline=None)  # no deadline: a busy machine is no failure
 
 # Few letters, so that stop strings overlap themselves, each other and the chunks' ends.
 texts = st.text(alphabet="abé", max_size=12)

@@ -36,6 +36,7 @@ def checked(folder: Path, files: dict[str, str]) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.ci  # mypy takes a while
 def test_snippets_type_check(tmp_path: Path) -> None:
     found = [snippet.replace("def test_my_engine(assert_agrees):", FIXTURE) for snippet in snippets()]
     assert found

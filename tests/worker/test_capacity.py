@@ -32,6 +32,7 @@ from refengine.worker.jobs.engine_thread import Started
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from tests.kernels.matrices import TILED, random_matrix
+from tests.kernels.test_models import mostly_in_ci
 from tests.model_files import ModelFiles
 from tests.worker.test_startup import UUID, error_of, failed
 from tools.make_model import ONE_EACH, write_model
@@ -116,7 +117,7 @@ def test_the_cache_of_the_cpu_is_reckoned_too() -> None:
     assert capacity.cache_bytes(3) == model.new_cache(3 * BLOCK_SIZE).n_bytes
 
 
-@pytest.mark.parametrize("name", ONE_EACH.values())
+@pytest.mark.parametrize("name", mostly_in_ci(ONE_EACH))
 def test_a_prompt_takes_what_is_reckoned_or_somewhat_more(name: str, tiny_model: ModelFiles) -> None:
     model = refengine.load(tiny_model(name), "host")
     cache = model.new_cache(2 * BLOCK_SIZE)
