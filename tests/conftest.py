@@ -34,7 +34,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `ci` take long, most of them because they repeat a test on more models: they run where $CI is set."""
+    """Tests marked `ci` take long, mostly because they repeat a test on more models. They run if $CI is set."""
     from tests.levels import IN_CI
 
     if IN_CI:
