@@ -26,6 +26,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu_alone: a GPU test that compares the driver's memory, so it runs alone")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """With `-n`, keep the tests of a file together, so that its servers and models are started and loaded once."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadfile"
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """What `-n auto` means: half as many again as there are cores, since many tests wait for a server they started."""
     from refengine.ops.dequant import usable_cpus

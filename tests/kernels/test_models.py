@@ -145,11 +145,12 @@ def test_an_order_of_sums_that_depends_on_the_batch_is_caught(model: Model, expe
     careless = Model(
         model.gguf, model.config, model.vocabulary, model.weights, Careless(model.ops), model.device, model.n_ctx
     )
-    ids = ids_for(model, N_TOKENS)
+    n = 20
+    ids = ids_for(model, N_TOKENS)[:n]
     whole = careless.forward(ids)
-    fed, sequence = Fed(careless, N_TOKENS, 1), CacheSequence()
-    one_by_one = np.concatenate([fed.feed([(sequence, ids[part])])[0] for part in cuts(N_TOKENS, 1)])
-    assert nmse(whole, expected) < 1e-5  # right, but for rounding
+    fed, sequence = Fed(careless, n, 1), CacheSequence()
+    one_by_one = np.concatenate([fed.feed([(sequence, ids[part])])[0] for part in cuts(n, 1)])
+    assert nmse(whole, expected[:n]) < 1e-5  # right, but for rounding
     assert (whole != one_by_one).any()
 
 

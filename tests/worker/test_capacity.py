@@ -177,7 +177,7 @@ def test_a_cache_of_less_than_a_block_is_refused_before_loading(device: str, tmp
     assert not [line for line in log if line["event"] in ("model_load_progress", "model_load_complete")]
     error = error_of(log)
     assert error["code"] == "INSUFFICIENT_VRAM"
-    assert "--kv-cache-size-mb: given 1, and a block of 64 tokens takes" in error["message"]
+    assert "--kv-cache-size-mb: given 1, but one block of 64 tokens takes" in error["message"]
     values = 2 * 60 * 64 * 8 * 32
     assert error["bytes_required"] == (4 * values if device == "cpu" else 2 * values + values // 32)
     assert error["bytes_available"] == 1 << 20
