@@ -18,7 +18,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Shows the default of each option, unless it has none or its help text describes it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default in ([], "", False):
+        if action.default is None or action.default in ([], "", False) or "(default: " in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 

@@ -1,9 +1,11 @@
 """The command line: help, wrong use, tokenize, inspect and the choice of a device."""
 
+import argparse
 import io
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,21 @@ def test_help_mentions_every_option(command: str) -> None:
     known = {o for action in subparsers[command]._actions for o in action.option_strings}
     assert OPTIONS[command] <= known, "control: the list above is of real options"
     assert all(option in result.out for option in known)
+
+
+def every_parser(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from every_parser(command)
+
+
+def test_help_states_a_default_once_for_each_option() -> None:
+    for parser in every_parser(build_parser()):
+        formatter = parser._get_formatter()
+        for action in parser._actions:
+            assert (formatter._expand_help(action) if action.help else "").count("(default: ") <= 1, action
 
 
 def test_help_lists_the_commands() -> None:
