@@ -28,9 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """With `-n`, keep the tests of a file together, so that its servers and models are started and loaded once."""
+    """With `-n`, give each process tests that follow each other, so that most files start their servers only once.
+
+    A process that has no more tests takes half of those that are left to another one.
+    """
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist = "loadfile"
+        config.option.dist = "worksteal"
 
 
 def pytest_xdist_auto_num_workers() -> int:
