@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from refengine.bench.speed.baseline import Comparison, against
+from refengine.bench.speed.llamacpp import check_installed
 from refengine.bench.speed.record import read_record, record
 from refengine.bench.speed.report_html import check_plots, to_html
 from refengine.bench.speed.report_text import show, show_comparison
@@ -64,6 +65,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     device = _device(arguments.device)
     if arguments.compare is not None and arguments.compare != "llama.cpp":
         raise RequestError(f"--compare {arguments.compare}: the only other engine is llama.cpp")
+    if arguments.compare:
+        check_installed()
     if arguments.compare and device == "host":
         raise RequestError("--compare llama.cpp needs device cpu or cuda: host, the kernels on the CPU, is for tests")
     return Settings(

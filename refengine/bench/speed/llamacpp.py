@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from refengine.bench.speed.measure import Sample
 from refengine.bench.speed.traffic import cache_bytes_read, weight_bytes
-from refengine.errors import RefengineError, RequestError
+from refengine.errors import MissingLibraryError, RefengineError, RequestError
 from refengine.gguf.file import GGUFFile
 from refengine.models import read_config
-from refengine.validate.llamacpp import GGML_TYPE_F16, last_log, library, open_model
+from refengine.validate.llamacpp import GGML_TYPE_F16, INSTALL_HINT, last_log, library, open_model
 
 MAX_BATCH = 2048  # tokens of one call of llama_decode, as in llama-bench
 PADDING = 256  # positions; llama.cpp rounds the context of a sequence up to a multiple
+
+
+def check_installed() -> None:
+    """Raises MissingLibraryError, which says how to install it, if llama-cpp-python is missing."""
+    if find_spec("llama_cpp") is None:
+        raise MissingLibraryError(
+            f"--compare llama.cpp needs llama-cpp-python, which is not installed; {INSTALL_HINT}", "llama_cpp"
+        )
 
 
 class LlamaCppSpeed:

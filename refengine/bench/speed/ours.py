@@ -121,7 +121,7 @@ class Refengine:
         """An engine in which `streams` sequences have their prompts in the cache and have got their first token."""
         prompt = max(depth, 1)
         # While the prompts of the last streams are computed, the first ones already decode.
-        lead = 0 if streams * prompt <= self._chunk else 2 + 2 * streams * prompt // self._chunk
+        lead = 0 if streams == 1 or streams * prompt <= self._chunk else 2 + 2 * streams * prompt // self._chunk
         engine = self._engine_for(streams, prompt + 1 + lead + tokens, graphs)
         params = SamplingParams(temperature=0, max_tokens=1 + lead + tokens)
         # The same prompts every time: after the first, the prefix cache has nearly all of them.

@@ -93,7 +93,7 @@ def lines(sizes: Sequence[Record], axis: str, label: str) -> str:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:g}")
     axes.set_xlabel(label)
     axes.set_ylabel("tokens/s, all streams" if axis == "streams" else "tokens/s")
-    axes.legend(frameon=False)
+    _legend(axes)
     return _svg(figure)
 
 
@@ -125,7 +125,7 @@ def _bars_of_bandwidth(profile: Record) -> str:
     _bars(axes, [row["name"] for row in rows], shares, [f"{share:.0f}%" for share in shares])
     axes.axvline(100, color=INK, linewidth=1, linestyle="--", label="a copy")
     axes.set_xlabel("bytes per second, % of a copy's")
-    axes.legend(frameon=False, loc="lower right")
+    _legend(axes)
     return _svg(figure)
 
 
@@ -136,6 +136,11 @@ def _bars(axes: Any, names: Sequence[str], values: Sequence[float], texts: Seque
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.18)
+
+
+def _legend(axes: Any) -> None:
+    """The legend, above the axes, where it covers no data."""
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
 
 
 def _figure(height: float) -> tuple[Any, Any]:

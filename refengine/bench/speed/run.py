@@ -107,6 +107,7 @@ def run_model(path: Path, settings: Settings, say: Callable[[str], None]) -> Mod
         processes: dict[str, EngineProcess] = {}
         for name in settings.engines:
             setup = Setup(name, str(path), settings.device, settings.numerics, settings.chunk, settings.threads)
+            say(f"{path.name}: {name} loads it")
             processes[name] = process = stack.enter_context(EngineProcess(setup))
             say(f"{path.name}: {name} has loaded it in {process.facts['load_s']:.1f} s")
         for process in processes.values():
