@@ -307,6 +307,15 @@ def test_a_process_that_ends_is_named(tiny_model: ModelFiles) -> None:
             engine.prompt(4)
 
 
+def test_a_process_ends_with_the_benchmark_even_while_it_measures(tiny_model: ModelFiles) -> None:
+    with EngineProcess(Setup("refengine", str(tiny_model("llama-q8_0")), "cpu", None, 16, 1)) as engine:
+        assert engine._process.stdin is not None
+        request = {"do": "decode", "streams": 1, "depth": 0, "tokens": 400}
+        engine._process.stdin.write("".join(json.dumps(request) + "\n" for _ in range(1000)))
+        engine._process.stdin.close()
+        assert engine._process.wait(30) == 0
+
+
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
 

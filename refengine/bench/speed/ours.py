@@ -101,16 +101,16 @@ class Refengine:
         """The time of a decode step by kernel, or by operation of the array code. No graphs are used."""
         self._forget()
         cache = cache_bytes_read(self.model.config, streams, max(depth, 1) + tokens / 2, self._bytes_per_position)
-        with profiled(self.model, self._resident_bytes, cache) as profiler:
-            with self._decoding(streams, depth, tokens + 1, graphs=False) as (engine, _):
+        timed = profiled(self.model, self._resident_bytes, cache)
+        try:
+            with timed as profiler, self._decoding(streams, depth, tokens + 1, graphs=False) as (engine, _):
                 engine.step()  # not measured
                 profiler.begin()
                 for _ in range(tokens):
                     engine.step()
-                found = profiler.end(tokens)
-            del engine
-            self._forget()
-        return found
+                return profiler.end(tokens)
+        finally:
+            self._forget()  # all launches of this engine are timed
 
     # --- The engine and its sequences ---
 

@@ -7,16 +7,19 @@ The first request says which engine is to be opened. The environment of the proc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TextIO
 
 from refengine.bench.speed.measure import EngineUnderTest, Sample
@@ -88,7 +91,11 @@ class EngineProcess:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):  # a request that was not sent
+                    stream.close()
 
     def prompt(self, n: int) -> Sample:
         return self._measured("prompt", n=n)
@@ -202,8 +209,17 @@ def main() -> None:
     # What libraries print goes to standard error; the answers alone go to standard output.
     output: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    requests: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_read, args=(requests,), daemon=True).start()
+    while True:
+        print(json.dumps(answers.answer(json.loads(requests.get()))), file=output, flush=True)
+
+
+def _read(requests: SimpleQueue[str]) -> None:
+    """Pass the requests on. If the benchmark ends, however it does, so does this process, amid a measurement too."""
     for line in sys.stdin:
-        print(json.dumps(answers.answer(json.loads(line))), file=output, flush=True)
+        requests.put(line)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ from refengine.gguf.file import TensorInfo
 COPY_REPEATS = 5
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # many times a cache
 GPU_COPIES = 10  # in one timing, so that the launch does not count
-MEMORY_SHARE = 8  # an array that is copied takes at most this part of the free memory
+MEMORY_SHARE = 8  # an array that is copied takes at most an eighth of the free memory, but
+LEAST_BYTES = 1 << 20
 
 
 def weight_bytes(
@@ -55,7 +57,7 @@ def copy_rates(xp: Any, threads: int, free_bytes: int) -> list[float]:
 
     NumPy copies with `threads` threads, CuPy with the whole GPU. free_bytes: how much memory is free.
     """
-    n_bytes = min(COPY_BYTES["cpu" if xp is np else "cuda"], free_bytes // MEMORY_SHARE)
+    n_bytes = max(LEAST_BYTES, min(COPY_BYTES["cpu" if xp is np else "cuda"], free_bytes // MEMORY_SHARE))
     source = xp.ones(n_bytes, xp.uint8)
     target = xp.empty_like(source)
     if xp is np:
@@ -99,6 +101,4 @@ def free_memory(xp: Any) -> int:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux
-        import os
-
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
