@@ -33,11 +33,11 @@ def to_html(record: Record) -> str:
     """The page for the data of `record.record`. Text from the file is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     names = ("spread_text", "number", "gb_text", "facts_of", "left_out_lines")
+    environment.filters |= {"plots": plots_of, "plots_of_profile": plots_of_profile}
     environment.filters.update({name: getattr(report_text, name) for name in names})
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         record=record,
-        plots=[plots_of(model) for model in record["models"]],
         notes=report_text.NOTES,
         compare_note=report_text.COMPARE_NOTE,
         profile_notes=report_text.PROFILE_NOTES,
@@ -57,11 +57,15 @@ def plots_of(model: Record) -> list[tuple[str, str]]:
         ("Decode of one stream by depth", lines(by_depth, "depth", "tokens in the KV cache before (depth)")),
         ("Prompts", lines(prompts, "n", "tokens of the prompt")),
     ]
-    for profile in model["profiles"]:
-        found.append((f"A step by {profile['by']}: {profile['label']}", _bars_of_time(profile)))
-        if any(row["share_of_copy"] is not None for row in profile["rows"]):
-            found.append((f"Share of a copy's bandwidth: {profile['label']}", _bars_of_bandwidth(profile)))
     return [(title, svg) for title, svg in found if svg]
+
+
+def plots_of_profile(profile: Record) -> list[tuple[str, str]]:
+    """The title and the SVG of each plot of a profiled step."""
+    found = [(f"Time by {profile['by']}", _bars_of_time(profile))]
+    if any(row["share_of_copy"] is not None for row in profile["rows"]):
+        found.append(("Share of a copy's bandwidth", _bars_of_bandwidth(profile)))
+    return found
 
 
 def lines(sizes: Sequence[Record], axis: str, label: str) -> str:
@@ -90,7 +94,7 @@ def lines(sizes: Sequence[Record], axis: str, label: str) -> str:
     axes.set_xticks(even, [f"{place:,}" for place in places])
     axes.margins(x=0.12)
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.set_xlabel(label)
     axes.set_ylabel("tokens/s, all streams" if axis == "streams" else "tokens/s")
     _legend(axes)
