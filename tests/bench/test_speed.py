@@ -439,7 +439,7 @@ def test_what_cannot_be_compared_is_said(run: Run) -> None:
     del new["models"][0]["measurements"][0]
     samples = new["models"][0]["measurements"][0]["engines"]["refengine"]["samples"]
     del samples[1]
-    new["machine"], new["settings"]["threads"] = "another", 99
+    new["machine"], new["settings"]["threads"], new["settings"]["sizes"]["tokens"] = "another", 99, 4
     comparison = against(old, new)
     assert len(comparison.changes) == 2
     said = " / ".join(comparison.remarks)
@@ -447,6 +447,7 @@ def test_what_cannot_be_compared_is_said(run: Run) -> None:
     assert "decode, 1 stream at depth 0 has a single sample" in said
     assert "another now" in said
     assert "99 now" in said
+    assert "tokens: 3 before, 4 now" in said
     new["models"] = []
     with pytest.raises(RefengineError, match="nothing to compare with"):
         against(old, new)

@@ -53,7 +53,12 @@ class Comparison:
 
 def against(old: Record, new: Record) -> Comparison:
     """Compare refengine's speeds in two runs. Raises RequestError if they have no size in common."""
-    remarks = [*_different(old, new, ("machine", "card")), *_different(old["settings"], new["settings"], SETTINGS)]
+    was, is_now = old["settings"], new["settings"]
+    remarks = [
+        *_different(old, new, ("machine", "card")),
+        *_different(was, is_now, SETTINGS),
+        *_different(was["sizes"], is_now["sizes"], ("tokens",)),
+    ]
     now, changes = _sizes(new), []
     for place, (label, before) in _sizes(old).items():
         if place not in now:
