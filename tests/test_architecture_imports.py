@@ -105,6 +105,8 @@ ROOMS = {
     "client.events": Room({"errors"}, {"httpx_sse"}),  # no connections
     "client": Room({"errors", "client.events"}, {"httpx", "httpx_sse"}),
     "bench": Room({FACADE, *MODEL, "worker", "client", "client.events"}, {"numpy", "rich"}),
+    # no HTTP
+    "bench.speed": Room({FACADE, *MODEL, "validate", "bench"}, {"numpy", "rich", "jinja2"}, frozenset({"matplotlib"})),
     "cli.console": Room({FACADE, *MODEL, "validate"}, {*ARRAYS, "tqdm"}),
     # One file a command.
     "cli.generate": Room({"errors", *ENGINE, "cli.console"}, set()),
@@ -117,6 +119,7 @@ ROOMS = {
     "cli.compile": Room({"errors", "device", "cuda", "cuda.runtime"}, {"tqdm"}),
     "cli.ask": Room({"errors", "client", "client.events", "cli.console"}, set()),
     "cli.bench": Room({"errors", "worker", "client", "bench", "cli.console"}, {"rich"}),
+    "cli.bench_speed": Room({"errors", "ops", "bench.speed", "cli.console"}, {"rich"}),
     "cli.dump_header": Room(set(), set()),
     # arguments only
     "cli.arguments": Room(set(), set()),
@@ -132,6 +135,7 @@ ROOMS = {
             "cli.serve",
             "cli.ask",
             "cli.bench",
+            "cli.bench_speed",
             "cli.dump_header",
             "cli.compile",
         },

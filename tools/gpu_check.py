@@ -4,9 +4,10 @@
 
 Runs `pytest -m gpu` (every kernel against its array code, whole models, the determinism matrix, array code); measures
 the distance of the kernels' logits from `exact`; runs the kernel benchmark against a copy and cuBLAS; and with
-full-size models with random weights checks that all device memory is accounted for, and measures tokens per second, the
-gain of each engine feature (tools/bench_engine), and a worker's speeds against their targets (refengine bench worker).
-The file is written after every part.
+full-size models with random weights checks that all device memory is accounted for, and measures tokens per second and
+the kernels of a step (refengine bench speed), compared with the last record in golden/perf, the gain of each engine
+feature (tools/bench_engine), and a worker's speeds against their targets (refengine bench worker).
+The file is written after every part. The exit code is 1 if a test failed, or if a size became slower.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
+PERF = ROOT / "golden" / "perf"
 SANITIZED = (
     "embedding",
     "matmul",
@@ -156,6 +158,31 @@ def full_size(name: str) -> dict[str, Any]:
         return found
 
 
+def speed(name: str) -> dict[str, Any]:
+    """The results of `refengine bench speed` with a full-size model, compared with the last record of that model."""
+    from tools.make_model import FULL, write_spec
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, result = Path(folder) / f"{name}.gguf", Path(folder) / "speed.json"
+        write_spec(path, FULL[name])
+        last = last_record(PERF, path.name)
+        options = ["--device", "cuda", "--profile", *([] if last is None else ["--baseline", str(last)])]
+        command = [sys.executable, "-m", "refengine", "bench", "speed", "--model", str(path), *options]
+        done = subprocess.run([*command, "--json", str(result)], cwd=ROOT, stdout=sys.stderr)
+        found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+        found["command"] = f"refengine bench speed --model {path.name} {' '.join(options)}"
+        return {"model": name, "exit_code": done.returncode, "baseline": last and last.name, **found}
+
+
+def last_record(folder: Path, model: str) -> Path | None:
+    """The latest result of `bench speed` in a folder that has this model on a GPU. Names begin with the date."""
+    for path in sorted(folder.glob("*-speed.json"), reverse=True):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["device"].startswith("cuda") and any(found["model"] == model for found in record["models"]):
+            return path
+    return None
+
+
 def worker(name: str) -> dict[str, Any]:
     """The results of `refengine bench worker` with a full-size model."""
     from tools.make_model import FULL, write_spec
@@ -179,7 +206,7 @@ def main() -> int:
     parser.add_argument(
         "--only",
         action="append",
-        help="run only this part: tests, parity, kernels, full_size, worker or sanitizer; repeatable",
+        help="run only this part: tests, parity, kernels, full_size, speed, worker or sanitizer; repeatable",
     )
     args = parser.parse_args()
     commit = (
@@ -204,6 +231,7 @@ def main() -> int:
         "parity": parity,
         "kernels": lambda: run_all(cupy, ROWS),
         "full_size": lambda: [full_size(name) for name in args.model or ["qwen2.5-0.5b"]],
+        "speed": lambda: [speed(name) for name in args.model or ["qwen2.5-0.5b"]],
         "worker": lambda: [worker(name) for name in args.model or ["qwen2.5-0.5b"]],
     }
     if args.sanitizer:
@@ -218,7 +246,8 @@ def main() -> int:
         facts[name] = part()
         args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in facts.items() if k in ("tests", "sanitizer", "full_size")}, indent=1))
-    return max(int(facts.get(part, {}).get("exit_code", 0)) for part in ("tests", "sanitizer"))
+    checked = [facts.get("tests", {}), facts.get("sanitizer", {}), *facts.get("speed", [])]
+    return max(int(part.get("exit_code", 0)) for part in checked)
 
 
 if __name__ == "__main__":

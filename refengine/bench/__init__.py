@@ -1,1 +1,1 @@
-"""Benchmarks of the worker over HTTP, from its clients' point of view. `suite` and `load` are the two runs."""
+"""Benchmarks. `suite` and `load` measure a worker over HTTP, as its clients see it; `speed` measures the engine."""

@@ -161,9 +161,10 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
   refengine bench worker                                 (the packaged model on the CPU; a minute)
   refengine bench worker --model model.gguf --gpu-device 0 --output figures.json
   refengine bench load --clients 64 --seconds 300
+  refengine bench speed --model model.gguf --compare llama.cpp     (the engine itself, without a worker)
 
-Histograms and a table of the results go to stdout, progress goes to stderr. The exit code is 0 whatever the results
-are; with --strict it is 1 if a result misses its target."""
+Histograms and tables of the results go to stdout, progress goes to stderr. The exit code is 0 whatever the results are;
+with --strict it is 1 if a result of a worker misses its target, and with --baseline if the engine became slower."""
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     worker = command(
         what,
@@ -176,6 +177,7 @@ are; with --strict it is 1 if a result misses its target."""
     )
     load.add_argument("--clients", type=int, default=64, metavar="N", help="number of streams at the same time")
     load.add_argument("--seconds", type=float, default=30.0, metavar="S", help="duration of the load in seconds")
+    _speed_arguments(command(what, "speed", "measure tokens per second of the engine, beside llama.cpp if wanted"))
     for measured in (worker, load):
         group = measured.add_argument_group("the worker that is started")
         group.add_argument("--model", metavar="FILE", help="GGUF file (default: the packaged model)")
@@ -188,3 +190,67 @@ are; with --strict it is 1 if a result misses its target."""
         group.add_argument("--output", metavar="FILE.json", help="also write all results to this file")
         group.add_argument("--strict", action="store_true", help="exit with code 1 if a target is missed")
         group.add_argument("--debug", action="store_true", help="show a traceback on errors")
+
+
+def _speed_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  refengine bench speed --model model.gguf                                        (on the CPU; about a minute)
+  refengine bench speed --model model.gguf --device cuda --compare llama.cpp --html speed.html
+  refengine bench speed --model model.gguf --device cuda --profile --json now.json --baseline before.json
+
+Each engine has the model in a process of its own. Every size is measured in turns (refengine, llama.cpp, refengine, …),
+after one turn each that does not count; the engine that waits does nothing. Sizes that do not fit the model's context
+or the memory are left out, and the output says so.
+
+Defaults on the CPU: --prompts 128,512 --depths 0,512 --streams 1,4,8 --tokens 16 --rounds 3
+Defaults on a GPU:   --prompts 512,2048 --depths 0,512,3500 --streams 1,8,32,64 --tokens 128 --rounds 5"""
+    group = parser.add_argument_group("what runs")
+    group.add_argument(
+        "--model",
+        metavar="FILE",
+        action="append",
+        help=f"GGUF file; {HUB_HELP} (default: the packaged model); repeatable",
+    )
+    group.add_argument(
+        "--device", default="cpu", help="cpu, cuda or cuda:N; host, the kernels on the CPU, is for tests"
+    )
+    group.add_argument(
+        "--numerics",
+        choices=("exact", "exact64", "llamacpp", "fast"),
+        help="refengine's numerics (default: fast on cuda, else exact)",
+    )
+    group.add_argument(
+        "--compare",
+        metavar="llama.cpp",
+        help="measure llama.cpp as well, on the same file, device and sizes, in alternating rounds; needs the extra "
+        "`validate`, on a GPU built with CUDA",
+    )
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="threads of either engine on the CPU (default: all usable processors)"
+    )
+    group = parser.add_argument_group("what is measured")
+    group.add_argument("--prompts", metavar="N,…", help="sizes of prompts in tokens")
+    group.add_argument("--depths", metavar="N,…", help="tokens in the KV cache before one stream is decoded")
+    group.add_argument(
+        "--streams", metavar="N,…", help="numbers of streams that are decoded together, at the shortest depth"
+    )
+    group.add_argument("--tokens", type=int, metavar="N", help="decode steps of one sample")
+    group.add_argument("--rounds", type=int, metavar="N", help="samples of each size and engine")
+    group.add_argument("--chunk", type=int, metavar="N", help="prompt tokens per forward pass (default: 512)")
+    group.add_argument(
+        "--profile",
+        action="store_true",
+        help="also show the time of a decode step by kernel, or on the CPU by operation; such steps take longer",
+    )
+    group = parser.add_argument_group("result")
+    group.add_argument("--json", metavar="FILE.json", help="also write all samples, with machine, versions and command")
+    group.add_argument(
+        "--html", metavar="FILE.html", help="also write one page with plots, to open offline; needs the extra `bench`"
+    )
+    group.add_argument(
+        "--baseline",
+        metavar="OLD.json",
+        help="compare with an earlier --json: name the sizes whose median has fallen by more than both runs vary, and "
+        "exit with code 1 if there are any",
+    )
+    group.add_argument("--debug", action="store_true", help="show a traceback on errors")

@@ -59,6 +59,10 @@ class DequantCache:
     def __len__(self) -> int:
         return len(self._values)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether values of the matrix with this name are kept."""
+        return any(known == name for known, _, _ in self._values)
+
     def get(self, xp: Any, w: StoredMatrix, start: int, stop: int, dtype: Any) -> Array | None:
         """Rows start..stop as (stop - start, n_in) `dtype`, or None if they do not fit into the cache."""
         key = (w.name, start, stop)

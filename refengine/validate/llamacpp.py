@@ -26,6 +26,7 @@ from refengine.validate.capture import Capture
 INSTALL_HINT = f"{install_hint('validate')}: that builds llama.cpp, with a C++ compiler, in a few minutes"
 GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_I32 = 0, 1, 26
 _NUMPY_TYPES = {GGML_TYPE_F32: np.float32, GGML_TYPE_F16: np.float16, GGML_TYPE_I32: np.int32}
+ALL_LAYERS = 1 << 16  # more layers than a model has
 _VIEW_OPS = {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}
 
 
@@ -70,19 +71,13 @@ class LlamaCpp:
         n_ubatch: int | None = None,
         capture: bool = True,
     ) -> None:
-        llama_cpp = _library()
+        llama_cpp = library()
         kv_types = {"f16": GGML_TYPE_F16, "f32": GGML_TYPE_F32}
         if kv_type not in kv_types:
             raise RequestError(f"unknown KV cache type {kv_type!r} for llama.cpp; choose one of {', '.join(kv_types)}")
         self._lib = llama_cpp
         self.version: str = llama_cpp.__version__
-        llama_cpp.llama_backend_init()
-        model_params = llama_cpp.llama_model_default_params()
-        model_params.use_extra_bufts = repack
-        model_params.n_gpu_layers = 0
-        self._model = llama_cpp.llama_model_load_from_file(str(Path(path)).encode(), model_params)
-        if not self._model:
-            raise ModelError(f"{path}: llama.cpp cannot load this file: {_last_log()}")
+        self._model = open_model(path, repack=repack)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -100,7 +95,7 @@ class LlamaCpp:
             params.cb_eval = self._callback
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
-            raise ModelError(f"{path}: llama.cpp cannot create a context: {_last_log()}")
+            raise ModelError(f"{path}: llama.cpp cannot create a context: {last_log()}")
         self._filter: re.Pattern[str] | None = None
         self._captured: list[tuple[str, str, np.ndarray]] = []
         self._callback_error: BaseException | None = None
@@ -126,7 +121,7 @@ class LlamaCpp:
         if self._callback_error is not None:
             raise self._callback_error
         if status != 0:
-            raise RefengineError(f"llama.cpp could not evaluate {n} tokens (status {status}): {_last_log()}")
+            raise RefengineError(f"llama.cpp could not evaluate {n} tokens (status {status}): {last_log()}")
         self._n_past += n
         rows = ctypes.cast(lib.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(rows, shape=(1 if last_only else n, self.n_vocab)).copy()
@@ -227,25 +222,48 @@ def capture_llamacpp(path: str | os.PathLike[str], ids: Sequence[int], **options
     return Capture(Path(path), engine, list(ids), tensors, numerics="llamacpp", flags=options)
 
 
+def open_model(path: str | os.PathLike[str], *, repack: bool, gpu: int | None = None) -> Any:
+    """Load a model with llama.cpp; returns the library's pointer, to be freed with `llama_model_free`.
+
+    repack: see `LlamaCpp`. gpu: the number of the GPU that gets all layers; None keeps them on the CPU.
+    Raises the errors of `LlamaCpp`.
+    """
+    llama_cpp = library()
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_default_params()
+    params.use_extra_bufts = repack
+    params.n_gpu_layers = 0
+    if gpu is not None:
+        params.n_gpu_layers, params.main_gpu = ALL_LAYERS, gpu
+        params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_NONE
+    model = llama_cpp.llama_model_load_from_file(str(Path(path)).encode(), params)
+    if not model:
+        raise ModelError(f"{path}: llama.cpp cannot load this file: {last_log()}")
+    return model
+
+
 def quantize(source: str | os.PathLike[str], output: str | os.PathLike[str], file_type: int) -> None:
     """Quantise the float GGUF file `source` to `output` with llama.cpp's `llama_model_quantize`.
 
     file_type: a `gguf.LlamaFileType`, such as MOSTLY_Q4_K_M. Raises `RefengineError` without llama-cpp-python,
     `ModelError` if llama.cpp refuses the file.
     """
-    llama_cpp = _library()
+    llama_cpp = library()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = int(file_type)
     if llama_cpp.llama_model_quantize(str(Path(source)).encode(), str(Path(output)).encode(), ctypes.byref(params)):
-        raise ModelError(f"{source}: llama.cpp cannot quantise this file: {_last_log()}")
+        raise ModelError(f"{source}: llama.cpp cannot quantise this file: {last_log()}")
 
 
 _log_lines: list[str] = []
 _log_callback: Any = None  # C code keeps a pointer to it, so it must outlive every context
 
 
-def _library() -> Any:
-    """The module llama_cpp. The library's log is stored here instead of being printed to stderr."""
+def library() -> Any:
+    """The module llama_cpp. The library's log is stored here instead of being printed to stderr.
+
+    Raises `RefengineError` if llama-cpp-python is not installed.
+    """
     global _log_callback
     try:
         import llama_cpp
@@ -262,7 +280,8 @@ def _library() -> Any:
     return llama_cpp
 
 
-def _last_log() -> str:
+def last_log() -> str:
+    """The last line of the library's log."""
     lines = [line.strip() for line in "".join(_log_lines).splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
 

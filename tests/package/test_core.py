@@ -11,7 +11,7 @@ from tests.cli_runner import ENVIRONMENT
 ROOT = Path(__file__).resolve().parents[2]
 OF_EXTRAS = (
     *("fastapi", "starlette", "uvicorn", "h11", "pydantic", "prometheus_client", "threadpoolctl", "swagger_ui_bundle"),
-    *("httpx", "httpx_sse", "huggingface_hub", "filelock", "cupy", "llama_cpp", "pytest"),
+    *("httpx", "httpx_sse", "huggingface_hub", "filelock", "cupy", "llama_cpp", "pytest", "matplotlib"),
 )
 HIDDEN = f"""
 import sys
@@ -36,6 +36,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+SPEED = ("bench", "speed")
 COMMANDS = {
     "generate": ("generate", "a frog", "--max-tokens", "3"),
     "logits": ("logits", "--prompt", "a frog", "--output", "FOLDER/l.npz"),
@@ -43,6 +44,7 @@ COMMANDS = {
     "validate": ("validate", "a frog", "--numerics", "exact", "--peer", "refengine:exact"),
     "tokenize": ("tokenize", "a frog"),
     "inspect": ("inspect",),
+    "bench speed": (*SPEED, "--prompts", "4", "--depths", "0", "--streams", "1", "--tokens", "2", "--rounds", "1"),
     "dump-header": ("dump-header",),
 }
 
@@ -57,6 +59,8 @@ NEED_EXTRAS = {
     "serve": (("serve", *WORKER), "[serve]"),
     "ask": (("ask", "a frog"), "[client]"),
     "bench": (("bench", "worker", "--quick"), "[serve]"),
+    "plots": ((*SPEED, "--html", "speed.html"), "[bench]"),
+    "speed beside llama.cpp": ((*SPEED, "--compare", "llama.cpp"), "[validate]"),
     "hub": (("inspect", "hf:me/haiku"), "[hub]"),
     "cuda": (("generate", "a frog", "--device", "cuda"), "[cuda13]"),
     "llama.cpp": (("validate", "a frog"), "[validate]"),
