@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))  # tests import tools.* and tests.*
 
 # One BLAS thread per test process: with `-n auto` every core already has a process of its own.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# llama.cpp's threads wait for each other at every operation, and would keep their cores busy with that.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell starts what it runs in the background with Ctrl-C ignored, which every child inherits: ours are to hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -47,7 +47,7 @@ def test_greedy_text_is_llamacpps(haiku_file: ModelFiles, name: str, group: int)
     """Sixty-four tokens, going on past the end of the answer, so that a second answer and its request follow."""
     path = haiku_file(name)
     model = refengine.load(path)
-    with LlamaCpp(path, kv_type="f32", capture=False) as peer:
+    with LlamaCpp(path, kv_type="f32", n_threads=1, capture=False) as peer:
         for prompt in prompts()[group * PER_TEST : (group + 1) * PER_TEST]:
             ids = model.tokenizer.encode(chat(prompt), add_special=False, parse_special=True)
             peer.reset()
@@ -76,7 +76,7 @@ def test_every_operation_on_trained_weights_is_llamacpps(haiku_file: ModelFiles,
     kv_type = "f32" if name.endswith("f32") else "f16"
     model = refengine.load(path, numerics="llamacpp", kv_type=kv_type)
     ids = model.tokenizer.encode(chat(prompts()[0]) + "the moon\n", add_special=False, parse_special=True)
-    with LlamaCpp(path, kv_type=kv_type) as peer:
+    with LlamaCpp(path, kv_type=kv_type, n_threads=1) as peer:
         _, tensors = peer.tensors(ids)
     _, compared = replay(model, ids, tensors)
     assert len(compared) > 60

@@ -22,7 +22,7 @@ def test_llamacpp_has_no_error_of_its_own(name: str, tiny_model: ModelFiles) -> 
     kv_type = "f32" if name != "packaged" and TINY[name].type == "F32" else "f16"
     model = refengine.load(path, numerics="llamacpp", kv_type=kv_type)
     ids = np.random.default_rng(11).integers(0, model.config.n_vocab, 40).tolist()  # past every sliding window
-    capture = capture_llamacpp(path, ids, kv_type=kv_type)
+    capture = capture_llamacpp(path, ids, kv_type=kv_type, n_threads=1)
     verdict = judge(model, capture)
     assert verdict, verdict.first_own_error
     assert LOGITS in {t.name for t in verdict.tensors}

@@ -171,7 +171,7 @@ def test_a_chat_goes_through_the_template(browser: Any, haiku: Server) -> None:
     assert "".join(answer(browser)) == choice["message"]["content"]
     tokens = choice["logprobs"]["content"]
     assert n_tokens(browser) == len(tokens)
-    for i, token in enumerate(tokens):
+    for i, token in list(enumerate(tokens))[::4]:  # a click takes a browser long
         browser.find_elements("css selector", ".token")[i].click()
         rows = [(row[3], row[4]) for row in alternatives(browser)[:4]]
         probabilities = [t["logprob"] for t in token["top_logprobs"]]
@@ -188,7 +188,7 @@ def test_a_chat_goes_through_the_template(browser: Any, haiku: Server) -> None:
 
 
 def test_a_chat_is_stopped_too(browser: Any) -> None:
-    with serving(script=(SLOW, 0.1)) as server:
+    with serving(script=(SLOW, 0.5)) as server:
         browser.get(server.url + "/")
         browser.find_element("id", "run").click()
         until(lambda: n_tokens(browser) > 1)
