@@ -135,6 +135,7 @@ def test_the_page_has_the_plots_and_loads_nothing(run: Run) -> None:
     assert "<script>" not in to_html(changed)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_a_screen_and_a_phone(run: Run, tmp_path: Path, width: int) -> None:
     path = tmp_path / "speed.html"
@@ -177,6 +178,7 @@ def check_kernels(found: dict[str, Any]) -> None:
     assert all(row["seconds"] > 0 for row in rows.values())
 
 
+@pytest.mark.ci
 def test_a_step_by_kernel(tiny_model: ModelFiles, tmp_path: Path) -> None:
     check_kernels(of_kernels(tiny_model("qwen2-q4_k_m"), "host", tmp_path))
 

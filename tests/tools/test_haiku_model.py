@@ -55,6 +55,7 @@ def test_prompt_without_a_template_gets_three_lines(model: refengine.Model, seed
     assert Corpus().grammar.lexicon.scans(text.strip().split("\n")), text
 
 
+@pytest.mark.ci
 def test_held_out_requests_are_answered_in_form_and_on_topic(model: refengine.Model) -> None:
     """Bounds meant for 200 answers, on the first 60 of them; tools/haiku/evaluate.py runs all."""
     found = list(answers(model, Corpus(), 60, temperature=0.7))

@@ -28,6 +28,7 @@ def problems(browser: Any) -> list[str]:
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
+@pytest.mark.ci
 def test_the_documents_operations_are_rendered(browser: Any, haiku: Server) -> None:
     document = httpx.get(haiku.url + "/openapi.json").json()
     operations = [f"{method.upper()} {path}" for path, item in document["paths"].items() for method in item]

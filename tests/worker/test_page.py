@@ -136,6 +136,7 @@ def fits(browser: Any) -> bool:
     return bool(browser.execute_script("return document.documentElement.scrollWidth <= innerWidth;"))
 
 
+@pytest.mark.ci
 def test_a_click_on_a_token_shows_what_the_api_says_of_it(browser: Any, haiku: Server) -> None:
     prompt = "Write a haiku about rain"
     tokens = [data for event, data in haiku.run(prompt=prompt, **PARAMETERS) if event == "token"]
@@ -157,6 +158,7 @@ def test_a_click_on_a_token_shows_what_the_api_says_of_it(browser: Any, haiku: S
     assert problems(browser) == []
 
 
+@pytest.mark.ci
 def test_a_chat_goes_through_the_template(browser: Any, haiku: Server) -> None:
     browser.get(haiku.url + "/")
     chosen = "return document.querySelector('[name=mode]:checked').value;"
@@ -187,6 +189,7 @@ def test_a_chat_goes_through_the_template(browser: Any, haiku: Server) -> None:
     assert problems(browser) == []
 
 
+@pytest.mark.ci
 def test_a_chat_is_stopped_too(browser: Any) -> None:
     with serving(script=(SLOW, 0.5)) as server:
         browser.get(server.url + "/")
@@ -201,6 +204,7 @@ def test_a_chat_is_stopped_too(browser: Any) -> None:
         assert browser.switch_to.active_element.get_attribute("name") == "top_p"
 
 
+@pytest.mark.ci
 def test_a_model_without_a_template(browser: Any, tmp_path: Path) -> None:
     write_model(tmp_path / "plain.gguf", "gpt2", "Q8_0")
     with serving("--model", tmp_path / "plain.gguf") as server:
@@ -244,6 +248,7 @@ def test_tokens_are_seen_while_they_come_and_stop_ends_them(browser: Any, talker
     until(lambda: texts(browser, "#state") == ["unreachable"])
 
 
+@pytest.mark.ci
 def test_everything_by_keyboard(browser: Any, talker: Path, haiku: Server) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
@@ -297,6 +302,7 @@ def test_everything_by_keyboard(browser: Any, talker: Path, haiku: Server) -> No
         until(lambda: status(browser).startswith("Stopped"))
 
 
+@pytest.mark.ci
 def test_a_phone_is_wide_enough(browser: Any, talker: Path) -> None:
     phone = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
@@ -316,6 +322,7 @@ def test_a_phone_is_wide_enough(browser: Any, talker: Path) -> None:
         assert browser.execute_script(script), "a number is broken into lines"
 
 
+@pytest.mark.ci
 def test_refusals_and_failures_are_shown(browser: Any, talker: Path, tmp_path: Path) -> None:
     flag = tmp_path / "fail"
     with serving("--model", talker, "--max-tokens-out", 100, script=(FAULTY, flag)) as server:
@@ -373,6 +380,7 @@ def test_health_and_metrics_are_those_of_the_worker(browser: Any, haiku: Server)
     assert 0 < peak <= total() * 10
 
 
+@pytest.mark.ci
 def test_the_models_text_is_text(browser: Any, talker: Path) -> None:
     with serving("--model", talker, script=(SCRIPTED, SAID)) as server:
         n = len(SAID.encode())
@@ -444,6 +452,7 @@ def test_every_input_has_a_label(browser: Any, haiku: Server) -> None:
     assert browser.execute_script(script) == []
 
 
+@pytest.mark.ci
 def test_a_worker_with_a_key(browser: Any) -> None:
     with serving("--api-key", KEY) as server:
         assert httpx.get(server.url + "/").status_code == httpx.get(server.url + "/docs").status_code == 401
