@@ -26,7 +26,8 @@ def loaded(path: Any, place: str, **options: Any) -> Model:
         pytest.skip(f"no GPU: {e}")
 
 
-@pytest.fixture(scope="module", params=mostly_in_ci(ONE_EACH))
+# A dense model runs in tests/engine/test_machine.py.
+@pytest.fixture(scope="module", params=mostly_in_ci(ONE_EACH, "qwen2"))
 def model(request: pytest.FixtureRequest, place: str, tiny_model: ModelFiles) -> Model:
     return loaded(tiny_model(request.param), place)
 

@@ -17,6 +17,7 @@ from refengine.trace import Trace, to_numpy
 from refengine.validate.metrics import nmse
 from tests.model_files import ModelFiles
 from tools.make_model import ONE_EACH, TINY
+from tools.model_specs import PURE
 
 # On the CPU, away from CI, a dense model and a mixture of experts stand for these.
 CI_ONLY = ("llama", "qwen3", "phi3", "gpt2")
@@ -34,7 +35,11 @@ def ids_for(model: Model, n: int, seed: int = 1) -> list[int]:
     return np.random.default_rng(seed).integers(0, model.config.n_vocab, n).tolist()
 
 
-@pytest.mark.parametrize("name", list(TINY))
+DAILY = {*ONE_EACH.values(), *(f"llama-{kind.lower()}" for kind in PURE)}  # every architecture and every type
+ALL = [pytest.param(name, marks=() if name in DAILY else pytest.mark.ci) for name in TINY]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_logits_are_those_of_the_array_twin(name: str, place: str, tiny_model: ModelFiles) -> None:
     """Against `exact` the kernels and their NumPy twin, which rounds alike, are equally far."""
     path = tiny_model(name)
@@ -75,9 +80,10 @@ def cuts(n: int, size: int | np.random.Generator) -> list[slice]:
     return parts
 
 
-def mostly_in_ci(names: dict[str, str]) -> list[Any]:
-    """Parameters for models by their architecture; those of CI_ONLY run in CI only."""
-    return [pytest.param(name, marks=pytest.mark.ci if arch in CI_ONLY else ()) for arch, name in names.items()]
+def mostly_in_ci(names: dict[str, str], *more: str) -> list[Any]:
+    """Parameters for models by their architecture; those of CI_ONLY, and of more architectures, run in CI only."""
+    only = {*CI_ONLY, *more}
+    return [pytest.param(name, marks=pytest.mark.ci if arch in only else ()) for arch, name in names.items()]
 
 
 @pytest.fixture(scope="module", params=mostly_in_ci(ONE_EACH))

@@ -93,7 +93,7 @@ def peak_of(function: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("name", ONE_EACH.values())
+@pytest.mark.parametrize("name", mostly_in_ci(ONE_EACH))
 def test_what_is_reckoned_is_what_is_taken(name: str, tiny_model: ModelFiles) -> None:
     """The cache and the decode step's buffers to the byte."""
     model = refengine.load(tiny_model(name), "host")
