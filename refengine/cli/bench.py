@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +15,7 @@ from refengine.bench.load import run_load
 from refengine.bench.process import WorkerProcess
 from refengine.bench.report import record, show
 from refengine.bench.suite import QUICK, Plan, Suite
-from refengine.cli.console import output_path, say, written
+from refengine.cli.console import output_path, say, write_json
 from refengine.client.client import Client
 from refengine.errors import RequestError
 from refengine.worker.options import device_of
@@ -36,9 +34,7 @@ def bench(arguments: argparse.Namespace) -> int:
     title = f"refengine bench {arguments.what}: {health['model']} ({health['quant_kind']}) on {health['device']}"
     show(figures, Console(highlight=False, width=None if sys.stdout.isatty() else 1000), title)
     if output is not None:
-        with written(output) as temporary:
-            text = json.dumps(record(figures, facts, shlex.join(["refengine", *sys.argv[1:]])), indent=1)
-            Path(temporary).write_text(text + "\n", encoding="utf-8")
+        write_json(output, record(figures, facts, shlex.join(["refengine", *sys.argv[1:]])))
         say(f"{output}: all figures")
     missed = [figure for figure in figures if figure.verdict == "miss"]
     say(f"{len(missed)} targets missed" + "".join(f"; {f.id} {f.name}" for f in missed))

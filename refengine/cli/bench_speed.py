@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import sys
@@ -17,7 +16,7 @@ from refengine.bench.speed.record import read_record, record
 from refengine.bench.speed.report_html import check_plots, to_html
 from refengine.bench.speed.report_text import show, show_comparison
 from refengine.bench.speed.run import ON_CPU, ON_GPU, Settings, Sizes, run_model
-from refengine.cli.console import model_path, output_path, say, written
+from refengine.cli.console import model_path, output_path, say, write_json, write_text
 from refengine.errors import RequestError
 from refengine.ops.dequant import usable_cpus
 
@@ -40,12 +39,10 @@ def bench_speed(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     show(found, console)
     if as_json is not None:
-        with written(as_json) as temporary:
-            Path(temporary).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(as_json, found)
         say(f"{as_json}: all samples")
     if as_html is not None:
-        with written(as_html) as temporary:
-            Path(temporary).write_text(to_html(found), encoding="utf-8")
+        write_text(as_html, to_html(found))
         say(f"{as_html}: tables and plots, to open in a browser")
     return 0 if baseline is None else _verdict(against(baseline, found), console)
 

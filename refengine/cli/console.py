@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import stat
@@ -191,6 +192,17 @@ def written(path: Path) -> Iterator[str]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file that appears whole; see `written`."""
+    with written(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write indented JSON that appears whole; see `written`."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def progress_bar(what: str, total: int | None, unit: str = "B") -> Any:

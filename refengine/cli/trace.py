@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +16,7 @@ from refengine.cli.console import (
     progress_bar,
     prompt_of,
     say,
+    write_json,
     written,
 )
 from refengine.errors import RequestError
@@ -66,6 +65,5 @@ def trace(arguments: argparse.Namespace) -> None:
     manifest_path = output.with_suffix(".manifest.json")
     with written(output) as temporary:
         save_file({n: np.ascontiguousarray(v) for n, v in tensors.items()}, temporary)
-    with written(manifest_path) as temporary:
-        Path(temporary).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_json(manifest_path, manifest)
     say(f"{output}: {len(tensors)} tensors; manifest in {manifest_path}")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
 
-from refengine.cli.console import file_sha256, load_model, model_path, output_path, prompt_of, say, written
+from refengine.cli.console import (
+    file_sha256,
+    load_model,
+    model_path,
+    output_path,
+    prompt_of,
+    say,
+    write_json,
+    write_text,
+)
 from refengine.errors import RequestError
 from refengine.validate.corpus import Settings, read_prompts, run_corpus, summary_table
 from refengine.validate.dump import NameMap
@@ -61,12 +68,10 @@ def validate(arguments: argparse.Namespace) -> int:
     print_outcome(outcome, _console(), arguments.all)
     report = to_json(outcome)
     if as_json is not None:
-        with written(as_json) as temporary:
-            Path(temporary).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(as_json, report)
         say(f"{as_json}: the verdict with all numbers")
     if as_html is not None:
-        with written(as_html) as temporary:
-            Path(temporary).write_text(to_html(report), encoding="utf-8")
+        write_text(as_html, to_html(report))
         say(f"{as_html}: the verdict, to open in a browser")
     return outcome.verdict.exit_code
 

@@ -13,8 +13,7 @@ from refengine.engine.sampling import SamplingParams, logprobs
 from refengine.errors import DeviceError, RequestError
 from refengine.model import Model
 from tests.engine.models import logits_alone, random_ids
-from tests.kernels.test_models import mostly_in_ci
-from tests.levels import in_ci
+from tests.levels import in_ci, mostly_in_ci
 from tests.model_files import ModelFiles
 from tools.make_model import ONE_EACH
 

@@ -20,7 +20,8 @@ from refengine.models import BY_ARCHITECTURE, llama
 from refengine.ops.decode import DecodeOps
 from refengine.trace import to_numpy
 from refengine.weights import load_weights
-from tests.kernels.test_models import ids_for, loaded, mostly_in_ci
+from tests.kernels.test_models import ids_for, loaded
+from tests.levels import ci_only, mostly_in_ci
 from tests.model_files import ModelFiles
 from tools.make_model import ONE_EACH
 
@@ -146,7 +147,7 @@ def test_a_window_slides_over_more_than_it_holds(model: Model) -> None:
     assert uploads[1:] == [1, 0]  # the block table, when the sequence gets its second block
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in DAILY else pytest.mark.ci) for n in MORE])
+@pytest.mark.parametrize("name", ci_only(MORE, set(MORE) - set(DAILY)))
 def test_other_files_bit_for_bit(name: str, place: str, tiny_model: ModelFiles) -> None:
     model = loaded(tiny_model(name), place)
     decoding = Decoding(model, max_batch=12, shuffle=1, n_tokens=30)

@@ -9,7 +9,7 @@ import refengine
 from refengine.errors import DeviceError
 from refengine.validate.judge import judge
 from refengine.validate.peers import capture_peer
-from tests.kernels.test_models import mostly_in_ci
+from tests.levels import ci_only, mostly_in_ci
 from tests.model_files import ModelFiles
 from tools.make_model import IN_LLAMACPP, ONE_EACH, TINY
 from tools.report_parity import kernel_errors
@@ -30,7 +30,7 @@ def test_kernels_are_nearer_to_exact_than_llamacpp_is(name: str, tmp_path: Path)
 JUDGED = ["llama-f32", "llama-f16", "llama-bf16", "llama-q4_1", "llama-q5_k", "llama-mxfp4", "gpt-oss-q8_0"]
 
 
-@pytest.mark.parametrize("name", [*mostly_in_ci(ONE_EACH), *(pytest.param(n, marks=pytest.mark.ci) for n in JUDGED)])
+@pytest.mark.parametrize("name", [*mostly_in_ci(ONE_EACH), *ci_only(JUDGED, JUDGED)])
 def test_the_judge_finds_no_error_of_the_kernels(name: str, place: str, tiny_model: ModelFiles) -> None:
     model = refengine.load(tiny_model(name), numerics="fast")
     try:

@@ -15,12 +15,11 @@ from refengine.errors import DeviceError, RequestError
 from refengine.model import Model
 from refengine.trace import Trace, to_numpy
 from refengine.validate.metrics import nmse
+from tests.levels import ci_only, mostly_in_ci
 from tests.model_files import ModelFiles
 from tools.make_model import ONE_EACH, TINY
 from tools.model_specs import PURE
 
-# On the CPU, away from CI, a dense model and a mixture of experts stand for these.
-CI_ONLY = ("llama", "qwen3", "phi3", "gpt2")
 N_TOKENS = 70
 
 
@@ -36,10 +35,9 @@ def ids_for(model: Model, n: int, seed: int = 1) -> list[int]:
 
 
 DAILY = {*ONE_EACH.values(), *(f"llama-{kind.lower()}" for kind in PURE)}  # every architecture and every type
-ALL = [pytest.param(name, marks=() if name in DAILY else pytest.mark.ci) for name in TINY]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ci_only(TINY, TINY.keys() - DAILY))
 def test_logits_are_those_of_the_array_twin(name: str, place: str, tiny_model: ModelFiles) -> None:
     """Against `exact` the kernels and their NumPy twin, which rounds alike, are equally far."""
     path = tiny_model(name)
@@ -78,12 +76,6 @@ def cuts(n: int, size: int | np.random.Generator) -> list[slice]:
         parts.append(slice(start, min(start + step, n)))
         start += step
     return parts
-
-
-def mostly_in_ci(names: dict[str, str], *more: str) -> list[Any]:
-    """Parameters for models by their architecture; those of CI_ONLY, and of more architectures, run in CI only."""
-    only = {*CI_ONLY, *more}
-    return [pytest.param(name, marks=pytest.mark.ci if arch in only else ()) for arch, name in names.items()]
 
 
 @pytest.fixture(scope="module", params=mostly_in_ci(ONE_EACH))

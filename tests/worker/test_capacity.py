@@ -32,7 +32,7 @@ from refengine.worker.jobs.engine_thread import Started
 from refengine.worker.options import WorkerOptions
 from refengine.worker.telemetry.log import Log
 from tests.kernels.matrices import TILED, random_matrix
-from tests.kernels.test_models import mostly_in_ci
+from tests.levels import mostly_in_ci
 from tests.model_files import ModelFiles
 from tests.worker.test_startup import UUID, error_of, failed
 from tools.make_model import ONE_EACH, write_model
