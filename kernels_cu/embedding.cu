@@ -13,8 +13,8 @@ __device__ __forceinline__ void embed(const Planes& w, const int* ids, float* ou
   long long tile = id / 16;
   if (block >= w.n_blocks) return;
   MmaA a[2];
-  Q::operands(Q::load(lane_of<Q>(w, tile * w.n_blocks + block, row % 8 * 4 + c), 0), a);
-  auto scales = Q::scales(w, tile * w.n_segments + block / SEGMENT, row);
+  Q::operands(Q::template load<InGlobal>(lane_of<Q>(w, tile * w.n_blocks + block, row % 8 * 4 + c), 0), a);
+  auto scales = Q::template scales<InGlobal>(w, tile * w.n_segments + block / SEGMENT, row);
   float* to = out + static_cast<long long>(blockIdx.x) * n_in + block * 32;
   float minimum = Q::minimum(scales, block % SEGMENT);
 #pragma unroll

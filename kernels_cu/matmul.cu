@@ -15,11 +15,9 @@
 //   row                   y = (((s0 + s1) + s2) + …) · x_scale, then + bias, then + residual
 // The integers of a block are exact in half precision, so only the activations are rounded.
 //
-// rows8_*:  up to 8 rows per block of threads, for few rows, where reading the weights takes all of the time. Grid: x any
-//           number, block b computes tiles b, b + grid, … of 16 outputs; y groups of 8 rows. Each warp takes every
-//           n_warps-th segment and loads the next weights before it multiplies; one warp adds the segments of a tile in
-//           order. Dynamic shared memory: 1024 bytes per segment. May be launched to overlap with the previous kernel.
-//           Precondition: y has fewer than 2^32 elements.
+// rows8_*:  up to 8 rows per block of threads, for few rows, where reading the weights takes all of the time. Launch:
+//           see few_rows.cuh. The activations may also be rows of floats, with or without a norm in front of the product.
+//           May be launched to overlap with the previous kernel.
 // rows64_*: 64 rows per warp. Grid: x groups of n_warps tiles, y groups of 64 rows; a warp takes all segments of its tile.
 // Weights are read once for 8 (64) rows.
 //
@@ -29,39 +27,48 @@
 #include "arguments.cuh"
 #include "quants.cuh"
 #include "matmul.cuh"
+#include "norm.cuh"
+#include "quantize_rows.cuh"
+#include "few_rows.cuh"
 
-template <class Q>
-__device__ __forceinline__ void one_of_rows8(const Planes& w, const Activations& x, const Groups& groups, int n_rows,
-                                             const float* bias, const float* residual, float* y, int n_out) {
-  rows8<Q>(SideBySide<1>{{w}}, x, groups, n_rows, n_out, [&](const Rows& rows, int tile, const MmaD (&total)[1]) {
-    store<1>(x, rows, tile, total, bias, residual, y, n_out);
-  });
-}
+// Threads per block at most; they limit the registers to half a multiprocessor's (cuda/kernels/few_rows.py has the same).
+#define ROWS8(name, THREADS, Q)                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                         \
+      name(Matrix w, Activations x, Groups groups, const float* bias, const float* residual, float* y, int n_out,  \
+           int n_in, int n_rows, int capacity, int stages, int chunk, float eps) {                                 \
+    auto ahead = [&](int expert, int tile) {                                                                       \
+      if (bias) prefetch(bias + static_cast<long long>(expert) * n_out + tile * 16);                               \
+    };                                                                                                             \
+    auto finish = [&](const Rows& rows, int number, int tile, int out, float scale, const float(&sum)[1]) {        \
+      put(rows, number, tile * 16 + out, n_out, __fmul_rn(sum[0], scale), bias, residual, y);                      \
+    };                                                                                                             \
+    rows8<Q>(SideBySide<1>{{planes_of(w, n_in)}}, x, groups, n_rows, n_out, n_in, {capacity, stages, chunk, eps},  \
+             ahead, finish);                                                                                       \
+  }
+ROWS8(rows8_q4_0, 256, Q4_0)
+ROWS8(rows8_q4_1, 256, Q4_1)
+ROWS8(rows8_q5_0, 256, Q5_0)
+ROWS8(rows8_q5_1, 256, Q5_1)
+ROWS8(rows8_q8_0, 256, Q8_0)
+ROWS8(rows8_q4_k, 384, Q4_K)
+ROWS8(rows8_q5_k, 256, Q5_K)
+ROWS8(rows8_q6_k, 256, Q6_K)
+ROWS8(rows8_mxfp4, 384, MXFP4)
+ROWS8(rows8_f16, 256, F16)
 
-// Threads per block and blocks per multiprocessor; they limit the registers (cuda/kernels/matmul.py launches as many).
-#define MATMUL(name, kernel, THREADS, BLOCKS, Q)                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                    \
+#define ROWS64(name, Q)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(128)                                                                \
       name(Matrix w, Activations x, Groups groups, const float* bias, const float* residual, float* y, int n_out,  \
            int n_in, int n_rows) {                                                                                 \
-    kernel<Q>(planes_of(w, n_in), x, groups, n_rows, bias, residual, y, n_out);                                    \
+    rows64<Q>(planes_of(w, n_in), x, groups, n_rows, bias, residual, y, n_out);                                    \
   }
-MATMUL(rows8_q4_0, one_of_rows8, 256, 2, Q4_0)
-MATMUL(rows8_q4_1, one_of_rows8, 256, 2, Q4_1)
-MATMUL(rows8_q5_0, one_of_rows8, 256, 2, Q5_0)
-MATMUL(rows8_q5_1, one_of_rows8, 256, 2, Q5_1)
-MATMUL(rows8_q8_0, one_of_rows8, 320, 2, Q8_0)
-MATMUL(rows8_q4_k, one_of_rows8, 320, 2, Q4_K)
-MATMUL(rows8_q5_k, one_of_rows8, 256, 2, Q5_K)
-MATMUL(rows8_q6_k, one_of_rows8, 256, 2, Q6_K)
-MATMUL(rows8_mxfp4, one_of_rows8, 320, 2, MXFP4)
-MATMUL(rows8_f16, one_of_rows8, 256, 2, F16)
-MATMUL(rows64_q4_0, rows64, 128, 1, Q4_0)
-MATMUL(rows64_q4_1, rows64, 128, 1, Q4_1)
-MATMUL(rows64_q5_0, rows64, 128, 1, Q5_0)
-MATMUL(rows64_q5_1, rows64, 128, 1, Q5_1)
-MATMUL(rows64_q8_0, rows64, 128, 1, Q8_0)
-MATMUL(rows64_q4_k, rows64, 128, 1, Q4_K)
-MATMUL(rows64_q5_k, rows64, 128, 1, Q5_K)
-MATMUL(rows64_q6_k, rows64, 128, 1, Q6_K)
-MATMUL(rows64_mxfp4, rows64, 128, 1, MXFP4)
-MATMUL(rows64_f16, rows64, 128, 1, F16)
+ROWS64(rows64_q4_0, Q4_0)
+ROWS64(rows64_q4_1, Q4_1)
+ROWS64(rows64_q5_0, Q5_0)
+ROWS64(rows64_q5_1, Q5_1)
+ROWS64(rows64_q8_0, Q8_0)
+ROWS64(rows64_q4_k, Q4_K)
+ROWS64(rows64_q5_k, Q5_K)
+ROWS64(rows64_q6_k, Q6_K)
+ROWS64(rows64_mxfp4, MXFP4)
+ROWS64(rows64_f16, F16)

@@ -11,7 +11,7 @@ __device__ float plain_sum(const Planes& w, const Activations& x, int row, int o
   float total = 0.0f;
   for (int segment = 0; segment < w.n_segments; segment++) {
     int first = segment * SEGMENT, count = min(SEGMENT, w.n_blocks - first);
-    typename Q::Scales scale = Q::scales(w, static_cast<long long>(tile) * w.n_segments + segment, of_tile);
+    typename Q::Scales scale = Q::template scales<InGlobal>(w, static_cast<long long>(tile) * w.n_segments + segment, of_tile);
     typename Q::Scales scales[2] = {scale, scale};
     float sum = 0.0f;  // the sum of the segment
     for (int j = 0; j < count; j++) {
@@ -22,7 +22,7 @@ __device__ float plain_sum(const Planes& w, const Activations& x, int row, int o
         for (int k = 0; k < 16; k++) {
           int c = k % 8 / 2, i = k % 2, second = k / 8;  // column 16 half + 4c + 2 second + i of the block
           typename Q::Words words =
-              Q::load(lane_of<Q>(w, static_cast<long long>(tile) * w.n_blocks + first + j, 4 * r + c), 0);
+              Q::template load<InGlobal>(lane_of<Q>(w, static_cast<long long>(tile) * w.n_blocks + first + j, 4 * r + c), 0);
           MmaA a[2];
           if constexpr (Q::SCALED)
             Q::scaled_operands(words, scales, j, a);

@@ -14,55 +14,57 @@
 #include "norm.cuh"
 #include "quantize_rows.cuh"
 
-extern "C" __global__ void __launch_bounds__(256)
-    rms_norm_f32(const float* x, const float* weight, float* y, int n, float eps) {
-  __shared__ float scratch[THREADS / 32];
-  const float* row = x + static_cast<long long>(blockIdx.x) * n;
-  float* out = y + static_cast<long long>(blockIdx.x) * n;
-  float scale = rms_scale(row, n, eps, scratch);
-  for (int i = threadIdx.x; i < n; i += THREADS) out[i] = row[i] * scale * weight[i];
+__device__ __forceinline__ Moments moments(const float* row, float* values, const float* bias, int n, float eps,
+                                           float* scratch) {
+  return bias ? layer_moments(row, values, n, eps, scratch) : rms_moments(row, values, n, eps, scratch);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-    layer_norm_f32(const float* x, const float* weight, const float* bias, float* y, int n, float eps) {
-  __shared__ float scratch[THREADS / 32];
+__device__ __forceinline__ void norm_f32(const float* x, const float* weight, const float* bias, float* y, int n,
+                                         float eps, float* scratch) {
   const float* row = x + static_cast<long long>(blockIdx.x) * n;
   float* out = y + static_cast<long long>(blockIdx.x) * n;
-  Moments of = layer_moments(row, n, eps, scratch);
-  for (int i = threadIdx.x; i < n; i += THREADS) out[i] = (row[i] - of.mean) * of.scale * weight[i] + bias[i];
+  Moments of = moments(row, nullptr, bias, n, eps, scratch);
+  for (int i = threadIdx.x; i < n; i += NORM_THREADS) out[i] = normed(row[i], of, weight, bias, i);
 }
 
-// Until the barrier, only thread i uses elements i, i + 256, ….
-__device__ __forceinline__ void finish_norm(float* row, float* y, f16* out, float* scale, unsigned* sums, int n,
-                                            float* scratch) {
-  if (y)
-    for (int i = threadIdx.x; i < n; i += THREADS) y[static_cast<long long>(blockIdx.x) * n + i] = row[i];
+__device__ __forceinline__ void norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out,
+                                         float* scale, unsigned* sums, int n, float eps, float* scratch) {
+  DYNAMIC_SHARED(float, row);
+  let_next_begin();
+  wait_for_previous();
+  Moments of = moments(x + static_cast<long long>(blockIdx.x) * n, row, bias, n, eps, scratch);
+  // Until the barrier, only thread i uses elements i, i + 256, ….
+  for (int i = threadIdx.x; i < n; i += NORM_THREADS) {
+    float value = normed(row[i], of, weight, bias, i);
+    if (y) y[static_cast<long long>(blockIdx.x) * n + i] = value;
+    row[i] = value;
+  }
   if (!out) return;
   __syncthreads();
   row_as_halves(row, blockIdx.x, out, scale, sums, n, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
+    rms_norm_f32(const float* x, const float* weight, float* y, int n, float eps) {
+  __shared__ float scratch[NORM_THREADS / 32];
+  norm_f32(x, weight, nullptr, y, n, eps, scratch);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    layer_norm_f32(const float* x, const float* weight, const float* bias, float* y, int n, float eps) {
+  __shared__ float scratch[NORM_THREADS / 32];
+  norm_f32(x, weight, bias, y, n, eps, scratch);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
     rms_norm_f16(const float* x, const float* weight, float* y, f16* out, float* scale, unsigned* sums, int n, float eps) {
-  DYNAMIC_SHARED(float, row);
-  __shared__ float scratch[THREADS / 32];
-  let_next_begin();
-  wait_for_previous();
-  for (int i = threadIdx.x; i < n; i += THREADS) row[i] = x[static_cast<long long>(blockIdx.x) * n + i];
-  float factor = rms_scale(row, n, eps, scratch);
-  for (int i = threadIdx.x; i < n; i += THREADS) row[i] = row[i] * factor * weight[i];
-  finish_norm(row, y, out, scale, sums, n, scratch);
+  __shared__ float scratch[NORM_THREADS / 32];
+  norm_f16(x, weight, nullptr, y, out, scale, sums, n, eps, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     layer_norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out, float* scale, unsigned* sums,
                    int n, float eps) {
-  DYNAMIC_SHARED(float, row);
-  __shared__ float scratch[THREADS / 32];
-  let_next_begin();
-  wait_for_previous();
-  for (int i = threadIdx.x; i < n; i += THREADS) row[i] = x[static_cast<long long>(blockIdx.x) * n + i];
-  Moments of = layer_moments(row, n, eps, scratch);
-  for (int i = threadIdx.x; i < n; i += THREADS) row[i] = (row[i] - of.mean) * of.scale * weight[i] + bias[i];
-  finish_norm(row, y, out, scale, sums, n, scratch);
+  __shared__ float scratch[NORM_THREADS / 32];
+  norm_f16(x, weight, bias, y, out, scale, sums, n, eps, scratch);
 }

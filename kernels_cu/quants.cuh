@@ -2,11 +2,13 @@
 //
 // Planes and lanes are those of refengine/cuda/layout.py. Every type has a struct with the same members:
 //
-//   Words load(lane's, j)                    a lane's part of the tile of 16 x 32 that is j further on: two rows of 8
-//                                            codes; LOW and HIGH are its bytes in the planes of these names
+//   Words load<M>(lane's, j)                 a lane's part of the tile of 16 x 32 that is j further on: two rows of 8
+//                                            codes; LOW and HIGH are its bytes in the planes of these names; M is where
+//                                            the weights are, InGlobal or InShared
 //   operands(words, a)                       the same as halves, the operands of two mma
-//   Scales scales(planes, segment, row)      the scales of 256 columns of a row, not yet unpacked, because that would wait
-//                                            for the load; a weight of block j is, with ggml's rounding,
+//   Scales scales<M>(planes, segment, row)   the scales of 256 columns of a row, not yet unpacked, because that would wait
+//                                            for the load; SCALE_BYTES and D_BYTES are their bytes in the planes `scales`
+//                                            and `d`; a weight of block j is, with ggml's rounding,
 //     scale(scales, j, half) · code - minimum(scales, j)           half: columns 0-15 or 16-31, if SPLIT
 //
 // and for products, which do as much as possible once per segment, exactly:
@@ -18,11 +20,19 @@
 //   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums' small integers of blocks c and c + 4, twice each
 //   minimum_whole(scales)                    the factor of their products with the block sums
 //
-//   AHEAD                                    how many blocks a lane loads before it uses the first; limited by registers
-//
 // segment = tile * n_segments + segment of 256; row is 0 to 15.
 
 constexpr int SEGMENT = 8;  // blocks of 32 columns
+
+// Where weights are read from.
+struct InGlobal {
+  template <class T>
+  static __device__ __forceinline__ T load(const void* address) { return load_constant<T>(address); }
+};
+struct InShared {
+  template <class T>
+  static __device__ __forceinline__ T load(const void* address) { return *static_cast<const T*>(address); }
+};
 
 struct Planes {
   const uint8_t *low, *high, *scales, *d;
@@ -58,12 +68,6 @@ __device__ __forceinline__ Integers integers_times(f16x2 s) {
 // One half of a pair, twice.
 __device__ __forceinline__ f16x2 twice(f16x2 pair, int half) { return __byte_perm(pair, 0, half ? 0x3232 : 0x1010); }
 
-// Half i (0 … 7) of four words, as a float.
-__device__ __forceinline__ float half_of(const uint4& words, int i) {
-  uint32_t word = i < 2 ? words.x : i < 4 ? words.y : i < 6 ? words.z : words.w;
-  return f16_to_f32(static_cast<f16>(i % 2 ? word >> 16 : word));
-}
-
 // The address of a lane's part of a tile. place = tile * n_blocks + block of 32 columns.
 struct Lanes {
   const uint8_t *low, *high;
@@ -74,21 +78,24 @@ __device__ __forceinline__ Lanes lane_of(const Planes& w, long long place, int l
 }
 
 // A lane's part of a tile in nibbles: a word of row r and one of row r + 8.
-__device__ __forceinline__ uint2 nibble_words(const Lanes& at, int j) { return load_constant<uint2>(at.low + j * 256); }
+template <class M>
+__device__ __forceinline__ uint2 nibble_words(const Lanes& at, int j) { return M::template load<uint2>(at.low + j * 256); }
 
 // Four words of scales per row and segment.
+template <class M>
 __device__ __forceinline__ uint4 scale_words(const Planes& w, long long segment, int row) {
-  return load_constant<uint4>(w.scales + (segment * 16 + row) * 16);
+  return M::template load<uint4>(w.scales + (segment * 16 + row) * 16);
 }
 
 // The i-th pair of columns of rows r and r + 8 goes to a[i / 2].x[2 * (i % 2)] and the element after it.
 template <int OFFSET>
 struct FourBits {
   static constexpr bool SPLIT = false;
-  static constexpr int AHEAD = 8, LOW = 8, HIGH = 0;
+  static constexpr int LOW = 8, HIGH = 0;
   using Words = uint2;
+  template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
-    return nibble_words(at, j);
+    return nibble_words<M>(at, j);
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
     codes(words, integers<OFFSET>(), integers<OFFSET>(), a);
@@ -106,13 +113,14 @@ struct FourBits {
 template <int OFFSET>
 struct FiveBits {
   static constexpr bool SPLIT = false;
-  static constexpr int AHEAD = 4, LOW = 8, HIGH = 2;
+  static constexpr int LOW = 8, HIGH = 2;
   struct Words {
     uint2 low;
     uint32_t high;
   };
+  template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
-    return {nibble_words(at, j), load_constant<uint16_t>(at.high + j * 64)};
+    return {nibble_words<M>(at, j), M::template load<uint16_t>(at.high + j * 64)};
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
     codes(words, integers<OFFSET>(), integers<OFFSET>(), a);
@@ -130,9 +138,11 @@ struct FiveBits {
 // Eight d of blocks of 32.
 struct EightD {
   static constexpr bool HAS_MINIMUM = false, SCALED = false, WHOLE = false;
+  static constexpr int SCALE_BYTES = 16, D_BYTES = 0;
   using Scales = uint4;
+  template <class M>
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return load_constant<uint4>(w.scales + (segment * 16 + row) * 16);
+    return M::template load<uint4>(w.scales + (segment * 16 + row) * 16);
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return half_of(s, j); }
   static __device__ __forceinline__ float factor(const Scales& s, int j, int) { return half_of(s, j); }
@@ -142,12 +152,14 @@ struct EightD {
 // Eight d, then eight m. m is added, so the minimum, which is subtracted, is -m.
 struct EightDM {
   static constexpr bool HAS_MINIMUM = true, SCALED = false, WHOLE = false;
+  static constexpr int SCALE_BYTES = 32, D_BYTES = 0;
   struct Scales {
     uint4 d, m;
   };
+  template <class M>
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
     const uint8_t* words = w.scales + (segment * 16 + row) * 32;
-    return {load_constant<uint4>(words), load_constant<uint4>(words + 16)};
+    return {M::template load<uint4>(words), M::template load<uint4>(words + 16)};
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return half_of(s.d, j); }
   static __device__ __forceinline__ float factor(const Scales& s, int j, int) { return half_of(s.d, j); }
@@ -163,12 +175,14 @@ struct EightDM {
 template <class Codes>
 struct SixBits : Codes {
   static constexpr bool HAS_MINIMUM = true, SCALED = true, WHOLE = true;
+  static constexpr int SCALE_BYTES = 16, D_BYTES = 4;
   struct Scales {
     uint4 bytes;
     uint32_t d;
   };
+  template <class M>
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return {scale_words(w, segment, row), load_constant<uint32_t>(w.d + (segment * 16 + row) * 4)};
+    return {scale_words<M>(w, segment, row), M::template load<uint32_t>(w.d + (segment * 16 + row) * 4)};
   }
   // A byte below 64 as a half, twice, by putting it into the fraction of 1024.
   static __device__ __forceinline__ f16x2 of_byte(uint32_t word, int i) {
@@ -207,10 +221,11 @@ struct Q5_K : SixBits<FiveBits<0>> {};
 
 struct Q8_0 : EightD {
   static constexpr bool SPLIT = false;
-  static constexpr int AHEAD = 4, LOW = 16, HIGH = 0;
+  static constexpr int LOW = 16, HIGH = 0;
   using Words = uint4;  // row r: columns of the first and of the second mma; then the same for row r + 8
+  template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
-    return load_constant<uint4>(at.low + j * 512);
+    return M::template load<uint4>(at.low + j * 512);
   }
   static __device__ __forceinline__ f16x2 two(uint32_t word, uint32_t selector) {
     return fma_f16x2(__byte_perm(word ^ 0x80808080u, 0x64646464u, selector), 0x3c003c00u, 0xe480e480u);  // - 1152
@@ -223,13 +238,14 @@ struct Q8_0 : EightD {
 
 struct Q6_K {
   static constexpr bool SPLIT = true, HAS_MINIMUM = false, SCALED = false, WHOLE = true;
-  static constexpr int AHEAD = 4, LOW = 8, HIGH = 4;
+  static constexpr int LOW = 8, HIGH = 4, SCALE_BYTES = 16, D_BYTES = 2;
   struct Words {
     uint2 low;
     uint32_t high;
   };
+  template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
-    return {nibble_words(at, j), load_constant<uint32_t>(at.high + j * 128)};
+    return {nibble_words<M>(at, j), M::template load<uint32_t>(at.high + j * 128)};
   }
   // As FiveBits, with two bits each: bits 4-5, 8-9, 20-21, 24-25, those two higher, and both again eight bits higher
   // (around the end of the word) for row r + 8.
@@ -245,8 +261,9 @@ struct Q6_K {
     uint4 factors;  // sixteen signed bytes
     f16 d;
   };
+  template <class M>
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return {scale_words(w, segment, row), load_constant<f16>(w.d + (segment * 16 + row) * 2)};
+    return {scale_words<M>(w, segment, row), M::template load<f16>(w.d + (segment * 16 + row) * 2)};
   }
   // A byte in the fraction of 2^23 counts ones: exact, and without the conversion instruction, which is slow.
   static __device__ __forceinline__ float factor(const Scales& s, int j, int half) {
@@ -266,10 +283,11 @@ struct Q6_K {
 // (layout.py).
 struct MXFP4 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = false, WHOLE = false;
-  static constexpr int AHEAD = 8, LOW = 8, HIGH = 0;
+  static constexpr int LOW = 8, HIGH = 0, SCALE_BYTES = 8, D_BYTES = 0;
   using Words = uint2;
+  template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
-    return nibble_words(at, j);
+    return nibble_words<M>(at, j);
   }
   // Columns 0-3 of a row have one byte each (sign in bit 7, the rest in bits 1-3); columns 4-7 use the bits between.
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
@@ -282,8 +300,9 @@ struct MXFP4 {
     }
   }
   using Scales = uint2;
+  template <class M>
   static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return load_constant<uint2>(w.scales + (segment * 16 + row) * 8);
+    return M::template load<uint2>(w.scales + (segment * 16 + row) * 8);
   }
   static __device__ __forceinline__ float factor(const Scales& s, int j, int) {
     uint32_t word = (j < 4 ? s.x : s.y) + 0x0e0e0e0eu;  // times 2^14: none of the bytes reaches 255
@@ -295,13 +314,14 @@ struct MXFP4 {
 
 struct F16 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = true, WHOLE = false;
-  static constexpr int AHEAD = 2, LOW = 32, HIGH = 0;
+  static constexpr int LOW = 32, HIGH = 0, SCALE_BYTES = 0, D_BYTES = 0;
   struct Words {
     uint4 row[2];
   };
+  template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
     const uint8_t* words = at.low + j * 1024;
-    return {{load_constant<uint4>(words), load_constant<uint4>(words + 16)}};
+    return {{M::template load<uint4>(words), M::template load<uint4>(words + 16)}};
   }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
 #pragma unroll
@@ -311,6 +331,7 @@ struct F16 {
     }
   }
   struct Scales {};
+  template <class M>
   static __device__ __forceinline__ Scales scales(const Planes&, long long, int) { return {}; }
   static __device__ __forceinline__ void scaled_operands(const Words& words, const Scales (&)[2], int, MmaA (&a)[2]) {
     operands(words, a);

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from refengine.cuda.kernels.few_rows import shared_bytes
 from refengine.cuda.kernels.moe import NO_GROUPS
 from refengine.cuda.layout import pack
 from refengine.cuda.runtime.source import Struct
@@ -19,23 +20,43 @@ def prepared(module: Kernels, x: np.ndarray, warps: int = 4, order: int = 0) -> 
     return [halves, sums, scale]
 
 
+def activations_of(given: list[Any]) -> Struct:
+    """The struct `Activations`: halves, sums and scales of rows; or None for each, floats, a norm's weight and bias."""
+    return Struct(*given, *[None] * (6 - len(given)))
+
+
 def product(
     module: Kernels,
     kernel: str,
     w: Any,
-    given: list[np.ndarray],
+    given: list[Any],
     bias: np.ndarray | None,
     warps: int = 4,
     residual: np.ndarray | None = None,
+    stages: int = 2,
+    eps: float = 0.0,
 ) -> np.ndarray:
+    """given: see `activations_of`. eps: of the norm."""
     n_out, n_in = w.shape
-    n_rows = len(given[0])
+    n_rows = len(given[0] if given[0] is not None else given[3])
     y = np.full((n_rows, n_out), np.nan, np.float32)
-    tiles, segments = -(-n_out // 16), -(-n_in // 256)
-    few = kernel.startswith("rows8")
+    tiles = -(-n_out // 16)
+    sizes = [n_out, n_in, n_rows]
+    arguments = [pack(np, w).struct, activations_of(given), NO_GROUPS, bias, residual, y, *sizes]
+    name = f"{kernel}_{w.type.name.lower()}"
+    if not kernel.startswith("rows8"):
+        module.launch(name, (-(-tiles // warps), -(-n_rows // 64)), (32 * warps,), arguments)
+        return y
     blocks = max(1, tiles - warps + 1)  # some have several tiles
-    grid = (blocks, -(-n_rows // 8)) if few else (-(-tiles // warps), -(-n_rows // 64))
-    sizes = [np.int32(n_out), np.int32(n_in), np.int32(n_rows)]
-    arguments = [pack(np, w).struct, Struct(*given), NO_GROUPS, bias, residual, y, *sizes]
-    module.launch(f"{kernel}_{w.type.name.lower()}", grid, (32 * warps,), arguments, 1024 * segments if few else 0)
+    last, shared = few_rows(w, n_rows, warps, stages, prepares=given[0] is None)
+    module.launch(name, (blocks, -(-n_rows // 8)), (32 * warps,), [*arguments, *last, eps], shared)
     return y
+
+
+def few_rows(
+    w: Any, n_rows: int, warps: int, stages: int, *, prepares: bool = False, n_matrices: int = 1, chunk: int = 2
+) -> tuple[list[int], int]:
+    """The arguments capacity, stages and chunk of the kernels of few_rows.cuh, and their shared memory."""
+    n_in, capacity = w.shape[-1], next(c for c in (1, 2, 4, 8) if c >= min(n_rows, 8))
+    shared = shared_bytes(w.type.name, n_in, warps, stages, chunk, capacity, n_matrices, prepares=prepares, norm=prepares)
+    return [capacity, stages, chunk], shared

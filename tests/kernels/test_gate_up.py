@@ -5,9 +5,8 @@ import pytest
 
 from refengine.cuda.kernels.moe import NO_GROUPS
 from refengine.cuda.layout import pack
-from refengine.cuda.runtime.source import Struct
 from tests.kernels.matrices import TILED, random_matrix
-from tests.kernels.products import prepared, product
+from tests.kernels.products import activations_of, few_rows, prepared, product
 from tests.kernels.runner import Kernels
 
 
@@ -33,16 +32,18 @@ def test_gate_and_up_in_one_kernel_are_the_same(kind: str, place: str, activatio
     biases = rng.standard_normal((2, n_out)).astype(np.float32)
     given = prepared(activations, rng.standard_normal((n_rows, n_in)).astype(np.float32))
     parts = [product(matmul, "rows8", w, given, bias) for w, bias in zip((gate, up), biases, strict=True)]
-    sizes = [np.int32(n) for n in (n_out, n_in, n_rows)]
+    sizes = [n_out, n_in, n_rows]
     for clamped, name in enumerate(("swiglu_f32", "swiglu_clamped_f32")):
         expected, y = np.empty_like(parts[0]), np.full_like(parts[0], np.nan)
         elements.launch(name, (1,), (256,), [*parts, expected, np.int64(y.size)])
         matrices = [pack(np, gate).struct, pack(np, up).struct]
-        arguments = [*matrices, Struct(*given), NO_GROUPS, *biases, y, *sizes, np.int32(clamped)]
-        gate_up.launch(f"gate_up_{kind.lower()}", (2,), (160,), arguments, 2048 * -(-n_in // 256))
+        last, shared = few_rows(gate, n_rows, 5, 2, n_matrices=2)
+        arguments = [*matrices, activations_of(given), NO_GROUPS, *biases, y, *sizes, clamped, *last, 0.0]
+        gate_up.launch(f"gate_up_{kind.lower()}", (2,), (160,), arguments, shared)
         np.testing.assert_array_equal(y, expected)
     expected, y = np.empty_like(parts[1]), np.full_like(parts[1], np.nan)
     elements.launch("gelu_f32", (1,), (256,), [parts[1], expected, np.int64(y.size)])
-    arguments = [pack(np, up).struct, Struct(*given), biases[1], y, *sizes]
-    gate_up.launch(f"up_gelu_{kind.lower()}", (3,), (96,), arguments, 1024 * -(-n_in // 256))
+    last, shared = few_rows(up, n_rows, 3, 1)
+    arguments = [pack(np, up).struct, activations_of(given), biases[1], y, *sizes, *last, 0.0]
+    gate_up.launch(f"up_gelu_{kind.lower()}", (3,), (96,), arguments, shared)
     np.testing.assert_array_equal(y, expected)

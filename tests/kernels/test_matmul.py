@@ -8,9 +8,9 @@ import pytest
 from refengine import quants
 from refengine.cuda.layout import activation_order, pack
 from refengine.cuda.runtime.host import HostModule
-from refengine.cuda.runtime.source import Struct, folder, source_of
+from refengine.cuda.runtime.source import folder, source_of
 from tests.kernels.matrices import TILED, random_matrix
-from tests.kernels.products import prepared, product
+from tests.kernels.products import activations_of, prepared, product
 from tests.kernels.runner import Kernels
 
 EPS = 2.0**-24  # float32, half a unit in the last place
@@ -114,5 +114,5 @@ def test_the_plain_loop_is_the_kernels_bit_for_bit(kind: str) -> None:
     given = prepared(Kernels("quantize_rows", "host"), x)
     expected = product(Kernels("matmul", "host"), "rows8", w, given, None)
     y = np.full((n_rows, n_out), np.nan, np.float32)
-    plain.launch("plain", (n_rows,), (8,), [pack(np, w).struct, Struct(*given), y, n_out, n_in])
+    plain.launch("plain", (n_rows,), (8,), [pack(np, w).struct, activations_of(given), y, n_out, n_in])
     np.testing.assert_array_equal(y, expected)

@@ -5,9 +5,8 @@ import pytest
 
 from refengine.cuda.kernels.qkv import NO_MATRIX
 from refengine.cuda.layout import pack
-from refengine.cuda.runtime.source import Struct
 from tests.kernels.matrices import TILED, random_matrix
-from tests.kernels.products import prepared, product
+from tests.kernels.products import activations_of, few_rows, prepared, product
 from tests.kernels.runner import Kernels
 
 
@@ -35,7 +34,8 @@ def test_q_k_and_v_in_one_kernel_are_the_same(
     expected = [product(matmul, "rows8", w, given, bias) for w, bias in zip(matrices, biases, strict=True)]
     y = np.full((n_rows, sum(n_outs)), np.nan, np.float32)
     structs = [pack(np, w).struct for w in matrices] + [NO_MATRIX] * (3 - n_matrices)
-    sizes = [np.int32(n) for n in (48, 32, sum(n_outs), n_in, n_rows)]
-    arguments = [*structs, Struct(*given), *biases, *[None] * (3 - n_matrices), y, *sizes]
-    Kernels("qkv", place).launch(f"qkv_{kind.lower()}", (3,), (64,), arguments, 1024 * -(-n_in // 256))
+    last, shared = few_rows(matrices[0], n_rows, 2, 3)
+    sizes = [48, 32, sum(n_outs), n_in, n_rows, *last, 0.0]
+    arguments = [*structs, activations_of(given), *biases, *[None] * (3 - n_matrices), y, *sizes]
+    Kernels("qkv", place).launch(f"qkv_{kind.lower()}", (3,), (64,), arguments, shared)
     np.testing.assert_array_equal(y, np.concatenate(expected, axis=1))

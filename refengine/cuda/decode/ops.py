@@ -21,14 +21,16 @@ from refengine.cuda.decode.buffers import Buffer, Buffers
 from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, NoFusedStep, Norm, Product, Shares, Value
 from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows, rope
 from refengine.cuda.kernels.attention import SPLIT, PagedRows, attention_step
-from refengine.cuda.kernels.matmul import FEW_ROWS
+from refengine.cuda.kernels.few_rows import FEW_ROWS
 from refengine.cuda.kernels.moe import Groups
-from refengine.cuda.kernels.quantize_rows import BLOCK, Rows
+from refengine.cuda.kernels.quantize_rows import BLOCK, RowNorm, Rows
 from refengine.cuda.kernels.rope import Projections, Rotation
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, rows_of
 from refengine.cuda.runtime.launch import Kernels
 
 Angles = tuple[Array, Array]
+
+ROWS_IN_PRODUCT = 2  # for up to as many rows, products do the norm before them and the conversion to halves
 
 
 @dataclass(frozen=True)
@@ -338,10 +340,12 @@ class StepOps:
         return y
 
     def _rows(self, x: Value, w: PackedMatrix) -> tuple[Rows, tuple[Buffer, ...]]:
-        """The rows in the form that a product with w reads, and their buffers."""
+        """The rows in a form that a product with w reads, and their buffers."""
         for rows, buffers in x.prepared:
             if (rows.floats if w.is_float else rows.halves) is not None:
                 return rows, buffers
+        if not w.is_float and self._n <= ROWS_IN_PRODUCT:
+            return self._unprepared(x)
         if isinstance(x, Norm) and x.buffer is None:
             return self._normed(x, floats=w.is_float, halves=not w.is_float or x.width % BLOCK == 0)
         (floats,) = self._arrays(x)
@@ -355,6 +359,17 @@ class StepOps:
             found = rows, made
         x.prepared.append(found)
         return found
+
+    def _unprepared(self, x: Value) -> tuple[Rows, tuple[Buffer, ...]]:
+        """Rows of floats, of which the product makes the form that it reads, after a norm that is still deferred."""
+        norm, source = None, x
+        if isinstance(x, Norm) and x.buffer is None:
+            assert x.x is not None
+            assert x.weight is not None
+            norm, source = RowNorm(x.weight, x.bias, x.eps), x.x
+        (floats,) = self._arrays(source)
+        assert source.buffer is not None
+        return Rows(x.n_rows, floats, norm=norm), (source.buffer,)
 
     def _normed(self, x: Norm, *, floats: bool, halves: bool) -> tuple[Rows, tuple[Buffer, ...]]:
         assert x.x is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refengine.array import Array
-from refengine.cuda.kernels.matmul import FEW_ROWS, SEGMENT, narrow_launch
+from refengine.cuda.kernels.few_rows import FEW_ROWS, few_rows_launch
 from refengine.cuda.kernels.moe import NO_GROUPS, Groups
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.kernels.shapes import check_shape
@@ -39,17 +39,18 @@ def gate_up(
     if not fits(gate, up, groups.size if groups else x.n):
         found = f"{gate.type.name} {gate.shape} and {up.type.name} {up.shape} for {x.n} rows"
         raise KernelError(f"{gate.name}: gate_up needs quantised matrices of the same type and shape, found {found}")
-    x.check(gate.name, n_in, floats=False)
+    x.check(gate.name, n_in, floats=False, few=True)
     check_shape(gate.name, "the output", y, (len(groups.y_rows) if groups else x.n, n_out))
     for w, bias in zip((gate, up), biases, strict=True):
         check_shape(w.name, "the bias", bias, w.shape[:-1])
     n_groups = len(groups.group) if groups else 1
-    n_segments = -(-n_in // SEGMENT)
-    blocks, warps = narrow_launch(kernels, gate, n_out, 2 * n_segments, n_groups)
+    n_rows = min(x.n, FEW_ROWS)
+    launch = few_rows_launch(gate, n_out, x, n_rows, n_groups, kernels.n_multiprocessors, n_matrices=2)
     struct = groups.struct if groups else NO_GROUPS
-    arguments = [gate.struct, up.struct, x.struct, struct, *biases, y, n_out, n_in, len(y), clamped]
-    kernel, grid, shared = f"gate_up_{gate.type.name.lower()}", (blocks, n_groups), 2048 * n_segments
-    kernels.launch("gate_up", kernel, grid, 32 * warps, arguments, shared, overlap=True, what=gate.name)
+    sizes = [n_out, n_in, len(y), clamped, *launch.arguments]
+    arguments = [gate.struct, up.struct, x.struct, struct, *biases, y, *sizes]
+    kernel, grid, shared = f"gate_up_{gate.type.name.lower()}", (launch.blocks, n_groups), launch.shared_bytes
+    kernels.launch("gate_up", kernel, grid, launch.threads, arguments, shared, overlap=True, what=gate.name)
 
 
 def up_gelu(kernels: Kernels, x: Rows, up: PackedMatrix, y: Array, bias: Array | None = None) -> None:
@@ -58,11 +59,10 @@ def up_gelu(kernels: Kernels, x: Rows, up: PackedMatrix, y: Array, bias: Array |
     if up.is_float or x.n > FEW_ROWS:
         found = f"{x.n} rows and {up.type.name}"
         raise KernelError(f"{up.name}: up_gelu needs quantised weights and at most {FEW_ROWS} rows, found {found}")
-    x.check(up.name, n_in, floats=False)
+    x.check(up.name, n_in, floats=False, few=True)
     check_shape(up.name, "the output", y, (x.n, n_out))
     check_shape(up.name, "the bias", bias, (n_out,))
-    n_segments = -(-n_in // SEGMENT)
-    blocks, warps = narrow_launch(kernels, up, n_out, n_segments, 1)
-    arguments = [up.struct, x.struct, bias, y, n_out, n_in, x.n]
-    kernel, shared = f"up_gelu_{up.type.name.lower()}", 1024 * n_segments
-    kernels.launch("gate_up", kernel, (blocks, 1), 32 * warps, arguments, shared, overlap=True, what=up.name)
+    launch = few_rows_launch(up, n_out, x, x.n, 1, kernels.n_multiprocessors)
+    arguments = [up.struct, x.struct, bias, y, n_out, n_in, x.n, *launch.arguments]
+    kernel, shared = f"up_gelu_{up.type.name.lower()}", launch.shared_bytes
+    kernels.launch("gate_up", kernel, (launch.blocks, 1), launch.threads, arguments, shared, overlap=True, what=up.name)

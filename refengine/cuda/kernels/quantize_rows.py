@@ -15,12 +15,22 @@ BLOCK = 32  # columns per stored sum
 
 
 @dataclass(frozen=True)
+class RowNorm:
+    """A norm that is still to be applied to rows: weight, and for a layer norm also bias, (n_in,) float32."""
+
+    weight: Array
+    bias: Array | None
+    eps: float
+
+
+@dataclass(frozen=True)
 class Rows:
     """n rows of activations, in one or both of two forms; None for arrays that do not exist.
 
     floats: (n, n_in) float32, for products with F32 and BF16 weights.
     halves, sums, scale: for all other products; halves (n, n_in) float16 in the device's column order, their block sums
-    (n, n_in / 32), and scales (n,) float32.
+    (n, n_in / 32), and scales (n,) float32. Products with few rows make this form themselves if there are only floats.
+    norm: what these products apply to the floats before; the floats alone are then not the rows.
     """
 
     n: int
@@ -28,15 +38,24 @@ class Rows:
     halves: Array | None = None
     sums: Array | None = None
     scale: Array | None = None
+    norm: RowNorm | None = None
 
     @cached_property
     def struct(self) -> Struct:
         """The struct `Activations` of arguments.cuh."""
-        return Struct(self.halves, self.sums, self.scale)
+        if self.halves is not None:
+            return Struct(self.halves, self.sums, self.scale, None, None, None)
+        norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
+        return Struct(None, None, None, self.floats, *norm)
 
-    def check(self, tensor: str, n_in: int, *, floats: bool) -> None:
-        """Raises KernelError if the floats, or the halves, are missing or have another width than n_in."""
-        array = self.floats if floats else self.halves
+    def check(self, tensor: str, n_in: int, *, floats: bool, few: bool = False) -> None:
+        """Raises KernelError if the floats, or the halves, are missing or have another width than n_in.
+
+        few: rows that the product itself converts are also right.
+        """
+        if few and self.halves is None and self.floats is not None and self.floats.shape == (self.n, n_in):
+            return
+        array = (None if self.norm else self.floats) if floats else self.halves
         if array is None or array.shape != (self.n, n_in):
             found = "none" if array is None else f"rows of the shape {array.shape}"
             kind = "floats" if floats else "halves"
