@@ -24,6 +24,8 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
 # Arithmetic exactly as written: no contraction of a·b + c, denormals kept, division and root rounded to nearest.
 OPTIONS = ("-std=c++17", "-default-device", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 _NULL = np.uintp(0)
+# Percentage of a multiprocessor's memory that is shared memory, not cache. Kernels overlap only if it is the same for both.
+CARVEOUT = 100
 STATIC_LIMIT = 48 << 10  # bytes of shared memory that a launch may use without setting an attribute
 
 
@@ -151,6 +153,9 @@ class DeviceModule:
         function = self._functions.get(kernel)
         if function is None:
             function = self._functions[kernel] = self.raw_kernel(kernel).kernel
+            if self._overlaps:
+                attribute = self._driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                self._driver.funcSetAttribute(function.ptr, attribute, CARVEOUT)
         values = [_NULL if a is None else a.packed if isinstance(a, Struct) else a for a in checked]
         try:
             if shared_bytes > STATIC_LIMIT:
