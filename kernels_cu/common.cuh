@@ -154,88 +154,30 @@ __device__ __forceinline__ T load_constant(const void* address) {
 }
 #endif
 
-// --- Copies from global to shared memory that a warp waits for later ---
-// A Landing is a place in shared memory where one such copy after another is announced. All lanes of the warp call these;
-// the first lane issues bulk copies on sm_90, every lane copies a part elsewhere. `to`, `from` and n_bytes are multiples
-// of 16. The n-th wait, from 0, waits for the n-th announced copies, with the parity n % 2. (PTX ISA, mbarrier,
-// cp.async.bulk, cp.async.)
+// --- Asynchronous copies from global to shared memory (PTX ISA, cp.async) ---
+// A thread's copies since the last end_of_copies() are a group; wait_for_copies<N> waits for all groups of the thread but
+// the last N. Other threads see the copied bytes after a barrier.
 #ifdef HOSTCUDA
-struct alignas(16) Landing {
-  uint64_t unused;
-  void prepare() {}
-  void announce(int) {}
-  void copy(void* to, const void* from, int n_bytes) {
-    hostcuda::require_alignment(to, 16);
-    hostcuda::require_alignment(from, 16);
-    if (threadIdx.x % 32) return;
-    for (int i = 0; i < n_bytes / 4; i++) static_cast<uint32_t*>(to)[i] = static_cast<const uint32_t*>(from)[i];
-  }
-  void all_issued() {}
-  void wait(unsigned, int line = __builtin_LINE()) { hostcuda_syncwarp(line); }
-};
-#else
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+inline void copy16(void* to, const void* from) {
+  hostcuda::require_alignment(to, 16);
+  hostcuda::require_alignment(from, 16);
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 }
-struct alignas(16) Landing {
-  uint64_t barrier;
-#if __CUDA_ARCH__ >= 900
-  // Before the first use. The barrier becomes visible to the copies and, after __syncwarp, to the other lanes.
-  __device__ __forceinline__ void prepare() {
-    if (threadIdx.x % 32 == 0) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-  }
-  // The total size of the copies that follow.
-  __device__ __forceinline__ void announce(int n_bytes) {
-    if (threadIdx.x % 32 == 0)
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(n_bytes)
-                   : "memory");
-  }
-  __device__ __forceinline__ void copy(void* to, const void* from, int n_bytes) {
-    if (threadIdx.x % 32 == 0)
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              shared_address(to)),
-          "l"(from), "r"(n_bytes), "r"(shared_address(&barrier))
-          : "memory");
-  }
-  __device__ __forceinline__ void all_issued() {}
+inline void end_of_copies() {}
+template <int N>
+void wait_for_copies() {}
 #else
-  __device__ __forceinline__ void prepare() {
-    if (threadIdx.x % 32 == 0)
-      asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(shared_address(&barrier)) : "memory");
-  }
-  __device__ __forceinline__ void announce(int) {}
-  __device__ __forceinline__ void copy(void* to, const void* from, int n_bytes) {
-    for (int i = threadIdx.x % 32 * 16; i < n_bytes; i += 512)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to) + i),
-                   "l"(static_cast<const char*>(from) + i)
-                   : "memory");
-  }
-  __device__ __forceinline__ void all_issued() {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
-  }
-#endif
-  __device__ __forceinline__ void wait(unsigned parity) {
-    uint32_t landed;
-    do {
-#if __CUDA_ARCH__ >= 900
-      asm volatile(
-          "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-          : "=r"(landed)
-          : "r"(shared_address(&barrier)), "r"(parity)
-          : "memory");
-#else
-      asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                   : "=r"(landed)
-                   : "r"(shared_address(&barrier)), "r"(parity)
-                   : "memory");
-#endif
-    } while (!landed);
-  }
-};
+// 16 bytes; both addresses are multiples of 16.
+__device__ __forceinline__ void copy16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 #endif
 
 // Requests the line of an address for the second-level cache. Only a hint.

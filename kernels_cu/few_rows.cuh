@@ -16,12 +16,13 @@
 // When a few tiles (`chunk`) are done, all threads add up the segments' sums, each for one output of one row, in order.
 //
 // Launch: block: W warps, any number. Grid: x any number up to the number of tiles, y groups of 8 rows. capacity: the most
-// rows in a block, rounded up to 1, 2, 4 or 8; stages: of a warp's ring. Dynamic shared memory: `shared_bytes` in
-// cuda/kernels/few_rows.py. One block of at most half a multiprocessor's registers and shared memory leaves room for the
-// next kernel's.
+// rows in a block, rounded up to 1, 2, 4 or 8. Dynamic shared memory: `shared_bytes` in cuda/kernels/few_rows.py. One block
+// of at most half a multiprocessor's registers and shared memory leaves room for the next kernel's.
+
+constexpr int STAGES = 3;  // of a warp's ring
 
 struct FewRows {
-  int capacity, stages, chunk;
+  int capacity, chunk;
   float eps;  // of the norm
 };
 
@@ -31,17 +32,22 @@ struct Stage {
   static constexpr int LOW = 256 * Q::LOW, HIGH = 256 * Q::HIGH, SCALES = 16 * Q::SCALE_BYTES, D = 16 * Q::D_BYTES;
   static constexpr int BYTES = LOW + HIGH + SCALES + D;
 
-  static __device__ __forceinline__ void request(uint8_t* stage, Landing& landing, const Planes& w, long long tile,
-                                                 int segment) {
+  // Copies segment `segment` of a tile, with all lanes of a warp.
+  static __device__ __forceinline__ void request(uint8_t* stage, const Planes& w, long long tile, int segment) {
+    int lane = threadIdx.x % 32, n = min(SEGMENT, w.n_blocks - segment * SEGMENT);
     long long place = tile * w.n_blocks + segment * SEGMENT, of_segments = tile * w.n_segments + segment;
-    int n = min(SEGMENT, w.n_blocks - segment * SEGMENT);
-    int low = 32 * Q::LOW, high = 32 * Q::HIGH;  // bytes of a block
-    landing.announce(n * (low + high) + SCALES + D);
-    landing.copy(stage, w.low + place * low, n * low);
-    if constexpr (HIGH > 0) landing.copy(stage + LOW, w.high + place * high, n * high);
-    if constexpr (SCALES > 0) landing.copy(stage + LOW + HIGH, w.scales + of_segments * SCALES, SCALES);
-    if constexpr (D > 0) landing.copy(stage + LOW + HIGH + SCALES, w.d + of_segments * D, D);
-    landing.all_issued();
+    copy<LOW>(stage, w.low + place * (32 * Q::LOW), n * (32 * Q::LOW));
+    if constexpr (HIGH > 0) copy<HIGH>(stage + LOW, w.high + place * (32 * Q::HIGH), n * (32 * Q::HIGH));
+    const uint8_t* from = w.scales + of_segments * SCALES + lane * 16;
+    if (D > 0 && lane * 16 >= SCALES) from = w.d + of_segments * D + (lane * 16 - SCALES);
+    if (SCALES > 0 && lane * 16 < SCALES + D) copy16(stage + LOW + HIGH + lane * 16, from);
+  }
+  template <int MOST>
+  static __device__ __forceinline__ void copy(uint8_t* to, const uint8_t* from, int n_bytes) {
+    int at = threadIdx.x % 32 * 16;
+#pragma unroll
+    for (int i = 0; i < MOST; i += 512)
+      if (i + at < n_bytes) copy16(to + i + at, from + i + at);
   }
   static __device__ __forceinline__ Planes planes(const uint8_t* stage) {
     return {stage, stage + LOW, stage + LOW + HIGH, stage + LOW + HIGH + SCALES, SEGMENT, 1};
@@ -93,25 +99,37 @@ struct Item {
 };
 
 // Makes the form that products read from one row of floats, with all threads of a block. norm: the norm's weights, copied
-// to shared memory, or null; values: space for the row if there is a norm; scratch: a float for every warp, at least 8.
+// to shared memory, or null; values: space for the row if there is a norm; scratch: 48 floats. Ends with a barrier.
 __device__ __forceinline__ void prepare_row(const float* row, const float* norm, const float* norm_bias, float eps, int n_in,
                                             float* values, float* scratch, f16* halves, unsigned* sums, float* scale) {
-  int warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  constexpr int HELD = 3;  // segments that a warp holds in registers
+  int first = threadIdx.x / 32 * 8, step = blockDim.x / 32 * 8, n_blocks = n_in / 32;
   float top = 0.0f;
+  int e;
   if (norm) {
     Moments of = norm_bias ? layer_moments(row, values, n_in, eps, scratch) : rms_moments(row, values, n_in, eps, scratch);
     for (int i = threadIdx.x; i < n_in; i += blockDim.x) {
       values[i] = normed(values[i], of, norm, norm_bias, i);
       top = larger_or_nan(top, fabsf(values[i]));
     }
-    row = values;
+    e = row_exponent(block_top(top, scratch + 16));
+    for (int start = first; start < n_blocks; start += step)
+      blocks_as_halves(columns_of_row(values, start, n_in), e, start, n_in, halves, sums);
   } else {
-    for (int start = warp * 8; start * 32 < n_in; start += n_warps * 8)
+    EightColumns held[HELD];
+#pragma unroll
+    for (int i = 0; i < HELD; i++) held[i] = columns_of_row(row, first + i * step, n_in);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) top = top_of(top, held[i]);
+    for (int start = first + HELD * step; start < n_blocks; start += step)
       top = top_of(top, columns_of_row(row, start, n_in));
+    e = row_exponent(block_top(top, scratch + 16));
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+      if (first + i * step < n_blocks) blocks_as_halves(held[i], e, first + i * step, n_in, halves, sums);
+    for (int start = first + HELD * step; start < n_blocks; start += step)
+      blocks_as_halves(columns_of_row(row, start, n_in), e, start, n_in, halves, sums);
   }
-  int e = row_exponent(block_top(top, scratch));
-  for (int start = warp * 8; start * 32 < n_in; start += n_warps * 8)
-    blocks_as_halves(columns_of_row(row, start, n_in), e, start, n_in, halves, sums);
   if (threadIdx.x == 0) *scale = power_of_two(e);
   __syncthreads();
 }
@@ -136,12 +154,14 @@ __device__ __forceinline__ MmaD segment_sum(const uint8_t* stage, const f16* col
   return sums[0];
 }
 
-// Multiplies the tiles of a block of threads with up to 8 rows. ahead(tile): asks for what finish will need besides, such as
-// a bias. For every output of every row, one thread calls finish(rows, number of the row, tile, output in the tile, scale of
-// the row, its N sums).
-template <class Q, class W, class Ahead, class Finish>
+// Multiplies the tiles of a block of threads with up to 8 rows. `outputs` says what becomes of the sums, with
+//   ahead(tile)                        asks for what is read besides the rows and does not depend on the previous kernel
+//   load(rows, number, tile, out)      reads it, and what does: a bias, a residual; called as early as possible
+//   put(rows, number, tile, out, sums, loaded)   stores an output; sums: the N sums, times the row's scale
+// for output `out` of a tile and row `number`; one thread calls both.
+template <class Q, class W, class Outputs>
 __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Groups& groups, int n_rows, int n_out, int n_in,
-                                      const FewRows& few, const Ahead& ahead, const Finish& finish) {
+                                      const FewRows& few, const Outputs& outputs) {
   constexpr int M = W::N, BYTES = Stage<Q>::BYTES;
   DYNAMIC_SHARED(uint8_t, memory);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
@@ -149,16 +169,16 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   int my_tiles = (n_tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
 
   // Shared memory, in this order; cuda/kernels/few_rows.py has the same.
-  uint8_t* ring = memory + warp * few.stages * BYTES;
-  Landing* landings = reinterpret_cast<Landing*>(memory + n_warps * few.stages * BYTES) + warp * few.stages;
-  float* scratch = reinterpret_cast<float*>(memory + n_warps * few.stages * (BYTES + static_cast<int>(sizeof(Landing))));  // (32,)
-  float* scales = scratch + 32;                                                             // (8,)
-  float* sums_of_items = scales + 8;  // (2, chunk, per_tile, 16, capacity)
+  uint8_t* ring = memory + warp * STAGES * BYTES;
+  float* scratch = reinterpret_cast<float*>(memory + n_warps * STAGES * BYTES);  // (48,)
+  float* scales = scratch + 48;                                                  // (8,)
+  float* sums_of_items = scales + 8;                                             // (2, chunk, per_tile, 16, capacity)
   f16* halves = reinterpret_cast<f16*>(sums_of_items + 2 * few.chunk * per_tile * 16 * few.capacity);  // (capacity, stride)
   int stride = n_in + 32;  // 64 bytes between rows, so that eight lanes that read two rows meet no bank twice
-  unsigned* block_sums = reinterpret_cast<unsigned*>(halves + (x.x ? 0 : few.capacity * stride));  // (capacity, n_blocks)
-  float* norm = reinterpret_cast<float*>(block_sums + few.capacity * ((n_blocks + 3) / 4 * 4));    // (n_in,)
-  float* values = norm + n_in;                                                                     // (n_in,)
+  int padded = (n_blocks + 3) / 4 * 4;
+  unsigned* block_sums = reinterpret_cast<unsigned*>(halves + few.capacity * stride);  // (capacity, padded)
+  float* norm = reinterpret_cast<float*>(block_sums + few.capacity * padded);          // (n_in,)
+  float* values = norm + n_in;                                                         // (n_in,)
 
   long long first_tile = 0;  // of the expert
   int tile_steps = n_warps / per_tile, part_steps = n_warps % per_tile;
@@ -171,31 +191,39 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   auto request = [&](int stage) {
     if (next.tile < my_tiles) {
       int tile = blockIdx.x + next.tile * gridDim.x;
-      Stage<Q>::request(ring + stage * BYTES, landings[stage], w.of(next.part >= n_segments, tile),
-                        first_tile + w.within(tile), segment_of(next));
+      Stage<Q>::request(ring + stage * BYTES, w.of(next.part >= n_segments, tile), first_tile + w.within(tile),
+                        segment_of(next));
     }
+    end_of_copies();
     advance(next);
   };
 
-#pragma unroll 1
-  for (int i = 0; i < few.stages; i++) landings[i].prepare();
-  __syncwarp(ALL_LANES);
   let_next_begin();
-  if (!groups.group)
+  if (!groups.group) {
 #pragma unroll 1
-    for (int stage = 0; stage < few.stages; stage++) request(stage);
+    for (int stage = 0; stage < STAGES; stage++) request(stage);
+    if (static_cast<int>(threadIdx.x) < my_tiles) outputs.ahead(blockIdx.x + threadIdx.x * gridDim.x);
+  }
   if (x.norm)
     for (int i = threadIdx.x; i < n_in; i += blockDim.x) norm[i] = x.norm[i];
-  if (!groups.group && static_cast<int>(threadIdx.x) < my_tiles) ahead(0, blockIdx.x + threadIdx.x * gridDim.x);
   wait_for_previous();
   Rows rows = rows_of(groups, n_rows, 8);
   if (!rows.count) return;
   if (groups.group) {
     first_tile = static_cast<long long>(rows.expert) * n_tiles;
 #pragma unroll 1
-    for (int stage = 0; stage < few.stages; stage++) request(stage);
-    if (static_cast<int>(threadIdx.x) < my_tiles) ahead(rows.expert, blockIdx.x + threadIdx.x * gridDim.x);
+    for (int stage = 0; stage < STAGES; stage++) request(stage);
   }
+  // What this thread needs for its output of the first chunk.
+  auto place = [&](int i, int done, int& number, int& tile, int& out) {
+    out = i % 16, number = i / 16 % rows.count, tile = blockIdx.x + (done + i / 16 / rows.count) * gridDim.x;
+    return tile * 16 + out < n_out;
+  };
+  int first_number, first_out, first_of_tile;
+  bool exists = place(threadIdx.x, 0, first_number, first_of_tile, first_out);
+  typename Outputs::Loaded loaded{};
+  if (exists) loaded = outputs.load(rows, first_number, first_of_tile, first_out);
+
   const f16* columns;
   const unsigned* sums_of_blocks;
   if (x.x) {
@@ -203,7 +231,6 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
     columns = x.x + row * n_in, sums_of_blocks = x.sums + row * n_blocks;
     if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
   } else {
-    int padded = (n_blocks + 3) / 4 * 4;
     if (x.norm) __syncthreads();
     for (int i = 0; i < rows.count; i++)
       prepare_row(x.floats + static_cast<long long>(rows.of_x(i)) * n_in, x.norm ? norm : nullptr, x.norm_bias, few.eps, n_in,
@@ -214,20 +241,20 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   columns += lane % 4 * 8;
 
   int stage = 0, other_half = 0;  // of sums_of_items: threads may still read one half
-  unsigned parity = 0;
   for (int done = 0; done < my_tiles; done += few.chunk) {
     int end = min(done + few.chunk, my_tiles);
     float* sums_of_tiles = sums_of_items + other_half;
     other_half = few.chunk * per_tile * 16 * few.capacity - other_half;
     for (; now.tile < end; advance(now)) {
       int start = segment_of(now) * SEGMENT, left = n_blocks - start;
-      landings[stage].wait(parity);
+      wait_for_copies<STAGES - 1>();
+      __syncwarp(ALL_LANES);
       MmaD sums = left >= SEGMENT
                       ? segment_sum<Q, true>(ring + stage * BYTES, columns + start * 32, sums_of_blocks + start, left)
                       : segment_sum<Q, false>(ring + stage * BYTES, columns + start * 32, sums_of_blocks + start, left);
       __syncwarp(ALL_LANES);
       request(stage);
-      if (++stage == few.stages) stage = 0, parity ^= 1;
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
       float* to = sums_of_tiles + ((now.tile - done) * per_tile + now.part) * 16 * few.capacity;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -237,8 +264,10 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
     }
     __syncthreads();
     for (int i = threadIdx.x; i < (end - done) * 16 * rows.count; i += blockDim.x) {
-      int out = i % 16, number = i / 16 % rows.count, tile = i / 16 / rows.count;
-      const float* from = sums_of_tiles + (tile * per_tile * 16 + out) * few.capacity + number;
+      int number, tile, out;
+      if (!place(i, done, number, tile, out)) continue;
+      if (done > 0 || i >= static_cast<int>(blockDim.x)) loaded = outputs.load(rows, number, tile, out);
+      const float* from = sums_of_tiles + (i / 16 / rows.count * per_tile * 16 + out) * few.capacity + number;
       float total[M];
 #pragma unroll
       for (int m = 0; m < M; m++) {
@@ -246,9 +275,9 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
 #pragma unroll 4
         for (int segment = 0; segment < n_segments; segment++)
           total[m] = __fadd_rn(total[m], from[(m * n_segments + segment) * 16 * few.capacity]);
+        total[m] = __fmul_rn(total[m], scales[number]);
       }
-      tile = blockIdx.x + (done + tile) * gridDim.x;
-      if (tile * 16 + out < n_out) finish(rows, number, tile, out, scales[number], total);
+      outputs.put(rows, number, tile, out, total, loaded);
     }
   }
 }

@@ -31,30 +31,47 @@
 #include "quantize_rows.cuh"
 #include "few_rows.cuh"
 
+// y = sum + bias + residual
+struct Sums {
+  const float *bias, *residual;
+  float* y;
+  int n_out;
+  struct Loaded {
+    float bias, residual;
+  };
+  __device__ __forceinline__ void ahead(int tile) const {
+    if (bias) prefetch(bias + tile * 16);
+  }
+  __device__ __forceinline__ Loaded load(const Rows& rows, int number, int tile, int out) const {
+    out += tile * 16;
+    return {bias ? bias[static_cast<long long>(rows.expert) * n_out + out] : 0.0f,
+            residual ? residual[place_of(rows, number, out, n_out)] : 0.0f};
+  }
+  __device__ __forceinline__ void put(const Rows& rows, int number, int tile, int out, const float (&sum)[1],
+                                      const Loaded& loaded) const {
+    float value = bias ? __fadd_rn(sum[0], loaded.bias) : sum[0];
+    y[place_of(rows, number, tile * 16 + out, n_out)] = residual ? __fadd_rn(value, loaded.residual) : value;
+  }
+};
+
 // Threads per block at most; they limit the registers to half a multiprocessor's (cuda/kernels/few_rows.py has the same).
 #define ROWS8(name, THREADS, Q)                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                         \
       name(Matrix w, Activations x, Groups groups, const float* bias, const float* residual, float* y, int n_out,  \
-           int n_in, int n_rows, int capacity, int stages, int chunk, float eps) {                                 \
-    auto ahead = [&](int expert, int tile) {                                                                       \
-      if (bias) prefetch(bias + static_cast<long long>(expert) * n_out + tile * 16);                               \
-    };                                                                                                             \
-    auto finish = [&](const Rows& rows, int number, int tile, int out, float scale, const float(&sum)[1]) {        \
-      put(rows, number, tile * 16 + out, n_out, __fmul_rn(sum[0], scale), bias, residual, y);                      \
-    };                                                                                                             \
-    rows8<Q>(SideBySide<1>{{planes_of(w, n_in)}}, x, groups, n_rows, n_out, n_in, {capacity, stages, chunk, eps},  \
-             ahead, finish);                                                                                       \
+           int n_in, int n_rows, int capacity, int chunk, float eps) {                                             \
+    rows8<Q>(SideBySide<1>{{planes_of(w, n_in)}}, x, groups, n_rows, n_out, n_in, {capacity, chunk, eps},          \
+             Sums{bias, residual, y, n_out});                                                                      \
   }
-ROWS8(rows8_q4_0, 256, Q4_0)
-ROWS8(rows8_q4_1, 256, Q4_1)
-ROWS8(rows8_q5_0, 256, Q5_0)
-ROWS8(rows8_q5_1, 256, Q5_1)
-ROWS8(rows8_q8_0, 256, Q8_0)
+ROWS8(rows8_q4_0, 384, Q4_0)
+ROWS8(rows8_q4_1, 384, Q4_1)
+ROWS8(rows8_q5_0, 384, Q5_0)
+ROWS8(rows8_q5_1, 384, Q5_1)
+ROWS8(rows8_q8_0, 384, Q8_0)
 ROWS8(rows8_q4_k, 384, Q4_K)
-ROWS8(rows8_q5_k, 256, Q5_K)
-ROWS8(rows8_q6_k, 256, Q6_K)
+ROWS8(rows8_q5_k, 384, Q5_K)
+ROWS8(rows8_q6_k, 384, Q6_K)
 ROWS8(rows8_mxfp4, 384, MXFP4)
-ROWS8(rows8_f16, 256, F16)
+ROWS8(rows8_f16, 384, F16)
 
 #define ROWS64(name, Q)                                                                                            \
   extern "C" __global__ void __launch_bounds__(128)                                                                \

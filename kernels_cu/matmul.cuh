@@ -85,14 +85,9 @@ __device__ __forceinline__ void block_operands(const typename Q::Words& words, c
     Q::operands(words, a);
 }
 
-// Stores an output: value plus the bias, plus the residual; both may be null.
-__device__ __forceinline__ void put(const Rows& rows, int number, int out, int n_out, float value, const float* bias,
-                                    const float* residual, float* y) {
-  if (bias) value = __fadd_rn(value, bias[static_cast<long long>(rows.expert) * n_out + out]);
-  long long at = static_cast<long long>(rows.of_y(number)) * n_out + out;
-  y[at] = residual ? __fadd_rn(value, residual[at]) : value;
+__device__ __forceinline__ long long place_of(const Rows& rows, int number, int out, int n_out) {
+  return static_cast<long long>(rows.of_y(number)) * n_out + out;
 }
-
 // Completes the sums of a segment: multiplies by the scale of the whole segment, and subtracts the minimums' part.
 // left: blocks from the segment's start to the row's end; sums_of(n): the address of its block sums in row n.
 template <class Q, int N, class SumsOf>
@@ -139,7 +134,9 @@ __device__ __forceinline__ void store(const Activations& x, const Rows& rows, in
       int number = 8 * n + 2 * c + i % 2, out = tile * 16 + r + 8 * (i / 2);
       if (number >= rows.count || out >= n_out) continue;
       float value = __fmul_rn(total[n].x[i], x.scale[rows.of_x(number)]);
-      put(rows, number, out, n_out, value, bias, residual, y);
+      if (bias) value = __fadd_rn(value, bias[static_cast<long long>(rows.expert) * n_out + out]);
+      long long at = place_of(rows, number, out, n_out);
+      y[at] = residual ? __fadd_rn(value, residual[at]) : value;
     }
 }
 

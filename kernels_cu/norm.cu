@@ -14,6 +14,8 @@
 #include "norm.cuh"
 #include "quantize_rows.cuh"
 
+constexpr int NORM_SCRATCH = 24;  // 16 for moments, one for each warp for the largest magnitude
+
 __device__ __forceinline__ Moments moments(const float* row, float* values, const float* bias, int n, float eps,
                                            float* scratch) {
   return bias ? layer_moments(row, values, n, eps, scratch) : rms_moments(row, values, n, eps, scratch);
@@ -41,30 +43,30 @@ __device__ __forceinline__ void norm_f16(const float* x, const float* weight, co
   }
   if (!out) return;
   __syncthreads();
-  row_as_halves(row, blockIdx.x, out, scale, sums, n, scratch);
+  row_as_halves(row, blockIdx.x, out, scale, sums, n, scratch + 16);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     rms_norm_f32(const float* x, const float* weight, float* y, int n, float eps) {
-  __shared__ float scratch[NORM_THREADS / 32];
+  __shared__ float scratch[NORM_SCRATCH];
   norm_f32(x, weight, nullptr, y, n, eps, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     layer_norm_f32(const float* x, const float* weight, const float* bias, float* y, int n, float eps) {
-  __shared__ float scratch[NORM_THREADS / 32];
+  __shared__ float scratch[NORM_SCRATCH];
   norm_f32(x, weight, bias, y, n, eps, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     rms_norm_f16(const float* x, const float* weight, float* y, f16* out, float* scale, unsigned* sums, int n, float eps) {
-  __shared__ float scratch[NORM_THREADS / 32];
+  __shared__ float scratch[NORM_SCRATCH];
   norm_f16(x, weight, nullptr, y, out, scale, sums, n, eps, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     layer_norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out, float* scale, unsigned* sums,
                    int n, float eps) {
-  __shared__ float scratch[NORM_THREADS / 32];
+  __shared__ float scratch[NORM_SCRATCH];
   norm_f16(x, weight, bias, y, out, scale, sums, n, eps, scratch);
 }

@@ -5,7 +5,7 @@
 constexpr int NORM_THREADS = 256;
 
 // Σ over i < n of what add(sum so far, i, value(i)) adds. value is called for eight elements before the first is added, so
-// that their loads overlap. scratch has eight floats; it may be reused after the call.
+// that their loads overlap. scratch has eight floats; it may be reused after the next barrier.
 template <class Value, class Add>
 __device__ __forceinline__ float row_sum(int n, float* scratch, const Value& value, const Add& add) {
   constexpr int WARPS = NORM_THREADS / 32, TOGETHER = 8;
@@ -26,7 +26,6 @@ __device__ __forceinline__ float row_sum(int n, float* scratch, const Value& val
   __syncthreads();
   float total = 0.0f;
   for (int warp = 0; warp < WARPS; warp++) total += scratch[warp];
-  __syncthreads();
   return total;
 }
 
@@ -35,7 +34,8 @@ struct Moments {
   float mean, scale;
 };
 
-// values: null, or (n,) to which the row is copied; element i is written by the thread that adds it up.
+// values: null, or (n,) to which the row is copied; element i is written by the thread that adds it up. scratch: 8 floats for
+// an RMS norm, 16 for a layer norm.
 __device__ __forceinline__ Moments rms_moments(const float* row, float* values, int n, float eps, float* scratch) {
   float squares = row_sum(n, scratch, [&](int i) { return row[i]; }, [&](float sum, int i, float x) {
     if (values) values[i] = x;
@@ -49,7 +49,7 @@ __device__ __forceinline__ Moments layer_moments(const float* row, float* values
     return sum + x;
   }) / static_cast<float>(n);
   const float* kept = values ? values : row;
-  float squares = row_sum(n, scratch, [&](int i) { return kept[i] - mean; }, [&](float sum, int, float centred) {
+  float squares = row_sum(n, scratch + 8, [&](int i) { return kept[i] - mean; }, [&](float sum, int, float centred) {
     return __fmaf_rn(centred, centred, sum);
   });
   return {mean, 1.0f / sqrtf(squares / static_cast<float>(n) + eps)};

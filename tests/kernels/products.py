@@ -33,7 +33,6 @@ def product(
     bias: np.ndarray | None,
     warps: int = 4,
     residual: np.ndarray | None = None,
-    stages: int = 2,
     eps: float = 0.0,
 ) -> np.ndarray:
     """given: see `activations_of`. eps: of the norm."""
@@ -48,15 +47,15 @@ def product(
         module.launch(name, (-(-tiles // warps), -(-n_rows // 64)), (32 * warps,), arguments)
         return y
     blocks = max(1, tiles - warps + 1)  # some have several tiles
-    last, shared = few_rows(w, n_rows, warps, stages, prepares=given[0] is None)
+    last, shared = few_rows(w, n_rows, warps, prepares=given[0] is None)
     module.launch(name, (blocks, -(-n_rows // 8)), (32 * warps,), [*arguments, *last, eps], shared)
     return y
 
 
 def few_rows(
-    w: Any, n_rows: int, warps: int, stages: int, *, prepares: bool = False, n_matrices: int = 1, chunk: int = 2
+    w: Any, n_rows: int, warps: int, *, prepares: bool = False, n_matrices: int = 1, chunk: int = 2
 ) -> tuple[list[int], int]:
-    """The arguments capacity, stages and chunk of the kernels of few_rows.cuh, and their shared memory."""
+    """The arguments capacity and chunk of the kernels of few_rows.cuh, and their shared memory."""
     n_in, capacity = w.shape[-1], next(c for c in (1, 2, 4, 8) if c >= min(n_rows, 8))
-    shared = shared_bytes(w.type.name, n_in, warps, stages, chunk, capacity, n_matrices, prepares=prepares, norm=prepares)
-    return [capacity, stages, chunk], shared
+    shared = shared_bytes(w.type.name, n_in, warps, chunk, capacity, n_matrices, prepares=prepares, norm=prepares)
+    return [capacity, chunk], shared

@@ -37,13 +37,13 @@ def test_gate_and_up_in_one_kernel_are_the_same(kind: str, place: str, activatio
         expected, y = np.empty_like(parts[0]), np.full_like(parts[0], np.nan)
         elements.launch(name, (1,), (256,), [*parts, expected, np.int64(y.size)])
         matrices = [pack(np, gate).struct, pack(np, up).struct]
-        last, shared = few_rows(gate, n_rows, 5, 2, n_matrices=2)
+        last, shared = few_rows(gate, n_rows, 5, n_matrices=2)
         arguments = [*matrices, activations_of(given), NO_GROUPS, *biases, y, *sizes, clamped, *last, 0.0]
         gate_up.launch(f"gate_up_{kind.lower()}", (2,), (160,), arguments, shared)
         np.testing.assert_array_equal(y, expected)
     expected, y = np.empty_like(parts[1]), np.full_like(parts[1], np.nan)
     elements.launch("gelu_f32", (1,), (256,), [parts[1], expected, np.int64(y.size)])
-    last, shared = few_rows(up, n_rows, 3, 1)
+    last, shared = few_rows(up, n_rows, 3)
     arguments = [pack(np, up).struct, activations_of(given), biases[1], y, *sizes, *last, 0.0]
     gate_up.launch(f"up_gelu_{kind.lower()}", (3,), (96,), arguments, shared)
     np.testing.assert_array_equal(y, expected)

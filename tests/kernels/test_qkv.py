@@ -34,7 +34,7 @@ def test_q_k_and_v_in_one_kernel_are_the_same(
     expected = [product(matmul, "rows8", w, given, bias) for w, bias in zip(matrices, biases, strict=True)]
     y = np.full((n_rows, sum(n_outs)), np.nan, np.float32)
     structs = [pack(np, w).struct for w in matrices] + [NO_MATRIX] * (3 - n_matrices)
-    last, shared = few_rows(matrices[0], n_rows, 2, 3)
+    last, shared = few_rows(matrices[0], n_rows, 2)
     sizes = [48, 32, sum(n_outs), n_in, n_rows, *last, 0.0]
     arguments = [*structs, activations_of(given), *biases, *[None] * (3 - n_matrices), y, *sizes]
     Kernels("qkv", place).launch(f"qkv_{kind.lower()}", (3,), (64,), arguments, shared)

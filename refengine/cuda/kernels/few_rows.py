@@ -11,11 +11,10 @@ from refengine.errors import KernelError
 
 FEW_ROWS = 8  # rows per block of threads
 SEGMENT = 256  # columns whose products are summed up before segments are added
-WIDE = ("Q4_K", "MXFP4")  # types of which 12 warps fit on half a multiprocessor; of the others 8
+MOST_WARPS = 12  # of which the registers fit half a multiprocessor
+STAGES = 3  # of a warp's ring of weights
 # Bytes of shared memory for one block, so that a block of the next kernel fits on the multiprocessor as well.
-HALF_SHARED, MOST_SHARED = 112 << 10, 227 << 10
-MOST_STAGES = 4
-RING_BYTES = 80 << 10  # of weights on their way to a multiprocessor; 33 KiB hide the memory's latency
+HALF_SHARED, MOST_SHARED = 113 << 10, 227 << 10
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class FewRowsLaunch:
     warps: int
     shared_bytes: int
     capacity: int
-    stages: int
     chunk: int
     eps: float
 
@@ -35,8 +33,8 @@ class FewRowsLaunch:
         return 32 * self.warps
 
     @property
-    def arguments(self) -> tuple[int, int, int, float]:
-        return self.capacity, self.stages, self.chunk, self.eps
+    def arguments(self) -> tuple[int, int, float]:
+        return self.capacity, self.chunk, self.eps
 
 
 def few_rows_launch(
@@ -75,23 +73,21 @@ def _launch(
     blocks = max(1, min(n_tiles, -(-wanted // n_groups)))
     tiles_each = -(-n_tiles // blocks)
     blocks = -(-n_tiles // tiles_each)  # as many as are needed for this
-    warps = min(12 if kind in WIDE else 8, max(tiles_each * per_tile, 4))
     chunk = max(1, min(tiles_each, (8 << 10) // (per_tile * 64 * capacity)))
-    sizes = (kind, n_in, warps)
-    rest = (chunk, capacity, n_matrices)
-    items = -(-tiles_each * per_tile // warps)
-    stages = max(1, min(MOST_STAGES, items, RING_BYTES // (warps * segment_bytes(kind))))
-    while stages > 2 and shared_bytes(*sizes, stages, *rest, prepares=prepares, norm=norm) > HALF_SHARED:
-        stages -= 1
-    shared = shared_bytes(*sizes, stages, *rest, prepares=prepares, norm=norm)
-    return FewRowsLaunch(blocks, warps, shared, capacity, stages, chunk, 0.0)
+    warps = min(MOST_WARPS, max(tiles_each * per_tile, 4))
+
+    def shared(warps: int) -> int:
+        return shared_bytes(kind, n_in, warps, chunk, capacity, n_matrices, prepares=prepares, norm=norm)
+
+    while warps > 4 and shared(warps) > HALF_SHARED:
+        warps -= 1
+    return FewRowsLaunch(blocks, warps, shared(warps), capacity, chunk, 0.0)
 
 
 def shared_bytes(
     kind: str,
     n_in: int,
     warps: int,
-    stages: int,
     chunk: int,
     capacity: int,
     n_matrices: int,
@@ -100,12 +96,8 @@ def shared_bytes(
     norm: bool,
 ) -> int:
     """The bytes of shared memory of a block. prepares: it converts its rows to halves; norm: after a norm."""
-    ring = warps * stages * (segment_bytes(kind) + 16)  # weights, and the barriers of their copies
+    ring = warps * STAGES * segment_bytes(kind)
     sums = 2 * chunk * n_matrices * -(-n_in // SEGMENT) * 64 * capacity
-    rows = capacity * (2 * (n_in + 32) + 4 * aligned_blocks(n_in)) + 8 * n_in * norm if prepares else 0
-    return ring + 160 + sums + rows
-
-
-def aligned_blocks(n_in: int) -> int:
-    """The number of block sums of a row in shared memory: a multiple of 4."""
-    return -(-n_in // (4 * BLOCK)) * 4
+    block_sums = -(-n_in // (4 * BLOCK)) * 4
+    rows = capacity * (2 * (n_in + 32) + 4 * block_sums) + 8 * n_in * norm if prepares else 0
+    return ring + 224 + sums + rows
