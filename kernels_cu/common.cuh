@@ -157,20 +157,25 @@ __device__ __forceinline__ T load_constant(const void* address) {
 // --- Asynchronous copies from global to shared memory (PTX ISA, cp.async) ---
 // A thread's copies since the last end_of_copies() are a group; wait_for_copies<N> waits for all groups of the thread but
 // the last N. Other threads see the copied bytes after a barrier.
+// copy16: 16 bytes if `exists`, or 16 zeros; both addresses are multiples of 16.
 #ifdef HOSTCUDA
-inline void copy16(void* to, const void* from) {
+inline void copy16(void* to, const void* from, bool exists = true) {
   hostcuda::require_alignment(to, 16);
   hostcuda::require_alignment(from, 16);
-  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  *static_cast<uint4*>(to) = exists ? *static_cast<const uint4*>(from) : uint4{};
 }
 inline void end_of_copies() {}
 template <int N>
 void wait_for_copies() {}
 #else
-// 16 bytes; both addresses are multiples of 16.
 __device__ __forceinline__ void copy16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
                "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void copy16(void* to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(exists ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -1,9 +1,10 @@
 // Products with up to 8 rows, for matmul.cu, gate_up.cu and qkv.cu: what a decode step consists of.
 //
-// A block of threads computes tiles of 16 outputs, number blockIdx.x, blockIdx.x + gridDim.x, …. An item is one segment of
-// one tile (of one of the matrices, if there are several). The items of a block are divided among its warps in turn. Each
-// warp copies the weights of its next items into a ring of stages in shared memory, and asks for the first before the
-// previous kernel has ended, so that the memory never waits for a kernel to begin:
+// A block of threads computes tiles of 16 outputs, number blockIdx.x, blockIdx.x + gridDim.x, …. An item is two segments of
+// one tile (of one of the matrices, if there are several), whose sums a warp computes side by side, because one alone waits
+// for each mma. The items of a block are divided among its warps in turn. Each warp copies the weights of its next items
+// into a ring of stages in shared memory, and asks for the first before the previous kernel has ended, so that the memory
+// never waits for a kernel to begin:
 //
 //   warp 0   copy items 0, W, 2W   |  wait for the previous kernel,  |  item 0, then copy 3W  |  item W, …  |
 //   warp 1   copy items 1, W + 1 … |  prepare the rows               |  item 1, …             |             |  barrier; sums
@@ -19,47 +20,45 @@
 // rows in a block, rounded up to 1, 2, 4 or 8. Dynamic shared memory: `shared_bytes` in cuda/kernels/few_rows.py. One block
 // of at most half a multiprocessor's registers and shared memory leaves room for the next kernel's.
 
-constexpr int STAGES = 3;  // of a warp's ring
+constexpr int TOGETHER = 2;  // segments of an item
+constexpr int STAGES = 2;    // of a warp's ring
 
 struct FewRows {
   int capacity, chunk;
   float eps;  // of the norm
 };
 
-// The weights of an item in shared memory.
+// The weights of an item in shared memory: the bytes of both segments in plane `low`, then in the other planes.
 template <class Q>
 struct Stage {
-  static constexpr int LOW = 256 * Q::LOW, HIGH = 256 * Q::HIGH, SCALES = 16 * Q::SCALE_BYTES, D = 16 * Q::D_BYTES;
+  static constexpr int BLOCKS = TOGETHER * SEGMENT;
+  static constexpr int LOW = BLOCKS * 32 * Q::LOW, HIGH = BLOCKS * 32 * Q::HIGH;
+  static constexpr int SCALES = TOGETHER * 16 * Q::SCALE_BYTES, D = TOGETHER * 16 * Q::D_BYTES;
   static constexpr int BYTES = LOW + HIGH + SCALES + D;
 
-  // Copies segment `segment` of a tile, with all lanes of a warp.
-  static __device__ __forceinline__ void request(uint8_t* stage, const Planes& w, long long tile, int segment) {
-    int lane = threadIdx.x % 32, n = min(SEGMENT, w.n_blocks - segment * SEGMENT);
-    long long place = tile * w.n_blocks + segment * SEGMENT, of_segments = tile * w.n_segments + segment;
-    copy<LOW>(stage, w.low + place * (32 * Q::LOW), n * (32 * Q::LOW));
-    if constexpr (HIGH > 0) copy<HIGH>(stage + LOW, w.high + place * (32 * Q::HIGH), n * (32 * Q::HIGH));
-    const uint8_t* from = w.scales + of_segments * SCALES + lane * 16;
-    if (D > 0 && lane * 16 >= SCALES) from = w.d + of_segments * D + (lane * 16 - SCALES);
-    if (SCALES > 0 && lane * 16 < SCALES + D) copy16(stage + LOW + HIGH + lane * 16, from);
+  // Copies segments `segment` and the one after it of a tile, as far as they exist, with all lanes of a warp. What does not
+  // exist of the codes becomes zeros.
+  static __device__ __forceinline__ void request(uint8_t* stage, const Planes& w, uint32_t tile, uint32_t segment) {
+    uint32_t place = tile * w.n_blocks + segment * SEGMENT;
+    uint32_t n_blocks = w.n_blocks - segment * SEGMENT, n_segments = w.n_segments - segment;
+    copy<LOW, 32 * Q::LOW>(stage, w.low, place, n_blocks);
+    if constexpr (HIGH > 0) copy<HIGH, 32 * Q::HIGH>(stage + LOW, w.high, place, n_blocks);
+    place = tile * w.n_segments + segment;
+    if constexpr (SCALES > 0) copy<SCALES, SCALES / TOGETHER>(stage + LOW + HIGH, w.scales, place, n_segments);
+    if constexpr (D > 0) copy<D, D / TOGETHER>(stage + LOW + HIGH + SCALES, w.d, place, n_segments);
   }
-  template <int MOST>
-  static __device__ __forceinline__ void copy(uint8_t* to, const uint8_t* from, int n_bytes) {
-    int at = threadIdx.x % 32 * 16;
+  // Copies up to MOST bytes, `each` for one of `count`, from `place` times as many on.
+  template <int MOST, int EACH>
+  static __device__ __forceinline__ void copy(uint8_t* to, const uint8_t* plane, uint32_t place, uint32_t count) {
+    uint32_t at = threadIdx.x % 32 * 16, n_bytes = min(static_cast<int>(count), MOST / EACH) * EACH;
+    const uint8_t* from = plane + static_cast<uint64_t>(place) * EACH + at;
 #pragma unroll
     for (int i = 0; i < MOST; i += 512)
-      if (i + at < n_bytes) copy16(to + i + at, from + i + at);
+      if (MOST - i >= 512 || at < MOST - i) copy16(to + i + at, from + i, i + at < n_bytes);
   }
   static __device__ __forceinline__ Planes planes(const uint8_t* stage) {
-    return {stage, stage + LOW, stage + LOW + HIGH, stage + LOW + HIGH + SCALES, SEGMENT, 1};
+    return {stage, stage + LOW, stage + LOW + HIGH, stage + LOW + HIGH + SCALES, BLOCKS, TOGETHER};
   }
-};
-
-// The rows of a block of threads, as its warps read them: halves and block sums of row i begin at x + i * stride and
-// sums + i * n_blocks; the addresses are in shared or in global memory.
-struct PreparedRows {
-  const f16* x;
-  const unsigned* sums;
-  long long stride;
 };
 
 // M matrices of the same shape, multiplied with the same rows: a tile has n_segments items of each matrix, one matrix after
@@ -98,60 +97,120 @@ struct Item {
   int tile, part;
 };
 
-// Makes the form that products read from one row of floats, with all threads of a block. norm: the norm's weights, copied
-// to shared memory, or null; values: space for the row if there is a norm; scratch: 48 floats. Ends with a barrier.
-__device__ __forceinline__ void prepare_row(const float* row, const float* norm, const float* norm_bias, float eps, int n_in,
-                                            float* values, float* scratch, f16* halves, unsigned* sums, float* scale) {
-  constexpr int HELD = 3;  // segments that a warp holds in registers
-  int first = threadIdx.x / 32 * 8, step = blockDim.x / 32 * 8, n_blocks = n_in / 32;
-  float top = 0.0f;
-  int e;
-  if (norm) {
-    Moments of = norm_bias ? layer_moments(row, values, n_in, eps, scratch) : rms_moments(row, values, n_in, eps, scratch);
-    for (int i = threadIdx.x; i < n_in; i += blockDim.x) {
-      values[i] = normed(values[i], of, norm, norm_bias, i);
-      top = larger_or_nan(top, fabsf(values[i]));
+// Space for a block's rows in shared memory. x, sums, scale: as in Activations, for rows at distances of `stride` halves
+// and `padded` sums. The others are for making them: norm (n_in,), the norm's weights, and values (capacity, n_in), or not
+// there without a norm; parts (2, 8, 8), of sums; tops (8,), the largest magnitudes, as bits.
+struct Prepared {
+  f16* x;
+  unsigned* sums;
+  float* scale;
+  int stride, padded;
+  float *norm, *values, *parts;
+  unsigned* tops;
+};
+
+// Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier.
+__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in, const Prepared& to) {
+  constexpr int HELD = 4;  // segments that a warp holds in registers
+  int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = (n_in + 255) / 256, n_jobs = rows.count * n_segments;
+  if (threadIdx.x < 8) to.tops[threadIdx.x] = 0;
+  if (x.norm) {
+    for (int row = 0; row < rows.count; row++) {
+      const uint4* from = reinterpret_cast<const uint4*>(x.floats + static_cast<long long>(rows.of_x(row)) * n_in);
+      uint4* values = reinterpret_cast<uint4*>(to.values + row * n_in);
+#pragma unroll 4
+      for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) values[i] = load_words<uint4>(from + i);
     }
-    e = row_exponent(block_top(top, scratch + 16));
-    for (int start = first; start < n_blocks; start += step)
-      blocks_as_halves(columns_of_row(values, start, n_in), e, start, n_in, halves, sums);
-  } else {
-    EightColumns held[HELD];
-#pragma unroll
-    for (int i = 0; i < HELD; i++) held[i] = columns_of_row(row, first + i * step, n_in);
-#pragma unroll
-    for (int i = 0; i < HELD; i++) top = top_of(top, held[i]);
-    for (int start = first + HELD * step; start < n_blocks; start += step)
-      top = top_of(top, columns_of_row(row, start, n_in));
-    e = row_exponent(block_top(top, scratch + 16));
-#pragma unroll
-    for (int i = 0; i < HELD; i++)
-      if (first + i * step < n_blocks) blocks_as_halves(held[i], e, first + i * step, n_in, halves, sums);
-    for (int start = first + HELD * step; start < n_blocks; start += step)
-      blocks_as_halves(columns_of_row(row, start, n_in), e, start, n_in, halves, sums);
+    wait_for_copies<STAGES>();  // of the norm's weights
+    __syncthreads();
+    if (x.norm_bias) {
+      for (int job = warp; job < rows.count * 8; job += n_warps)
+        to.parts[64 + job] = part_of_sum(to.values + job / 8 * n_in, n_in, job % 8, [](float sum, float value) { return sum + value; });
+      __syncthreads();
+    }
+    for (int job = warp; job < rows.count * 8; job += n_warps) {
+      float mean = x.norm_bias ? sum_of_parts(to.parts + 64 + job / 8 * 8) / static_cast<float>(n_in) : 0.0f;
+      to.parts[job] = part_of_sum(to.values + job / 8 * n_in, n_in, job % 8, [&](float sum, float value) {
+        float centred = value - mean;
+        return __fmaf_rn(centred, centred, sum);
+      });
+    }
   }
-  if (threadIdx.x == 0) *scale = power_of_two(e);
+  __syncthreads();
+  // Eight columns of a lane in job `job`, a segment of a row.
+  auto row_of = [&](int job) { return rows.count == 1 ? 0 : job / n_segments; };
+  auto columns_of_job = [&](int job) {
+    int row = row_of(job), start = (job - row * n_segments) * SEGMENT;
+    if (!x.norm) return columns_of_row(x.floats + static_cast<long long>(rows.of_x(row)) * n_in, start, n_in);
+    Moments of = {x.norm_bias ? sum_of_parts(to.parts + 64 + row * 8) / static_cast<float>(n_in) : 0.0f,
+                  1.0f / sqrtf(sum_of_parts(to.parts + row * 8) / static_cast<float>(n_in) + eps)};
+    EightColumns values = columns_of_row(to.values + row * n_in, start, n_in), weight = columns_of_row(to.norm, start, n_in);
+    EightColumns bias = x.norm_bias ? columns_of_row(x.norm_bias, start, n_in) : EightColumns{};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      values.x[i] = (values.x[i] - of.mean) * of.scale * weight.x[i];
+      if (x.norm_bias) values.x[i] = values.x[i] + bias.x[i];
+    }
+    return values;
+  };
+  auto note_top = [&](int job, const EightColumns& values) {
+    unsigned top = __reduce_max_sync(ALL_LANES, top_of(values));
+    if (threadIdx.x % 32 == 0) atomicMax(to.tops + row_of(job), top);
+  };
+  auto convert = [&](int job, const EightColumns& values) {
+    int row = row_of(job), start = (job - row * n_segments) * SEGMENT;
+    blocks_as_halves(values, row_exponent(__uint_as_float(to.tops[row])), start, n_in, to.x + row * to.stride,
+                     to.sums + row * to.padded);
+  };
+  EightColumns held[HELD];
+#pragma unroll
+  for (int i = 0; i < HELD; i++)
+    if (warp + i * n_warps < n_jobs) held[i] = columns_of_job(warp + i * n_warps);
+#pragma unroll
+  for (int i = 0; i < HELD; i++)
+    if (warp + i * n_warps < n_jobs) note_top(warp + i * n_warps, held[i]);
+  for (int job = warp + HELD * n_warps; job < n_jobs; job += n_warps) note_top(job, columns_of_job(job));
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < HELD; i++)
+    if (warp + i * n_warps < n_jobs) convert(warp + i * n_warps, held[i]);
+  for (int job = warp + HELD * n_warps; job < n_jobs; job += n_warps) convert(job, columns_of_job(job));
+  if (static_cast<int>(threadIdx.x) < rows.count)
+    to.scale[threadIdx.x] = power_of_two(row_exponent(__uint_as_float(to.tops[threadIdx.x])));
   __syncthreads();
 }
 
-// The sum of an item, over the columns of its segment; `left` blocks of it exist, or more.
-template <class Q, bool FULL>
-__device__ __forceinline__ MmaD segment_sum(const uint8_t* stage, const f16* columns, const unsigned* block_sums,
-                                            int left) {
+// The sums of the segments of an item. columns, block_sums: from the first segment's start; `left` blocks of them exist, or
+// more.
+template <class Q, bool WHOLE>
+__device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* columns, const unsigned* block_sums, int left,
+                                          MmaD (&sums)[TOGETHER]) {
   int lane = threadIdx.x % 32;
   Planes w = Stage<Q>::planes(stage);
-  typename Q::Scales scales[2] = {Q::template scales<InShared>(w, 0, lane / 4), Q::template scales<InShared>(w, 0, lane / 4 + 8)};
   Lanes at = lane_of<Q>(w, 0, lane);
-  MmaD sums[1] = {};
+  typename Q::Scales scales[TOGETHER][2];
 #pragma unroll
-  for (int j = 0; j < SEGMENT; j++) {
-    if (!FULL && j >= left) break;
-    MmaA a[2];
-    block_operands<Q>(Q::template load<InShared>(at, j), scales, j, a);
-    add_block<Q>(a, scales, j, *reinterpret_cast<const uint4*>(columns + j * 32), sums[0]);
+  for (int s = 0; s < TOGETHER; s++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) scales[s][i] = Q::template scales<InShared>(w, s, lane / 4 + 8 * i);
+#pragma unroll
+  for (int j = 0; j < SEGMENT; j++)
+#pragma unroll
+    for (int s = 0; s < TOGETHER; s++) {
+      int block = s * SEGMENT + j;
+      uint4 four = make_uint4(0, 0, 0, 0);
+      if (WHOLE || block < left) four = *reinterpret_cast<const uint4*>(columns + block * 32);
+      MmaA a[2];
+      block_operands<Q>(Q::template load<InShared>(at, block), scales[s], j, a);
+      add_block<Q>(a, scales[s], j, four, sums[s]);
+    }
+#pragma unroll
+  for (int s = 0; s < TOGETHER; s++) {
+    MmaD one[1] = {sums[s]};
+    auto sums_of = [&](int) { return block_sums + s * SEGMENT; };
+    finish_segment<Q, 1>(scales[s], WHOLE ? SEGMENT : left - s * SEGMENT, sums_of, one);
+    sums[s] = one[0];
   }
-  finish_segment<Q, 1>(scales, FULL ? SEGMENT : left, [&](int) { return block_sums; }, sums);
-  return sums[0];
 }
 
 // Multiplies the tiles of a block of threads with up to 8 rows. `outputs` says what becomes of the sums, with
@@ -165,33 +224,37 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   constexpr int M = W::N, BYTES = Stage<Q>::BYTES;
   DYNAMIC_SHARED(uint8_t, memory);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-  int n_tiles = (n_out + 15) / 16, n_blocks = w.w[0].n_blocks, n_segments = w.w[0].n_segments, per_tile = M * n_segments;
+  int n_tiles = (n_out + 15) / 16, n_blocks = w.w[0].n_blocks, n_segments = w.w[0].n_segments;
+  int per_matrix = (n_segments + TOGETHER - 1) / TOGETHER, per_tile = M * per_matrix, n_sums = M * n_segments;
   int my_tiles = (n_tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
 
   // Shared memory, in this order; cuda/kernels/few_rows.py has the same.
   uint8_t* ring = memory + warp * STAGES * BYTES;
-  float* scratch = reinterpret_cast<float*>(memory + n_warps * STAGES * BYTES);  // (48,)
-  float* scales = scratch + 48;                                                  // (8,)
-  float* sums_of_items = scales + 8;                                             // (2, chunk, per_tile, 16, capacity)
-  f16* halves = reinterpret_cast<f16*>(sums_of_items + 2 * few.chunk * per_tile * 16 * few.capacity);  // (capacity, stride)
+  float* parts = reinterpret_cast<float*>(memory + n_warps * STAGES * BYTES);  // (2, 8, 8)
+  unsigned* tops = reinterpret_cast<unsigned*>(parts + 128);                   // (8,)
+  float* scales = parts + 136;                                                 // (8,)
+  float* sums_of_items = scales + 8;                                           // (2, chunk, n_sums, 16, capacity)
+  f16* halves = reinterpret_cast<f16*>(sums_of_items + 2 * few.chunk * n_sums * 16 * few.capacity);  // (capacity, stride)
   int stride = n_in + 32;  // 64 bytes between rows, so that eight lanes that read two rows meet no bank twice
   int padded = (n_blocks + 3) / 4 * 4;
   unsigned* block_sums = reinterpret_cast<unsigned*>(halves + few.capacity * stride);  // (capacity, padded)
   float* norm = reinterpret_cast<float*>(block_sums + few.capacity * padded);          // (n_in,)
-  float* values = norm + n_in;                                                         // (n_in,)
+  Prepared prepared = {halves, block_sums, scales, stride, padded, norm, norm + n_in, parts, tops};
 
-  long long first_tile = 0;  // of the expert
+  uint32_t first_tile = 0;  // of the expert
   int tile_steps = n_warps / per_tile, part_steps = n_warps % per_tile;
   auto advance = [&](Item& item) {
     item.tile += tile_steps, item.part += part_steps;
     if (item.part >= per_tile) item.part -= per_tile, item.tile++;
   };
-  auto segment_of = [&](const Item& item) { return M == 1 || item.part < n_segments ? item.part : item.part - n_segments; };
+  auto segment_of = [&](const Item& item) {
+    return (M == 1 || item.part < per_matrix ? item.part : item.part - per_matrix) * TOGETHER;
+  };
   Item now = {warp / per_tile, warp % per_tile}, next = now;
   auto request = [&](int stage) {
     if (next.tile < my_tiles) {
       int tile = blockIdx.x + next.tile * gridDim.x;
-      Stage<Q>::request(ring + stage * BYTES, w.of(next.part >= n_segments, tile), first_tile + w.within(tile),
+      Stage<Q>::request(ring + stage * BYTES, w.of(next.part >= per_matrix, tile), first_tile + w.within(tile),
                         segment_of(next));
     }
     end_of_copies();
@@ -199,18 +262,19 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   };
 
   let_next_begin();
+  if (x.norm)
+    for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) copy16(norm + i * 4, x.norm + i * 4);
+  end_of_copies();
   if (!groups.group) {
 #pragma unroll 1
     for (int stage = 0; stage < STAGES; stage++) request(stage);
     if (static_cast<int>(threadIdx.x) < my_tiles) outputs.ahead(blockIdx.x + threadIdx.x * gridDim.x);
   }
-  if (x.norm)
-    for (int i = threadIdx.x; i < n_in; i += blockDim.x) norm[i] = x.norm[i];
   wait_for_previous();
   Rows rows = rows_of(groups, n_rows, 8);
   if (!rows.count) return;
   if (groups.group) {
-    first_tile = static_cast<long long>(rows.expert) * n_tiles;
+    first_tile = rows.expert * n_tiles;
 #pragma unroll 1
     for (int stage = 0; stage < STAGES; stage++) request(stage);
   }
@@ -231,10 +295,7 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
     columns = x.x + row * n_in, sums_of_blocks = x.sums + row * n_blocks;
     if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
   } else {
-    if (x.norm) __syncthreads();
-    for (int i = 0; i < rows.count; i++)
-      prepare_row(x.floats + static_cast<long long>(rows.of_x(i)) * n_in, x.norm ? norm : nullptr, x.norm_bias, few.eps, n_in,
-                  values, scratch, halves + i * stride, block_sums + i * padded, scales + i);
+    prepare_rows(x, rows, few.eps, n_in, prepared);
     int i = min(lane / 4, rows.count - 1);
     columns = halves + i * stride, sums_of_blocks = block_sums + i * padded;
   }
@@ -244,30 +305,35 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   for (int done = 0; done < my_tiles; done += few.chunk) {
     int end = min(done + few.chunk, my_tiles);
     float* sums_of_tiles = sums_of_items + other_half;
-    other_half = few.chunk * per_tile * 16 * few.capacity - other_half;
+    other_half = few.chunk * n_sums * 16 * few.capacity - other_half;
     for (; now.tile < end; advance(now)) {
-      int start = segment_of(now) * SEGMENT, left = n_blocks - start;
+      int segment = segment_of(now), start = segment * SEGMENT, left = n_blocks - start;
       wait_for_copies<STAGES - 1>();
       __syncwarp(ALL_LANES);
-      MmaD sums = left >= SEGMENT
-                      ? segment_sum<Q, true>(ring + stage * BYTES, columns + start * 32, sums_of_blocks + start, left)
-                      : segment_sum<Q, false>(ring + stage * BYTES, columns + start * 32, sums_of_blocks + start, left);
+      MmaD sums[TOGETHER] = {};
+      if (left >= TOGETHER * SEGMENT)
+        item_sums<Q, true>(ring + stage * BYTES, columns + start * 32, sums_of_blocks + start, left, sums);
+      else
+        item_sums<Q, false>(ring + stage * BYTES, columns + start * 32, sums_of_blocks + start, left, sums);
       __syncwarp(ALL_LANES);
       request(stage);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
-      float* to = sums_of_tiles + ((now.tile - done) * per_tile + now.part) * 16 * few.capacity;
+      int of_matrix = M == 1 || now.part < per_matrix ? 0 : n_segments;
+      float* to = sums_of_tiles + ((now.tile - done) * n_sums + of_matrix + segment) * 16 * few.capacity;
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int row = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
-        if (row < few.capacity) to[out * few.capacity + row] = sums.x[i];
-      }
+      for (int s = 0; s < TOGETHER; s++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          int row = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
+          if (row < few.capacity && segment + s < n_segments) to[(s * 16 + out) * few.capacity + row] = sums[s].x[i];
+        }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < (end - done) * 16 * rows.count; i += blockDim.x) {
       int number, tile, out;
       if (!place(i, done, number, tile, out)) continue;
       if (done > 0 || i >= static_cast<int>(blockDim.x)) loaded = outputs.load(rows, number, tile, out);
-      const float* from = sums_of_tiles + (i / 16 / rows.count * per_tile * 16 + out) * few.capacity + number;
+      const float* from = sums_of_tiles + (i / 16 / rows.count * n_sums * 16 + out) * few.capacity + number;
       float total[M];
 #pragma unroll
       for (int m = 0; m < M; m++) {

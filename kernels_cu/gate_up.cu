@@ -45,16 +45,16 @@ struct Gated {
     rows8<Q>(SideBySide<2>{{planes_of(gate, n_in), planes_of(up, n_in)}}, x, groups, n_rows, n_out, n_in,         \
              {capacity, chunk, eps}, Gated{gate_bias, up_bias, y, n_out, clamped});                               \
   }
-GATE_UP(gate_up_q4_0, 384, Q4_0)
-GATE_UP(gate_up_q4_1, 384, Q4_1)
-GATE_UP(gate_up_q5_0, 384, Q5_0)
-GATE_UP(gate_up_q5_1, 384, Q5_1)
-GATE_UP(gate_up_q8_0, 384, Q8_0)
-GATE_UP(gate_up_q4_k, 384, Q4_K)
-GATE_UP(gate_up_q5_k, 384, Q5_K)
-GATE_UP(gate_up_q6_k, 384, Q6_K)
-GATE_UP(gate_up_mxfp4, 384, MXFP4)
-GATE_UP(gate_up_f16, 384, F16)
+GATE_UP(gate_up_q4_0, 320, Q4_0)
+GATE_UP(gate_up_q4_1, 320, Q4_1)
+GATE_UP(gate_up_q5_0, 320, Q5_0)
+GATE_UP(gate_up_q5_1, 320, Q5_1)
+GATE_UP(gate_up_q8_0, 320, Q8_0)
+GATE_UP(gate_up_q4_k, 320, Q4_K)
+GATE_UP(gate_up_q5_k, 320, Q5_K)
+GATE_UP(gate_up_q6_k, 320, Q6_K)
+GATE_UP(gate_up_mxfp4, 320, MXFP4)
+GATE_UP(gate_up_f16, 320, F16)
 
 // y = gelu(up + bias)
 struct Gelu {
@@ -83,13 +83,13 @@ struct Gelu {
     rows8<Q>(SideBySide<1>{{planes_of(up, n_in)}}, x, Groups{}, n_rows, n_out, n_in, {capacity, chunk, eps},      \
              Gelu{up_bias, y, n_out});                                                                            \
   }
-UP_GELU(up_gelu_q4_0, 384, Q4_0)
-UP_GELU(up_gelu_q4_1, 384, Q4_1)
-UP_GELU(up_gelu_q5_0, 384, Q5_0)
-UP_GELU(up_gelu_q5_1, 384, Q5_1)
-UP_GELU(up_gelu_q8_0, 384, Q8_0)
-UP_GELU(up_gelu_q4_k, 384, Q4_K)
-UP_GELU(up_gelu_q5_k, 384, Q5_K)
-UP_GELU(up_gelu_q6_k, 384, Q6_K)
-UP_GELU(up_gelu_mxfp4, 384, MXFP4)
-UP_GELU(up_gelu_f16, 384, F16)
+UP_GELU(up_gelu_q4_0, 320, Q4_0)
+UP_GELU(up_gelu_q4_1, 320, Q4_1)
+UP_GELU(up_gelu_q5_0, 320, Q5_0)
+UP_GELU(up_gelu_q5_1, 320, Q5_1)
+UP_GELU(up_gelu_q8_0, 320, Q8_0)
+UP_GELU(up_gelu_q4_k, 320, Q4_K)
+UP_GELU(up_gelu_q5_k, 320, Q5_K)
+UP_GELU(up_gelu_q6_k, 320, Q6_K)
+UP_GELU(up_gelu_mxfp4, 320, MXFP4)
+UP_GELU(up_gelu_f16, 320, F16)

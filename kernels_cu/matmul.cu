@@ -62,16 +62,16 @@ struct Sums {
     rows8<Q>(SideBySide<1>{{planes_of(w, n_in)}}, x, groups, n_rows, n_out, n_in, {capacity, chunk, eps},          \
              Sums{bias, residual, y, n_out});                                                                      \
   }
-ROWS8(rows8_q4_0, 384, Q4_0)
-ROWS8(rows8_q4_1, 384, Q4_1)
-ROWS8(rows8_q5_0, 384, Q5_0)
-ROWS8(rows8_q5_1, 384, Q5_1)
-ROWS8(rows8_q8_0, 384, Q8_0)
-ROWS8(rows8_q4_k, 384, Q4_K)
-ROWS8(rows8_q5_k, 384, Q5_K)
-ROWS8(rows8_q6_k, 384, Q6_K)
-ROWS8(rows8_mxfp4, 384, MXFP4)
-ROWS8(rows8_f16, 384, F16)
+ROWS8(rows8_q4_0, 320, Q4_0)
+ROWS8(rows8_q4_1, 320, Q4_1)
+ROWS8(rows8_q5_0, 320, Q5_0)
+ROWS8(rows8_q5_1, 320, Q5_1)
+ROWS8(rows8_q8_0, 320, Q8_0)
+ROWS8(rows8_q4_k, 320, Q4_K)
+ROWS8(rows8_q5_k, 320, Q5_K)
+ROWS8(rows8_q6_k, 320, Q6_K)
+ROWS8(rows8_mxfp4, 320, MXFP4)
+ROWS8(rows8_f16, 320, F16)
 
 #define ROWS64(name, Q)                                                                                            \
   extern "C" __global__ void __launch_bounds__(128)                                                                \

@@ -14,28 +14,45 @@
 #include "norm.cuh"
 #include "quantize_rows.cuh"
 
-constexpr int NORM_SCRATCH = 24;  // 16 for moments, one for each warp for the largest magnitude
+// The sum over a row by a block of 256 threads. scratch (8,) may be reused after the next barrier.
+template <class Add>
+__device__ __forceinline__ float row_sum(const float* row, int n, float* scratch, const Add& add) {
+  float sum = part_of_sum(row, n, threadIdx.x / 32, add);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
+  __syncthreads();
+  return sum_of_parts(scratch);
+}
 
-__device__ __forceinline__ Moments moments(const float* row, float* values, const float* bias, int n, float eps,
-                                           float* scratch) {
-  return bias ? layer_moments(row, values, n, eps, scratch) : rms_moments(row, values, n, eps, scratch);
+// scratch: (16,)
+__device__ __forceinline__ Moments moments(const float* row, bool centred, int n, float eps, float* scratch) {
+  float mean = 0.0f;
+  if (centred)
+    mean = row_sum(row, n, scratch + 8, [](float sum, float x) { return sum + x; }) / static_cast<float>(n);
+  float squares = row_sum(row, n, scratch, [&](float sum, float x) { return __fmaf_rn(x - mean, x - mean, sum); });
+  return {mean, 1.0f / sqrtf(squares / static_cast<float>(n) + eps)};
+}
+__device__ __forceinline__ float normed(float x, Moments of, const float* weight, const float* bias, int i) {
+  float value = (x - of.mean) * of.scale * weight[i];
+  return bias ? value + bias[i] : value;
 }
 
 __device__ __forceinline__ void norm_f32(const float* x, const float* weight, const float* bias, float* y, int n,
                                          float eps, float* scratch) {
   const float* row = x + static_cast<long long>(blockIdx.x) * n;
   float* out = y + static_cast<long long>(blockIdx.x) * n;
-  Moments of = moments(row, nullptr, bias, n, eps, scratch);
+  Moments of = moments(row, bias, n, eps, scratch);
   for (int i = threadIdx.x; i < n; i += NORM_THREADS) out[i] = normed(row[i], of, weight, bias, i);
 }
 
 __device__ __forceinline__ void norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out,
-                                         float* scale, unsigned* sums, int n, float eps, float* scratch) {
+                                         float* scale, unsigned* sums, int n, float eps, float* scratch, unsigned* tops) {
   DYNAMIC_SHARED(float, row);
   let_next_begin();
   wait_for_previous();
-  Moments of = moments(x + static_cast<long long>(blockIdx.x) * n, row, bias, n, eps, scratch);
-  // Until the barrier, only thread i uses elements i, i + 256, ….
+#pragma unroll 4
+  for (int i = threadIdx.x; i < n; i += NORM_THREADS) row[i] = x[static_cast<long long>(blockIdx.x) * n + i];
+  // Until the next barrier but one, only thread i uses elements i, i + 256, ….
+  Moments of = moments(row, bias, n, eps, scratch);
   for (int i = threadIdx.x; i < n; i += NORM_THREADS) {
     float value = normed(row[i], of, weight, bias, i);
     if (y) y[static_cast<long long>(blockIdx.x) * n + i] = value;
@@ -43,30 +60,32 @@ __device__ __forceinline__ void norm_f16(const float* x, const float* weight, co
   }
   if (!out) return;
   __syncthreads();
-  row_as_halves(row, blockIdx.x, out, scale, sums, n, scratch + 16);
+  row_as_halves(row, blockIdx.x, out, scale, sums, n, tops);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     rms_norm_f32(const float* x, const float* weight, float* y, int n, float eps) {
-  __shared__ float scratch[NORM_SCRATCH];
+  __shared__ float scratch[16];
   norm_f32(x, weight, nullptr, y, n, eps, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     layer_norm_f32(const float* x, const float* weight, const float* bias, float* y, int n, float eps) {
-  __shared__ float scratch[NORM_SCRATCH];
+  __shared__ float scratch[16];
   norm_f32(x, weight, bias, y, n, eps, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     rms_norm_f16(const float* x, const float* weight, float* y, f16* out, float* scale, unsigned* sums, int n, float eps) {
-  __shared__ float scratch[NORM_SCRATCH];
-  norm_f16(x, weight, nullptr, y, out, scale, sums, n, eps, scratch);
+  __shared__ float scratch[16];
+  __shared__ unsigned tops[PARTS];
+  norm_f16(x, weight, nullptr, y, out, scale, sums, n, eps, scratch, tops);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     layer_norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out, float* scale, unsigned* sums,
                    int n, float eps) {
-  __shared__ float scratch[NORM_SCRATCH];
-  norm_f16(x, weight, bias, y, out, scale, sums, n, eps, scratch);
+  __shared__ float scratch[16];
+  __shared__ unsigned tops[PARTS];
+  norm_f16(x, weight, bias, y, out, scale, sums, n, eps, scratch, tops);
 }

@@ -46,13 +46,13 @@ struct Projected {
     rows8<Q>(w, x, Groups{}, n_rows, n_out, n_in, {capacity, chunk, eps},                                          \
              Projected{w, q_bias, k_bias, v_bias, y, n_out});                                                      \
   }
-QKV(qkv_q4_0, 384, Q4_0)
-QKV(qkv_q4_1, 384, Q4_1)
-QKV(qkv_q5_0, 384, Q5_0)
-QKV(qkv_q5_1, 384, Q5_1)
-QKV(qkv_q8_0, 384, Q8_0)
-QKV(qkv_q4_k, 384, Q4_K)
-QKV(qkv_q5_k, 384, Q5_K)
-QKV(qkv_q6_k, 384, Q6_K)
-QKV(qkv_mxfp4, 384, MXFP4)
-QKV(qkv_f16, 384, F16)
+QKV(qkv_q4_0, 320, Q4_0)
+QKV(qkv_q4_1, 320, Q4_1)
+QKV(qkv_q5_0, 320, Q5_0)
+QKV(qkv_q5_1, 320, Q5_1)
+QKV(qkv_q8_0, 320, Q8_0)
+QKV(qkv_q4_k, 320, Q4_K)
+QKV(qkv_q5_k, 320, Q5_K)
+QKV(qkv_q6_k, 320, Q6_K)
+QKV(qkv_mxfp4, 320, MXFP4)
+QKV(qkv_f16, 320, F16)

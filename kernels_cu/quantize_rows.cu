@@ -13,8 +13,8 @@
 #include "quantize_rows.cuh"
 
 extern "C" __global__ void quantize_rows_f16(const float* x, f16* out, float* scale, unsigned* sums, int n_in) {
-  __shared__ float largest[32];
+  __shared__ unsigned tops[32];
   let_next_begin();
   wait_for_previous();
-  row_as_halves(x + static_cast<long long>(blockIdx.x) * n_in, blockIdx.x, out, scale, sums, n_in, largest);
+  row_as_halves(x + static_cast<long long>(blockIdx.x) * n_in, blockIdx.x, out, scale, sums, n_in, tops);
 }

@@ -11,8 +11,9 @@ from refengine.errors import KernelError
 
 FEW_ROWS = 8  # rows per block of threads
 SEGMENT = 256  # columns whose products are summed up before segments are added
-MOST_WARPS = 12  # of which the registers fit half a multiprocessor
-STAGES = 3  # of a warp's ring of weights
+MOST_WARPS = 10  # of which the registers fit half a multiprocessor
+TOGETHER = 2  # segments whose sums a warp computes side by side
+STAGES = 2  # of a warp's ring, each with the weights of as many segments
 # Bytes of shared memory for one block, so that a block of the next kernel fits on the multiprocessor as well.
 HALF_SHARED, MOST_SHARED = 113 << 10, 227 << 10
 
@@ -66,15 +67,16 @@ def _launch(
     norm: bool,
 ) -> FewRowsLaunch:
     capacity = 1 << max(0, n_rows - 1).bit_length()
-    per_tile = n_matrices * -(-n_in // SEGMENT)
+    sums_each = n_matrices * -(-n_in // SEGMENT)
+    items_each = n_matrices * -(-n_in // (TOGETHER * SEGMENT))
     n_tiles = -(-n_out // TILE_ROWS)
     # One block on each multiprocessor. Some of many groups are empty, so twice as many blocks then keep it busy.
     wanted = n_multiprocessors if n_groups <= 4 else 2 * n_multiprocessors
     blocks = max(1, min(n_tiles, -(-wanted // n_groups)))
     tiles_each = -(-n_tiles // blocks)
     blocks = -(-n_tiles // tiles_each)  # as many as are needed for this
-    chunk = max(1, min(tiles_each, (8 << 10) // (per_tile * 64 * capacity)))
-    warps = min(MOST_WARPS, max(tiles_each * per_tile, 4))
+    chunk = max(1, min(tiles_each, (8 << 10) // (sums_each * 64 * capacity)))
+    warps = min(MOST_WARPS, max(tiles_each * items_each, 4))
 
     def shared(warps: int) -> int:
         return shared_bytes(kind, n_in, warps, chunk, capacity, n_matrices, prepares=prepares, norm=norm)
@@ -96,8 +98,9 @@ def shared_bytes(
     norm: bool,
 ) -> int:
     """The bytes of shared memory of a block. prepares: it converts its rows to halves; norm: after a norm."""
-    ring = warps * STAGES * segment_bytes(kind)
+    ring = warps * STAGES * TOGETHER * segment_bytes(kind)
     sums = 2 * chunk * n_matrices * -(-n_in // SEGMENT) * 64 * capacity
     block_sums = -(-n_in // (4 * BLOCK)) * 4
-    rows = capacity * (2 * (n_in + 32) + 4 * block_sums) + 8 * n_in * norm if prepares else 0
-    return ring + 224 + sums + rows
+    rows = capacity * (2 * (n_in + 32) + 4 * block_sums) if prepares else 0
+    rows += 4 * n_in * (1 + capacity) * norm
+    return ring + 576 + sums + rows
