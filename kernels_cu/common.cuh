@@ -148,6 +148,36 @@ __device__ __forceinline__ T load_constant(const void* address) {
 }
 #endif
 
+// --- Copies of 16 bytes from global to shared memory, both aligned, which go on while the thread does other work ---
+// Other threads see them after wait_for_copies by the thread that began them, and a barrier.
+#ifdef HOSTCUDA
+inline void begin_copy(void* shared, const void* global) {
+  hostcuda::require_alignment(shared, 16);
+  hostcuda::require_alignment(global, 16);
+  for (int i = 0; i < 16; i++) static_cast<unsigned char*>(shared)[i] = static_cast<const unsigned char*>(global)[i];
+}
+inline void wait_for_copies() {}
+#else
+__device__ __forceinline__ void begin_copy(void* shared, const void* global) {
+  unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#endif
+
+// --- Which block is the last to arrive: adds one to a counter and returns what it was ---
+// What the calling thread wrote or saw before it, and what its block wrote before a barrier in front of it, is visible to
+// whoever arrives later, and to its block after a barrier.
+#ifdef HOSTCUDA
+inline int arrive(int* counter) { return atomicAdd(counter, 1); }
+#else
+__device__ __forceinline__ int arrive(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+#endif
+
 // --- Tensor cores: d = a · b + d with halves a (16, 16) and b (16, 8), and floats d (16, 8) ---
 // Lane 4·r + c has from a: rows r (a[0], a[2]) and r + 8 (a[1], a[3]), columns 2c, 2c + 1 (a[0], a[1]) and 2c + 8,
 // 2c + 9 (a[2], a[3]); from b: column r, rows 2c, 2c + 1 (b[0]) and 2c + 8, 2c + 9 (b[1]); from d: rows r (d[0], d[1])

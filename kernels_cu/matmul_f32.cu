@@ -6,9 +6,7 @@
 // The order of additions depends on n_in only: lane l adds columns l, l + 32, … with fused multiply-adds, then warp_sum.
 // Grid: x groups of n_warps outputs, y groups of 8 rows; a warp computes one output. Weights are read once for 8 rows.
 #include "arguments.cuh"
-
-__device__ __forceinline__ float value_of(float w) { return w; }
-__device__ __forceinline__ float value_of(uint16_t w) { return __uint_as_float(static_cast<uint32_t>(w) << 16); }
+#include "floats.cuh"
 
 template <class W>
 __device__ __forceinline__ void product(const W* w, const float* x, const Groups& groups, const float* bias,

@@ -245,7 +245,7 @@ LAUNCHES = {
     "qwen2-q4_k_m": (12, 15),
     "qwen3-q4_k_m": (12, 15),
     "phi3-mostly_q4_0": (11, 13),
-    "gpt-oss-mxfp4_moe": (15, 17),
+    "gpt-oss-mxfp4_moe": (13, 15),
     "gpt2-q5_1": (11, 12),
 }
 
