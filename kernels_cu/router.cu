@@ -30,6 +30,7 @@ struct Routing {
 };
 
 __device__ __forceinline__ void copy_all(void* shared, const void* global, int n_bytes) {
+#pragma unroll 1  // a copy does not wait for the one before it, and short code is loaded sooner
   for (int at = 16 * threadIdx.x; at < n_bytes; at += 16 * THREADS)
     begin_copy(static_cast<unsigned char*>(shared) + at, static_cast<const unsigned char*>(global) + at);
 }
@@ -77,6 +78,7 @@ __device__ __forceinline__ void choose(Routing& space, float* all, const float* 
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_rows = gridDim.y, n_pairs = n_rows * n_used;
   if (threadIdx.x == 0) *counter = 0;
   if (threadIdx.x < n_rows) space.exists[threadIdx.x] = positions[threadIdx.x] >= 0;
+#pragma unroll 4
   for (int i = threadIdx.x; i < n_rows * n_expert; i += THREADS) all[i] = scores[i];
   __syncthreads();
   // An expert's rank is the number of those before it. The first n_used are the pairs of the row.
@@ -106,6 +108,7 @@ __device__ __forceinline__ void choose(Routing& space, float* all, const float* 
   // A thread for each pair finds its slot; the other half of the block computes the shares.
   int pair = threadIdx.x, expert = pair < n_pairs ? space.expert[pair] : -1, slot = 0, ahead = 0, of_expert = 0;
   if (expert >= 0)
+#pragma unroll 4
     for (int other = 0; other < n_pairs; other++) {
       int its = space.expert[other];
       slot += its >= 0 && (its < expert || (its == expert && other < pair));
@@ -119,12 +122,14 @@ __device__ __forceinline__ void choose(Routing& space, float* all, const float* 
     shares[later] = soft_max(space.score + later / n_used * n_used, n_used, later % n_used);
   __syncthreads();
   int group = 0, n_filled = 0;
+#pragma unroll 4
   for (int other = 0; other < n_pairs; other++) {
     int its = space.expert[other];
     n_filled += space.begins[other];
     group += space.begins[other] && (its < expert || (its == expert && other < pair));
   }
   if (begins) groups[3 * group] = expert, groups[3 * group + 1] = slot, groups[3 * group + 2] = min(size, of_expert - ahead);
+#pragma unroll 1
   for (int i = 3 * n_filled + threadIdx.x; i < 3 * n_groups; i += THREADS) groups[i] = 0;
 }
 
