@@ -10,6 +10,7 @@ import pytest
 import refengine
 from refengine.cache.paged import CacheSequence, KVCache
 from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan
+from refengine.cuda.kernels import router
 from refengine.cuda.upload import Described
 from refengine.engine.kernel_runner import KernelRunner
 from refengine.engine.sampling import SamplingParams, sample
@@ -158,6 +159,17 @@ def test_other_files_bit_for_bit(name: str, place: str, tiny_model: ModelFiles) 
         for ids in prompts(model, 7, seed=9):
             decoding.join(ids[:1], PARAMS[1])
         decoding.step()
+
+
+def test_experts_of_more_rows_than_the_router_takes(
+    place: str, tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router, "MOST_PAIRS", 0)
+    model = loaded(tiny_model("gpt-oss-mxfp4_moe"), place)
+    decoding = Decoding(model, max_batch=3)
+    for ids in prompts(model, 2, seed=60):
+        decoding.join(ids)
+    decoding.step()
 
 
 @pytest.mark.parametrize("name", ["llama3-q4_k_m", "gpt-oss-mxfp4_moe"])
