@@ -192,6 +192,19 @@ __device__ __forceinline__ void prefetch(const void* address) {
 #endif
 }
 
+// --- Which block is the last to arrive: adds one to a counter and returns what it was ---
+// What the calling thread wrote or saw before it, and what its block wrote before a barrier in front of it, is visible to
+// whoever arrives later, and to its block after a barrier.
+#ifdef HOSTCUDA
+inline int arrive(int* counter) { return atomicAdd(counter, 1); }
+#else
+__device__ __forceinline__ int arrive(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+#endif
+
 // --- Tensor cores: d = a · b + d with halves a (16, 16) and b (16, 8), and floats d (16, 8) ---
 // Lane 4·r + c has from a: rows r (a[0], a[2]) and r + 8 (a[1], a[3]), columns 2c, 2c + 1 (a[0], a[1]) and 2c + 8,
 // 2c + 9 (a[2], a[3]); from b: column r, rows 2c, 2c + 1 (b[0]) and 2c + 8, 2c + 9 (b[1]); from d: rows r (d[0], d[1])

@@ -11,17 +11,14 @@
 //   combine_f32        y[t] = sum_experts_f32 of x[t, k] · shares[t, k], then + residual[t]
 //
 // scores (n_rows, n_expert) float32; chosen (n_rows, n_used) int32. Grids: x rows (top_experts, row_soft_max, route: one
-// warp each), x groups of 256 elements (sum_experts; combine: y rows), one block of 256 threads (group_experts;
-// 8 · n_expert bytes of dynamic shared memory).
+// warp each), x groups of 256 elements (sum_experts; combine: y rows), x experts (group_experts: one to 32 warps each, and
+// 4 · n_expert bytes of dynamic shared memory).
 // Sums run over ranks in ascending order, in one thread. NaN ranks above every number, so that it is not lost.
-// route, combine and group_experts may be launched to overlap with the previous kernel.
-
-// Whether (a, i) ranks before (b, j).
-__device__ __forceinline__ bool before(float a, int i, float b, int j) {
-  bool a_nan = a != a, b_nan = b != b;
-  if (a_nan != b_nan) return a_nan;
-  return a > b || (!(a < b) && i < j);
-}
+// group_experts reads all of chosen twice in every block, the second time from cache; each block counts the pairs of all
+// experts, to know where the slots and groups of its own one begin. The counts are integers: their order does not matter.
+// route, combine and group_experts may be launched to overlap with the previous kernel. router.cu does the work of route
+// and group_experts for few rows.
+#include "moe.cuh"
 
 // Finds the n_used best of a row with one warp; calls take(k, index, score) in every lane, k ascending.
 template <class Take>
@@ -52,14 +49,6 @@ extern "C" __global__ void top_experts_f32(const float* scores, int* chosen, int
   best_experts(scores + static_cast<long long>(blockIdx.x) * n_expert, n_expert, n_used, [&](int k, int index, float) {
     if (threadIdx.x == 0) chosen[static_cast<long long>(blockIdx.x) * n_used + k] = index;
   });
-}
-
-// e^(x_i - max) / total for number i of n; sums in ascending order.
-__device__ __forceinline__ float soft_max(const float* x, int n, int i) {
-  float top = x[0], total = 0.0f;
-  for (int j = 1; j < n; j++) top = x[j] > top ? x[j] : top;
-  for (int j = 0; j < n; j++) total += expf(x[j] - top);
-  return expf(x[i] - top) / total;
 }
 
 extern "C" __global__ void row_soft_max_f32(const float* x, float* y, int n) {
@@ -104,39 +93,63 @@ extern "C" __global__ void sum_experts_f32(const float* x, float* y, int n_used,
   y[i] = total;
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+// Calls take(pair, expert) in every lane of a warp for pairs first … end - 1, 32 at a time in ascending order. A lane
+// without a pair gets expert -1. The loads of eight times 32 pairs are in flight together.
+template <class Take>
+__device__ __forceinline__ void for_pairs(const int* chosen, int first, int end, const Take& take) {
+  constexpr int AHEAD = 8;
+  int lane = threadIdx.x % 32;
+  for (int start = first; start < end; start += 32 * AHEAD) {
+    int experts[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      int pair = start + 32 * i + lane;
+      experts[i] = pair < end ? chosen[pair] : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) take(start + 32 * i + lane, experts[i]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
     group_experts(const int* chosen, int* groups, int* x_rows, int* y_rows, int n_pairs, int n_expert, int n_groups,
                   int size, int share) {
-  DYNAMIC_SHARED(int, count);  // (n_expert,), and after it
+  DYNAMIC_SHARED(int, count);    // (n_expert,), the pairs of each expert
+  __shared__ int of_warps[32];  // the pairs of the block's expert in each warp's part
   let_next_begin();
   wait_for_previous();
-  int* first = count + n_expert;  // (n_expert,), each expert's first slot
-  for (int expert = threadIdx.x; expert < n_expert; expert += blockDim.x) {
-    int n = 0;
-    for (int pair = 0; pair < n_pairs; pair++) n += chosen[pair] == expert;
-    count[expert] = n;
-  }
+  int own = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x;
+  int part = (n_pairs + threads - 1) / threads * 32;
+  int begin = min(n_pairs, warp * part), end = min(n_pairs, begin + part);
+  for (int expert = threadIdx.x; expert < n_expert; expert += threads) count[expert] = 0;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    int slot = 0, group = 0;
-    for (int expert = 0; expert < n_expert; expert++) {
-      first[expert] = slot;
-      for (int done = 0; done < count[expert]; done += size, group++) {
-        groups[3 * group] = expert;
-        groups[3 * group + 1] = slot + done;
-        groups[3 * group + 2] = min(size, count[expert] - done);
-      }
-      slot += count[expert];
-    }
-    for (; group < n_groups; group++) groups[3 * group] = groups[3 * group + 1] = groups[3 * group + 2] = 0;
-  }
+  int of_warp = 0;
+  for_pairs(chosen, begin, end, [&](int, int expert) {
+    of_warp += __popc(__ballot_sync(ALL_LANES, expert == own));
+    if (expert >= 0) atomicAdd(&count[expert], 1);
+  });
+  if (lane == 0) of_warps[warp] = of_warp;
   __syncthreads();
-  for (int expert = threadIdx.x; expert < n_expert; expert += blockDim.x) {
-    int slot = first[expert];
-    for (int pair = 0; pair < n_pairs; pair++)
-      if (chosen[pair] == expert) {
-        y_rows[slot] = pair;
-        x_rows[slot++] = pair / share;
-      }
+  // Every warp: the slots and groups of the experts before the block's own, and all groups.
+  int slot = 0, group = 0, n_filled = 0;
+  for (int expert = lane; expert < n_expert; expert += 32) {
+    int of_expert = (count[expert] + size - 1) / size;
+    n_filled += of_expert;
+    if (expert < own) slot += count[expert], group += of_expert;
   }
+  slot = __reduce_add_sync(ALL_LANES, slot), group = __reduce_add_sync(ALL_LANES, group);
+  n_filled = __reduce_add_sync(ALL_LANES, n_filled);
+  for (int i = threadIdx.x; i * size < count[own]; i += threads) {
+    int* to = groups + 3 * (group + i);
+    to[0] = own, to[1] = slot + i * size, to[2] = min(size, count[own] - i * size);
+  }
+  if (own == 0)
+    for (int i = 3 * n_filled + threadIdx.x; i < 3 * n_groups; i += threads) groups[i] = 0;
+  slot += __reduce_add_sync(ALL_LANES, lane < warp ? of_warps[lane] : 0);
+  for_pairs(chosen, begin, end, [&](int pair, int expert) {
+    unsigned same = __ballot_sync(ALL_LANES, expert == own);
+    int at = slot + __popc(same & ((1u << lane) - 1));
+    if (expert == own) y_rows[at] = pair, x_rows[at] = pair / share;
+    slot += __popc(same);
+  });
 }

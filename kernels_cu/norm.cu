@@ -14,23 +14,6 @@
 #include "norm.cuh"
 #include "quantize_rows.cuh"
 
-// The sum over a row by a block of 256 threads. scratch (8,) may be reused after the next barrier.
-template <class Add>
-__device__ __forceinline__ float row_sum(const float* row, int n, float* scratch, const Add& add) {
-  float sum = part_of_sum(row, n, threadIdx.x / 32, add);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
-  __syncthreads();
-  return sum_of_parts(scratch);
-}
-
-// scratch: (16,)
-__device__ __forceinline__ Moments moments(const float* row, bool centred, int n, float eps, float* scratch) {
-  float mean = 0.0f;
-  if (centred)
-    mean = row_sum(row, n, scratch + 8, [](float sum, float x) { return sum + x; }) / static_cast<float>(n);
-  float squares = row_sum(row, n, scratch, [&](float sum, float x) { return __fmaf_rn(x - mean, x - mean, sum); });
-  return {mean, 1.0f / sqrtf(squares / static_cast<float>(n) + eps)};
-}
 __device__ __forceinline__ float normed(float x, Moments of, const float* weight, const float* bias, int i) {
   float value = (x - of.mean) * of.scale * weight[i];
   return bias ? value + bias[i] : value;

@@ -20,8 +20,6 @@ struct Workspace {
   u64 key, before;
   Found found;
   u64 total;
-  double top;
-  int token, problem, where;
 };
 
 // The first of candidates 0 … n - 1 in rank order at which the running sum of mass(i) reaches target ≥ 1. Candidates with

@@ -39,6 +39,7 @@ SANITIZED = (
     "qkv",
     "matmul_f32",
     "moe",
+    "router",
     "attention",
     "sampling",
     "memory",

@@ -20,6 +20,7 @@ from refengine.cuda.kernels import (
     qkv,
     quantize_rows,
     rope,
+    router,
 )
 from refengine.cuda.kernels.attention import PagedRows
 from refengine.cuda.kernels.moe import Groups
@@ -104,6 +105,10 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
     "route": (moe.route, (f32(N, 40), i32(N), i32(N, 33), f32(N, 33)), {}, "route: 33 of 40 .* at most 32"),
     "groups": (moe.group_experts, (i32(N, 1), 4, 1, Groups(i32(2, 3), i32(N), i32(N), 8)), {},
                r"the groups' array has the shape \(2, 3\), expected \(3, 3\)"),
+    "router": (router.route, (f32(N, N_IN), None, 0.0, matrix(), None, i32(N), i32(1), f32(N, N_OUT), f32(N, 2),
+               GROUPS), {}, r"blk\.0\.w: the router does not support Q8_0 \(32, 64\), 3 rows, 2 experts each"),
+    "router's norm": (router.route, (f32(N, N_IN), f32(32), 0.0, matrix(kind="F32"), None, i32(N), i32(1),
+                      f32(N, N_OUT), f32(N, 2), GROUPS), {}, r"blk\.0\.w: the norm's weight has the shape \(32,\)"),
     "shares": (moe.combine, (f32(6, 8), f32(N, 3), f32(N, 8), f32(N, 8)), {}, "combine: the array of outputs has"),
 }  # fmt: skip
 

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
+from refengine.cuda.kernels.moe import Groups, group_experts, most_groups
 from refengine.errors import KernelError
 from refengine.ops import moe
+from refengine.trace import to_numpy
 from tests.kernels.matrices import random_matrix
 from tests.kernels.op_twins import OpsThere
+from tests.kernels.runner import Kernels
 
 EPS = 2.0**-24
 
@@ -32,6 +35,59 @@ def test_soft_max_and_sum_are_their_twins(there: OpsThere) -> None:
     np.testing.assert_allclose(there.row_soft_max(x), expected, rtol=60 * EPS)  # e^x of an x rounded at 30
     experts = rng.standard_normal((5, 3, 40)).astype(np.float32)
     np.testing.assert_array_equal(there.sum_experts(experts), moe.sum_experts(experts))
+
+
+def expected_groups(chosen: np.ndarray, n_expert: int, n_groups: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The groups, and the pair of each slot, by a plain loop."""
+    groups: list[tuple[int, int, int]] = []
+    pairs: list[int] = []
+    for expert in range(n_expert):
+        own = np.flatnonzero(chosen == expert).tolist()
+        groups += [(expert, len(pairs) + i, min(size, len(own) - i)) for i in range(0, len(own), size)]
+        pairs += own
+    return np.array(groups + [(0, 0, 0)] * (n_groups - len(groups)), np.int32), np.array(pairs, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("n_pairs", "n_expert", "size", "share"),
+    [(1, 3, 8, 1), (8, 32, 8, 4), (250, 7, 8, 1), (8192, 32, 64, 4), (4100, 256, 8, 2), (9000, 2, 64, 8)],
+)
+@pytest.mark.parametrize("kind", ["even", "one expert", "absent rows"])
+def test_pairs_are_grouped_by_expert_in_ascending_order(
+    n_pairs: int, n_expert: int, size: int, share: int, kind: str, there: OpsThere
+) -> None:
+    rng = np.random.default_rng(n_pairs)
+    chosen = rng.integers(0, n_expert, n_pairs).astype(np.int32)
+    if kind == "one expert":
+        chosen[:] = n_expert - 1
+    if kind == "absent rows":
+        chosen[rng.random(n_pairs) < 0.4] = -1
+    n_groups = most_groups(n_pairs, n_expert, size)
+    xp = there.xp
+    slots = [xp.full(n_pairs, -7, xp.int32) for _ in range(2)]
+    groups = Groups(xp.full((n_groups, 3), -7, xp.int32), slots[0], slots[1], size)
+    group_experts(there.ops.kernels, there.put(chosen), n_expert, share, groups)
+    expected, pairs = expected_groups(chosen, n_expert, n_groups, size)
+    np.testing.assert_array_equal(to_numpy(groups.group), expected)
+    unused = np.full(n_pairs - len(pairs), -7)
+    np.testing.assert_array_equal(to_numpy(groups.y_rows), [*pairs, *unused])
+    np.testing.assert_array_equal(to_numpy(groups.x_rows), [*(pairs // share), *unused])
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("warps", [1, 3])
+def test_groups_do_not_depend_on_the_order_or_number_of_threads(order: int, warps: int, place: str) -> None:
+    if place == "cuda":
+        pytest.skip("threads run in an order of their own there")
+    n_pairs, n_expert, size = 1500, 5, 8
+    chosen = np.random.default_rng(2).integers(-1, n_expert, n_pairs).astype(np.int32)
+    n_groups = most_groups(n_pairs, n_expert, size)
+    groups, x_rows, y_rows = np.zeros((n_groups, 3), np.int32), np.zeros(n_pairs, np.int32), np.zeros(n_pairs, np.int32)
+    arguments = [chosen, groups, x_rows, y_rows, n_pairs, n_expert, n_groups, size, 4]
+    Kernels("moe", place).launch("group_experts", (n_expert,), (32 * warps,), arguments, 4 * n_expert, order=order)
+    expected, pairs = expected_groups(chosen, n_expert, n_groups, size)
+    np.testing.assert_array_equal(groups, expected)
+    np.testing.assert_array_equal(y_rows[: len(pairs)], pairs)
 
 
 @pytest.mark.parametrize("kind", ["MXFP4", "Q8_0", "Q4_1", "F32", "BF16", "F16"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from refengine.cuda.kernels.sampling import Sampler, allocated
+from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.sampling import checked_tokens, sample_rows
 from refengine.engine.sampling import SamplingParams, sample
 from refengine.errors import KernelError, RefengineError
@@ -99,7 +100,7 @@ def test_tokens_are_those_of_the_host(setting: int, kind: str, there: OpsThere) 
 
 @pytest.mark.parametrize("kind", ["flat", "two values", "close"])
 def test_many_candidates_of_nearly_one_weight(kind: str, there: OpsThere) -> None:
-    """More than a bin of draw.cu lists: it is searched as a row is."""
+    """More than draw_f32 lists: bins are searched as a row is."""
     rng = np.random.default_rng(5)
     n_vocab = 1300
     logits = np.zeros((len(SETTINGS), n_vocab), np.float32)
@@ -125,6 +126,42 @@ def test_rows_have_settings_of_their_own_and_do_not_know_each_other(there: OpsTh
     together = drawn(there, logits, params, histories)
     for i, one in enumerate(params):
         assert drawn(there, logits[i : i + 1], [one], histories[:1], [7], [i]) == together[i : i + 1]
+
+
+def test_a_large_vocabulary_and_a_long_history(there: OpsThere) -> None:
+    """Each thread has more than one round of loads; bins have hundreds of candidates, of which some are listed."""
+    rng = np.random.default_rng(8)
+    n_vocab = 7001
+    logits = (rng.standard_normal((len(SETTINGS), n_vocab)) * 0.3).astype(np.float32)
+    params = [SamplingParams(**s) for s in SETTINGS]
+    histories = [rng.integers(0, n_vocab, 700).tolist() for _ in params]
+    indices = list(range(len(params)))
+    expected = [sample(*given) for given in zip(logits, params, histories, indices, indices, strict=True)]
+    assert drawn(there, logits, params, histories, indices, indices) == expected
+
+
+class Turned(Kernels):
+    """Launches with the threads of a block in another order."""
+
+    def __init__(self, order: int) -> None:
+        super().__init__("host", "checked")
+        self._order = order
+
+    def launch(self, file: str, kernel: str, grid: Any, block: int, arguments: Any, *_: Any, **__: Any) -> None:
+        self.module(file).launch(kernel, grid, (block,), arguments, order=self._order)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_order_of_threads_does_not_matter(order: int, place: str) -> None:
+    if place == "cuda":
+        pytest.skip("threads run in an order of their own there")
+    rng = np.random.default_rng(order)
+    logits = np.round(rng.standard_normal((len(SETTINGS), 500)) * 4).astype(np.float32)
+    params = [SamplingParams(**s) for s in SETTINGS]
+    histories = [rng.integers(0, 500, 90).tolist() for _ in params]
+    indices = list(range(len(params)))
+    expected = [sample(*given) for given in zip(logits, params, histories, indices, indices, strict=True)]
+    assert checked_tokens(sample_rows(np, Turned(order), logits, params, histories, indices, indices)) == expected
 
 
 def test_draws_follow_the_distribution(there: OpsThere) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from refengine.array import Array
 from refengine.cuda.decode.buffers import Buffer, Buffers
 from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, NoFusedStep, Norm, Product, Shares, Value
-from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows, rope
+from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows, rope, router
 from refengine.cuda.kernels.attention import SPLIT, PagedRows, attention_step
 from refengine.cuda.kernels.few_rows import FEW_ROWS
 from refengine.cuda.kernels.moe import Groups
@@ -36,7 +36,8 @@ ROWS_IN_PRODUCT = 2  # for up to as many rows, products do the norm before them 
 @dataclass(frozen=True)
 class StepArrays:
     """The arrays that all steps share. ids, positions: (max_batch,) int32, positions below zero for rows without a
-    sequence; tables: (max_batch, n_blocks) int32, blocks of the cache; k, v: the cache of each layer.
+    sequence; tables: (max_batch, n_blocks) int32, blocks of the cache; routed: (1,) int32, zero between launches, for
+    `router.route`; k, v: the cache of each layer.
 
     angles: gives cos and sin (n_positions, n_rot / 2) float32, by the number of the request in `decode()`.
     """
@@ -44,6 +45,7 @@ class StepArrays:
     ids: Array
     positions: Array
     tables: Array
+    routed: Array
     k: Sequence[PagedRows]
     v: Sequence[PagedRows]
     n_ctx: int
@@ -275,33 +277,60 @@ class StepOps:
         assert total.experts is not None
         assert total.shares is not None
         down, added = self._arrays(total.experts, residual)
-        _, shares, _, _ = self._chosen(total.shares.choice)
+        shares, _, _ = self._chosen(total.shares.choice)
         self._use(shares)
         y = self._new(total.n_rows, total.width)
         self._launch(moe.combine, down, shares.array, added, y.array)
         return Value(total.n_rows, total.width, y)
 
-    def _chosen(self, choice: Choice) -> tuple[Buffer, Buffer, Groups, tuple[Buffer, ...]]:
-        """The experts of each row, their shares, and which rows go to which expert."""
+    def _chosen(self, choice: Choice) -> tuple[Buffer, Groups, tuple[Buffer, ...]]:
+        """The shares of each row's experts, and which rows go to which expert."""
         if choice.computed is None:
-            (scores,) = self._arrays(choice.scores)
-            n, n_used, n_expert = self._n, choice.n_used, choice.scores.width
-            n_pairs = n * n_used
-            chosen = self._b.new((n, n_used), np.int32)
-            shares = self._new(n, n_used)
-            self._launch(moe.route, scores, self._a.positions[:n], chosen.array, shares.array)
-            self._use(chosen)
+            n_pairs, n_expert, scores = self._n * choice.n_used, choice.scores.width, choice.scores
+            shares = self._new(self._n, choice.n_used)
             group = self._b.new((moe.most_groups(n_pairs, n_expert, FEW_ROWS), 3), np.int32)
             x_rows, y_rows = (self._b.new((n_pairs,), np.int32) for _ in range(2))
             groups = Groups(group.array, x_rows.array, y_rows.array, FEW_ROWS)
-            self._launch(moe.group_experts, chosen.array, n_expert, n_used, groups, overlap=True)
-            choice.computed = (chosen, shares, groups, (group, x_rows, y_rows))
+            choice.computed = (shares, groups, (group, x_rows, y_rows))
+            if (
+                isinstance(scores, Product)
+                and scores.buffer is None
+                and scores.choice is None
+                and scores.w is not None
+                and router.fits(scores.w, self._n, choice.n_used)
+            ):
+                self._route(scores, shares, groups)
+            else:
+                self._choose(scores, shares, groups)
+            self._use(shares, group, x_rows, y_rows)
         return choice.computed
+
+    def _route(self, scores: Product, shares: Buffer, groups: Groups) -> None:
+        """The scores, the choice and the groups in one launch, with the norm in front of it."""
+        x = scores.x
+        assert x is not None
+        if isinstance(x, Norm) and x.x is not None and x.buffer is None and x.bias is None:
+            (rows,), weight, eps = self._arrays(x.x), x.weight, x.eps
+        else:
+            (rows,), weight, eps = self._arrays(x), None, 0.0
+        scores.buffer = self._new(self._n, scores.width)
+        places = (self._a.positions[: self._n], self._a.routed)
+        outputs = (scores.buffer.array, shares.array, groups)
+        self._launch(router.route, rows, weight, eps, scores.w, scores.bias, *places, *outputs)
+
+    def _choose(self, scores: Value, shares: Buffer, groups: Groups) -> None:
+        """The choice by scores that are computed in a launch of their own."""
+        (rows,) = self._arrays(scores)
+        n_used = shares.array.shape[1]
+        chosen = self._b.new((self._n, n_used), np.int32)
+        self._launch(moe.route, rows, self._a.positions[: self._n], chosen.array, shares.array)
+        self._use(chosen)
+        self._launch(moe.group_experts, chosen.array, scores.width, n_used, groups, overlap=True)
 
     def _groups(self, product: Product, x: Value) -> tuple[Groups | None, tuple[Buffer, ...]]:
         if product.choice is None:
             return None, ()
-        _, _, groups, buffers = self._chosen(product.choice)
+        _, groups, buffers = self._chosen(product.choice)
         return (groups.by_pair if x.n_rows == product.n_rows else groups), buffers
 
     # --- Computing deferred values ---

@@ -103,6 +103,7 @@ class StepPlan:
             "ids": ((max_batch,), np.int32),
             "positions": ((max_batch,), np.int32),
             "tables": ((max_batch, n_blocks), np.int32),
+            "routed": ((1,), np.int32),
         }
         angles: dict[int, tuple[int, int]] = {}
 
@@ -165,7 +166,7 @@ class DecodeStep:
             self._tables = [tuple(self._arena.take(shape, np.float32) for _ in range(2)) for shape in plan.angles]
             self._b = {name: self._arena.take(shape, dtype) for name, (shape, dtype) in plan.state.items()}
         self._filled: set[int] = set()
-        rows = {name: self._b[name] for name in ("ids", "positions", "tables")}
+        rows = {name: self._b[name] for name in ("ids", "positions", "tables", "routed")}
         self._arrays = StepArrays(
             **rows, k=kv.k, v=kv.v, n_ctx=kv.n_ctx, n_positions=self.n_positions, angles=self._angles
         )

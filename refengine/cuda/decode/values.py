@@ -42,11 +42,11 @@ class Norm(Value):
 
 @dataclass(eq=False)
 class Choice:
-    """The experts chosen from scores. computed: (chosen, shares, groups, their buffers), made when first needed."""
+    """The experts chosen from scores. computed: (shares, groups, the groups' buffers), made when first needed."""
 
     scores: Value
     n_used: int
-    computed: tuple[Buffer, Buffer, Groups, tuple[Buffer, ...]] | None = None
+    computed: tuple[Buffer, Groups, tuple[Buffer, ...]] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,7 +89,8 @@ def group_experts(
     check_shape("group_experts", "the array of rows written", groups.y_rows, (n_pairs,))
     arrays = [chosen, groups.group, groups.x_rows, groups.y_rows]
     sizes = [n_pairs, n_expert, len(groups.group), groups.size, share]
-    kernels.launch("moe", "group_experts", (1,), 256, [*arrays, *sizes], 8 * n_expert, overlap=overlap)
+    threads = min(1024, -(-n_pairs // 256) * 32)  # a lane has eight pairs in flight
+    kernels.launch("moe", "group_experts", (n_expert,), threads, [*arrays, *sizes], 4 * n_expert, overlap=overlap)
 
 
 def sum_experts(kernels: Kernels, experts: Array, y: Array) -> None:
