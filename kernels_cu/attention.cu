@@ -50,6 +50,10 @@ __device__ __forceinline__ float largest_of_four(float x) {
   x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
   return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
+__device__ __forceinline__ float largest_of_eight(const float* x) {
+  float4 a = *reinterpret_cast<const float4*>(x), b = *reinterpret_cast<const float4*>(x + 4);
+  return fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
+}
 __device__ __forceinline__ float sum_of_four(float x) {
   x += __shfl_xor_sync(ALL_LANES, x, 1);
   return x + __shfl_xor_sync(ALL_LANES, x, 2);
@@ -330,56 +334,6 @@ ATTENTION(attention_splits_64, 2, true)
 ATTENTION(attention_splits_96, 3, true)
 ATTENTION(attention_splits_128, 4, true)
 
-__device__ __forceinline__ int first_split_seen(int position, int window) {
-  return window ? max(position - window + 1, 0) / (TILE * WARPS) : 0;
-}
-
-template <int G>
-__device__ __forceinline__ void attention_step(const float* q, Cache cache, const int* tables, const int* positions,
-                                               float* partial, int n_head, int window, float scale, int table_stride,
-                                               int most_splits) {
-  DYNAMIC_SHARED(unsigned char, memory);
-  auto& shared = *reinterpret_cast<Shared<G>*>(memory);
-  let_next_begin();
-  wait_for_previous();
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y, group = n_head / cache.n_head_kv;
-  int n_tiles = (group + ROWS - 1) / ROWS, token = blockIdx.x / n_tiles, first_row = blockIdx.x % n_tiles * ROWS;
-  int at = positions[token];
-  if (at < 0) return;
-  int first = first_split_seen(at, window), end = at / (TILE * WARPS) + 1;
-  if (first + static_cast<int>(blockIdx.z) >= end) return;
-  cache.n_kv = at + 1, cache.table = tables + static_cast<long long>(token) * table_stride;
-  const int span[2] = {token, 1}, position[2] = {at, at};
-  load_q<G>(shared, q, span, first_row, group, n_head, head, cache.head_dim);
-  for (int split = first + blockIdx.z; split < end; split += gridDim.z) {
-    float o[G * 2];
-    attend<G>(shared, cache, head, split, split + 1, at, at, position, window, __fmul_rn(scale, LOG2_E), o);
-#pragma unroll
-    for (int i = 0; i < G * 2; i++) {
-      int f = i * WARPS + warp, in_block = row_in(f, lane), row = first_row + in_block, d = column_in(f, lane);
-      if (row >= group) continue;
-      float* to = partial + ((static_cast<long long>(token) * n_head + head * group + row) * most_splits + split - first) *
-                                (cache.head_dim + 2);
-      if (d < cache.head_dim) to[d] = o[i];
-      if (d == 0) to[cache.head_dim] = shared.total_m[in_block], to[cache.head_dim + 1] = shared.total_l[in_block];
-    }
-    __syncthreads();
-  }
-}
-
-#define ATTENTION_STEP(name, G)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(256, 1)                                                               \
-      name(const float* q, CachedRows k, CachedRows v, const int* tables, const int* positions, float* partial,      \
-           int n_head, int n_head_kv, int head_dim, int block_size, int window, float scale, int table_stride,       \
-           int most_splits) {                                                                                        \
-    attention_step<G>(q, cache_of(k, v, tables, block_size, n_head_kv, head_dim), tables, positions, partial,        \
-                      n_head, window, scale, table_stride, most_splits);                                             \
-  }
-ATTENTION_STEP(attention_step_32, 1)
-ATTENTION_STEP(attention_step_64, 2)
-ATTENTION_STEP(attention_step_96, 3)
-ATTENTION_STEP(attention_step_128, 4)
-
 extern "C" __global__ void attention_merge(const float* partial, const float* sinks, float* y, int n_head, int head_dim,
                                            int n_splits) {
   long long row = static_cast<long long>(blockIdx.x) * n_head + blockIdx.y;
@@ -387,24 +341,6 @@ extern "C" __global__ void attention_merge(const float* partial, const float* si
   float m = minus_infinity(), l = 0.0f, o = 0.0f;
   for (int split = 0; split < n_splits; split++) {
     const float* from = partial + (row * n_splits + split) * (head_dim + 2);
-    float keep, add;
-    fold(m, l, from[head_dim], from[head_dim + 1], keep, add);
-    if (add != NOTHING) o = folded(o, from[d], keep, add);
-  }
-  y[row * head_dim + d] = __fmul_rn(o, finish(m, l, sinks, blockIdx.y));
-}
-
-extern "C" __global__ void attention_step_merge(const float* partial, const float* sinks, const int* positions, float* y,
-                                                int n_head, int head_dim, int window, int most_splits) {
-  let_next_begin();
-  wait_for_previous();
-  int position = positions[blockIdx.x], d = threadIdx.x;
-  if (position < 0) return;
-  long long row = static_cast<long long>(blockIdx.x) * n_head + blockIdx.y;
-  int n_splits = position / (TILE * WARPS) + 1 - first_split_seen(position, window);
-  float m = minus_infinity(), l = 0.0f, o = 0.0f;
-  for (int split = 0; split < n_splits; split++) {
-    const float* from = partial + (row * most_splits + split) * (head_dim + 2);
     float keep, add;
     fold(m, l, from[head_dim], from[head_dim + 1], keep, add);
     if (add != NOTHING) o = folded(o, from[d], keep, add);
@@ -422,3 +358,505 @@ extern "C" __global__ void kv_append_f16(const float* x, const long long* slots,
   for (int i = threadIdx.x; i < head_dim; i += 32) cache.values[at * head_dim + i] = f32_to_f16(times_power(row[i], e));
   if (threadIdx.x == 0) cache.exponents[at] = static_cast<unsigned char>(e + 127);
 }
+
+// --- One token for each sequence ---
+
+constexpr int SPLIT = TILE * WARPS;
+constexpr int AT_ONCE = 2;  // tiles that a block computes together: of each, a warp has 8 positions, then 16 columns
+
+template <int G>
+struct StepShared {
+  static constexpr int STRIDE = Shared<G>::STRIDE;
+  f16 q[ROWS * STRIDE], new_k[G * 32], new_v[G * 32];
+  uint4 p[AT_ONCE][4][32];             // P as lanes hold it for a product: [which 16 positions][lane]
+  float4 weights[AT_ONCE][WARPS][32];  // p as lanes have computed it
+  float m[AT_ONCE][ROWS][WARPS], top[AT_ONCE][ROWS][WARPS];  // of a warp's 8 positions
+  float l[AT_ONCE][ROWS];
+  float heads[WARPS][G * 32];
+  float q_scale[ROWS], sinks[ROWS];
+  unsigned char exponents[WARPS][32], new_exponents[2];
+  int is_last;
+};
+
+// What a lane, 4 · r + c, has requested of the tiles. K: position r of the warp's 8, columns 8c … 8c + 7 of each group. V:
+// columns 2r and 2r + 1 of the warp's 16, at the positions of a product's operand. One exponent: lanes 16 · t … have those of
+// the warp's 8 positions of tile t: K, V, K, V, … All of it is zero for positions that are not in the cache.
+template <int G>
+struct Requested {
+  uint4 k[AT_ONCE][G];
+  uint32_t v[AT_ONCE][16];
+  unsigned char exponent;
+};
+
+// The blocks of the cache that have the tiles from `start` on. oldest: the first position that the row sees.
+__device__ __forceinline__ void request_blocks(int (&blocks)[AT_ONCE], const Cache& cache, int start, int oldest) {
+#pragma unroll
+  for (int t = 0; t < AT_ONCE; t++) {
+    int tile = start + t * TILE;
+    blocks[t] = tile <= cache.n_kv && tile + TILE > oldest ? cache.table[tile / cache.block_size] : 0;
+  }
+}
+
+// The place of head `head` of a tile's first position, counted in heads.
+__device__ __forceinline__ long long place_of(const Cache& cache, int tile, int block, int head) {
+  return (static_cast<long long>(block) * cache.block_size + tile % cache.block_size) * cache.n_head_kv + head;
+}
+
+template <int G>
+__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const int (&blocks)[AT_ONCE], int head,
+                                          int start, int oldest) {
+  int own = threadIdx.x / 4, c = threadIdx.x % 4;  // the position in the tile
+#pragma unroll
+  for (int t = 0; t < AT_ONCE; t++) {
+    int tile = start + t * TILE;
+    bool exists = tile + own < cache.n_kv && tile + TILE > oldest;
+    long long place = place_of(cache, tile, blocks[t], head) + own * cache.n_head_kv;
+    const f16* k = cache.k + place * cache.head_dim + c * 8;
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      requested.k[t][g] = make_uint4(0, 0, 0, 0);
+      if (exists && g * 32 + c * 8 < cache.head_dim) requested.k[t][g] = load_constant<uint4>(k + g * 32);
+    }
+  }
+}
+
+// The position, from `start` on, whose exponent a lane has.
+__device__ __forceinline__ int position_of_exponent() {
+  int lane = threadIdx.x % 32;
+  return lane / 16 * TILE + threadIdx.x / 32 * 8 + lane % 16 / 2;
+}
+
+template <int G>
+__device__ __forceinline__ void request_exponent(Requested<G>& requested, const Cache& cache, const int (&blocks)[AT_ONCE],
+                                                 int head, int start, int oldest) {
+  int t = threadIdx.x % 32 / 16, tile = start + t * TILE, position = start + position_of_exponent();
+  requested.exponent = 0;
+  if (position < cache.n_kv && tile + TILE > oldest) {
+    const unsigned char* exponents = threadIdx.x % 2 ? cache.v_exponents : cache.k_exponents;
+    requested.exponent = exponents[place_of(cache, tile, t ? blocks[1] : blocks[0], head) +
+                                   static_cast<long long>(position - tile) * cache.n_head_kv];
+  }
+}
+
+// The position in a tile of element i of Requested::v.
+__device__ __forceinline__ int position_in(int i) {
+  return i / 4 * 16 + threadIdx.x % 4 * 2 + i % 2 + i / 2 % 2 * 8;
+}
+
+template <int G>
+__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const int (&blocks)[AT_ONCE], int head,
+                                          int start, int oldest, int t) {
+  int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2, tile = start + t * TILE;
+  int left = column < cache.head_dim && tile + TILE > oldest ? cache.n_kv - tile : 0;
+  const f16* v = cache.v + place_of(cache, tile, blocks[t], head) * cache.head_dim + column;
+  int stride = cache.n_head_kv * cache.head_dim;
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    requested.v[t][i] = 0;
+    if (position_in(i) < left) requested.v[t][i] = load_constant<uint32_t>(v + position_in(i) * stride);
+  }
+}
+
+// Element j * 32 + lane of a head; zeros after its end, and without a head.
+template <int G>
+__device__ __forceinline__ void load_head(float (&x)[G], const float* from, int head_dim) {
+#pragma unroll
+  for (int j = 0; j < G; j++) {
+    int i = j * 32 + threadIdx.x % 32;
+    x[j] = from && i < head_dim ? from[i] : 0.0f;
+  }
+}
+
+// rms_norm_f32 of a head by one warp, which computes the sums of a block's eight warps one after another.
+template <int G>
+__device__ __forceinline__ void norm_head(float (&x)[G], const float (&weight)[G], int n, float eps) {
+  float total = 0.0f;
+#pragma unroll
+  for (int j = 0; j < G; j++) total += warp_sum(__fmaf_rn(x[j], x[j], 0.0f));
+  float factor = 1.0f / sqrtf(total / static_cast<float>(n) + eps);
+#pragma unroll
+  for (int j = 0; j < G; j++) x[j] = x[j] * factor * weight[j];
+}
+
+// Rotates a head by one warp, through `row` in shared memory. cos, sin: of pairs j * 32 + lane.
+template <int G>
+__device__ __forceinline__ void rotate_head(float (&x)[G], float* row, const float (&cos)[(G + 1) / 2],
+                                            const float (&sin)[(G + 1) / 2], int half, int neox, int head_dim) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < G; j++)
+    if (j * 32 + lane < head_dim) row[j * 32 + lane] = x[j];
+  __syncwarp(ALL_LANES);
+#pragma unroll
+  for (int j = 0; j < (G + 1) / 2; j++) {
+    int i = j * 32 + lane, first = neox ? i : 2 * i, second = neox ? i + half : first + 1;
+    if (i >= half) continue;
+    float a = row[first], b = row[second];
+    row[first] = __fadd_rn(__fmul_rn(a, cos[j]), -__fmul_rn(b, sin[j]));
+    row[second] = __fadd_rn(__fmul_rn(a, sin[j]), __fmul_rn(b, cos[j]));
+  }
+  __syncwarp(ALL_LANES);
+#pragma unroll
+  for (int j = 0; j < G; j++)
+    if (j * 32 + lane < head_dim) x[j] = row[j * 32 + lane];
+}
+
+// Element i of a row of halves times 2^-e, where x has the elements of a head.
+template <int G>
+__device__ __forceinline__ int halves_of_head(f16 (&halves)[G], const float (&x)[G], int head_dim) {
+  int lane = threadIdx.x % 32;
+  float top = 0.0f;
+#pragma unroll
+  for (int j = 0; j < G; j++)
+    if (j * 32 + lane < head_dim) top = larger_or_nan(top, fabsf(x[j]));
+  int e = row_exponent(warp_top(top));
+#pragma unroll
+  for (int j = 0; j < G; j++) halves[j] = j * 32 + lane < head_dim ? f32_to_f16(times_power(x[j], e)) : 0;
+  return e;
+}
+
+// Replaces what was not in the cache, the new position, which is in the tiles from `start` on.
+template <int G>
+__device__ __forceinline__ void put_new(Requested<G>& requested, const StepShared<G>& shared, int start, int at) {
+  int warp = threadIdx.x / 32, r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  if (start + position_of_exponent() == at) requested.exponent = shared.new_exponents[threadIdx.x % 2];
+#pragma unroll
+  for (int t = 0; t < AT_ONCE; t++) {
+    int in_tile = at - start - t * TILE;
+    if (in_tile < 0 || in_tile >= TILE) continue;
+    if (in_tile == warp * 8 + r) {
+#pragma unroll
+      for (int g = 0; g < G; g++) requested.k[t][g] = *reinterpret_cast<const uint4*>(&shared.new_k[g * 32 + c * 8]);
+    }
+    if (warp * 16 >= G * 32) continue;
+    uint32_t v = *reinterpret_cast<const uint32_t*>(&shared.new_v[warp * 16 + r * 2]);
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+      if (in_tile == position_in(i)) requested.v[t][i] = v;
+  }
+}
+
+// Folds the splits of n_rows rows, in order, and writes y. By all threads of a block.
+__device__ __forceinline__ void fold_splits(const float* partial, const float* sinks, float* y, int n_rows, int head_dim,
+                                            int n_splits, int most_splits) {
+  constexpr int TOGETHER = 4;
+  int pairs = head_dim / 2;
+  for (int i = threadIdx.x; i < n_rows * pairs; i += blockDim.x) {
+    int row = i / pairs, d = i % pairs * 2;
+    const float* from = partial + static_cast<long long>(row) * most_splits * (head_dim + 2);
+    float m = minus_infinity(), l = 0.0f, o[2] = {};
+    for (int first = 0; first < n_splits; first += TOGETHER) {
+      float2 sums[TOGETHER], others[TOGETHER];
+#pragma unroll
+      for (int s = 0; s < TOGETHER; s++) {
+        sums[s] = make_float2(minus_infinity(), 0.0f), others[s] = make_float2(0.0f, 0.0f);
+        if (first + s >= n_splits) continue;
+        const float* split = from + static_cast<long long>(first + s) * (head_dim + 2);
+        sums[s] = *reinterpret_cast<const float2*>(split + head_dim);
+        others[s] = *reinterpret_cast<const float2*>(split + d);
+      }
+#pragma unroll
+      for (int s = 0; s < TOGETHER; s++) {
+        float keep, add;
+        fold(m, l, sums[s].x, sums[s].y, keep, add);
+        if (add != NOTHING) o[0] = folded(o[0], others[s].x, keep, add), o[1] = folded(o[1], others[s].y, keep, add);
+      }
+    }
+    float factor = finish(m, l, sinks, row);
+    *reinterpret_cast<float2*>(y + row * head_dim + d) = make_float2(__fmul_rn(o[0], factor), __fmul_rn(o[1], factor));
+  }
+}
+
+template <int G>
+__device__ __forceinline__ void attention_step(const Projections& qkv, const float* q_norm, const float* k_norm,
+                                               const float* cos, const float* sin, const NewRows& k_cache,
+                                               const NewRows& v_cache, const int* tables, const int* positions,
+                                               const float* sinks, float* partial, int* arrived, float* y, int q_stride,
+                                               int k_stride, int v_stride, int n_head, int n_head_kv, int head_dim,
+                                               int half, int neox, int block_size, int window, int table_stride,
+                                               int most_splits, float eps, float q_factor, float scale) {
+  DYNAMIC_SHARED(unsigned char, memory);
+  auto& shared = *reinterpret_cast<StepShared<G>*>(memory);
+  let_next_begin();
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4, head = blockIdx.y;
+  int group = n_head / n_head_kv, n_tiles = (group + ROWS - 1) / ROWS;
+  int token = blockIdx.x / n_tiles, first_row = blockIdx.x % n_tiles * ROWS, n_rows = min(group - first_row, ROWS);
+  int at = positions[token], oldest = window ? max(at - window + 1, 0) : 0, first_split = oldest / SPLIT;
+  int n_splits = at / SPLIT + 1 - first_split, z = blockIdx.z, n_blocks = gridDim.z;
+  if (at < 0 || z >= n_splits) {
+    if (z == 0) wait_for_previous();  // so that this kernel does not end before the previous one
+    return;
+  }
+
+  // What the previous kernel does not write.
+  Cache cache{k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents,
+              tables + static_cast<long long>(token) * table_stride, block_size, n_head_kv, head_dim, at};
+  int start = max((first_split + z) * SPLIT, oldest / (AT_ONCE * TILE) * (AT_ONCE * TILE));
+  int blocks[AT_ONCE];
+  Requested<G> requested;
+  request_blocks(blocks, cache, start, oldest);
+  bool has_new = (n_splits - 1) % n_blocks == z;
+  int new_block = has_new ? cache.table[at / block_size] : 0;
+  request_k(requested, cache, blocks, head, start, oldest);
+  request_exponent(requested, cache, blocks, head, start, oldest);
+#pragma unroll
+  for (int t = 0; t < AT_ONCE; t++) request_v(requested, cache, blocks, head, start, oldest, t);
+  auto after = [&](int start) {  // the tiles that this block computes after those from `start` on
+    int next = start + AT_ONCE * TILE;
+    return next % SPLIT ? next : next + (n_blocks - 1) * SPLIT;
+  };
+  request_blocks(blocks, cache, after(start), oldest);
+  float x[G], weight_of[G], cos_of[(G + 1) / 2] = {}, sin_of[(G + 1) / 2] = {};
+  int n_jobs = n_rows + (has_new ? 2 : 0);  // heads of Q, then K and V
+  auto weights = [&](int job) { return job < n_rows ? q_norm : job == n_rows ? k_norm : nullptr; };
+  load_head<G>(weight_of, warp < n_jobs ? weights(warp) : nullptr, head_dim);
+#pragma unroll
+  for (int j = 0; j < (G + 1) / 2; j++)
+    if (cos && j * 32 + lane < half) {
+      long long i = static_cast<long long>(at) * half + j * 32 + lane;
+      cos_of[j] = cos[i], sin_of[j] = sin[i];
+    }
+  int query_head = head * group + first_row;
+  if (sinks && threadIdx.x < n_rows) shared.sinks[threadIdx.x] = sinks[query_head + threadIdx.x];
+  for (int i = n_rows * StepShared<G>::STRIDE + threadIdx.x; i < ROWS * StepShared<G>::STRIDE; i += blockDim.x) shared.q[i] = 0;
+  if (threadIdx.x >= n_rows && threadIdx.x < ROWS) shared.q_scale[threadIdx.x] = 1.0f;
+
+  wait_for_previous();
+  auto projected = [&](int job) {
+    const float* from = job < n_rows ? qkv.q + static_cast<long long>(token) * q_stride + (query_head + job) * head_dim
+                        : job == n_rows ? qkv.k + static_cast<long long>(token) * k_stride + head * head_dim
+                                        : qkv.v + static_cast<long long>(token) * v_stride + head * head_dim;
+    return job < n_jobs ? from : nullptr;
+  };
+  load_head<G>(x, projected(warp), head_dim);
+  for (int job = warp; job < n_jobs; job += WARPS) {
+    bool of_q = job < n_rows, of_k = job == n_rows;
+    float next[G];
+    load_head<G>(next, projected(job + WARPS), head_dim);
+    if (weights(job)) norm_head<G>(x, weight_of, head_dim, eps);
+    if (cos && (of_q || of_k)) rotate_head<G>(x, shared.heads[warp], cos_of, sin_of, half, neox, head_dim);
+    if (of_q && q_factor != 1.0f)
+#pragma unroll
+      for (int j = 0; j < G; j++) x[j] = __fmul_rn(x[j], q_factor);
+    f16 halves[G];
+    int e = halves_of_head<G>(halves, x, head_dim);
+    f16* to = of_q ? &shared.q[job * StepShared<G>::STRIDE] : of_k ? shared.new_k : shared.new_v;
+#pragma unroll
+    for (int j = 0; j < G; j++) to[j * 32 + lane] = halves[j];
+    if (of_q) {
+      if (lane == 0) shared.q_scale[job] = power_of_two(e);
+    } else {
+      if (lane == 0) shared.new_exponents[of_k ? 0 : 1] = static_cast<unsigned char>(e + 127);
+      if (first_row == 0) {
+        long long place = place_of(cache, at, new_block, head);
+        f16* values = of_k ? k_cache.values : v_cache.values;
+#pragma unroll
+        for (int j = 0; j < G; j++)
+          if (j * 32 + lane < head_dim) values[place * head_dim + j * 32 + lane] = halves[j];
+        if (lane == 0) (of_k ? k_cache.exponents : v_cache.exponents)[place] = static_cast<unsigned char>(e + 127);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < G; j++) x[j] = next[j];
+    if (weights(job) != weights(job + WARPS)) load_head<G>(weight_of, weights(job + WARPS), head_dim);
+  }
+  __syncthreads();
+
+  float factor[2] = {__fmul_rn(shared.q_scale[r], __fmul_rn(scale, LOG2_E)),
+                     __fmul_rn(shared.q_scale[r + 8], __fmul_rn(scale, LOG2_E))};
+  float m_all[2] = {minus_infinity(), minus_infinity()}, l_all[2] = {}, o[2][4] = {};  // of the split so far
+  while (true) {
+    int next = after(start);
+    if (start + AT_ONCE * TILE > at) put_new<G>(requested, shared, start, at);
+    shared.exponents[warp][lane] = requested.exponent;
+    __syncwarp(ALL_LANES);
+    uint32_t exponents[AT_ONCE];  // of the positions whose scores this lane has: K, V, K, V
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; t++)
+      exponents[t] = *reinterpret_cast<const uint32_t*>(&shared.exponents[warp][t * 16 + c * 4]);
+
+    float s[AT_ONCE][4] = {};
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      MmaA a[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        uint4 four = *reinterpret_cast<const uint4*>(&shared.q[(r + 8 * i) * StepShared<G>::STRIDE + g * 32 + c * 8]);
+        a[0].x[i] = four.x, a[0].x[2 + i] = four.y, a[1].x[i] = four.z, a[1].x[2 + i] = four.w;
+      }
+#pragma unroll
+      for (int t = 0; t < AT_ONCE; t++) {
+        uint4 four = requested.k[t][g];
+        MmaD d = {{s[t][0], s[t][1], s[t][2], s[t][3]}};
+        mma_m16n8k16(d, a[0], {{four.x, four.y}});
+        mma_m16n8k16(d, a[1], {{four.z, four.w}});
+#pragma unroll
+        for (int i = 0; i < 4; i++) s[t][i] = d.x[i];
+      }
+    }
+    if (next <= at) {
+      request_k(requested, cache, blocks, head, next, oldest);
+      request_exponent(requested, cache, blocks, head, next, oldest);
+    }
+
+    float m[AT_ONCE][2];
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; t++) {
+      m[t][0] = m[t][1] = minus_infinity();
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int position = start + t * TILE + warp * 8 + 2 * c + i % 2;
+        float k_scale = __uint_as_float((exponents[t] >> 16 * (i % 2) & 255) << 23);
+        s[t][i] = position > at || position < oldest ? minus_infinity()
+                                                     : __fmul_rn(__fmul_rn(s[t][i], factor[i / 2]), k_scale);
+        m[t][i / 2] = fmaxf(m[t][i / 2], s[t][i]);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        m[t][h] = largest_of_four(m[t][h]);
+        if (c == 0) shared.m[t][r + 8 * h][warp] = m[t][h];
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; t++) {
+      float top[2] = {}, p[4];
+#pragma unroll
+      for (int h = 0; h < 2; h++) m[t][h] = largest_of_eight(shared.m[t][r + 8 * h]);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float of_row = m[t][i / 2];
+        p[i] = of_row == minus_infinity() && s[t][i] == of_row ? 0.0f : exp2f(s[t][i] - of_row);
+        s[t][i] = __fmul_rn(p[i], __uint_as_float((exponents[t] >> (16 * (i % 2) + 8) & 255) << 23));
+        top[i / 2] = fmaxf(top[i / 2], s[t][i]);
+      }
+      shared.weights[t][warp][lane] = make_float4(p[0], p[1], p[2], p[3]);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        top[h] = largest_of_four(top[h]);
+        if (c == 0) shared.top[t][r + 8 * h][warp] = top[h];
+      }
+    }
+    __syncthreads();
+    float down[AT_ONCE][2];
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; t++) {
+      uint32_t halves[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        uint32_t field = __float_as_uint(largest_of_eight(shared.top[t][r + 8 * h])) >> 23;
+        field = min(max(field, 15u), 254u);
+        float up = __uint_as_float((268u - field) << 23);
+        down[t][h] = __uint_as_float((field - 14u) << 23);
+        halves[h] = f32_to_f16x2(__fmul_rn(s[t][2 * h], up), __fmul_rn(s[t][2 * h + 1], up));
+      }
+      reinterpret_cast<uint2*>(&shared.p[t][warp / 2][lane])[warp % 2] = make_uint2(halves[0], halves[1]);
+      if (warp == t) {
+        float l[2] = {};
+#pragma unroll
+        for (int n = 0; n < WARPS; n++) {
+          float4 p = shared.weights[t][n][lane];
+          l[0] += p.x, l[0] += p.y, l[1] += p.z, l[1] += p.w;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          l[h] = sum_of_four(l[h]);
+          if (c == 0) shared.l[t][r + 8 * h] = l[h];
+        }
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; t++) {
+      if (start + t * TILE > at) break;
+      MmaD d[2] = {};
+#pragma unroll
+      for (int kk = 0; kk < 4; kk++) {
+        uint4 four = shared.p[t][kk][lane];
+        MmaA p = {{four.x, four.y, four.z, four.w}};
+        const uint32_t* v = &requested.v[t][kk * 4];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          unsigned selector = j ? 0x7632 : 0x5410;
+          mma_m16n8k16(d[j], p, {{__byte_perm(v[0], v[1], selector), __byte_perm(v[2], v[3], selector)}});
+        }
+      }
+      if (next <= at) request_v(requested, cache, blocks, head, next, oldest, t);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float keep, add;
+        fold(m_all[h], l_all[h], m[t][h], shared.l[t][r + 8 * h], keep, add);
+        if (add == NOTHING) continue;
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+          for (int i = 2 * h; i < 2 * h + 2; i++)
+            o[j][i] = folded(o[j][i], __fmul_rn(d[j].x[i], down[t][h]), keep, add);
+      }
+    }
+
+    if (start / SPLIT != next / SPLIT || next > at) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        int row = r + 8 * h, d = warp * 16 + c * 4;
+        if (row >= n_rows || d >= head_dim) continue;
+        // Element i % 2 of sum j is of column d + i % 2 * 2 + j. Adding 0 is what folding into nothing does.
+        float four[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) four[i] = __fadd_rn(o[i % 2][2 * h + i / 2], 0.0f);
+        if (n_splits == 1) {
+          float by = finish(m_all[h], l_all[h], sinks ? shared.sinks : nullptr, row);
+          *reinterpret_cast<float4*>(y + (static_cast<long long>(token) * n_head + query_head + row) * head_dim + d) =
+              make_float4(__fmul_rn(four[0], by), __fmul_rn(four[1], by), __fmul_rn(four[2], by), __fmul_rn(four[3], by));
+        } else {
+          float* to = partial + ((static_cast<long long>(token) * n_head + query_head + row) * most_splits +
+                                 start / SPLIT - first_split) * (head_dim + 2);
+          *reinterpret_cast<float2*>(to + d) = make_float2(four[0], four[1]);
+          *reinterpret_cast<float2*>(to + d + 2) = make_float2(four[2], four[3]);
+          if (d == 0) *reinterpret_cast<float2*>(to + head_dim) = make_float2(m_all[h], l_all[h]);
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; h++) m_all[h] = minus_infinity(), l_all[h] = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[j][i] = 0.0f;
+    }
+    if (next > at) break;
+    start = next;
+    request_blocks(blocks, cache, after(start), oldest);
+  }
+  if (n_splits == 1) return;
+
+  // The block that is last of those with the same rows folds all their splits.
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int* counter = arrived + blockIdx.x * gridDim.y + blockIdx.y;
+    __threadfence();
+    shared.is_last = atomicAdd(counter, 1) == min(n_splits, n_blocks) - 1;
+    if (shared.is_last) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!shared.is_last) return;
+  long long row = static_cast<long long>(token) * n_head + query_head;
+  fold_splits(partial + row * most_splits * (head_dim + 2), sinks ? shared.sinks : nullptr, y + row * head_dim, n_rows,
+              head_dim, n_splits, most_splits);
+}
+
+#define ATTENTION_STEP(name, G)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
+      name(Projections qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin, NewRows k,   \
+           NewRows v, const int* tables, const int* positions, const float* sinks, float* partial, int* arrived,       \
+           float* y, int q_stride, int k_stride, int v_stride, int n_head, int n_head_kv, int head_dim, int half,      \
+           int neox, int block_size, int window, int table_stride, int most_splits, float eps, float q_factor,         \
+           float scale) {                                                                                              \
+    attention_step<G>(qkv, q_norm, k_norm, cos, sin, k, v, tables, positions, sinks, partial, arrived, y, q_stride,    \
+                      k_stride, v_stride, n_head, n_head_kv, head_dim, half, neox, block_size, window, table_stride,   \
+                      most_splits, eps, q_factor, scale);                                                              \
+  }
+ATTENTION_STEP(attention_step_32, 1)
+ATTENTION_STEP(attention_step_64, 2)
+ATTENTION_STEP(attention_step_96, 3)
+ATTENTION_STEP(attention_step_128, 4)

@@ -9,17 +9,17 @@ from gguf import GGMLQuantizationType
 
 from refengine.cache.paged import CacheSequence
 from refengine.config import RopeConfig
-from refengine.cuda.kernels import attention, matmul, moe, norm, rope
+from refengine.cuda.kernels import attention, matmul, moe, norm
+from refengine.cuda.kernels.attention import Projections, Rotation
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import Rows, quantize_rows
-from refengine.cuda.kernels.rope import Projections, Rotation
 from refengine.cuda.layout import PackedMatrix
 from refengine.trace import to_numpy
 from tests.kernels.op_twins import OpsThere
 
 ROPE = RopeConfig(n_rot=24, freq_base=1e4, freq_scale=1.0, n_ctx_orig=4096, ext_factor=0.0, attn_factor=1.0)
 EPS = 1e-5
-N_POSITIONS = 1152
+N_POSITIONS = 1536
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +63,35 @@ def test_a_norm_and_its_halves(n_embd: int, with_bias: bool, there: OpsThere) ->
         np.testing.assert_array_equal(to_numpy(getattr(rows, name)), to_numpy(getattr(alone, name)))
 
 
-LENGTHS = (1, 700, 64, 1100, 513)  # positions, the new one included
+# Positions of sequences, the new one included: at the ends of tiles of 64, of two of them, and of splits of 512.
+LENGTHS = (1, 700, 64, 1100, 513)
+SHORT, LONG = (1, 2, 63, 64, 65, 128, 129, 200), (511, 512, 513, 1024, 1025)
 
 
 @pytest.mark.parametrize(
-    ("n_head", "n_head_kv", "head_dim", "window", "options"),
+    ("n_head", "n_head_kv", "head_dim", "window", "lengths", "options"),
     [
-        (4, 2, 32, 0, {"neox": True}),
-        (3, 3, 40, 0, {"neox": False, "sinks": True}),
-        (17, 1, 64, 600, {"neox": True, "sinks": True}),
-        (4, 1, 96, 16, {"neox": True, "q_factor": 0.1}),
-        (2, 1, 128, 0, {"neox": True, "norms": True, "fused": True}),
-        (2, 2, 64, 0, {"rope": False, "fused": True}),
+        (4, 2, 32, 0, LENGTHS, {"neox": True}),
+        (3, 3, 40, 0, LENGTHS, {"neox": False, "sinks": True}),
+        (17, 1, 64, 600, LENGTHS, {"neox": True, "sinks": True}),
+        (4, 1, 96, 16, LENGTHS, {"neox": True, "q_factor": 0.1}),
+        (2, 1, 128, 0, LENGTHS, {"neox": True, "norms": True, "fused": True}),
+        (2, 2, 64, 0, LENGTHS, {"rope": False, "fused": True}),
+        (7, 1, 64, 0, SHORT, {"neox": True}),
+        (2, 2, 96, 0, SHORT, {"neox": True, "q_factor": 0.1}),
+        (20, 1, 80, 65, SHORT, {"neox": False, "norms": True, "sinks": True}),
+        (8, 1, 128, 0, LONG, {"neox": True}),
+        (1, 1, 8, 513, LONG, {"rope": False, "norms": True, "sinks": True}),
+        (2, 1, 48, 0, (1500, 1536), {"neox": False}),
     ],
 )
-@pytest.mark.parametrize("busy", [1, 264])
-def test_rope_append_and_attention(
+@pytest.mark.parametrize("busy", [1, 20, 264])
+def test_attention_of_a_step(
     n_head: int,
     n_head_kv: int,
     head_dim: int,
     window: int,
+    lengths: tuple[int, ...],
     options: dict[str, Any],
     busy: int,
     there: OpsThere,
@@ -90,19 +99,19 @@ def test_rope_append_and_attention(
 ) -> None:
     """busy: how many blocks there are to be, and so whether one takes several splits."""
     monkeypatch.setattr(attention, "BUSY", busy)
-    n, rng = len(LENGTHS), np.random.default_rng(head_dim)
+    n, rng = len(lengths), np.random.default_rng(head_dim)
     n_q, n_kv = n_head * head_dim, n_head_kv * head_dim
     rotated = options.get("rope", True)
-    n_blocks = sum(-(-length // 64) for length in LENGTHS)
+    n_blocks = sum(-(-length // 64) for length in lengths)
     cache = there.cache(n_head_kv, head_dim, n_blocks)
     take = iter(rng.permutation(n_blocks).tolist())
     cache.pool.allocate = lambda n: [next(take) for _ in range(n)]  # type: ignore[method-assign]
     for kv in (cache.k[0], cache.v[0]):
         kv.values[...] = there.put(rng.standard_normal(kv.values.shape).astype(np.float16))
         kv.exponents[...] = there.put(rng.integers(120, 134, kv.exponents.shape).astype(np.uint8))
-    sequences = [CacheSequence() for _ in LENGTHS]
-    cache.batch([(s, [0] * length) for s, length in zip(sequences, LENGTHS, strict=True)])
-    for s, length in zip(sequences, LENGTHS, strict=True):
+    sequences = [CacheSequence() for _ in lengths]
+    cache.batch([(s, [0] * length) for s, length in zip(sequences, lengths, strict=True)])
+    for s, length in zip(sequences, lengths, strict=True):
         s.length = length - 1
     tables = np.zeros((n + 1, N_POSITIONS // 64), np.int32)  # the last row is not there
     for i, s in enumerate(sequences):
@@ -126,15 +135,16 @@ def test_rope_append_and_attention(
         cos, sin = there.ops.rope_angles(np.arange(N_POSITIONS), ROPE)
         rotation = Rotation(cos[:, 0].copy(), sin[:, 0].copy(), options["neox"])
     xp, kernels = there.xp, there.ops.kernels
-    q_heads = xp.zeros((n + 1, n_head, head_dim), xp.float32)
     projections = Projections((parts[0], parts[1], parts[2]), strides)
     of_heads = {"norms": (there.put(norms[0]), there.put(norms[1])), "eps": EPS, "q_factor": q_factor}
-    rope.rope_append(kernels, projections, rotation, *places, q_heads, cache.k[0], cache.v[0], **of_heads)
-    partial = xp.zeros((n + 1, n_head, -(-N_POSITIONS // attention.SPLIT), head_dim + 2), xp.float32)
-    heads = xp.zeros((n + 1, n_q), xp.float32)
+    partial = xp.full((n + 1, n_head, -(-N_POSITIONS // attention.SPLIT), head_dim + 2), xp.nan, xp.float32)
+    heads, arrived = xp.zeros((n + 1, n_q), xp.float32), xp.zeros(attention.counters_of(n + 1, n_head), xp.int32)
     given = {"scale": 0.125, "window": window, "sinks": there.put(sinks)}
-    attention.attention_step(kernels, q_heads, cache.k[0], cache.v[0], *places, partial, heads, **given)
+    caches, rest = (cache.k[0], cache.v[0]), (partial, arrived, heads)
+    attention.attention_step(kernels, projections, rotation, *places, *caches, *rest, **of_heads, **given)
     found = to_numpy(heads)[:n].copy()
+    assert not to_numpy(heads)[n].any()
+    assert not to_numpy(arrived).any()
     written = [to_numpy(a).copy() for kv in (cache.k[0], cache.v[0]) for a in (kv.values, kv.exponents)]
 
     q, k, v = q[:n], k[:n], v[:n]
@@ -154,7 +164,8 @@ def test_rope_append_and_attention(
     ):
         np.testing.assert_array_equal(was.view(np.uint8), to_numpy(now).view(np.uint8))
     given = {"scale": 0.125, "probe": lambda name, x: x, "window": window, "sinks": sinks}
-    np.testing.assert_array_equal(found, there.attention(q, cache.k[0], cache.v[0], batch, **given))
+    wanted = there.attention(q, cache.k[0], cache.v[0], batch, **given)
+    np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
 
 
 def test_experts_of_rows_that_are_there(there: OpsThere) -> None:

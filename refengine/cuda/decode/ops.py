@@ -19,12 +19,11 @@ import numpy as np
 from refengine.array import Array
 from refengine.cuda.decode.buffers import Buffer, Buffers
 from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, NoFusedStep, Norm, Product, Shares, Value
-from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows, rope
-from refengine.cuda.kernels.attention import SPLIT, PagedRows, attention_step
+from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows
+from refengine.cuda.kernels.attention import SPLIT, PagedRows, Projections, Rotation, attention_step
 from refengine.cuda.kernels.matmul import FEW_ROWS
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import BLOCK, Rows
-from refengine.cuda.kernels.rope import Projections, Rotation
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, rows_of
 from refengine.cuda.runtime.launch import Kernels
 
@@ -34,7 +33,8 @@ Angles = tuple[Array, Array]
 @dataclass(frozen=True)
 class StepArrays:
     """The arrays that all steps share. ids, positions: (max_batch,) int32, positions below zero for rows without a
-    sequence; tables: (max_batch, n_blocks) int32, blocks of the cache; k, v: the cache of each layer.
+    sequence; tables: (max_batch, n_blocks) int32, blocks of the cache; k, v: the cache of each layer. arrived: counters
+    of `attention_step`, zeros.
 
     angles: gives cos and sin (n_positions, n_rot / 2) float32, by the number of the request in `decode()`.
     """
@@ -42,6 +42,7 @@ class StepArrays:
     ids: Array
     positions: Array
     tables: Array
+    arrived: Array
     k: Sequence[PagedRows]
     v: Sequence[PagedRows]
     n_ctx: int
@@ -195,17 +196,12 @@ class StepOps:
             raise NoFusedStep("decode: attention needs equally rotated Q and K, an unchanged V, and no factor of K")
         projections, of_projections = self._projections(q.x, k.x, v.x)
         self._use(*of_projections)
-        rotated = self._b.new((n, n_head, head_dim), np.float32)
-        options: dict[str, Any] = {"norms": (q.norm, k.norm), "eps": q.eps or k.eps, "q_factor": q.factor}
-        places = (a.positions[:n], a.tables[:n])
-        self._launch(rope.rope_append, projections, rotation, *places, rotated.array, a.k[il], a.v[il], **options)
-
-        self._use(rotated)
         n_splits = -(-a.n_positions // SPLIT)
         partial = self._b.new((n, n_head, n_splits, head_dim + 2), np.float32)
         y = self._new(n, n_head * head_dim)
-        options = {"scale": scale, "window": window, "sinks": sinks}
-        self._launch(attention_step, rotated.array, a.k[il], a.v[il], *places, partial.array, y.array, **options)
+        given = (projections, rotation, a.positions[:n], a.tables[:n], a.k[il], a.v[il], partial.array, a.arrived)
+        of_heads = {"norms": (q.norm, k.norm), "eps": q.eps or k.eps, "q_factor": q.factor}
+        self._launch(attention_step, *given, y.array, scale=scale, window=window, sinks=sinks, **of_heads)
         return Value(n, n_head * head_dim, y)
 
     def _projections(self, *values: Value) -> tuple[Projections, tuple[Buffer, ...]]:
