@@ -215,11 +215,11 @@ __device__ __forceinline__ void attend_tile(Shared<G>& shared, const Cache& cach
 
 // Folds (other_m, other_l) into (m, l); gives the factors for o and the other o. NOTHING: the other one is left out.
 __device__ __forceinline__ void fold(float& m, float& l, float other_m, float other_l, float& keep, float& add) {
-  keep = 1.0f, add = NOTHING;
-  if (other_m == minus_infinity() && other_l == 0.0f) return;
-  float M = fmaxf(m, other_m);
-  keep = weight(m, M), add = weight(other_m, M);
-  l = __fadd_rn(__fmul_rn(l, keep), __fmul_rn(other_l, add));
+  bool is_empty = other_m == minus_infinity() && other_l == 0.0f;
+  float M = fmaxf(m, other_m), of_smaller = exp2f(fminf(m, other_m) - M);
+  keep = is_empty || m == M ? 1.0f : of_smaller;
+  add = is_empty ? NOTHING : other_m == M ? 1.0f : of_smaller;
+  l = is_empty ? l : __fadd_rn(__fmul_rn(l, keep), __fmul_rn(other_l, add));
   m = M;
 }
 __device__ __forceinline__ float folded(float o, float other, float keep, float add) {
@@ -362,20 +362,23 @@ extern "C" __global__ void kv_append_f16(const float* x, const long long* slots,
 // --- One token for each sequence ---
 
 constexpr int SPLIT = TILE * WARPS;
-constexpr int AT_ONCE = 2;  // tiles that a block computes together: of each, a warp has 8 positions, then 16 columns
+constexpr int AT_ONCE = 2;    // tiles that a block computes together: of each, a warp has 8 positions, then 16 columns
+constexpr int STEP_ROWS = 8;  // rows of a block: half of what the tensor cores multiply, to save registers
 
 template <int G>
-struct StepShared {
-  static constexpr int STRIDE = Shared<G>::STRIDE;
-  f16 q[ROWS * STRIDE], new_k[G * 32], new_v[G * 32];
-  uint4 p[AT_ONCE][4][32];             // P as lanes hold it for a product: [which 16 positions][lane]
-  float4 weights[AT_ONCE][WARPS][32];  // p as lanes have computed it
-  float m[AT_ONCE][ROWS][WARPS], top[AT_ONCE][ROWS][WARPS];  // of a warp's 8 positions
-  float l[AT_ONCE][ROWS];
+struct alignas(16) StepShared {
+  MmaA q[G * 2][32], p[AT_ONCE][4][32];  // the operands of products, as lanes hold them
+  f16 new_k[G * 32], new_v[G * 32];
+  float2 weights[AT_ONCE][WARPS][32];                                  // p as lanes have computed it
+  float m[AT_ONCE][STEP_ROWS][WARPS], top[AT_ONCE][STEP_ROWS][WARPS];  // of a warp's 8 positions
+  float l[AT_ONCE][STEP_ROWS];
   float heads[WARPS][G * 32];
-  float q_scale[ROWS], sinks[ROWS];
+  float norms[2][G * 32], cos[G * 16], sin[G * 16];  // weights for Q and K; of the position
+  float q_scale[STEP_ROWS], sinks[STEP_ROWS];
   unsigned char exponents[WARPS][32], new_exponents[2];
-  int is_last;
+  // What is needed at the end only: the first row, the number of splits, where to write K and V (below zero: nowhere), and
+  // whether this block is the last one.
+  int row, n_splits, new_slot, is_last;
 };
 
 // What a lane, 4 · r + c, has requested of the tiles. K: position r of the warp's 8, columns 8c … 8c + 7 of each group. V:
@@ -388,34 +391,49 @@ struct Requested {
   unsigned char exponent;
 };
 
-// The blocks of the cache that have the tiles from `start` on. oldest: the first position that the row sees.
-__device__ __forceinline__ void request_blocks(int (&blocks)[AT_ONCE], const Cache& cache, int start, int oldest) {
+// A lane's operand, in one load from shared memory.
+__device__ __forceinline__ MmaA operand(const MmaA& from) {
+  uint4 four = *reinterpret_cast<const uint4*>(&from);
+  return MmaA{{four.x, four.y, four.z, four.w}};
+}
+
+// Where tiles are in the cache: their blocks, and their offsets in them.
+struct Places {
+  int block[AT_ONCE], offset[AT_ONCE];
+};
+
+// The row of a slot in an array with rows of `width`, a multiple of 8. Cheaper than a product of 64 bits.
+__device__ __forceinline__ const f16* row_of(const f16* rows, int slot, int width) {
+  return rows + 8 * static_cast<unsigned long long>(static_cast<unsigned>(slot) * static_cast<unsigned>(width / 8));
+}
+
+// Of the tiles from `start` on. oldest: the first position that the row sees.
+__device__ __forceinline__ void request_places(Places& places, const Cache& cache, int start, int oldest) {
+  int at = start / cache.block_size, offset = start - at * cache.block_size;
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
     int tile = start + t * TILE;
-    blocks[t] = tile <= cache.n_kv && tile + TILE > oldest ? cache.table[tile / cache.block_size] : 0;
+    places.block[t] = tile <= cache.n_kv && tile + TILE > oldest ? cache.table[at] : 0;
+    places.offset[t] = offset;
+    offset += TILE;
+    if (offset == cache.block_size) offset = 0, at++;
   }
 }
 
-// The place of head `head` of a tile's first position, counted in heads.
-__device__ __forceinline__ long long place_of(const Cache& cache, int tile, int block, int head) {
-  return (static_cast<long long>(block) * cache.block_size + tile % cache.block_size) * cache.n_head_kv + head;
-}
-
 template <int G>
-__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const int (&blocks)[AT_ONCE], int head,
+__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const Places& places, int head,
                                           int start, int oldest) {
-  int own = threadIdx.x / 4, c = threadIdx.x % 4;  // the position in the tile
+  int own = threadIdx.x / 4, column = threadIdx.x % 4 * 8, width = cache.n_head_kv * cache.head_dim;
+  const f16* k = cache.k + head * cache.head_dim + column;
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
-    int tile = start + t * TILE;
+    int tile = start + t * TILE, slot = places.block[t] * cache.block_size + places.offset[t] + own;
+    const f16* row = row_of(k, slot, width);
     bool exists = tile + own < cache.n_kv && tile + TILE > oldest;
-    long long place = place_of(cache, tile, blocks[t], head) + own * cache.n_head_kv;
-    const f16* k = cache.k + place * cache.head_dim + c * 8;
 #pragma unroll
     for (int g = 0; g < G; g++) {
       requested.k[t][g] = make_uint4(0, 0, 0, 0);
-      if (exists && g * 32 + c * 8 < cache.head_dim) requested.k[t][g] = load_constant<uint4>(k + g * 32);
+      if (exists && (g < G - 1 || g * 32 + column < cache.head_dim)) requested.k[t][g] = load_constant<uint4>(row + g * 32);
     }
   }
 }
@@ -427,61 +445,67 @@ __device__ __forceinline__ int position_of_exponent() {
 }
 
 template <int G>
-__device__ __forceinline__ void request_exponent(Requested<G>& requested, const Cache& cache, const int (&blocks)[AT_ONCE],
-                                                 int head, int start, int oldest) {
-  int t = threadIdx.x % 32 / 16, tile = start + t * TILE, position = start + position_of_exponent();
+__device__ __forceinline__ void request_exponent(Requested<G>& requested, const Cache& cache, const Places& places, int head,
+                                                 int start, int oldest) {
+  int position = position_of_exponent(), slot = position % TILE;
+  slot += position < TILE ? places.block[0] * cache.block_size + places.offset[0]
+                          : places.block[1] * cache.block_size + places.offset[1];
+  const unsigned char* exponents = (threadIdx.x % 2 ? cache.v_exponents : cache.k_exponents) + head;
   requested.exponent = 0;
-  if (position < cache.n_kv && tile + TILE > oldest) {
-    const unsigned char* exponents = threadIdx.x % 2 ? cache.v_exponents : cache.k_exponents;
-    requested.exponent = exponents[place_of(cache, tile, t ? blocks[1] : blocks[0], head) +
-                                   static_cast<long long>(position - tile) * cache.n_head_kv];
-  }
+  if (start + position < cache.n_kv && start + position / TILE * TILE + TILE > oldest)
+    requested.exponent = exponents[static_cast<unsigned>(slot) * static_cast<unsigned>(cache.n_head_kv)];
 }
 
-// The position in a tile of element i of Requested::v.
-__device__ __forceinline__ int position_in(int i) {
-  return i / 4 * 16 + threadIdx.x % 4 * 2 + i % 2 + i / 2 % 2 * 8;
-}
+// The position in a tile of element i of Requested::v, for c = 0.
+__device__ __forceinline__ constexpr int position_in(int i) { return i / 4 * 16 + i % 2 + i / 2 % 2 * 8; }
 
 template <int G>
-__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const int (&blocks)[AT_ONCE], int head,
+__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const Places& places, int head,
                                           int start, int oldest, int t) {
-  int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2, tile = start + t * TILE;
-  int left = column < cache.head_dim && tile + TILE > oldest ? cache.n_kv - tile : 0;
-  const f16* v = cache.v + place_of(cache, tile, blocks[t], head) * cache.head_dim + column;
-  int stride = cache.n_head_kv * cache.head_dim;
+  int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2, own = threadIdx.x % 4 * 2, tile = start + t * TILE;
+  int width = cache.n_head_kv * cache.head_dim, slot = places.block[t] * cache.block_size + places.offset[t] + own;
+  const f16* v = row_of(cache.v + head * cache.head_dim + column, slot, width);
+  int left = column < cache.head_dim && tile + TILE > oldest ? cache.n_kv - tile - own : 0;
+  if (left > position_in(15)) {
 #pragma unroll
-  for (int i = 0; i < 16; i++) {
-    requested.v[t][i] = 0;
-    if (position_in(i) < left) requested.v[t][i] = load_constant<uint32_t>(v + position_in(i) * stride);
+    for (int i = 0; i < 16; i++)
+      requested.v[t][i] = load_constant<uint32_t>(v + static_cast<long long>(width) * position_in(i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      requested.v[t][i] = 0;
+      if (position_in(i) < left)
+        requested.v[t][i] = load_constant<uint32_t>(v + static_cast<long long>(width) * position_in(i));
+    }
   }
 }
 
-// Element j * 32 + lane of a head; zeros after its end, and without a head.
+// Element j * 32 + lane of a head of n elements; zeros after its end.
 template <int G>
-__device__ __forceinline__ void load_head(float (&x)[G], const float* from, int head_dim) {
+__device__ __forceinline__ void load_head(float (&x)[G], const float* from, int n) {
 #pragma unroll
   for (int j = 0; j < G; j++) {
     int i = j * 32 + threadIdx.x % 32;
-    x[j] = from && i < head_dim ? from[i] : 0.0f;
+    x[j] = i < n ? from[i] : 0.0f;
   }
 }
 
 // rms_norm_f32 of a head by one warp, which computes the sums of a block's eight warps one after another.
 template <int G>
-__device__ __forceinline__ void norm_head(float (&x)[G], const float (&weight)[G], int n, float eps) {
+__device__ __forceinline__ void norm_head(float (&x)[G], const float* weight, int n, float eps) {
   float total = 0.0f;
 #pragma unroll
   for (int j = 0; j < G; j++) total += warp_sum(__fmaf_rn(x[j], x[j], 0.0f));
   float factor = 1.0f / sqrtf(total / static_cast<float>(n) + eps);
 #pragma unroll
-  for (int j = 0; j < G; j++) x[j] = x[j] * factor * weight[j];
+  for (int j = 0; j < G; j++)
+    if (j * 32 + threadIdx.x % 32 < n) x[j] = x[j] * factor * weight[j * 32 + threadIdx.x % 32];
 }
 
-// Rotates a head by one warp, through `row` in shared memory. cos, sin: of pairs j * 32 + lane.
+// Rotates a head by one warp, through `row` in shared memory.
 template <int G>
-__device__ __forceinline__ void rotate_head(float (&x)[G], float* row, const float (&cos)[(G + 1) / 2],
-                                            const float (&sin)[(G + 1) / 2], int half, int neox, int head_dim) {
+__device__ __forceinline__ void rotate_head(float (&x)[G], float* row, const float* cos, const float* sin, int half, int neox,
+                                            int head_dim) {
   int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < G; j++)
@@ -492,8 +516,8 @@ __device__ __forceinline__ void rotate_head(float (&x)[G], float* row, const flo
     int i = j * 32 + lane, first = neox ? i : 2 * i, second = neox ? i + half : first + 1;
     if (i >= half) continue;
     float a = row[first], b = row[second];
-    row[first] = __fadd_rn(__fmul_rn(a, cos[j]), -__fmul_rn(b, sin[j]));
-    row[second] = __fadd_rn(__fmul_rn(a, sin[j]), __fmul_rn(b, cos[j]));
+    row[first] = __fadd_rn(__fmul_rn(a, cos[i]), -__fmul_rn(b, sin[i]));
+    row[second] = __fadd_rn(__fmul_rn(a, sin[i]), __fmul_rn(b, cos[i]));
   }
   __syncwarp(ALL_LANES);
 #pragma unroll
@@ -532,7 +556,7 @@ __device__ __forceinline__ void put_new(Requested<G>& requested, const StepShare
     uint32_t v = *reinterpret_cast<const uint32_t*>(&shared.new_v[warp * 16 + r * 2]);
 #pragma unroll
     for (int i = 0; i < 16; i++)
-      if (in_tile == position_in(i)) requested.v[t][i] = v;
+      if (in_tile - c * 2 == position_in(i)) requested.v[t][i] = v;
   }
 }
 
@@ -579,8 +603,9 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   auto& shared = *reinterpret_cast<StepShared<G>*>(memory);
   let_next_begin();
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4, head = blockIdx.y;
-  int group = n_head / n_head_kv, n_tiles = (group + ROWS - 1) / ROWS;
-  int token = blockIdx.x / n_tiles, first_row = blockIdx.x % n_tiles * ROWS, n_rows = min(group - first_row, ROWS);
+  int group = n_head / n_head_kv, n_parts = (group + STEP_ROWS - 1) / STEP_ROWS;
+  int token = blockIdx.x / n_parts, first_row = blockIdx.x % n_parts * STEP_ROWS;
+  int n_rows = min(group - first_row, STEP_ROWS);
   int at = positions[token], oldest = window ? max(at - window + 1, 0) : 0, first_split = oldest / SPLIT;
   int n_splits = at / SPLIT + 1 - first_split, z = blockIdx.z, n_blocks = gridDim.z;
   if (at < 0 || z >= n_splits) {
@@ -592,178 +617,149 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   Cache cache{k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents,
               tables + static_cast<long long>(token) * table_stride, block_size, n_head_kv, head_dim, at};
   int start = max((first_split + z) * SPLIT, oldest / (AT_ONCE * TILE) * (AT_ONCE * TILE));
-  int blocks[AT_ONCE];
+  Places places;
   Requested<G> requested;
-  request_blocks(blocks, cache, start, oldest);
+  request_places(places, cache, start, oldest);
   bool has_new = (n_splits - 1) % n_blocks == z;
-  int new_block = has_new ? cache.table[at / block_size] : 0;
-  request_k(requested, cache, blocks, head, start, oldest);
-  request_exponent(requested, cache, blocks, head, start, oldest);
+  if (threadIdx.x == 0) {
+    shared.row = token * n_head + head * group + first_row, shared.n_splits = n_splits;
+    shared.new_slot = has_new && first_row == 0 ? cache.table[at / block_size] * block_size + at % block_size : -1;
+  }
+  request_k(requested, cache, places, head, start, oldest);
+  request_exponent(requested, cache, places, head, start, oldest);
 #pragma unroll
-  for (int t = 0; t < AT_ONCE; t++) request_v(requested, cache, blocks, head, start, oldest, t);
+  for (int t = 0; t < AT_ONCE; t++) request_v(requested, cache, places, head, start, oldest, t);
   auto after = [&](int start) {  // the tiles that this block computes after those from `start` on
     int next = start + AT_ONCE * TILE;
     return next % SPLIT ? next : next + (n_blocks - 1) * SPLIT;
   };
-  request_blocks(blocks, cache, after(start), oldest);
-  float x[G], weight_of[G], cos_of[(G + 1) / 2] = {}, sin_of[(G + 1) / 2] = {};
+  request_places(places, cache, after(start), oldest);
   int n_jobs = n_rows + (has_new ? 2 : 0);  // heads of Q, then K and V
-  auto weights = [&](int job) { return job < n_rows ? q_norm : job == n_rows ? k_norm : nullptr; };
-  load_head<G>(weight_of, warp < n_jobs ? weights(warp) : nullptr, head_dim);
-#pragma unroll
-  for (int j = 0; j < (G + 1) / 2; j++)
-    if (cos && j * 32 + lane < half) {
-      long long i = static_cast<long long>(at) * half + j * 32 + lane;
-      cos_of[j] = cos[i], sin_of[j] = sin[i];
-    }
+  int i = threadIdx.x % 128;
+  const float *norm = threadIdx.x < 128 ? q_norm : k_norm, *angles = threadIdx.x < 128 ? cos : sin;
+  if (norm && i < head_dim) shared.norms[threadIdx.x / 128][i] = norm[i];
+  if (angles && i < half) (threadIdx.x < 128 ? shared.cos : shared.sin)[i] = angles[static_cast<long long>(at) * half + i];
   int query_head = head * group + first_row;
   if (sinks && threadIdx.x < n_rows) shared.sinks[threadIdx.x] = sinks[query_head + threadIdx.x];
-  for (int i = n_rows * StepShared<G>::STRIDE + threadIdx.x; i < ROWS * StepShared<G>::STRIDE; i += blockDim.x) shared.q[i] = 0;
-  if (threadIdx.x >= n_rows && threadIdx.x < ROWS) shared.q_scale[threadIdx.x] = 1.0f;
+  // Rows that do not exist are zeros. Word i % 4 of a lane's operand is of row lane / 4 + i % 2 * 8.
+  for (int i = threadIdx.x; i < (G * 2 + AT_ONCE * 4) * 32 * 4; i += blockDim.x)
+    if (i / 16 % 8 + i % 2 * 8 >= n_rows) shared.q[0][i / 4].x[i % 4] = 0;
+  if (threadIdx.x >= n_rows && threadIdx.x < STEP_ROWS) shared.q_scale[threadIdx.x] = 1.0f;
+  __syncthreads();
 
   wait_for_previous();
-  auto projected = [&](int job) {
-    const float* from = job < n_rows ? qkv.q + static_cast<long long>(token) * q_stride + (query_head + job) * head_dim
-                        : job == n_rows ? qkv.k + static_cast<long long>(token) * k_stride + head * head_dim
-                                        : qkv.v + static_cast<long long>(token) * v_stride + head * head_dim;
-    return job < n_jobs ? from : nullptr;
+  float x[G];
+  auto load = [&](float (&x)[G], int job) {
+    bool of_q = job < n_rows, of_k = job == n_rows;
+    const float* from = of_q ? qkv.q : of_k ? qkv.k : qkv.v;
+    from += static_cast<long long>(token) * (of_q ? q_stride : of_k ? k_stride : v_stride);
+    load_head<G>(x, from + (of_q ? query_head + job : head) * head_dim, job < n_jobs ? head_dim : 0);
   };
-  load_head<G>(x, projected(warp), head_dim);
+  load(x, warp);
   for (int job = warp; job < n_jobs; job += WARPS) {
     bool of_q = job < n_rows, of_k = job == n_rows;
     float next[G];
-    load_head<G>(next, projected(job + WARPS), head_dim);
-    if (weights(job)) norm_head<G>(x, weight_of, head_dim, eps);
-    if (cos && (of_q || of_k)) rotate_head<G>(x, shared.heads[warp], cos_of, sin_of, half, neox, head_dim);
+    load(next, job + WARPS);
+    if ((of_q && q_norm) || (of_k && k_norm)) norm_head<G>(x, shared.norms[of_q ? 0 : 1], head_dim, eps);
+    if (cos && (of_q || of_k)) rotate_head<G>(x, shared.heads[warp], shared.cos, shared.sin, half, neox, head_dim);
     if (of_q && q_factor != 1.0f)
 #pragma unroll
       for (int j = 0; j < G; j++) x[j] = __fmul_rn(x[j], q_factor);
     f16 halves[G];
     int e = halves_of_head<G>(halves, x, head_dim);
-    f16* to = of_q ? &shared.q[job * StepShared<G>::STRIDE] : of_k ? shared.new_k : shared.new_v;
-#pragma unroll
-    for (int j = 0; j < G; j++) to[j * 32 + lane] = halves[j];
     if (of_q) {
+      // Columns 8c, … 8c + 7 of a group are what lane c of the row has of two products.
+      f16* to = reinterpret_cast<f16*>(&shared.q[lane / 4 % 2][job * 4 + lane / 8].x[lane / 2 % 2 * 2]);
+#pragma unroll
+      for (int j = 0; j < G; j++) to[j * (2 * sizeof(shared.q[0]) / sizeof(f16)) + lane % 2] = halves[j];
       if (lane == 0) shared.q_scale[job] = power_of_two(e);
     } else {
-      if (lane == 0) shared.new_exponents[of_k ? 0 : 1] = static_cast<unsigned char>(e + 127);
-      if (first_row == 0) {
-        long long place = place_of(cache, at, new_block, head);
-        f16* values = of_k ? k_cache.values : v_cache.values;
+      f16* to = of_k ? shared.new_k : shared.new_v;
 #pragma unroll
-        for (int j = 0; j < G; j++)
-          if (j * 32 + lane < head_dim) values[place * head_dim + j * 32 + lane] = halves[j];
-        if (lane == 0) (of_k ? k_cache.exponents : v_cache.exponents)[place] = static_cast<unsigned char>(e + 127);
-      }
+      for (int j = 0; j < G; j++) to[j * 32 + lane] = halves[j];
+      if (lane == 0) shared.new_exponents[of_k ? 0 : 1] = static_cast<unsigned char>(e + 127);
     }
 #pragma unroll
     for (int j = 0; j < G; j++) x[j] = next[j];
-    if (weights(job) != weights(job + WARPS)) load_head<G>(weight_of, weights(job + WARPS), head_dim);
   }
   __syncthreads();
 
-  float factor[2] = {__fmul_rn(shared.q_scale[r], __fmul_rn(scale, LOG2_E)),
-                     __fmul_rn(shared.q_scale[r + 8], __fmul_rn(scale, LOG2_E))};
-  float m_all[2] = {minus_infinity(), minus_infinity()}, l_all[2] = {}, o[2][4] = {};  // of the split so far
+  float factor = __fmul_rn(shared.q_scale[r], __fmul_rn(scale, LOG2_E));
+  float m_all = minus_infinity(), l_all = 0.0f, o[2][2] = {};  // of the split so far
+  // The exponents of the positions whose scores this lane has: K, V, K, V.
+  auto exponents = [&](int t) { return *reinterpret_cast<const uint32_t*>(&shared.exponents[warp][t * 16 + c * 4]); };
   while (true) {
     int next = after(start);
     if (start + AT_ONCE * TILE > at) put_new<G>(requested, shared, start, at);
     shared.exponents[warp][lane] = requested.exponent;
     __syncwarp(ALL_LANES);
-    uint32_t exponents[AT_ONCE];  // of the positions whose scores this lane has: K, V, K, V
-#pragma unroll
-    for (int t = 0; t < AT_ONCE; t++)
-      exponents[t] = *reinterpret_cast<const uint32_t*>(&shared.exponents[warp][t * 16 + c * 4]);
 
-    float s[AT_ONCE][4] = {};
+    MmaD s[AT_ONCE] = {};
 #pragma unroll
     for (int g = 0; g < G; g++) {
-      MmaA a[2];
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        uint4 four = *reinterpret_cast<const uint4*>(&shared.q[(r + 8 * i) * StepShared<G>::STRIDE + g * 32 + c * 8]);
-        a[0].x[i] = four.x, a[0].x[2 + i] = four.y, a[1].x[i] = four.z, a[1].x[2 + i] = four.w;
-      }
+      MmaA first = operand(shared.q[2 * g][lane]), second = operand(shared.q[2 * g + 1][lane]);
 #pragma unroll
       for (int t = 0; t < AT_ONCE; t++) {
         uint4 four = requested.k[t][g];
-        MmaD d = {{s[t][0], s[t][1], s[t][2], s[t][3]}};
-        mma_m16n8k16(d, a[0], {{four.x, four.y}});
-        mma_m16n8k16(d, a[1], {{four.z, four.w}});
-#pragma unroll
-        for (int i = 0; i < 4; i++) s[t][i] = d.x[i];
+        mma_m16n8k16(s[t], first, {{four.x, four.y}});
+        mma_m16n8k16(s[t], second, {{four.z, four.w}});
       }
     }
     if (next <= at) {
-      request_k(requested, cache, blocks, head, next, oldest);
-      request_exponent(requested, cache, blocks, head, next, oldest);
+      request_k(requested, cache, places, head, next, oldest);
+      request_exponent(requested, cache, places, head, next, oldest);
     }
 
-    float m[AT_ONCE][2];
+    float m[AT_ONCE], down[AT_ONCE];
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++) {
-      m[t][0] = m[t][1] = minus_infinity();
+      m[t] = minus_infinity();
+      uint32_t scales = exponents(t);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int position = start + t * TILE + warp * 8 + 2 * c + i % 2;
-        float k_scale = __uint_as_float((exponents[t] >> 16 * (i % 2) & 255) << 23);
-        s[t][i] = position > at || position < oldest ? minus_infinity()
-                                                     : __fmul_rn(__fmul_rn(s[t][i], factor[i / 2]), k_scale);
-        m[t][i / 2] = fmaxf(m[t][i / 2], s[t][i]);
+      for (int i = 0; i < 2; i++) {
+        int position = start + t * TILE + warp * 8 + 2 * c + i;
+        float k_scale = __uint_as_float((scales >> 16 * i & 255) << 23), score = s[t].x[i];
+        score = position > at || position < oldest ? minus_infinity() : __fmul_rn(__fmul_rn(score, factor), k_scale);
+        s[t].x[i] = score, m[t] = fmaxf(m[t], score);
       }
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        m[t][h] = largest_of_four(m[t][h]);
-        if (c == 0) shared.m[t][r + 8 * h][warp] = m[t][h];
-      }
+      m[t] = largest_of_four(m[t]);
+      if (c == 0) shared.m[t][r][warp] = m[t];
     }
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++) {
-      float top[2] = {}, p[4];
+      m[t] = largest_of_eight(shared.m[t][r]);
+      uint32_t scales = exponents(t);
+      float top = 0.0f, p[2];
 #pragma unroll
-      for (int h = 0; h < 2; h++) m[t][h] = largest_of_eight(shared.m[t][r + 8 * h]);
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float of_row = m[t][i / 2];
-        p[i] = of_row == minus_infinity() && s[t][i] == of_row ? 0.0f : exp2f(s[t][i] - of_row);
-        s[t][i] = __fmul_rn(p[i], __uint_as_float((exponents[t] >> (16 * (i % 2) + 8) & 255) << 23));
-        top[i / 2] = fmaxf(top[i / 2], s[t][i]);
+      for (int i = 0; i < 2; i++) {
+        float score = s[t].x[i];
+        p[i] = m[t] == minus_infinity() && score == m[t] ? 0.0f : exp2f(score - m[t]);
+        s[t].x[i] = __fmul_rn(p[i], __uint_as_float((scales >> (16 * i + 8) & 255) << 23));
+        top = fmaxf(top, s[t].x[i]);
       }
-      shared.weights[t][warp][lane] = make_float4(p[0], p[1], p[2], p[3]);
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        top[h] = largest_of_four(top[h]);
-        if (c == 0) shared.top[t][r + 8 * h][warp] = top[h];
-      }
+      shared.weights[t][warp][lane] = make_float2(p[0], p[1]);
+      top = largest_of_four(top);
+      if (c == 0) shared.top[t][r][warp] = top;
     }
     __syncthreads();
-    float down[AT_ONCE][2];
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++) {
-      uint32_t halves[2];
+      uint32_t field = __float_as_uint(largest_of_eight(shared.top[t][r])) >> 23;
+      field = min(max(field, 15u), 254u);
+      float up = __uint_as_float((268u - field) << 23);
+      down[t] = __uint_as_float((field - 14u) << 23);
+      shared.p[t][warp / 2][lane].x[warp % 2 * 2] = f32_to_f16x2(__fmul_rn(s[t].x[0], up), __fmul_rn(s[t].x[1], up));
+    }
+    if (warp < AT_ONCE) {
+      float l = 0.0f;
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        uint32_t field = __float_as_uint(largest_of_eight(shared.top[t][r + 8 * h])) >> 23;
-        field = min(max(field, 15u), 254u);
-        float up = __uint_as_float((268u - field) << 23);
-        down[t][h] = __uint_as_float((field - 14u) << 23);
-        halves[h] = f32_to_f16x2(__fmul_rn(s[t][2 * h], up), __fmul_rn(s[t][2 * h + 1], up));
+      for (int n = 0; n < WARPS; n++) {
+        float2 p = shared.weights[warp][n][lane];
+        l += p.x, l += p.y;
       }
-      reinterpret_cast<uint2*>(&shared.p[t][warp / 2][lane])[warp % 2] = make_uint2(halves[0], halves[1]);
-      if (warp == t) {
-        float l[2] = {};
-#pragma unroll
-        for (int n = 0; n < WARPS; n++) {
-          float4 p = shared.weights[t][n][lane];
-          l[0] += p.x, l[0] += p.y, l[1] += p.z, l[1] += p.w;
-        }
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          l[h] = sum_of_four(l[h]);
-          if (c == 0) shared.l[t][r + 8 * h] = l[h];
-        }
-      }
+      l = sum_of_four(l);
+      if (c == 0) shared.l[warp][r] = l;
     }
     __syncthreads();
 #pragma unroll
@@ -772,8 +768,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
       MmaD d[2] = {};
 #pragma unroll
       for (int kk = 0; kk < 4; kk++) {
-        uint4 four = shared.p[t][kk][lane];
-        MmaA p = {{four.x, four.y, four.z, four.w}};
+        MmaA p = operand(shared.p[t][kk][lane]);
         const uint32_t* v = &requested.v[t][kk * 4];
 #pragma unroll
         for (int j = 0; j < 2; j++) {
@@ -781,68 +776,70 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
           mma_m16n8k16(d[j], p, {{__byte_perm(v[0], v[1], selector), __byte_perm(v[2], v[3], selector)}});
         }
       }
-      if (next <= at) request_v(requested, cache, blocks, head, next, oldest, t);
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        float keep, add;
-        fold(m_all[h], l_all[h], m[t][h], shared.l[t][r + 8 * h], keep, add);
-        if (add == NOTHING) continue;
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-#pragma unroll
-          for (int i = 2 * h; i < 2 * h + 2; i++)
-            o[j][i] = folded(o[j][i], __fmul_rn(d[j].x[i], down[t][h]), keep, add);
-      }
-    }
-
-    if (start / SPLIT != next / SPLIT || next > at) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        int row = r + 8 * h, d = warp * 16 + c * 4;
-        if (row >= n_rows || d >= head_dim) continue;
-        // Element i % 2 of sum j is of column d + i % 2 * 2 + j. Adding 0 is what folding into nothing does.
-        float four[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) four[i] = __fadd_rn(o[i % 2][2 * h + i / 2], 0.0f);
-        if (n_splits == 1) {
-          float by = finish(m_all[h], l_all[h], sinks ? shared.sinks : nullptr, row);
-          *reinterpret_cast<float4*>(y + (static_cast<long long>(token) * n_head + query_head + row) * head_dim + d) =
-              make_float4(__fmul_rn(four[0], by), __fmul_rn(four[1], by), __fmul_rn(four[2], by), __fmul_rn(four[3], by));
-        } else {
-          float* to = partial + ((static_cast<long long>(token) * n_head + query_head + row) * most_splits +
-                                 start / SPLIT - first_split) * (head_dim + 2);
-          *reinterpret_cast<float2*>(to + d) = make_float2(four[0], four[1]);
-          *reinterpret_cast<float2*>(to + d + 2) = make_float2(four[2], four[3]);
-          if (d == 0) *reinterpret_cast<float2*>(to + head_dim) = make_float2(m_all[h], l_all[h]);
-        }
-      }
-#pragma unroll
-      for (int h = 0; h < 2; h++) m_all[h] = minus_infinity(), l_all[h] = 0.0f;
+      if (next <= at) request_v(requested, cache, places, head, next, oldest, t);
+      float keep, add;
+      fold(m_all, l_all, m[t], shared.l[t][r], keep, add);
 #pragma unroll
       for (int j = 0; j < 2; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) o[j][i] = 0.0f;
+        for (int i = 0; i < 2; i++) {
+          float sum = folded(o[j][i], __fmul_rn(d[j].x[i], down[t]), keep, add);
+          o[j][i] = add == NOTHING ? o[j][i] : sum;
+        }
+    }
+
+    if (start / SPLIT != next / SPLIT || next > at) {  // the end of the split
+      int d = warp * 16 + c * 4;
+      if (r < n_rows && d < head_dim) {
+        // Sum o[j][i] is of column d + 2 · i + j. Adding 0 is what folding into nothing does.
+        float four[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) four[i] = __fadd_rn(o[i % 2][i / 2], 0.0f);
+        long long row = shared.row + r;
+        if (shared.n_splits == 1) {
+          float by = finish(m_all, l_all, sinks ? shared.sinks : nullptr, r);
+          *reinterpret_cast<float4*>(y + row * head_dim + d) =
+              make_float4(__fmul_rn(four[0], by), __fmul_rn(four[1], by), __fmul_rn(four[2], by), __fmul_rn(four[3], by));
+        } else {
+          float* to = partial + (row * most_splits + start / SPLIT - oldest / SPLIT) * (head_dim + 2);
+          *reinterpret_cast<float2*>(to + d) = make_float2(four[0], four[1]);
+          *reinterpret_cast<float2*>(to + d + 2) = make_float2(four[2], four[3]);
+          if (d == 0) *reinterpret_cast<float2*>(to + head_dim) = make_float2(m_all, l_all);
+        }
+      }
+      m_all = minus_infinity(), l_all = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; i++) o[i % 2][i / 2] = 0.0f;
     }
     if (next > at) break;
     start = next;
-    request_blocks(blocks, cache, after(start), oldest);
+    request_places(places, cache, after(start), oldest);
   }
-  if (n_splits == 1) return;
+  if (shared.new_slot >= 0) {
+    int i = threadIdx.x % 128;
+    f16* values = threadIdx.x < 128 ? k_cache.values : v_cache.values;
+    const f16* from = threadIdx.x < 128 ? shared.new_k : shared.new_v;
+    long long place = static_cast<long long>(shared.new_slot) * n_head_kv + head;
+    if (i < head_dim) values[place * head_dim + i] = from[i];
+    if (i == 0) (threadIdx.x < 128 ? k_cache.exponents : v_cache.exponents)[place] = shared.new_exponents[threadIdx.x / 128];
+  }
+  int n_splits_seen = shared.n_splits;
+  if (n_splits_seen == 1) return;
 
   // The block that is last of those with the same rows folds all their splits.
   __syncthreads();
   if (threadIdx.x == 0) {
     int* counter = arrived + blockIdx.x * gridDim.y + blockIdx.y;
     __threadfence();
-    shared.is_last = atomicAdd(counter, 1) == min(n_splits, n_blocks) - 1;
+    shared.is_last = atomicAdd(counter, 1) == min(n_splits_seen, n_blocks) - 1;
     if (shared.is_last) *counter = 0;
     __threadfence();
   }
   __syncthreads();
   if (!shared.is_last) return;
-  long long row = static_cast<long long>(token) * n_head + query_head;
+  long long row = shared.row;
   fold_splits(partial + row * most_splits * (head_dim + 2), sinks ? shared.sinks : nullptr, y + row * head_dim, n_rows,
-              head_dim, n_splits, most_splits);
+              head_dim, n_splits_seen, most_splits);
 }
 
 #define ATTENTION_STEP(name, G)                                                                                        \

@@ -13,6 +13,7 @@ from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 BLOCK_ROWS, TILE, SPLIT = 16, 64, 512  # rows per block of threads; positions per tile and per split
+STEP_ROWS = 8  # rows per block of threads in `attention_step`
 HEAD_DIMS = (32, 64, 96, 128)  # the head widths of the compiled kernels; narrower heads are padded
 BUSY = 264  # blocks of threads that keep a large GPU busy; with fewer blocks, positions are divided into splits
 
@@ -97,10 +98,10 @@ def shared_bytes(width: int) -> int:
 
 def step_shared_bytes(width: int) -> int:
     """The bytes of the struct `StepShared` in kernels_cu/attention.cu."""
-    groups, rows, warps, tiles = width // 32, BLOCK_ROWS, SPLIT // TILE, 2
-    halves = (rows * (groups | 1) + 2 * groups) * 32 * 2
-    of_tile = 4 * 32 * 16 + warps * 32 * 16 + 4 * (2 * rows * warps + rows)
-    return -(-(halves + tiles * of_tile + 4 * (warps * width + 2 * rows) + warps * 32 + 2 + 2 + 4) // 16) * 16
+    rows, warps, tiles = STEP_ROWS, SPLIT // TILE, 2
+    halves = 2 * (2 * rows + 2) * width
+    of_tile = 2 * 2 * rows * TILE + 4 * (rows * TILE + 2 * rows * warps + rows)
+    return -(-(halves + tiles * of_tile + 4 * ((warps + 3) * width + 2 * rows) + warps * 32 + 4 + 4 * 4) // 16) * 16
 
 
 def check_cache(n_head: int, head_dim: int, k_cache: PagedRows) -> None:
@@ -166,7 +167,7 @@ def attention(
 
 
 def counters_of(n: int, n_head: int) -> int:
-    """How many counters `attention_step` may need for n rows: one for each row and 16 query heads of a KV head."""
+    """How many counters `attention_step` may need for n rows: one for each row and 8 query heads of a KV head."""
     return n * n_head
 
 
@@ -214,7 +215,7 @@ def attention_step(
             raise KernelError(
                 f"{kernel}: {n} rows of {heads} heads of {head_dim}, {stride} floats apart, do not fit {part.size}"
             )
-    tiles = -(-n_head // n_head_kv // BLOCK_ROWS) * n
+    tiles = -(-n_head // n_head_kv // STEP_ROWS) * n
     if arrived.size < tiles * n_head_kv:
         raise KernelError(f"{kernel}: {arrived.size} counters, {tiles * n_head_kv} are needed")
     seen = min(most_splits, -(-window // SPLIT) + 1) if window else most_splits  # splits in which a row sees positions
