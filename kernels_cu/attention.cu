@@ -18,12 +18,8 @@
 // attention_rows_*:   grid x tiles, y KV heads; 8 warps, with one tile of positions each; splits one after another.
 // attention_splits_*: grid x tiles, y KV heads, z splits from first_split on; writes o, m, l to partial (rows, n_splits,
 //                     head_dim + 2). attention_merge folds them: grid x tokens, y heads; head_dim threads.
-// attention_step_*:   one token per sequence, with all state on the device: positions (n_rows,) int32, below zero for rows
-//                     that do not exist; tables (n_rows, table_stride). Grid x rows · ⌈group / 16⌉, y KV heads, z any number
-//                     Z: block z takes splits z, z + Z, … from the first split that the row sees; writes to partial (n_rows,
-//                     n_head, most_splits, head_dim + 2), counted from that split. attention_step_merge folds them. The same
-//                     launch is right for every length. May be launched to overlap with the previous kernel.
-// Dynamic shared memory: see Shared. Reads the visible part of K and V once for every 16 rows.
+// attention_step_*:   one new token for each of n_rows sequences, with all state on the device, in one launch: see below.
+// Dynamic shared memory: see Shared and StepShared. Reads the visible part of K and V once for every 16 rows (8 in a step).
 
 #include "arguments.cuh"
 
@@ -359,7 +355,26 @@ extern "C" __global__ void kv_append_f16(const float* x, const long long* slots,
   if (threadIdx.x == 0) cache.exponents[at] = static_cast<unsigned char>(e + 127);
 }
 
-// --- One token for each sequence ---
+// --- attention_step_*: one new token for each sequence ---
+//
+// RMS norm of the heads of Q and K (if q_norm and k_norm are given), the rotation (if cos is given), Q times q_factor (if it
+// is not 1), K and V to the cache, attention. The same bits as rms_norm_f32, rope_*_f32, kv_append_f16 and attention_rows_*
+// one after another. The same launch is right for every length.
+//
+// Rows of Q, K and V begin at qkv; their distances are q_stride, k_stride and v_stride floats. q_norm, k_norm (head_dim,).
+// cos, sin (n_positions, half) float32, by position. tables (n_rows, table_stride). positions (n_rows,) int32: below zero
+// there is no row, and nothing is written. y (n_rows, n_head * head_dim). partial (n_rows, n_head, most_splits, head_dim + 2):
+// o, m, l of splits, counted from the first one that a row sees. arrived: a counter for each (x, y) of the grid, zeros; they
+// are zeros again at the end.
+// Grid: x rows · ⌈group / 8⌉, y KV heads, z any number Z: block z takes splits z, z + Z, … from the first one on; 256 threads.
+// If a row sees several splits, the last block to arrive folds them, in order. The block that has the last split computes the
+// new K and V, and has them from its own shared memory; they are written for the next step.
+// Two tiles at once: a warp computes scores of 8 positions of each (m and the largest of P are exchanged), then 16 columns of
+// o. The next two tiles are requested as soon as registers are free.
+//
+// May be launched to overlap with the previous kernel. Precondition: positions, tables and earlier positions of the cache are
+// read before it has ended, so they must have been there before a kernel of the stream began that did not overlap: in a step,
+// that is the first kernel, and only the last one changes positions.
 
 constexpr int SPLIT = TILE * WARPS;
 constexpr int AT_ONCE = 2;    // tiles that a block computes together: of each, a warp has 8 positions, then 16 columns
@@ -367,7 +382,7 @@ constexpr int STEP_ROWS = 8;  // rows of a block: half of what the tensor cores 
 
 template <int G>
 struct alignas(16) StepShared {
-  MmaA q[G * 2][32], p[AT_ONCE][4][32];  // the operands of products, as lanes hold them
+  MmaA q[G * 2][32], p[AT_ONCE][4][32];  // operands of products, as lanes hold them
   f16 new_k[G * 32], new_v[G * 32];
   float2 weights[AT_ONCE][WARPS][32];                                  // p as lanes have computed it
   float m[AT_ONCE][STEP_ROWS][WARPS], top[AT_ONCE][STEP_ROWS][WARPS];  // of a warp's 8 positions
@@ -470,14 +485,15 @@ __device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& 
 #pragma unroll
     for (int i = 0; i < 16; i++)
       requested.v[t][i] = load_constant<uint32_t>(v + static_cast<long long>(width) * position_in(i));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-      requested.v[t][i] = 0;
-      if (position_in(i) < left)
-        requested.v[t][i] = load_constant<uint32_t>(v + static_cast<long long>(width) * position_in(i));
-    }
+    return;
   }
+#pragma unroll
+  for (int i = 0; i < 16; i++) requested.v[t][i] = 0;
+  if (left <= 0) return;
+#pragma unroll
+  for (int i = 0; i < 16; i++)
+    if (position_in(i) < left)
+      requested.v[t][i] = load_constant<uint32_t>(v + static_cast<long long>(width) * position_in(i));
 }
 
 // Element j * 32 + lane of a head of n elements; zeros after its end.
@@ -613,7 +629,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
     return;
   }
 
-  // What the previous kernel does not write.
+  // Until the wait: what the previous kernels of a step do not write.
   Cache cache{k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents,
               tables + static_cast<long long>(token) * table_stride, block_size, n_head_kv, head_dim, at};
   int start = max((first_split + z) * SPLIT, oldest / (AT_ONCE * TILE) * (AT_ONCE * TILE));
@@ -635,7 +651,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   };
   request_places(places, cache, after(start), oldest);
   int n_jobs = n_rows + (has_new ? 2 : 0);  // heads of Q, then K and V
-  int i = threadIdx.x % 128;
+  int i = threadIdx.x % 128;  // half of the threads for Q and cos, half for K and sin
   const float *norm = threadIdx.x < 128 ? q_norm : k_norm, *angles = threadIdx.x < 128 ? cos : sin;
   if (norm && i < head_dim) shared.norms[threadIdx.x / 128][i] = norm[i];
   if (angles && i < half) (threadIdx.x < 128 ? shared.cos : shared.sin)[i] = angles[static_cast<long long>(at) * half + i];
@@ -643,7 +659,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   if (sinks && threadIdx.x < n_rows) shared.sinks[threadIdx.x] = sinks[query_head + threadIdx.x];
   // Rows that do not exist are zeros. Word i % 4 of a lane's operand is of row lane / 4 + i % 2 * 8.
   for (int i = threadIdx.x; i < (G * 2 + AT_ONCE * 4) * 32 * 4; i += blockDim.x)
-    if (i / 16 % 8 + i % 2 * 8 >= n_rows) shared.q[0][i / 4].x[i % 4] = 0;
+    if (i / 16 % 8 + i % 2 * 8 >= n_rows) reinterpret_cast<f16x2*>(memory)[i] = 0;  // of q and p
   if (threadIdx.x >= n_rows && threadIdx.x < STEP_ROWS) shared.q_scale[threadIdx.x] = 1.0f;
   __syncthreads();
 
@@ -668,7 +684,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
     f16 halves[G];
     int e = halves_of_head<G>(halves, x, head_dim);
     if (of_q) {
-      // Columns 8c, … 8c + 7 of a group are what lane c of the row has of two products.
+      // Columns 8c … 8c + 7 of a group are what lane c of the row has of two products.
       f16* to = reinterpret_cast<f16*>(&shared.q[lane / 4 % 2][job * 4 + lane / 8].x[lane / 2 % 2 * 2]);
 #pragma unroll
       for (int j = 0; j < G; j++) to[j * (2 * sizeof(shared.q[0]) / sizeof(f16)) + lane % 2] = halves[j];

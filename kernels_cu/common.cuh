@@ -94,7 +94,8 @@ __device__ __forceinline__ void let_next_begin() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-// Waits until the previous kernels have ended and their results are visible. Before it, only weights may be read.
+// Waits until the previous kernels have ended and their results are visible. Before it, only what they do not write may be
+// read, such as weights. A kernel that has ended must have waited, so that its end is the end of all before it.
 __device__ __forceinline__ void wait_for_previous() {
 #if !defined(HOSTCUDA) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -75,6 +75,7 @@ class StepOps:
         return self._embedded(w, self._a.positions)
 
     def _embedded(self, w: PackedMatrix, ids: Array) -> Value:
+        """The rows of ids. The launch does not overlap: a step's first kernel waits for all that was done before it."""
         y = self._new(self._n, w.shape[1])
         self._launch(embedding.embedding, w, ids[: self._n], y.array)
         return Value(self._n, w.shape[1], y)
