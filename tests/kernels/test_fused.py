@@ -99,7 +99,6 @@ def check_attention_of_a_step(
     for i, s in enumerate(sequences):
         tables[i, : len(s.block_table)] = s.block_table
     positions = np.array([*(s.length for s in sequences), -1], np.int32)
-    places = (there.put(positions), there.put(tables))
     values = [rng.standard_normal(cache.k[0].values.shape).astype(np.float16) for _ in range(2)]
     q, k, v = (random(n + 1, count, head_dim, seed=i) for i, count in enumerate((n_head, n_head_kv, n_head_kv)))
     k[1] *= 1e6
@@ -131,10 +130,24 @@ def check_attention_of_a_step(
     fill_cache()
     partial = xp.full((n + 1, n_head, -(-N_POSITIONS // attention.SPLIT), head_dim + 2), xp.nan, xp.float32)
     y, arrived = xp.zeros((n + 1, n_q), xp.float32), xp.zeros(attention.counters_of(n + 1, n_head), xp.int32)
-    arrays = (projections, rotation, *places, cache.k[0], cache.v[0], partial, arrived, y)
-    options = {"scale": 0.125, "window": window, "sinks": there.put(of_sinks)}
-    of_heads = {"norms": tuple(map(there.put, weights)), "eps": EPS, "q_factor": q_factor}
-    attention.attention_step(there.ops.kernels, *arrays, **options, **of_heads)
+    attention.attention_step(
+        there.ops.kernels,
+        projections,
+        rotation,
+        there.put(positions),
+        there.put(tables),
+        cache.k[0],
+        cache.v[0],
+        partial,
+        arrived,
+        y,
+        scale=0.125,
+        window=window,
+        sinks=there.put(of_sinks),
+        norms=(there.put(weights[0]), there.put(weights[1])),
+        eps=EPS,
+        q_factor=q_factor,
+    )
     found, written = to_numpy(y).copy(), [to_numpy(array).copy() for array in cached]
     assert not found[n].any()
     assert not to_numpy(arrived).any()
@@ -154,12 +167,11 @@ def check_attention_of_a_step(
     there.kv_append(cache.v[0], v, batch.slots)
     for was, now in zip(written, cached, strict=True):
         np.testing.assert_array_equal(was.view(np.uint8), to_numpy(now).view(np.uint8))
-    options = {"scale": 0.125, "probe": lambda name, x: x, "window": window, "sinks": of_sinks}
+    options = {"probe": lambda name, x: x, "scale": 0.125, "window": window, "sinks": of_sinks}
     wanted = there.attention(q, cache.k[0], cache.v[0], batch, **options)
     assert np.isfinite(wanted).all() != nan
-    bits = [np.where(np.isnan(x), np.float32(0.5), x).view(np.uint32) for x in (found[:n], wanted)]
-    np.testing.assert_array_equal(*bits)
-    np.testing.assert_array_equal(np.isnan(found[:n]), np.isnan(wanted))
+    bits, wanted_bits = (np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32) for x in (found[:n], wanted))
+    np.testing.assert_array_equal(bits, wanted_bits)
 
 
 @pytest.mark.parametrize(
