@@ -372,9 +372,9 @@ extern "C" __global__ void kv_append_f16(const float* x, const long long* slots,
 // Two tiles at once: a warp computes scores of 8 positions of each (m and the largest of P are exchanged), then 16 columns of
 // o. The next two tiles are requested as soon as registers are free.
 //
-// May be launched to overlap with the previous kernel. Precondition: positions, tables and earlier positions of the cache are
-// read before it has ended, so they must have been there before a kernel of the stream began that did not overlap: in a step,
-// that is the first kernel, and only the last one changes positions.
+// May be launched to overlap with the previous kernel. Precondition: all inputs but Q, K and V are read before it has ended
+// (positions, tables, earlier positions of the cache, …), so they must have been there before a kernel began that did not
+// overlap. In a step that is the first kernel; only the last one changes positions.
 
 constexpr int SPLIT = TILE * WARPS;
 constexpr int AT_ONCE = 2;    // tiles that a block computes together: of each, a warp has 8 positions, then 16 columns
@@ -428,7 +428,7 @@ __device__ __forceinline__ void request_places(Places& places, const Cache& cach
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
     int tile = start + t * TILE;
-    places.block[t] = tile <= cache.n_kv && tile + TILE > oldest ? cache.table[at] : 0;
+    places.block[t] = tile <= cache.n_kv && tile + TILE > oldest ? load_latest<int>(&cache.table[at]) : 0;
     places.offset[t] = offset;
     offset += TILE;
     if (offset == cache.block_size) offset = 0, at++;
@@ -448,7 +448,7 @@ __device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& 
 #pragma unroll
     for (int g = 0; g < G; g++) {
       requested.k[t][g] = make_uint4(0, 0, 0, 0);
-      if (exists && (g < G - 1 || g * 32 + column < cache.head_dim)) requested.k[t][g] = load_constant<uint4>(row + g * 32);
+      if (exists && (g < G - 1 || g * 32 + column < cache.head_dim)) requested.k[t][g] = load_latest<uint4>(row + g * 32);
     }
   }
 }
@@ -468,7 +468,8 @@ __device__ __forceinline__ void request_exponent(Requested<G>& requested, const 
   const unsigned char* exponents = (threadIdx.x % 2 ? cache.v_exponents : cache.k_exponents) + head;
   requested.exponent = 0;
   if (start + position < cache.n_kv && start + position / TILE * TILE + TILE > oldest)
-    requested.exponent = exponents[static_cast<unsigned>(slot) * static_cast<unsigned>(cache.n_head_kv)];
+    requested.exponent = load_latest<unsigned char>(
+        exponents + static_cast<unsigned>(slot) * static_cast<unsigned>(cache.n_head_kv));
 }
 
 // The position in a tile of element i of Requested::v, for c = 0.
@@ -480,11 +481,12 @@ __device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& 
   int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2, own = threadIdx.x % 4 * 2, tile = start + t * TILE;
   int width = cache.n_head_kv * cache.head_dim, slot = places.block[t] * cache.block_size + places.offset[t] + own;
   const f16* v = row_of(cache.v + head * cache.head_dim + column, slot, width);
+  unsigned long long row = static_cast<unsigned>(width);
   int left = column < cache.head_dim && tile + TILE > oldest ? cache.n_kv - tile - own : 0;
   if (left > position_in(15)) {
 #pragma unroll
     for (int i = 0; i < 16; i++)
-      requested.v[t][i] = load_constant<uint32_t>(v + static_cast<long long>(width) * position_in(i));
+      requested.v[t][i] = load_latest<uint32_t>(v + row * position_in(i));
     return;
   }
 #pragma unroll
@@ -493,7 +495,7 @@ __device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& 
 #pragma unroll
   for (int i = 0; i < 16; i++)
     if (position_in(i) < left)
-      requested.v[t][i] = load_constant<uint32_t>(v + static_cast<long long>(width) * position_in(i));
+      requested.v[t][i] = load_latest<uint32_t>(v + row * position_in(i));
 }
 
 // Element j * 32 + lane of a head of n elements; zeros after its end.
@@ -622,7 +624,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   int group = n_head / n_head_kv, n_parts = (group + STEP_ROWS - 1) / STEP_ROWS;
   int token = blockIdx.x / n_parts, first_row = blockIdx.x % n_parts * STEP_ROWS;
   int n_rows = min(group - first_row, STEP_ROWS);
-  int at = positions[token], oldest = window ? max(at - window + 1, 0) : 0, first_split = oldest / SPLIT;
+  int at = load_latest<int>(&positions[token]), oldest = window ? max(at - window + 1, 0) : 0, first_split = oldest / SPLIT;
   int n_splits = at / SPLIT + 1 - first_split, z = blockIdx.z, n_blocks = gridDim.z;
   if (at < 0 || z >= n_splits) {
     if (z == 0) wait_for_previous();  // so that this kernel does not end before the previous one
@@ -639,7 +641,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   bool has_new = (n_splits - 1) % n_blocks == z;
   if (threadIdx.x == 0) {
     shared.row = token * n_head + head * group + first_row, shared.n_splits = n_splits;
-    shared.new_slot = has_new && first_row == 0 ? cache.table[at / block_size] * block_size + at % block_size : -1;
+    shared.new_slot = has_new && first_row == 0 ? load_latest<int>(&cache.table[at / block_size]) * block_size + at % block_size : -1;
   }
   request_k(requested, cache, places, head, start, oldest);
   request_exponent(requested, cache, places, head, start, oldest);

@@ -2,9 +2,10 @@
 
 A product is launched only when its value is needed. Before that, an addition can become its residual and an activation
 its epilogue; a norm before it writes rows in the form that the product reads; and the products for Q, K and V become
-one. Nothing is allocated and nothing waits, so a step can be captured as a CUDA graph. Every fused kernel gives the
-same bits as the operations of `cuda.ops` that it replaces. Rows whose position is below zero have no sequence: they
-write nothing to the cache, and their values have no meaning.
+one. Attention includes the norms of heads, RoPE and the writing of the cache. Nothing is allocated and nothing waits,
+so a step can be captured as a CUDA graph. Every fused kernel gives the same bits as the operations of `cuda.ops` that
+it replaces. Rows whose position is below zero have no sequence: they write nothing to the cache, and their values have
+no meaning.
 """
 
 from __future__ import annotations

@@ -245,6 +245,8 @@ class DecodeStep:
                 some = self._ops.rope_angles(positions, constants, freq_factors)
                 for table, part in zip((cos, sin), some, strict=True):
                     table[start : start + len(positions)] = part[:, 0]
+            if self._ops.xp is not np:  # attention reads the tables before the kernels in front of it have ended
+                self._ops.xp.cuda.get_current_stream().synchronize()
             self._filled.add(number)
         return cos, sin
 

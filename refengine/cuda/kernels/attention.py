@@ -191,8 +191,8 @@ def attention_step(
     q_factor: float = 1.0,
 ) -> None:
     """Attention of one new token for each of n sequences: RMS norm of the heads (with weights `norms`), RoPE, Q times
-    q_factor; K and V are written to the cache. Overlaps with the previous kernel, which must not be one that writes
-    positions, tables or the cache: these are read before it has ended.
+    q_factor; K and V are written to the cache. Overlaps: everything but Q, K and V is read before the previous kernel
+    has ended, so it must have been written before a kernel began that did not overlap.
 
     positions: (n,) int32, below zero for rows without a sequence. tables: (n, n_blocks) int32. partial: work space
     (n, n_head, most_splits, head_dim + 2) float32. arrived: `counters_of(n, n_head)` int32 or more, zeros before and
