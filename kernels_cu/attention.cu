@@ -18,12 +18,8 @@
 // attention_rows_*:   grid x tiles, y KV heads; 8 warps, with one tile of positions each; splits one after another.
 // attention_splits_*: grid x tiles, y KV heads, z splits from first_split on; writes o, m, l to partial (rows, n_splits,
 //                     head_dim + 2). attention_merge folds them: grid x tokens, y heads; head_dim threads.
-// attention_step_*:   one token per sequence, with all state on the device: positions (n_rows,) int32, below zero for rows
-//                     that do not exist; tables (n_rows, table_stride). Grid x rows · ⌈group / 16⌉, y KV heads, z any number
-//                     Z: block z takes splits z, z + Z, … from the first split that the row sees; writes to partial (n_rows,
-//                     n_head, most_splits, head_dim + 2), counted from that split. attention_step_merge folds them. The same
-//                     launch is right for every length. May be launched to overlap with the previous kernel.
-// Dynamic shared memory: see Shared. Reads the visible part of K and V once for every 16 rows.
+// attention_step_*:   one new token for each of n_rows sequences, with all state on the device, in one launch: see below.
+// Dynamic shared memory: see Shared and StepShared. Reads the visible part of K and V once for every 16 rows (8 in a step).
 
 #include "arguments.cuh"
 
@@ -49,6 +45,10 @@ __device__ __forceinline__ float weight(float m, float M) { return m == M ? 1.0f
 __device__ __forceinline__ float largest_of_four(float x) {
   x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
   return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+__device__ __forceinline__ float largest_of_eight(const float* x) {
+  float4 a = *reinterpret_cast<const float4*>(x), b = *reinterpret_cast<const float4*>(x + 4);
+  return fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
 }
 __device__ __forceinline__ float sum_of_four(float x) {
   x += __shfl_xor_sync(ALL_LANES, x, 1);
@@ -211,11 +211,11 @@ __device__ __forceinline__ void attend_tile(Shared<G>& shared, const Cache& cach
 
 // Folds (other_m, other_l) into (m, l); gives the factors for o and the other o. NOTHING: the other one is left out.
 __device__ __forceinline__ void fold(float& m, float& l, float other_m, float other_l, float& keep, float& add) {
-  keep = 1.0f, add = NOTHING;
-  if (other_m == minus_infinity() && other_l == 0.0f) return;
-  float M = fmaxf(m, other_m);
-  keep = weight(m, M), add = weight(other_m, M);
-  l = __fadd_rn(__fmul_rn(l, keep), __fmul_rn(other_l, add));
+  bool is_empty = other_m == minus_infinity() && other_l == 0.0f;
+  float M = fmaxf(m, other_m), of_smaller = exp2f(fminf(m, other_m) - M);
+  keep = is_empty || m == M ? 1.0f : of_smaller;
+  add = is_empty ? NOTHING : other_m == M ? 1.0f : of_smaller;
+  l = is_empty ? l : __fadd_rn(__fmul_rn(l, keep), __fmul_rn(other_l, add));
   m = M;
 }
 __device__ __forceinline__ float folded(float o, float other, float keep, float add) {
@@ -330,56 +330,6 @@ ATTENTION(attention_splits_64, 2, true)
 ATTENTION(attention_splits_96, 3, true)
 ATTENTION(attention_splits_128, 4, true)
 
-__device__ __forceinline__ int first_split_seen(int position, int window) {
-  return window ? max(position - window + 1, 0) / (TILE * WARPS) : 0;
-}
-
-template <int G>
-__device__ __forceinline__ void attention_step(const float* q, Cache cache, const int* tables, const int* positions,
-                                               float* partial, int n_head, int window, float scale, int table_stride,
-                                               int most_splits) {
-  DYNAMIC_SHARED(unsigned char, memory);
-  auto& shared = *reinterpret_cast<Shared<G>*>(memory);
-  let_next_begin();
-  wait_for_previous();
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y, group = n_head / cache.n_head_kv;
-  int n_tiles = (group + ROWS - 1) / ROWS, token = blockIdx.x / n_tiles, first_row = blockIdx.x % n_tiles * ROWS;
-  int at = positions[token];
-  if (at < 0) return;
-  int first = first_split_seen(at, window), end = at / (TILE * WARPS) + 1;
-  if (first + static_cast<int>(blockIdx.z) >= end) return;
-  cache.n_kv = at + 1, cache.table = tables + static_cast<long long>(token) * table_stride;
-  const int span[2] = {token, 1}, position[2] = {at, at};
-  load_q<G>(shared, q, span, first_row, group, n_head, head, cache.head_dim);
-  for (int split = first + blockIdx.z; split < end; split += gridDim.z) {
-    float o[G * 2];
-    attend<G>(shared, cache, head, split, split + 1, at, at, position, window, __fmul_rn(scale, LOG2_E), o);
-#pragma unroll
-    for (int i = 0; i < G * 2; i++) {
-      int f = i * WARPS + warp, in_block = row_in(f, lane), row = first_row + in_block, d = column_in(f, lane);
-      if (row >= group) continue;
-      float* to = partial + ((static_cast<long long>(token) * n_head + head * group + row) * most_splits + split - first) *
-                                (cache.head_dim + 2);
-      if (d < cache.head_dim) to[d] = o[i];
-      if (d == 0) to[cache.head_dim] = shared.total_m[in_block], to[cache.head_dim + 1] = shared.total_l[in_block];
-    }
-    __syncthreads();
-  }
-}
-
-#define ATTENTION_STEP(name, G)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(256, 1)                                                               \
-      name(const float* q, CachedRows k, CachedRows v, const int* tables, const int* positions, float* partial,      \
-           int n_head, int n_head_kv, int head_dim, int block_size, int window, float scale, int table_stride,       \
-           int most_splits) {                                                                                        \
-    attention_step<G>(q, cache_of(k, v, tables, block_size, n_head_kv, head_dim), tables, positions, partial,        \
-                      n_head, window, scale, table_stride, most_splits);                                             \
-  }
-ATTENTION_STEP(attention_step_32, 1)
-ATTENTION_STEP(attention_step_64, 2)
-ATTENTION_STEP(attention_step_96, 3)
-ATTENTION_STEP(attention_step_128, 4)
-
 extern "C" __global__ void attention_merge(const float* partial, const float* sinks, float* y, int n_head, int head_dim,
                                            int n_splits) {
   long long row = static_cast<long long>(blockIdx.x) * n_head + blockIdx.y;
@@ -387,24 +337,6 @@ extern "C" __global__ void attention_merge(const float* partial, const float* si
   float m = minus_infinity(), l = 0.0f, o = 0.0f;
   for (int split = 0; split < n_splits; split++) {
     const float* from = partial + (row * n_splits + split) * (head_dim + 2);
-    float keep, add;
-    fold(m, l, from[head_dim], from[head_dim + 1], keep, add);
-    if (add != NOTHING) o = folded(o, from[d], keep, add);
-  }
-  y[row * head_dim + d] = __fmul_rn(o, finish(m, l, sinks, blockIdx.y));
-}
-
-extern "C" __global__ void attention_step_merge(const float* partial, const float* sinks, const int* positions, float* y,
-                                                int n_head, int head_dim, int window, int most_splits) {
-  let_next_begin();
-  wait_for_previous();
-  int position = positions[blockIdx.x], d = threadIdx.x;
-  if (position < 0) return;
-  long long row = static_cast<long long>(blockIdx.x) * n_head + blockIdx.y;
-  int n_splits = position / (TILE * WARPS) + 1 - first_split_seen(position, window);
-  float m = minus_infinity(), l = 0.0f, o = 0.0f;
-  for (int split = 0; split < n_splits; split++) {
-    const float* from = partial + (row * most_splits + split) * (head_dim + 2);
     float keep, add;
     fold(m, l, from[head_dim], from[head_dim + 1], keep, add);
     if (add != NOTHING) o = folded(o, from[d], keep, add);
@@ -422,3 +354,524 @@ extern "C" __global__ void kv_append_f16(const float* x, const long long* slots,
   for (int i = threadIdx.x; i < head_dim; i += 32) cache.values[at * head_dim + i] = f32_to_f16(times_power(row[i], e));
   if (threadIdx.x == 0) cache.exponents[at] = static_cast<unsigned char>(e + 127);
 }
+
+// --- attention_step_*: one new token for each sequence ---
+//
+// RMS norm of the heads of Q and K (if q_norm and k_norm are given), the rotation (if cos is given), Q times q_factor (if it
+// is not 1), K and V to the cache, attention. The same bits as rms_norm_f32, rope_*_f32, kv_append_f16 and attention_rows_*
+// one after another. The same launch is right for every length.
+//
+// Rows of Q, K and V begin at qkv; their distances are q_stride, k_stride and v_stride floats. q_norm, k_norm (head_dim,).
+// cos, sin (n_positions, half) float32, by position. tables (n_rows, table_stride). positions (n_rows,) int32: below zero
+// there is no row, and nothing is written. y (n_rows, n_head * head_dim). partial (n_rows, n_head, most_splits, head_dim + 2):
+// o, m, l of splits, counted from the first one that a row sees. arrived: a counter for each (x, y) of the grid, zeros; they
+// are zeros again at the end.
+// Grid: x rows · ⌈group / 8⌉, y KV heads, z any number Z: block z takes splits z, z + Z, … from the first one on; 256 threads.
+// If a row sees several splits, the last block to arrive folds them, in order. The block that has the last split computes the
+// new K and V, and has them from its own shared memory; they are written for the next step.
+// Two tiles at once: a warp computes scores of 8 positions of each (m and the largest of P are exchanged), then 16 columns of
+// o. The next two tiles are requested as soon as registers are free.
+//
+// May be launched to overlap with the previous kernel. Precondition: all inputs but Q, K and V are read before it has ended
+// (positions, tables, earlier positions of the cache, …), so they must have been there before a kernel began that did not
+// overlap. In a step that is the first kernel; only the last one changes positions.
+
+constexpr int SPLIT = TILE * WARPS;
+constexpr int AT_ONCE = 2;    // tiles that a block computes together: of each, a warp has 8 positions, then 16 columns
+constexpr int STEP_ROWS = 8;  // rows of a block: half of what the tensor cores multiply, to save registers
+
+template <int G>
+struct alignas(16) StepShared {
+  MmaA q[G * 2][32], p[AT_ONCE][4][32];  // operands of products, as lanes hold them
+  f16 new_k[G * 32], new_v[G * 32];
+  float2 weights[AT_ONCE][WARPS][32];                                  // p as lanes have computed it
+  float m[AT_ONCE][STEP_ROWS][WARPS], top[AT_ONCE][STEP_ROWS][WARPS];  // of a warp's 8 positions
+  float l[AT_ONCE][STEP_ROWS];
+  float heads[WARPS][G * 32];
+  float norms[2][G * 32], cos[G * 16], sin[G * 16];  // weights for Q and K; of the position
+  float q_scale[STEP_ROWS], sinks[STEP_ROWS];
+  unsigned char exponents[WARPS][32], new_exponents[2];
+  // What is needed at the end only: the first row, the number of splits, where to write K and V (below zero: nowhere), and
+  // whether this block is the last one.
+  int row, n_splits, new_slot, is_last;
+};
+
+// What a lane, 4 · r + c, has requested of the tiles. K: position r of the warp's 8, columns 8c … 8c + 7 of each group. V:
+// columns 2r and 2r + 1 of the warp's 16, at the positions of a product's operand. One exponent: lanes 16 · t … have those of
+// the warp's 8 positions of tile t: K, V, K, V, … All of it is zero for positions that are not in the cache.
+template <int G>
+struct Requested {
+  uint4 k[AT_ONCE][G];
+  uint32_t v[AT_ONCE][16];
+  unsigned char exponent;
+};
+
+// A lane's operand, in one load from shared memory.
+__device__ __forceinline__ MmaA operand(const MmaA& from) {
+  uint4 four = *reinterpret_cast<const uint4*>(&from);
+  return MmaA{{four.x, four.y, four.z, four.w}};
+}
+
+// Where tiles are in the cache: their blocks, and their offsets in them.
+struct Places {
+  int block[AT_ONCE], offset[AT_ONCE];
+};
+
+// The row of a slot in an array with rows of `width`, a multiple of 8. Cheaper than a product of 64 bits.
+__device__ __forceinline__ const f16* row_of(const f16* rows, int slot, int width) {
+  return rows + 8 * static_cast<unsigned long long>(static_cast<unsigned>(slot) * static_cast<unsigned>(width / 8));
+}
+
+// Of the tiles from `start` on. oldest: the first position that the row sees.
+__device__ __forceinline__ void request_places(Places& places, const Cache& cache, int start, int oldest) {
+  int at = start / cache.block_size, offset = start - at * cache.block_size;
+#pragma unroll
+  for (int t = 0; t < AT_ONCE; t++) {
+    int tile = start + t * TILE;
+    places.block[t] = tile <= cache.n_kv && tile + TILE > oldest ? load_latest<int>(&cache.table[at]) : 0;
+    places.offset[t] = offset;
+    offset += TILE;
+    if (offset == cache.block_size) offset = 0, at++;
+  }
+}
+
+template <int G>
+__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const Places& places, int head,
+                                          int start, int oldest) {
+  int own = threadIdx.x / 4, column = threadIdx.x % 4 * 8, width = cache.n_head_kv * cache.head_dim;
+  const f16* k = cache.k + head * cache.head_dim + column;
+#pragma unroll
+  for (int t = 0; t < AT_ONCE; t++) {
+    int tile = start + t * TILE, slot = places.block[t] * cache.block_size + places.offset[t] + own;
+    const f16* row = row_of(k, slot, width);
+    bool exists = tile + own < cache.n_kv && tile + TILE > oldest;
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      requested.k[t][g] = make_uint4(0, 0, 0, 0);
+      if (exists && (g < G - 1 || g * 32 + column < cache.head_dim)) requested.k[t][g] = load_latest<uint4>(row + g * 32);
+    }
+  }
+}
+
+// The position, from `start` on, whose exponent a lane has.
+__device__ __forceinline__ int position_of_exponent() {
+  int lane = threadIdx.x % 32;
+  return lane / 16 * TILE + threadIdx.x / 32 * 8 + lane % 16 / 2;
+}
+
+template <int G>
+__device__ __forceinline__ void request_exponent(Requested<G>& requested, const Cache& cache, const Places& places, int head,
+                                                 int start, int oldest) {
+  int position = position_of_exponent(), slot = position % TILE;
+  slot += position < TILE ? places.block[0] * cache.block_size + places.offset[0]
+                          : places.block[1] * cache.block_size + places.offset[1];
+  const unsigned char* exponents = (threadIdx.x % 2 ? cache.v_exponents : cache.k_exponents) + head;
+  requested.exponent = 0;
+  if (start + position < cache.n_kv && start + position / TILE * TILE + TILE > oldest)
+    requested.exponent = load_latest<unsigned char>(
+        exponents + static_cast<unsigned>(slot) * static_cast<unsigned>(cache.n_head_kv));
+}
+
+// The position in a tile of element i of Requested::v, for c = 0.
+__device__ __forceinline__ constexpr int position_in(int i) { return i / 4 * 16 + i % 2 + i / 2 % 2 * 8; }
+
+template <int G>
+__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const Places& places, int head,
+                                          int start, int oldest, int t) {
+  int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2, own = threadIdx.x % 4 * 2, tile = start + t * TILE;
+  int width = cache.n_head_kv * cache.head_dim, slot = places.block[t] * cache.block_size + places.offset[t] + own;
+  const f16* v = row_of(cache.v + head * cache.head_dim + column, slot, width);
+  unsigned long long row = static_cast<unsigned>(width);
+  int left = column < cache.head_dim && tile + TILE > oldest ? cache.n_kv - tile - own : 0;
+  if (left > position_in(15)) {
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+      requested.v[t][i] = load_latest<uint32_t>(v + row * position_in(i));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 16; i++) requested.v[t][i] = 0;
+  if (left <= 0) return;
+#pragma unroll
+  for (int i = 0; i < 16; i++)
+    if (position_in(i) < left)
+      requested.v[t][i] = load_latest<uint32_t>(v + row * position_in(i));
+}
+
+// Element j * 32 + lane of a head of n elements; zeros after its end.
+template <int G>
+__device__ __forceinline__ void load_head(float (&x)[G], const float* from, int n) {
+#pragma unroll
+  for (int j = 0; j < G; j++) {
+    int i = j * 32 + threadIdx.x % 32;
+    x[j] = i < n ? from[i] : 0.0f;
+  }
+}
+
+// rms_norm_f32 of a head by one warp, which computes the sums of a block's eight warps one after another.
+template <int G>
+__device__ __forceinline__ void norm_head(float (&x)[G], const float* weight, int n, float eps) {
+  float total = 0.0f;
+#pragma unroll
+  for (int j = 0; j < G; j++) total += warp_sum(__fmaf_rn(x[j], x[j], 0.0f));
+  float factor = 1.0f / sqrtf(total / static_cast<float>(n) + eps);
+#pragma unroll
+  for (int j = 0; j < G; j++)
+    if (j * 32 + threadIdx.x % 32 < n) x[j] = x[j] * factor * weight[j * 32 + threadIdx.x % 32];
+}
+
+// Rotates a head by one warp, through `row` in shared memory.
+template <int G>
+__device__ __forceinline__ void rotate_head(float (&x)[G], float* row, const float* cos, const float* sin, int half, int neox,
+                                            int head_dim) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < G; j++)
+    if (j * 32 + lane < head_dim) row[j * 32 + lane] = x[j];
+  __syncwarp(ALL_LANES);
+#pragma unroll
+  for (int j = 0; j < (G + 1) / 2; j++) {
+    int i = j * 32 + lane, first = neox ? i : 2 * i, second = neox ? i + half : first + 1;
+    if (i >= half) continue;
+    float a = row[first], b = row[second];
+    row[first] = __fadd_rn(__fmul_rn(a, cos[i]), -__fmul_rn(b, sin[i]));
+    row[second] = __fadd_rn(__fmul_rn(a, sin[i]), __fmul_rn(b, cos[i]));
+  }
+  __syncwarp(ALL_LANES);
+#pragma unroll
+  for (int j = 0; j < G; j++)
+    if (j * 32 + lane < head_dim) x[j] = row[j * 32 + lane];
+}
+
+// Element i of a row of halves times 2^-e, where x has the elements of a head.
+template <int G>
+__device__ __forceinline__ int halves_of_head(f16 (&halves)[G], const float (&x)[G], int head_dim) {
+  int lane = threadIdx.x % 32;
+  float top = 0.0f;
+#pragma unroll
+  for (int j = 0; j < G; j++)
+    if (j * 32 + lane < head_dim) top = larger_or_nan(top, fabsf(x[j]));
+  int e = row_exponent(warp_top(top));
+#pragma unroll
+  for (int j = 0; j < G; j++) halves[j] = j * 32 + lane < head_dim ? f32_to_f16(times_power(x[j], e)) : 0;
+  return e;
+}
+
+// Replaces what was not in the cache, the new position, which is in the tiles from `start` on.
+template <int G>
+__device__ __forceinline__ void put_new(Requested<G>& requested, const StepShared<G>& shared, int start, int at) {
+  int warp = threadIdx.x / 32, r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  if (start + position_of_exponent() == at) requested.exponent = shared.new_exponents[threadIdx.x % 2];
+#pragma unroll
+  for (int t = 0; t < AT_ONCE; t++) {
+    int in_tile = at - start - t * TILE;
+    if (in_tile < 0 || in_tile >= TILE) continue;
+    if (in_tile == warp * 8 + r) {
+#pragma unroll
+      for (int g = 0; g < G; g++) requested.k[t][g] = *reinterpret_cast<const uint4*>(&shared.new_k[g * 32 + c * 8]);
+    }
+    if (warp * 16 >= G * 32) continue;
+    uint32_t v = *reinterpret_cast<const uint32_t*>(&shared.new_v[warp * 16 + r * 2]);
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+      if (in_tile - c * 2 == position_in(i)) requested.v[t][i] = v;
+  }
+}
+
+// Folds the splits of n_rows rows, in order, and writes y. By all threads of a block.
+__device__ __forceinline__ void fold_splits(const float* partial, const float* sinks, float* y, int n_rows, int head_dim,
+                                            int n_splits, int most_splits) {
+  constexpr int TOGETHER = 4;
+  int pairs = head_dim / 2;
+  for (int i = threadIdx.x; i < n_rows * pairs; i += blockDim.x) {
+    int row = i / pairs, d = i % pairs * 2;
+    const float* from = partial + static_cast<long long>(row) * most_splits * (head_dim + 2);
+    float m = minus_infinity(), l = 0.0f, o[2] = {};
+    for (int first = 0; first < n_splits; first += TOGETHER) {
+      float2 sums[TOGETHER], others[TOGETHER];
+#pragma unroll
+      for (int s = 0; s < TOGETHER; s++) {
+        sums[s] = make_float2(minus_infinity(), 0.0f), others[s] = make_float2(0.0f, 0.0f);
+        if (first + s >= n_splits) continue;
+        const float* split = from + static_cast<long long>(first + s) * (head_dim + 2);
+        sums[s] = *reinterpret_cast<const float2*>(split + head_dim);
+        others[s] = *reinterpret_cast<const float2*>(split + d);
+      }
+#pragma unroll
+      for (int s = 0; s < TOGETHER; s++) {
+        float keep, add;
+        fold(m, l, sums[s].x, sums[s].y, keep, add);
+        if (add != NOTHING) o[0] = folded(o[0], others[s].x, keep, add), o[1] = folded(o[1], others[s].y, keep, add);
+      }
+    }
+    float factor = finish(m, l, sinks, row);
+    *reinterpret_cast<float2*>(y + row * head_dim + d) = make_float2(__fmul_rn(o[0], factor), __fmul_rn(o[1], factor));
+  }
+}
+
+template <int G>
+__device__ __forceinline__ void attention_step(const Projections& qkv, const float* q_norm, const float* k_norm,
+                                               const float* cos, const float* sin, const NewRows& k_cache,
+                                               const NewRows& v_cache, const int* tables, const int* positions,
+                                               const float* sinks, float* partial, int* arrived, float* y, int q_stride,
+                                               int k_stride, int v_stride, int n_head, int n_head_kv, int head_dim,
+                                               int half, int neox, int block_size, int window, int table_stride,
+                                               int most_splits, float eps, float q_factor, float scale) {
+  DYNAMIC_SHARED(unsigned char, memory);
+  auto& shared = *reinterpret_cast<StepShared<G>*>(memory);
+  let_next_begin();
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4, head = blockIdx.y;
+  int group = n_head / n_head_kv, n_parts = (group + STEP_ROWS - 1) / STEP_ROWS;
+  int token = blockIdx.x / n_parts, first_row = blockIdx.x % n_parts * STEP_ROWS;
+  int n_rows = min(group - first_row, STEP_ROWS);
+  int at = load_latest<int>(&positions[token]), oldest = window ? max(at - window + 1, 0) : 0, first_split = oldest / SPLIT;
+  int n_splits = at / SPLIT + 1 - first_split, z = blockIdx.z, n_blocks = gridDim.z;
+  if (at < 0 || z >= n_splits) {
+    if (z == 0) wait_for_previous();  // so that this kernel does not end before the previous one
+    return;
+  }
+
+  // Until the wait: what the previous kernels of a step do not write.
+  Cache cache{k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents,
+              tables + static_cast<long long>(token) * table_stride, block_size, n_head_kv, head_dim, at};
+  int start = max((first_split + z) * SPLIT, oldest / (AT_ONCE * TILE) * (AT_ONCE * TILE));
+  Places places;
+  Requested<G> requested;
+  request_places(places, cache, start, oldest);
+  bool has_new = (n_splits - 1) % n_blocks == z;
+  if (threadIdx.x == 0) {
+    shared.row = token * n_head + head * group + first_row, shared.n_splits = n_splits;
+    shared.new_slot = has_new && first_row == 0 ? load_latest<int>(&cache.table[at / block_size]) * block_size + at % block_size : -1;
+  }
+  request_k(requested, cache, places, head, start, oldest);
+  request_exponent(requested, cache, places, head, start, oldest);
+#pragma unroll
+  for (int t = 0; t < AT_ONCE; t++) request_v(requested, cache, places, head, start, oldest, t);
+  auto after = [&](int start) {  // the tiles that this block computes after those from `start` on
+    int next = start + AT_ONCE * TILE;
+    return next % SPLIT ? next : next + (n_blocks - 1) * SPLIT;
+  };
+  request_places(places, cache, after(start), oldest);
+  int n_jobs = n_rows + (has_new ? 2 : 0);  // heads of Q, then K and V
+  int i = threadIdx.x % 128;  // half of the threads for Q and cos, half for K and sin
+  const float *norm = threadIdx.x < 128 ? q_norm : k_norm, *angles = threadIdx.x < 128 ? cos : sin;
+  if (norm && i < head_dim) shared.norms[threadIdx.x / 128][i] = norm[i];
+  if (angles && i < half) (threadIdx.x < 128 ? shared.cos : shared.sin)[i] = angles[static_cast<long long>(at) * half + i];
+  int query_head = head * group + first_row;
+  if (sinks && threadIdx.x < n_rows) shared.sinks[threadIdx.x] = sinks[query_head + threadIdx.x];
+  // Rows that do not exist are zeros. Word i % 4 of a lane's operand is of row lane / 4 + i % 2 * 8.
+  for (int i = threadIdx.x; i < (G * 2 + AT_ONCE * 4) * 32 * 4; i += blockDim.x)
+    if (i / 16 % 8 + i % 2 * 8 >= n_rows) reinterpret_cast<f16x2*>(memory)[i] = 0;  // of q and p
+  if (threadIdx.x >= n_rows && threadIdx.x < STEP_ROWS) shared.q_scale[threadIdx.x] = 1.0f;
+  __syncthreads();
+
+  wait_for_previous();
+  float x[G];
+  auto load = [&](float (&x)[G], int job) {
+    bool of_q = job < n_rows, of_k = job == n_rows;
+    const float* from = of_q ? qkv.q : of_k ? qkv.k : qkv.v;
+    from += static_cast<long long>(token) * (of_q ? q_stride : of_k ? k_stride : v_stride);
+    load_head<G>(x, from + (of_q ? query_head + job : head) * head_dim, job < n_jobs ? head_dim : 0);
+  };
+  load(x, warp);
+  for (int job = warp; job < n_jobs; job += WARPS) {
+    bool of_q = job < n_rows, of_k = job == n_rows;
+    float next[G];
+    load(next, job + WARPS);
+    if ((of_q && q_norm) || (of_k && k_norm)) norm_head<G>(x, shared.norms[of_q ? 0 : 1], head_dim, eps);
+    if (cos && (of_q || of_k)) rotate_head<G>(x, shared.heads[warp], shared.cos, shared.sin, half, neox, head_dim);
+    if (of_q && q_factor != 1.0f)
+#pragma unroll
+      for (int j = 0; j < G; j++) x[j] = __fmul_rn(x[j], q_factor);
+    f16 halves[G];
+    int e = halves_of_head<G>(halves, x, head_dim);
+    if (of_q) {
+      // Columns 8c … 8c + 7 of a group are what lane c of the row has of two products.
+      f16* to = reinterpret_cast<f16*>(&shared.q[lane / 4 % 2][job * 4 + lane / 8].x[lane / 2 % 2 * 2]);
+#pragma unroll
+      for (int j = 0; j < G; j++) to[j * (2 * sizeof(shared.q[0]) / sizeof(f16)) + lane % 2] = halves[j];
+      if (lane == 0) shared.q_scale[job] = power_of_two(e);
+    } else {
+      f16* to = of_k ? shared.new_k : shared.new_v;
+#pragma unroll
+      for (int j = 0; j < G; j++) to[j * 32 + lane] = halves[j];
+      if (lane == 0) shared.new_exponents[of_k ? 0 : 1] = static_cast<unsigned char>(e + 127);
+    }
+#pragma unroll
+    for (int j = 0; j < G; j++) x[j] = next[j];
+  }
+  __syncthreads();
+
+  float factor = __fmul_rn(shared.q_scale[r], __fmul_rn(scale, LOG2_E));
+  float m_all = minus_infinity(), l_all = 0.0f, o[2][2] = {};  // of the split so far
+  // The exponents of the positions whose scores this lane has: K, V, K, V.
+  auto exponents = [&](int t) { return *reinterpret_cast<const uint32_t*>(&shared.exponents[warp][t * 16 + c * 4]); };
+  while (true) {
+    int next = after(start);
+    if (start + AT_ONCE * TILE > at) put_new<G>(requested, shared, start, at);
+    shared.exponents[warp][lane] = requested.exponent;
+    __syncwarp(ALL_LANES);
+
+    MmaD s[AT_ONCE] = {};
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      MmaA first = operand(shared.q[2 * g][lane]), second = operand(shared.q[2 * g + 1][lane]);
+#pragma unroll
+      for (int t = 0; t < AT_ONCE; t++) {
+        uint4 four = requested.k[t][g];
+        mma_m16n8k16(s[t], first, {{four.x, four.y}});
+        mma_m16n8k16(s[t], second, {{four.z, four.w}});
+      }
+    }
+    if (next <= at) {
+      request_k(requested, cache, places, head, next, oldest);
+      request_exponent(requested, cache, places, head, next, oldest);
+    }
+
+    float m[AT_ONCE], down[AT_ONCE];
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; t++) {
+      m[t] = minus_infinity();
+      uint32_t scales = exponents(t);
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        int position = start + t * TILE + warp * 8 + 2 * c + i;
+        float k_scale = __uint_as_float((scales >> 16 * i & 255) << 23), score = s[t].x[i];
+        score = position > at || position < oldest ? minus_infinity() : __fmul_rn(__fmul_rn(score, factor), k_scale);
+        s[t].x[i] = score, m[t] = fmaxf(m[t], score);
+      }
+      m[t] = largest_of_four(m[t]);
+      if (c == 0) shared.m[t][r][warp] = m[t];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; t++) {
+      m[t] = largest_of_eight(shared.m[t][r]);
+      uint32_t scales = exponents(t);
+      float top = 0.0f, p[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float score = s[t].x[i];
+        p[i] = m[t] == minus_infinity() && score == m[t] ? 0.0f : exp2f(score - m[t]);
+        s[t].x[i] = __fmul_rn(p[i], __uint_as_float((scales >> (16 * i + 8) & 255) << 23));
+        top = fmaxf(top, s[t].x[i]);
+      }
+      shared.weights[t][warp][lane] = make_float2(p[0], p[1]);
+      top = largest_of_four(top);
+      if (c == 0) shared.top[t][r][warp] = top;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; t++) {
+      uint32_t field = __float_as_uint(largest_of_eight(shared.top[t][r])) >> 23;
+      field = min(max(field, 15u), 254u);
+      float up = __uint_as_float((268u - field) << 23);
+      down[t] = __uint_as_float((field - 14u) << 23);
+      shared.p[t][warp / 2][lane].x[warp % 2 * 2] = f32_to_f16x2(__fmul_rn(s[t].x[0], up), __fmul_rn(s[t].x[1], up));
+    }
+    if (warp < AT_ONCE) {
+      float l = 0.0f;
+#pragma unroll
+      for (int n = 0; n < WARPS; n++) {
+        float2 p = shared.weights[warp][n][lane];
+        l += p.x, l += p.y;
+      }
+      l = sum_of_four(l);
+      if (c == 0) shared.l[warp][r] = l;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; t++) {
+      if (start + t * TILE > at) break;
+      MmaD d[2] = {};
+#pragma unroll
+      for (int kk = 0; kk < 4; kk++) {
+        MmaA p = operand(shared.p[t][kk][lane]);
+        const uint32_t* v = &requested.v[t][kk * 4];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          unsigned selector = j ? 0x7632 : 0x5410;
+          mma_m16n8k16(d[j], p, {{__byte_perm(v[0], v[1], selector), __byte_perm(v[2], v[3], selector)}});
+        }
+      }
+      if (next <= at) request_v(requested, cache, places, head, next, oldest, t);
+      float keep, add;
+      fold(m_all, l_all, m[t], shared.l[t][r], keep, add);
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          float sum = folded(o[j][i], __fmul_rn(d[j].x[i], down[t]), keep, add);
+          o[j][i] = add == NOTHING ? o[j][i] : sum;
+        }
+    }
+
+    if (start / SPLIT != next / SPLIT || next > at) {  // the end of the split
+      int d = warp * 16 + c * 4;
+      if (r < n_rows && d < head_dim) {
+        // Sum o[j][i] is of column d + 2 · i + j. Adding 0 is what folding into nothing does.
+        float four[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) four[i] = __fadd_rn(o[i % 2][i / 2], 0.0f);
+        long long row = shared.row + r;
+        if (shared.n_splits == 1) {
+          float by = finish(m_all, l_all, sinks ? shared.sinks : nullptr, r);
+          *reinterpret_cast<float4*>(y + row * head_dim + d) =
+              make_float4(__fmul_rn(four[0], by), __fmul_rn(four[1], by), __fmul_rn(four[2], by), __fmul_rn(four[3], by));
+        } else {
+          float* to = partial + (row * most_splits + start / SPLIT - oldest / SPLIT) * (head_dim + 2);
+          *reinterpret_cast<float2*>(to + d) = make_float2(four[0], four[1]);
+          *reinterpret_cast<float2*>(to + d + 2) = make_float2(four[2], four[3]);
+          if (d == 0) *reinterpret_cast<float2*>(to + head_dim) = make_float2(m_all, l_all);
+        }
+      }
+      m_all = minus_infinity(), l_all = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; i++) o[i % 2][i / 2] = 0.0f;
+    }
+    if (next > at) break;
+    start = next;
+    request_places(places, cache, after(start), oldest);
+  }
+  if (shared.new_slot >= 0) {
+    int i = threadIdx.x % 128;
+    f16* values = threadIdx.x < 128 ? k_cache.values : v_cache.values;
+    const f16* from = threadIdx.x < 128 ? shared.new_k : shared.new_v;
+    long long place = static_cast<long long>(shared.new_slot) * n_head_kv + head;
+    if (i < head_dim) values[place * head_dim + i] = from[i];
+    if (i == 0) (threadIdx.x < 128 ? k_cache.exponents : v_cache.exponents)[place] = shared.new_exponents[threadIdx.x / 128];
+  }
+  int n_splits_seen = shared.n_splits;
+  if (n_splits_seen == 1) return;
+
+  // The block that is last of those with the same rows folds all their splits.
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int* counter = arrived + blockIdx.x * gridDim.y + blockIdx.y;
+    __threadfence();
+    shared.is_last = atomicAdd(counter, 1) == min(n_splits_seen, n_blocks) - 1;
+    if (shared.is_last) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!shared.is_last) return;
+  long long row = shared.row;
+  fold_splits(partial + row * most_splits * (head_dim + 2), sinks ? shared.sinks : nullptr, y + row * head_dim, n_rows,
+              head_dim, n_splits_seen, most_splits);
+}
+
+#define ATTENTION_STEP(name, G)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
+      name(Projections qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin, NewRows k,   \
+           NewRows v, const int* tables, const int* positions, const float* sinks, float* partial, int* arrived,       \
+           float* y, int q_stride, int k_stride, int v_stride, int n_head, int n_head_kv, int head_dim, int half,      \
+           int neox, int block_size, int window, int table_stride, int most_splits, float eps, float q_factor,         \
+           float scale) {                                                                                              \
+    attention_step<G>(qkv, q_norm, k_norm, cos, sin, k, v, tables, positions, sinks, partial, arrived, y, q_stride,    \
+                      k_stride, v_stride, n_head, n_head_kv, head_dim, half, neox, block_size, window, table_stride,   \
+                      most_splits, eps, q_factor, scale);                                                              \
+  }
+ATTENTION_STEP(attention_step_32, 1)
+ATTENTION_STEP(attention_step_64, 2)
+ATTENTION_STEP(attention_step_96, 3)
+ATTENTION_STEP(attention_step_128, 4)

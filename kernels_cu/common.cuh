@@ -100,7 +100,8 @@ __device__ __forceinline__ void let_next_begin() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-// Waits until the previous kernels have ended and their results are visible. Before it, only weights may be read.
+// Waits until the previous kernels have ended and their results are visible. Before it, only what they do not write may be
+// read, such as weights. A kernel that has ended must have waited, so that its end is the end of all before it.
 __device__ __forceinline__ void wait_for_previous() {
 #if !defined(HOSTCUDA) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -108,7 +109,8 @@ __device__ __forceinline__ void wait_for_previous() {
 }
 
 // --- Loads of several words, aligned to their total size ---
-// load_constant: from memory that no kernel writes at the same time (weights); load_words: from any memory.
+// load_constant: from memory that no kernel writes at the same time (weights); load_words: from any memory; load_latest:
+// past the first-level cache, for what an earlier kernel has written, where wait_for_previous has not been called.
 #ifdef HOSTCUDA
 template <class T>
 T load_words(const void* address) {
@@ -117,6 +119,11 @@ T load_words(const void* address) {
 }
 template <class T>
 T load_constant(const void* address) {
+  hostcuda::require_alignment(address, sizeof(T));
+  return *static_cast<const T*>(address);
+}
+template <class T>
+T load_latest(const void* address) {
   hostcuda::require_alignment(address, sizeof(T));
   return *static_cast<const T*>(address);
 }
@@ -147,6 +154,23 @@ __device__ __forceinline__ T load_constant(const void* address) {
     asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address));
   } else {
     asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address));
+  }
+  return value;
+}
+template <class T>
+__device__ __forceinline__ T load_latest(const void* address) {
+  static_assert(sizeof(T) == 1 || sizeof(T) == 4 || sizeof(T) == 16, "a byte, a word or four");
+  T value;
+  if constexpr (sizeof(T) == 1) {
+    uint32_t byte;
+    asm volatile("ld.global.cg.u8 %0, [%1];" : "=r"(byte) : "l"(address));
+    value = static_cast<T>(byte);
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(value) : "l"(address));
+  } else {
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "l"(address));
   }

@@ -22,10 +22,9 @@ from refengine.cuda.kernels import (
     rope,
     router,
 )
-from refengine.cuda.kernels.attention import PagedRows
+from refengine.cuda.kernels.attention import PagedRows, Projections, Rotation
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import Rows
-from refengine.cuda.kernels.rope import Projections, Rotation
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import names
@@ -63,8 +62,19 @@ def cache(head_dim: int = 32) -> PagedRows:
 
 Q, Y = f32(N, 2, 32), f32(N, 64)
 GROUPS = Groups(i32(4, 3), i32(N), i32(N), 8)
-STEP: dict[str, Any] = {"scale": 1.0, "window": 0, "sinks": None}
 PARTS = Projections((f32(N * 64), f32(N * 32), f32(N * 32)), (64, 32, 32))
+STEP: dict[str, Any] = {"scale": 1.0, "window": 0, "sinks": None}
+
+
+def step(
+    parts: Projections = PARTS, tables: Any = None, of_cache: Any = None, partial: Any = None, arrived: Any = None
+) -> tuple[Any, ...]:
+    """Arguments of `attention_step`, all but one of which fit."""
+    caches = (of_cache or cache(), of_cache or cache())
+    space = f32(N, 2, 1, 34) if partial is None else partial
+    given = (i32(N), i32(N, 2) if tables is None else tables, *caches, space, i32(N) if arrived is None else arrived)
+    return (parts, Rotation(None, None, True), *given, Y)
+
 
 REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], str]] = {
     "sizes of elements": (activation.add, (f32(4), f32(5), f32(4)), {}, "add_f32: shapes .* all to have the same size"),
@@ -92,14 +102,15 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
     "norm": (norm.rms_norm, (f32(N, 64), f32(64), 1e-5, f32(N, 32)), {}, "rms_norm_f32: the output has the shape"),
     "norm's rows": (norm.rms_norm_rows, (f32(N, 64), f32(64), 1e-5, rows(2)), {}, "rms_norm_f16: the halves' array"),
     "rope": (rope.rope, (Q, (f32(N, 1, 16), f32(N, 1, 16)), f32(N, 2, 16)), {"neox": True}, "the output has the shape"),
-    "strides": (rope.rope_append, (Projections(PARTS.parts, (64, 64, 32)), Rotation(None, None, True), i32(N),
-                i32(N, 2), Q, cache(), cache()), {}, "3 rows of 1 heads of 32, 64 floats apart, do not fit 96"),
-    "another cache": (rope.rope_append, (PARTS, Rotation(None, None, True), i32(N), i32(N, 2), Q, cache(64), cache(64)),
-                      {}, "2 heads of 32 over a cache of 1 of 64"),
-    "splits": (attention.attention_step, (Q, cache(), cache(), i32(N), i32(N, 2), f32(N, 2, 1, 32), Y), STEP,
+    "strides": (attention.attention_step, step(Projections(PARTS.parts, (64, 64, 32))), STEP,
+                "3 rows of 1 heads of 32, 64 floats apart, do not fit 96"),
+    "another cache": (attention.attention_step, step(of_cache=cache(64)), STEP,
+                      "2 heads of 32 over a cache of 1 of 64"),
+    "splits": (attention.attention_step, step(partial=f32(N, 2, 1, 32)), STEP,
                r"the space for splits has the shape \(3, 2, 1, 32\), expected \(3, 2, 1, 34\)"),
-    "tables": (attention.attention_step, (Q, cache(), cache(), i32(N), i32(2, 2), f32(N, 2, 1, 34), Y), STEP,
+    "tables": (attention.attention_step, step(tables=i32(2, 2)), STEP,
                r"the tables' array has the shape \(2, 2\), expected \(3, 2\)"),
+    "counters": (attention.attention_step, step(arrived=i32(2)), STEP, "2 counters, 3 are needed"),
     "slots": (attention.kv_append, (f32(N, 1, 32), np.zeros(2, np.int64), cache()), {},
               r"kv_append: the new rows' array has the shape \(3, 1, 32\), expected \(2, 1, 32\)"),
     "route": (moe.route, (f32(N, 40), i32(N), i32(N, 33), f32(N, 33)), {}, "route: 33 of 40 .* at most 32"),

@@ -1,5 +1,6 @@
 """Kernels of the decode step, one by one, are the chains that they stand for, bit for bit; every access is checked."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +10,17 @@ from gguf import GGMLQuantizationType
 
 from refengine.cache.paged import CacheSequence
 from refengine.config import RopeConfig
-from refengine.cuda.kernels import attention, matmul, moe, norm, rope
+from refengine.cuda.kernels import attention, matmul, moe, norm
+from refengine.cuda.kernels.attention import Projections, Rotation
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import Rows, quantize_rows
-from refengine.cuda.kernels.rope import Projections, Rotation
 from refengine.cuda.layout import PackedMatrix
 from refengine.trace import to_numpy
 from tests.kernels.op_twins import OpsThere
 
 ROPE = RopeConfig(n_rot=24, freq_base=1e4, freq_scale=1.0, n_ctx_orig=4096, ext_factor=0.0, attn_factor=1.0)
 EPS = 1e-5
-N_POSITIONS = 1152
+N_POSITIONS = 1536
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +64,137 @@ def test_a_norm_and_its_halves(n_embd: int, with_bias: bool, there: OpsThere) ->
         np.testing.assert_array_equal(to_numpy(getattr(rows, name)), to_numpy(getattr(alone, name)))
 
 
-LENGTHS = (1, 700, 64, 1100, 513)  # positions, the new one included
+# Positions of sequences, the new one included: at the ends of tiles of 64, of two of them, and of splits of 512.
+MIXED, SHORT, LONG = (1, 700, 64, 1100, 513), (1, 2, 63, 64, 65, 128, 129, 200), (511, 512, 513, 1024, 1025)
+
+
+def check_attention_of_a_step(
+    there: OpsThere,
+    heads: tuple[int, int, int],
+    lengths: tuple[int, ...],
+    *,
+    window: int = 0,
+    rope: str | None = "neox",
+    norms: bool = False,
+    sinks: bool = False,
+    q_factor: float = 1.0,
+    fused: bool = False,
+    nan: bool = False,
+) -> None:
+    """`attention_step` against the operations for prompts, bit for bit; heads: n_head, n_head_kv, head_dim.
+
+    fused: the rows of Q, K and V are parts of one row. nan: there are NaN in Q, K and V, and infinity in the cache.
+    """
+    n_head, n_head_kv, head_dim = heads
+    n, rng, xp = len(lengths), np.random.default_rng(head_dim), there.xp
+    n_blocks = sum(-(-length // 64) for length in lengths)
+    cache = there.cache(n_head_kv, head_dim, n_blocks)
+    take = iter(rng.permutation(n_blocks).tolist())
+    cache.pool.allocate = lambda n: [next(take) for _ in range(n)]  # type: ignore[method-assign]
+    sequences = [CacheSequence() for _ in lengths]
+    cache.batch([(s, [0] * length) for s, length in zip(sequences, lengths, strict=True)])
+    for s, length in zip(sequences, lengths, strict=True):
+        s.length = length - 1
+    tables = np.zeros((n + 1, N_POSITIONS // 64), np.int32)  # the last row is not there
+    for i, s in enumerate(sequences):
+        tables[i, : len(s.block_table)] = s.block_table
+    positions = np.array([*(s.length for s in sequences), -1], np.int32)
+    values = [rng.standard_normal(cache.k[0].values.shape).astype(np.float16) for _ in range(2)]
+    q, k, v = (random(n + 1, count, head_dim, seed=i) for i, count in enumerate((n_head, n_head_kv, n_head_kv)))
+    k[1] *= 1e6
+    if nan:
+        q[0, 0, 1] = k[1, 0, 2] = v[2, 0, 3] = np.nan
+        for part, row in zip(values, (3, 4), strict=True):
+            part[tables[row, 0], 5, 0, 4] = np.inf
+    before = [values[0], values[1], *(rng.integers(120, 134, values[0].shape[:-1]).astype(np.uint8) for _ in range(2))]
+    cached = [cache.k[0].values, cache.v[0].values, cache.k[0].exponents, cache.v[0].exponents]
+
+    def fill_cache() -> None:
+        for array, given in zip(cached, before, strict=True):
+            array[...] = there.put(given)
+
+    parts = [there.put(np.ascontiguousarray(part).reshape(-1)) for part in (q, k, v)]
+    n_q, n_kv = n_head * head_dim, n_head_kv * head_dim
+    strides = (n_q, n_kv, n_kv)
+    if fused:
+        whole = there.put(np.concatenate([part.reshape(n + 1, -1) for part in (q, k, v)], axis=1).reshape(-1))
+        parts = [whole, whole[n_q:], whole[n_q + n_kv :]]
+        strides = (sum(strides),) * 3
+    projections = Projections((parts[0], parts[1], parts[2]), strides)
+    weights = (random(head_dim, seed=8), random(head_dim, seed=9)) if norms else (None, None)
+    of_sinks = random(n_head, seed=7) if sinks else None
+    rotation = Rotation(None, None, True)
+    if rope is not None:
+        cos, sin = there.ops.rope_angles(np.arange(N_POSITIONS), ROPE)
+        rotation = Rotation(cos[:, 0].copy(), sin[:, 0].copy(), rope == "neox")
+    fill_cache()
+    partial = xp.full((n + 1, n_head, -(-N_POSITIONS // attention.SPLIT), head_dim + 2), xp.nan, xp.float32)
+    y, arrived = xp.zeros((n + 1, n_q), xp.float32), xp.zeros(attention.counters_of(n + 1, n_head), xp.int32)
+    attention.attention_step(
+        there.ops.kernels,
+        projections,
+        rotation,
+        there.put(positions),
+        there.put(tables),
+        cache.k[0],
+        cache.v[0],
+        partial,
+        arrived,
+        y,
+        scale=0.125,
+        window=window,
+        sinks=there.put(of_sinks),
+        norms=(there.put(weights[0]), there.put(weights[1])),
+        eps=EPS,
+        q_factor=q_factor,
+    )
+    found, written = to_numpy(y).copy(), [to_numpy(array).copy() for array in cached]
+    assert not found[n].any()
+    assert not to_numpy(arrived).any()
+
+    q, k, v = q[:n], k[:n], v[:n]
+    if norms:
+        q, k = there.rms_norm(q, weights[0], EPS), there.rms_norm(k, weights[1], EPS)
+    batch = cache.batch([(s, [0]) for s in sequences])
+    if rope is not None:
+        angles = there.ops.rope_angles(batch.positions, ROPE)
+        rotate = there.ops.rope_neox if rope == "neox" else there.ops.rope_norm
+        q, k = to_numpy(rotate(there.put(q), angles)), to_numpy(rotate(there.put(k), angles))
+    if q_factor != 1.0:
+        q = q * np.float32(q_factor)
+    fill_cache()
+    there.kv_append(cache.k[0], k, batch.slots)
+    there.kv_append(cache.v[0], v, batch.slots)
+    for was, now in zip(written, cached, strict=True):
+        np.testing.assert_array_equal(was.view(np.uint8), to_numpy(now).view(np.uint8))
+    options = {"probe": lambda name, x: x, "scale": 0.125, "window": window, "sinks": of_sinks}
+    wanted = there.attention(q, cache.k[0], cache.v[0], batch, **options)
+    assert np.isfinite(wanted).all() != nan
+    bits, wanted_bits = (np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32) for x in (found[:n], wanted))
+    np.testing.assert_array_equal(bits, wanted_bits)
 
 
 @pytest.mark.parametrize(
-    ("n_head", "n_head_kv", "head_dim", "window", "options"),
+    ("heads", "lengths", "options"),
     [
-        (4, 2, 32, 0, {"neox": True}),
-        (3, 3, 40, 0, {"neox": False, "sinks": True}),
-        (17, 1, 64, 600, {"neox": True, "sinks": True}),
-        (4, 1, 96, 16, {"neox": True, "q_factor": 0.1}),
-        (2, 1, 128, 0, {"neox": True, "norms": True, "fused": True}),
-        (2, 2, 64, 0, {"rope": False, "fused": True}),
+        ((4, 2, 32), MIXED, {}),
+        ((3, 3, 40), MIXED, {"rope": "norm", "sinks": True}),
+        ((17, 1, 64), MIXED, {"window": 600, "sinks": True}),
+        ((4, 1, 96), MIXED, {"window": 16, "q_factor": 0.1}),
+        ((2, 1, 128), MIXED, {"norms": True, "fused": True}),
+        ((2, 2, 64), MIXED, {"rope": None, "fused": True}),
+        ((7, 1, 64), SHORT, {"nan": True}),
+        ((2, 2, 96), SHORT, {"q_factor": 0.1}),
+        ((20, 1, 80), SHORT, {"rope": "norm", "norms": True, "sinks": True, "window": 65}),
+        ((8, 1, 128), LONG, {"nan": True}),
+        ((1, 1, 8), LONG, {"rope": None, "norms": True, "sinks": True, "window": 513}),
+        ((2, 1, 48), (1500, 1536), {"rope": "norm"}),
     ],
 )
-@pytest.mark.parametrize("busy", [1, 264])
-def test_rope_append_and_attention(
-    n_head: int,
-    n_head_kv: int,
-    head_dim: int,
-    window: int,
+@pytest.mark.parametrize("busy", [1, 20, 264])
+def test_attention_of_a_step(
+    heads: tuple[int, int, int],
+    lengths: tuple[int, ...],
     options: dict[str, Any],
     busy: int,
     there: OpsThere,
@@ -90,71 +202,16 @@ def test_rope_append_and_attention(
 ) -> None:
     """busy: how many blocks there are to be, and so whether one takes several splits."""
     monkeypatch.setattr(attention, "BUSY", busy)
-    n, rng = len(LENGTHS), np.random.default_rng(head_dim)
-    n_q, n_kv = n_head * head_dim, n_head_kv * head_dim
-    rotated = options.get("rope", True)
-    n_blocks = sum(-(-length // 64) for length in LENGTHS)
-    cache = there.cache(n_head_kv, head_dim, n_blocks)
-    take = iter(rng.permutation(n_blocks).tolist())
-    cache.pool.allocate = lambda n: [next(take) for _ in range(n)]  # type: ignore[method-assign]
-    for kv in (cache.k[0], cache.v[0]):
-        kv.values[...] = there.put(rng.standard_normal(kv.values.shape).astype(np.float16))
-        kv.exponents[...] = there.put(rng.integers(120, 134, kv.exponents.shape).astype(np.uint8))
-    sequences = [CacheSequence() for _ in LENGTHS]
-    cache.batch([(s, [0] * length) for s, length in zip(sequences, LENGTHS, strict=True)])
-    for s, length in zip(sequences, LENGTHS, strict=True):
-        s.length = length - 1
-    tables = np.zeros((n + 1, N_POSITIONS // 64), np.int32)  # the last row is not there
-    for i, s in enumerate(sequences):
-        tables[i, : len(s.block_table)] = s.block_table
-    positions = np.array([*(s.length for s in sequences), -1], np.int32)
-    places = (there.put(positions), there.put(tables))
+    check_attention_of_a_step(there, heads, lengths, **options)
 
-    q, k, v = (random(n + 1, heads, head_dim, seed=i) for i, heads in enumerate((n_head, n_head_kv, n_head_kv)))
-    k[1] *= 1e6
-    parts = [there.put(np.ascontiguousarray(part).reshape(-1)) for part in (q, k, v)]
-    strides = (n_q, n_kv, n_kv)
-    if options.get("fused"):
-        whole = there.put(np.concatenate([part.reshape(n + 1, -1) for part in (q, k, v)], axis=1).reshape(-1))
-        parts = [whole, whole[n_q:], whole[n_q + n_kv :]]
-        strides = (sum(strides),) * 3
-    norms = [random(head_dim, seed=8), random(head_dim, seed=9)] if options.get("norms") else [None, None]
-    sinks = random(n_head, seed=7) if options.get("sinks") else None
-    q_factor = options.get("q_factor", 1.0)
-    rotation = Rotation(None, None, True)
-    if rotated:
-        cos, sin = there.ops.rope_angles(np.arange(N_POSITIONS), ROPE)
-        rotation = Rotation(cos[:, 0].copy(), sin[:, 0].copy(), options["neox"])
-    xp, kernels = there.xp, there.ops.kernels
-    q_heads = xp.zeros((n + 1, n_head, head_dim), xp.float32)
-    projections = Projections((parts[0], parts[1], parts[2]), strides)
-    of_heads = {"norms": (there.put(norms[0]), there.put(norms[1])), "eps": EPS, "q_factor": q_factor}
-    rope.rope_append(kernels, projections, rotation, *places, q_heads, cache.k[0], cache.v[0], **of_heads)
-    partial = xp.zeros((n + 1, n_head, -(-N_POSITIONS // attention.SPLIT), head_dim + 2), xp.float32)
-    heads = xp.zeros((n + 1, n_q), xp.float32)
-    given = {"scale": 0.125, "window": window, "sinks": there.put(sinks)}
-    attention.attention_step(kernels, q_heads, cache.k[0], cache.v[0], *places, partial, heads, **given)
-    found = to_numpy(heads)[:n].copy()
-    written = [to_numpy(a).copy() for kv in (cache.k[0], cache.v[0]) for a in (kv.values, kv.exponents)]
 
-    q, k, v = q[:n], k[:n], v[:n]
-    if norms[0] is not None:
-        q, k = there.rms_norm(q, norms[0], EPS), there.rms_norm(k, norms[1], EPS)
-    batch = cache.batch([(s, [0]) for s in sequences])
-    if rotated:
-        angles = there.ops.rope_angles(batch.positions, ROPE)
-        rotate = there.ops.rope_neox if options["neox"] else there.ops.rope_norm
-        q, k = to_numpy(rotate(there.put(q), angles)), to_numpy(rotate(there.put(k), angles))
-    if q_factor != 1.0:
-        q = q * np.float32(q_factor)
-    there.kv_append(cache.k[0], k, batch.slots)
-    there.kv_append(cache.v[0], v, batch.slots)
-    for was, now in zip(
-        written, (a for kv in (cache.k[0], cache.v[0]) for a in (kv.values, kv.exponents)), strict=True
-    ):
-        np.testing.assert_array_equal(was.view(np.uint8), to_numpy(now).view(np.uint8))
-    given = {"scale": 0.125, "probe": lambda name, x: x, "window": window, "sinks": sinks}
-    np.testing.assert_array_equal(found, there.attention(q, cache.k[0], cache.v[0], batch, **given))
+@pytest.mark.parametrize("order", [1, 5])
+def test_attention_of_a_step_with_threads_in_another_order(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = OpsThere("host")
+    module = there.ops.kernels.module("attention")
+    monkeypatch.setattr(module, "launch", functools.partial(module.launch, order=order))
+    check_attention_of_a_step(there, (10, 1, 64), MIXED, norms=True, sinks=True)
+    check_attention_of_a_step(there, (2, 2, 96), SHORT, window=100)
 
 
 def test_experts_of_rows_that_are_there(there: OpsThere) -> None:

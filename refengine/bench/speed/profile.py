@@ -168,7 +168,7 @@ def profiled(model: Any, resident_bytes: Callable[[TensorInfo], float], cache_by
     of_attention = cache_bytes / int(config.n_layer)
 
     def of_launch(file: str, kernel: str, arguments: Sequence[Any], what: str) -> float | None:
-        if kernel.startswith("attention_step_") and kernel != "attention_step_merge":
+        if kernel.startswith("attention_step_"):
             return of_attention
         if file not in WHOLE_ARGUMENTS:
             return None

@@ -2,9 +2,10 @@
 
 A product is launched only when its value is needed. Before that, an addition can become its residual and an activation
 its epilogue; a norm before it writes rows in the form that the product reads; and the products for Q, K and V become
-one. Nothing is allocated and nothing waits, so a step can be captured as a CUDA graph. Every fused kernel gives the
-same bits as the operations of `cuda.ops` that it replaces. Rows whose position is below zero have no sequence: they
-write nothing to the cache, and their values have no meaning.
+one. Attention includes the norms of heads, RoPE and the writing of the cache. Nothing is allocated and nothing waits,
+so a step can be captured as a CUDA graph. Every fused kernel gives the same bits as the operations of `cuda.ops` that
+it replaces. Rows whose position is below zero have no sequence: they write nothing to the cache, and their values have
+no meaning.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ import numpy as np
 from refengine.array import Array
 from refengine.cuda.decode.buffers import Buffer, Buffers
 from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, NoFusedStep, Norm, Product, Shares, Value
-from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows, rope, router
-from refengine.cuda.kernels.attention import SPLIT, PagedRows, attention_step
+from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows, router
+from refengine.cuda.kernels.attention import SPLIT, PagedRows, Projections, Rotation, attention_step
 from refengine.cuda.kernels.few_rows import FEW_ROWS
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import BLOCK, RowNorm, Rows
-from refengine.cuda.kernels.rope import Projections, Rotation
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, rows_of
 from refengine.cuda.runtime.launch import Kernels
 
@@ -36,8 +36,8 @@ ROWS_IN_PRODUCT = 2  # for up to as many rows, products do the norm before them 
 @dataclass(frozen=True)
 class StepArrays:
     """The arrays that all steps share. ids, positions: (max_batch,) int32, positions below zero for rows without a
-    sequence; tables: (max_batch, n_blocks) int32, blocks of the cache; routed: (1,) int32, zero between launches, for
-    `router.route`; k, v: the cache of each layer.
+    sequence; tables: (max_batch, n_blocks) int32, blocks of the cache; k, v: the cache of each layer. arrived and routed:
+    counters of `attention_step` and of `router.route`, zeros between launches.
 
     angles: gives cos and sin (n_positions, n_rot / 2) float32, by the number of the request in `decode()`.
     """
@@ -45,6 +45,7 @@ class StepArrays:
     ids: Array
     positions: Array
     tables: Array
+    arrived: Array
     routed: Array
     k: Sequence[PagedRows]
     v: Sequence[PagedRows]
@@ -78,6 +79,7 @@ class StepOps:
         return self._embedded(w, self._a.positions)
 
     def _embedded(self, w: PackedMatrix, ids: Array) -> Value:
+        """The rows of ids. The launch does not overlap: a step's first kernel waits for all that was done before it."""
         y = self._new(self._n, w.shape[1])
         self._launch(embedding.embedding, w, ids[: self._n], y.array)
         return Value(self._n, w.shape[1], y)
@@ -199,17 +201,12 @@ class StepOps:
             raise NoFusedStep("decode: attention needs equally rotated Q and K, an unchanged V, and no factor of K")
         projections, of_projections = self._projections(q.x, k.x, v.x)
         self._use(*of_projections)
-        rotated = self._b.new((n, n_head, head_dim), np.float32)
-        options: dict[str, Any] = {"norms": (q.norm, k.norm), "eps": q.eps or k.eps, "q_factor": q.factor}
-        places = (a.positions[:n], a.tables[:n])
-        self._launch(rope.rope_append, projections, rotation, *places, rotated.array, a.k[il], a.v[il], **options)
-
-        self._use(rotated)
         n_splits = -(-a.n_positions // SPLIT)
         partial = self._b.new((n, n_head, n_splits, head_dim + 2), np.float32)
         y = self._new(n, n_head * head_dim)
-        options = {"scale": scale, "window": window, "sinks": sinks}
-        self._launch(attention_step, rotated.array, a.k[il], a.v[il], *places, partial.array, y.array, **options)
+        given = (projections, rotation, a.positions[:n], a.tables[:n], a.k[il], a.v[il], partial.array, a.arrived)
+        of_heads = {"norms": (q.norm, k.norm), "eps": q.eps or k.eps, "q_factor": q.factor}
+        self._launch(attention_step, *given, y.array, scale=scale, window=window, sinks=sinks, **of_heads)
         return Value(n, n_head * head_dim, y)
 
     def _projections(self, *values: Value) -> tuple[Projections, tuple[Buffer, ...]]:

@@ -20,7 +20,7 @@ from refengine.cuda.decode.buffers import Placed, Plan, Recorder
 from refengine.cuda.decode.ops import Angles, StepArrays, StepOps
 from refengine.cuda.decode.state import DecodeRow, DecodeState
 from refengine.cuda.decode.values import NoFusedStep
-from refengine.cuda.kernels.attention import HEAD_DIMS, TILE, PagedRows
+from refengine.cuda.kernels.attention import HEAD_DIMS, TILE, PagedRows, counters_of
 from refengine.cuda.kernels.moe import MOST_USED
 from refengine.cuda.kernels.sampling import Sampler
 from refengine.cuda.memory import Arena, aligned
@@ -103,6 +103,7 @@ class StepPlan:
             "ids": ((max_batch,), np.int32),
             "positions": ((max_batch,), np.int32),
             "tables": ((max_batch, n_blocks), np.int32),
+            "arrived": ((counters_of(max_batch, cfg.n_head),), np.int32),
             "routed": ((1,), np.int32),
         }
         angles: dict[int, tuple[int, int]] = {}
@@ -166,7 +167,8 @@ class DecodeStep:
             self._tables = [tuple(self._arena.take(shape, np.float32) for _ in range(2)) for shape in plan.angles]
             self._b = {name: self._arena.take(shape, dtype) for name, (shape, dtype) in plan.state.items()}
         self._filled: set[int] = set()
-        rows = {name: self._b[name] for name in ("ids", "positions", "tables", "routed")}
+        rows = {name: self._b[name] for name in ("ids", "positions", "tables", "arrived", "routed")}
+        rows["arrived"][...] = rows["routed"][...] = 0
         self._arrays = StepArrays(
             **rows, k=kv.k, v=kv.v, n_ctx=kv.n_ctx, n_positions=self.n_positions, angles=self._angles
         )
@@ -244,6 +246,8 @@ class DecodeStep:
                 some = self._ops.rope_angles(positions, constants, freq_factors)
                 for table, part in zip((cos, sin), some, strict=True):
                     table[start : start + len(positions)] = part[:, 0]
+            if self._ops.xp is not np:  # attention reads the tables before the kernels in front of it have ended
+                self._ops.xp.cuda.get_current_stream().synchronize()
             self._filled.add(number)
         return cos, sin
 

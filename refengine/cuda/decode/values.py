@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from refengine.array import Array
 from refengine.cuda.decode.buffers import Buffer
+from refengine.cuda.kernels.attention import Rotation
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import Rows
-from refengine.cuda.kernels.rope import Rotation
 from refengine.cuda.layout import PackedMatrix
 from refengine.errors import KernelError
 

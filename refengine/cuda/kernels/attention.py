@@ -13,6 +13,7 @@ from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 BLOCK_ROWS, TILE, SPLIT = 16, 64, 512  # rows per block of threads; positions per tile and per split
+STEP_ROWS = 8  # rows per block of threads in `attention_step`
 HEAD_DIMS = (32, 64, 96, 128)  # the head widths of the compiled kernels; narrower heads are padded
 BUSY = 264  # blocks of threads that keep a large GPU busy; with fewer blocks, positions are divided into splits
 
@@ -36,6 +37,35 @@ class PagedRows:
     @property
     def nbytes(self) -> int:
         return int(self.values.nbytes + self.exponents.nbytes)
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Q, K and V of one new token for each of n rows.
+
+    parts: arrays that begin with Q, K and V of the first row. strides: the distances between rows, in floats.
+    """
+
+    parts: tuple[Array, Array, Array]
+    strides: tuple[int, int, int]
+
+    @cached_property
+    def struct(self) -> Struct:
+        """The struct `Projections` of arguments.cuh."""
+        return Struct(*self.parts)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """cos, sin: (n_positions, n_rot / 2) float32, or None without RoPE; neox as in `rope.rope`."""
+
+    cos: Array | None
+    sin: Array | None
+    neox: bool
+
+    @property
+    def half(self) -> int:
+        return 0 if self.cos is None else int(self.cos.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -64,6 +94,14 @@ def shared_bytes(width: int) -> int:
     groups, rows, warps = width // 32, BLOCK_ROWS, SPLIT // TILE
     halves = rows * (groups | 1) * 32 * 2
     return halves + 4 * (rows + 4 * warps * rows + 4 * rows + warps * groups * 16 * 32)
+
+
+def step_shared_bytes(width: int) -> int:
+    """The bytes of the struct `StepShared` in kernels_cu/attention.cu."""
+    rows, warps, tiles = STEP_ROWS, SPLIT // TILE, 2
+    halves = 2 * (2 * rows + 2) * width
+    of_tile = 2 * 2 * rows * TILE + 4 * (rows * TILE + 2 * rows * warps + rows)
+    return -(-(halves + tiles * of_tile + 4 * ((warps + 3) * width + 2 * rows) + warps * 32 + 4 + 4 * 4) // 16) * 16
 
 
 def check_cache(n_head: int, head_dim: int, k_cache: PagedRows) -> None:
@@ -128,44 +166,67 @@ def attention(
         kernels.launch("attention", "attention_merge", (n_tokens, n_head), head_dim, arguments)
 
 
+def counters_of(n: int, n_head: int) -> int:
+    """How many counters `attention_step` may need for n rows: one for each row and 8 query heads of a KV head."""
+    return n * n_head
+
+
 def attention_step(
     kernels: Kernels,
-    q: Array,
-    k_cache: PagedRows,
-    v_cache: PagedRows,
+    qkv: Projections,
+    rotation: Rotation,
     positions: Array,
     tables: Array,
+    k_cache: PagedRows,
+    v_cache: PagedRows,
     partial: Array,
+    arrived: Array,
     y: Array,
     *,
     scale: float,
     window: int,
     sinks: Array | None,
+    norms: tuple[Array | None, Array | None] = (None, None),
+    eps: float = 0.0,
+    q_factor: float = 1.0,
 ) -> None:
-    """Attention of one token for each of n sequences, in two launches that overlap.
+    """Attention of one new token for each of n sequences: RMS norm of the heads (with weights `norms`), RoPE, Q times
+    q_factor; K and V are written to the cache. Overlaps: everything but Q, K and V is read before the previous kernel
+    has ended, so it must have been written before a kernel began that did not overlap.
 
-    q: (n, n_head, head_dim), y: (n, n_head · head_dim) float32. positions: (n,) int32, below zero for rows without a
-    sequence. tables: (n, n_blocks) int32. partial: work space (n, n_head, most_splits, head_dim + 2) float32.
+    positions: (n,) int32, below zero for rows without a sequence. tables: (n, n_blocks) int32. partial: work space
+    (n, n_head, most_splits, head_dim + 2) float32. arrived: `counters_of(n, n_head)` int32 or more, zeros before and
+    after. y: (n, n_head · head_dim) float32.
     """
-    n, n_head, head_dim = q.shape
-    check_cache(n_head, head_dim, k_cache)
-    _, block_size, n_head_kv, _ = k_cache.values.shape
-    check_shape("attention_step", "the output", y, (n, n_head * head_dim))
-    check_shape("attention_step", "the positions' array", positions, (n,))
-    check_shape("attention_step", "the tables' array", tables, (n, tables.shape[-1]))
-    check_shape("attention_step", "the sinks' array", sinks, (n_head,))
-    check_shape("attention_step", "the space for splits", partial, (n, n_head, partial.shape[2], head_dim + 2))
-    most_splits = partial.shape[2]
+    n, n_head, most_splits, _ = partial.shape
+    _, block_size, n_head_kv, head_dim = k_cache.values.shape
+    kernel = "attention_step"
+    check_cache(n_head, y.shape[-1] // n_head, k_cache)
+    check_shape(kernel, "the V cache", v_cache.values, k_cache.values.shape)
+    check_shape(kernel, "the output", y, (n, n_head * head_dim))
+    check_shape(kernel, "the positions' array", positions, (n,))
+    check_shape(kernel, "the tables' array", tables, (n, tables.shape[-1]))
+    check_shape(kernel, "the sinks' array", sinks, (n_head,))
+    check_shape(kernel, "the space for splits", partial, (n, n_head, most_splits, head_dim + 2))
+    for weight in norms:
+        check_shape(kernel, "the weight of a norm", weight, (head_dim,))
+    for part, stride, heads in zip(qkv.parts, qkv.strides, (n_head, n_head_kv, n_head_kv), strict=True):
+        if part.size < (n - 1) * stride + heads * head_dim:
+            raise KernelError(
+                f"{kernel}: {n} rows of {heads} heads of {head_dim}, {stride} floats apart, do not fit {part.size}"
+            )
+    tiles = -(-n_head // n_head_kv // STEP_ROWS) * n
+    if arrived.size < tiles * n_head_kv:
+        raise KernelError(f"{kernel}: {arrived.size} counters, {tiles * n_head_kv} are needed")
     seen = min(most_splits, -(-window // SPLIT) + 1) if window else most_splits  # splits in which a row sees positions
-    tiles = -(-n_head // n_head_kv // BLOCK_ROWS) * n
     at_once = min(seen, max(1, -(-BUSY // (tiles * n_head_kv))))
     width = head_width(head_dim)
-    sizes = [n_head, n_head_kv, head_dim, block_size, window, float(scale), tables.shape[1], most_splits]
-    arguments = [q, k_cache.struct, v_cache.struct, tables, positions, partial, *sizes]
-    grid, shared = (tiles, n_head_kv, at_once), shared_bytes(width)
-    kernels.launch("attention", f"attention_step_{width}", grid, 256, arguments, shared, overlap=True)
-    arguments = [partial, sinks, positions, y, n_head, head_dim, window, most_splits]
-    kernels.launch("attention", "attention_step_merge", (n, n_head), head_dim, arguments, overlap=True)
+    arrays = [qkv.struct, *norms, rotation.cos, rotation.sin, k_cache.struct, v_cache.struct, tables, positions]
+    sizes = [n_head, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, window, tables.shape[1]]
+    numbers = [*qkv.strides, *sizes, most_splits, float(eps), float(q_factor), float(scale)]
+    arguments = [*arrays, sinks, partial, arrived, y, *numbers]
+    grid, shared = (tiles, n_head_kv, at_once), step_shared_bytes(width)
+    kernels.launch("attention", f"{kernel}_{width}", grid, 256, arguments, shared, overlap=True)
 
 
 def kv_append(kernels: Kernels, rows: Array, slots: Array, cache: PagedRows) -> None:
