@@ -323,7 +323,7 @@ def test_what_does_not_fit_is_refused(place: str, tiny_model: ModelFiles) -> Non
     decoding = Decoding(model, max_batch=2)
     decoding.join(ids_for(model, 4))
     (row,) = decoding.rows()
-    given = row.__dict__
+    given = row._asdict()
     for wrong, message in (
         ({"token": model.config.n_vocab}, "outside the vocabulary"),
         ({"position": 64}, "position 64, and a block table of 64 positions"),
