@@ -83,7 +83,10 @@ def served(model: Model, stop: str, ahead: bool, on_shortage: str) -> tuple[Any,
     requests = [
         (prompt(60, 2), SamplingParams(temperature=0, max_tokens=90, repetition_penalty=1.4)),
         (common + prompt(3, 3), SamplingParams(seed=1, max_tokens=75)),
-        (common + prompt(9, 4), SamplingParams(0.8, top_k=40, min_p=0.01, repetition_penalty=1.2, seed=2, max_tokens=40)),
+        (
+            common + prompt(9, 4),
+            SamplingParams(0.8, top_k=40, min_p=0.01, repetition_penalty=1.2, seed=2, max_tokens=40),
+        ),
         (prompt(20, 5), SamplingParams(seed=3, max_tokens=60, repetition_penalty=1.3, stop=(stop,))),
         (prompt(63, 6), SamplingParams(seed=4, max_tokens=99)),
         (prompt(N_CTX - 9, 7), SamplingParams(seed=5)),  # to the context's end

@@ -179,14 +179,14 @@ def test_a_step_ahead_that_is_not_wanted_leaves_nothing(place: str, tiny_model: 
     assert decoding.fused.n_ahead == 3
     (row,) = decoding.rows()
     wrong = (
-        row._replace(token=(row.token + 1) % model.config.n_vocab),
-        row._replace(position=row.position - 1),
-        row._replace(index=row.index + 1),
-        row._replace(seed=row.seed + 1),
-        row._replace(params=PARAMS[2]),
-        row._replace(history=row.history[1:]),
-        row._replace(key="another"),
-        row._replace(block_table=row.block_table[::-1]),
+        replace(row, token=(row.token + 1) % model.config.n_vocab),
+        replace(row, position=row.position - 1),
+        replace(row, index=row.index + 1),
+        replace(row, seed=row.seed + 1),
+        replace(row, params=PARAMS[2]),
+        replace(row, history=row.history[1:]),
+        replace(row, key="another"),
+        replace(row, block_table=row.block_table[::-1]),
     )
     for other in wrong:
         assert decoding.fused.state.places([other]) is None
@@ -201,9 +201,7 @@ def test_a_step_ahead_that_is_not_wanted_leaves_nothing(place: str, tiny_model: 
     assert decoding.fused.n_ahead == 4
 
 
-def test_after_a_failure_all_is_uploaded(
-    place: str, tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_failure_all_is_uploaded(place: str, tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the device has is not known, if a step or the one launched ahead has failed."""
     model = loaded(tiny_model("llama-q4_0"), place)
     for n_good in (0, 1):
@@ -393,7 +391,9 @@ def test_rows_are_scaled(tiny_model: ModelFiles) -> None:
     logits = []
     for decode in (llama.decode, scaled):
         step = DecodeStep(model.ops, model.config, decode, model.weights, model.new_cache(64), max_batch=1)
-        logits.append(to_numpy(step.run(rows)[1]).copy())
+        _, on_device = step.run(rows)
+        assert on_device is not None
+        logits.append(to_numpy(on_device).copy())
     np.testing.assert_array_equal(logits[1], logits[0] * np.float32(factor))
 
 
@@ -402,7 +402,6 @@ def test_what_does_not_fit_is_refused(place: str, tiny_model: ModelFiles) -> Non
     decoding = Decoding(model, max_batch=2)
     decoding.join(ids_for(model, 4))
     (row,) = decoding.rows()
-    given = row._asdict()
     for wrong, message in (
         ({"token": model.config.n_vocab}, "outside the vocabulary"),
         ({"position": 64}, "position 64, and a block table of 64 positions"),
@@ -410,9 +409,9 @@ def test_what_does_not_fit_is_refused(place: str, tiny_model: ModelFiles) -> Non
         ({"params": PARAMS[1], "history": [1, -1]}, "ids -1 to 1 in its history"),
     ):
         with pytest.raises(KernelError, match=message):
-            decoding.fused.run([DecodeRow(**{**given, **wrong})])
+            decoding.fused.run([replace(row, **wrong)])
     with pytest.raises(KernelError, match="position 64, and a block table of 64 positions"):
-        decoding.fused.run([row._replace(position=63)], ahead=True)
+        decoding.fused.run([replace(row, position=63)], ahead=True)
     with pytest.raises(KernelError, match="decode: 3 rows, allowed 1 to 2"):
         decoding.fused.run([row] * 3)
     decoding.step()

@@ -8,7 +8,8 @@ which is nothing while the same sequences continue. Independent of models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,8 @@ from refengine.errors import KernelError
 NO_ROW = -1  # the position of a row without a sequence
 
 
-class DecodeRow(NamedTuple):
+@dataclass(slots=True)  # not frozen, because that takes longer, and each token makes one
+class DecodeRow:
     """The state of a sequence before a step.
 
     key: identifies the sequence; while it stays in its row, its history only grows. token: the id to feed, the last of
@@ -48,7 +50,7 @@ class DecodeState:
         self._xp, self._n_vocab, self._n_positions, self._block_size = xp, n_vocab, n_positions, block_size
         self._arrays = arrays
         n = len(arrays["ids"])
-        # What the device had after the last update, `_n_steps` steps ago; the ids that these drew last are in `_tokens`.
+        # What the device had after the last update, `_n_steps` steps ago. `_tokens`: the ids that it feeds next.
         self._mirror: dict[str, np.ndarray] = {
             "ids": np.zeros(n, np.int32),
             "positions": np.full(n, NO_ROW, np.int32),
