@@ -1,6 +1,9 @@
 """Decode steps that are launched ahead: nobody can tell but by the clock."""
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,7 +80,9 @@ def stop_within(model: Model, ids: list[int], params: SamplingParams, first: int
 STOPPED, CANCELLED = 3, 4
 
 
-def served(model: Model, stop: str, ahead: bool, on_shortage: str) -> tuple[Any, ...]:
+def served(
+    model: Model, stop: str, ahead: bool, on_shortage: str, prepare: Callable[[Engine], Any] = lambda engine: None
+) -> tuple[Any, ...]:
     """What several requests get that arrive one after another, and what is left in the cache behind them."""
     common = prompt(70, 1)
     requests = [
@@ -96,6 +101,7 @@ def served(model: Model, stop: str, ahead: bool, on_shortage: str) -> tuple[Any,
     ]
     hook = Seen()
     engine = Engine(model, EngineOptions(4, 80, 64 * 5, on_shortage=on_shortage, ahead=ahead), hook)
+    prepare(engine)
     running: list[Generation] = []
     while len(running) < len(requests) or not engine.idle:
         if len(hook.steps) % 9 == 0 and len(running) < len(requests):
@@ -104,6 +110,7 @@ def served(model: Model, stop: str, ahead: bool, on_shortage: str) -> tuple[Any,
             engine.cancel(running[CANCELLED])
         engine.step()
     assert (fused(engine).n_ahead > 40) == ahead
+    engine.wait()
     prefix = engine.prefix
     assert prefix is not None
     kept = {
@@ -120,12 +127,64 @@ def served(model: Model, stop: str, ahead: bool, on_shortage: str) -> tuple[Any,
     return answers, hook.tokens, hook.ends, hook.steps, kept
 
 
+class LateDevice:
+    """A device that does what it is told as late as it may: when its result is waited for, or before other work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+        self._queue: deque[tuple[Any, Callable[[], None]]] = deque()
+        self._in_step = False
+        step, model, state = fused(engine), engine.model, fused(engine).state
+        self._launched, self._upload, self._launch = step._launched, state._upload, model.ops.kernels.launch
+        monkeypatch.setattr(step, "_launched", self.launched)
+        monkeypatch.setattr(state, "_upload", self.upload)
+        monkeypatch.setattr(model.ops.kernels, "launch", self.launch)
+        for copy in (next(step._copies), next(step._copies)):
+            monkeypatch.setattr(copy, "wait", partial(self.wait, copy, copy.wait))
+            monkeypatch.setattr(copy, "queue", partial(self.copy, copy, copy.queue))
+        monkeypatch.setattr(model, "evaluate", partial(self.other, model.evaluate))
+        monkeypatch.setattr(engine.cache, "_copy_block", partial(self.other, engine.cache._copy_block))
+
+    def launched(self, n: int, trace: Any) -> Any:
+        self._in_step = True
+        try:
+            return self._launched(n, trace)
+        finally:
+            self._in_step = False
+
+    def launch(self, *given: Any, **named: Any) -> None:
+        if self._in_step:
+            self._queue.append((None, partial(self._launch, *given, **named)))
+        else:
+            self.other(self._launch, *given, **named)
+
+    def upload(self, name: str, where: Any, values: np.ndarray) -> None:
+        self._queue.append((None, partial(self._upload, name, where, values.copy())))
+
+    def copy(self, copy: Any, queue: Callable[[Any], None], drawn: Any) -> None:
+        self._queue.append((copy, partial(queue, drawn)))
+
+    def wait(self, copy: Any, wait: Callable[[int], Any], n: int) -> Any:
+        while any(of is copy for of, _ in self._queue):
+            self._queue.popleft()[1]()
+        return wait(n)
+
+    def other(self, work: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        while self._queue:
+            self._queue.popleft()[1]()
+        return work(*given, **named)
+
+
 @pytest.mark.parametrize("on_shortage", ["preempt", "fail"])
-def test_all_is_the_same_with_and_without(on_shortage: str, model: Model) -> None:
+def test_all_is_the_same_with_and_without(
+    on_shortage: str, model: Model, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tokens, texts and ends; what the hook is told of each step; and the cached blocks, bit for bit."""
     params = SamplingParams(seed=3, max_tokens=60, repetition_penalty=1.3)
     stop, n_stopped = stop_within(model, prompt(20, 5), params, 12)
-    (*with_, kept), (*without, kept_without) = (served(model, stop, ahead, on_shortage) for ahead in (True, False))
+    (*without, kept_without) = served(model, stop, False, on_shortage)
+    with monkeypatch.context() as patch:
+        late = partial(LateDevice, patch) if place == "host" else lambda engine: None
+        (*with_, kept) = served(model, stop, True, on_shortage, late)
     for a, b in zip(with_, without, strict=True):
         assert a == b
     answers, _, ends, steps = with_
