@@ -142,7 +142,8 @@ class LateDevice:
             monkeypatch.setattr(copy, "wait", partial(self.wait, copy, copy.wait))
             monkeypatch.setattr(copy, "queue", partial(self.copy, copy, copy.queue))
         monkeypatch.setattr(model, "evaluate", partial(self.other, model.evaluate))
-        monkeypatch.setattr(engine.cache, "_copy_block", partial(self.other, engine.cache._copy_block))
+        copy_block: Any = engine.cache._copy_block
+        monkeypatch.setattr(engine.cache, "_copy_block", partial(self.other, copy_block))
 
     def launched(self, n: int, trace: Any) -> Any:
         self._in_step = True

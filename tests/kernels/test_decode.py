@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import refengine
 from refengine.cache.paged import CacheSequence, KVCache
-from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan
+from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan, _Copy
 from refengine.cuda.upload import Described
 from refengine.engine.kernel_runner import KernelRunner
 from refengine.engine.sampling import SamplingParams, sample
@@ -222,6 +223,36 @@ def test_after_a_failure_all_is_uploaded(place: str, tiny_model: ModelFiles, mon
         monkeypatch.undo()
         decoding.step(traced=False, ahead=True)
         decoding.step(traced=False)
+
+
+def test_on_a_gpu_a_result_is_read_when_its_copy_is_there() -> None:
+    """The copy goes to page-locked memory, and nothing waits for it but the one who reads it."""
+    queued: list[Any] = []
+
+    class Event:
+        def __init__(self, disable_timing: bool) -> None:
+            assert disable_timing
+
+        def record(self) -> None:
+            queued.append(self)
+
+        def synchronize(self) -> None:
+            while self in queued:
+                work = queued.pop(0)
+                if work is not self:
+                    work()
+
+    class OnDevice:
+        def get(self, out: np.ndarray, blocking: bool) -> None:
+            assert not blocking
+            queued.append(lambda: out.__setitem__(..., [[1, 0, 0], [2, 0, 0]]))
+
+    cuda = SimpleNamespace(PinnedMemory=bytearray, PinnedMemoryPointer=lambda memory, at: memory, Event=Event)
+    copy = _Copy(SimpleNamespace(cuda=cuda), 2)
+    copy.queue(OnDevice())
+    assert len(queued) == 2
+    assert copy.wait(1).tolist() == [[1, 0, 0]]
+    assert copy.wait(2).tolist() == [[1, 0, 0], [2, 0, 0]]
 
 
 @pytest.mark.parametrize("name", ci_only(MORE, set(MORE) - set(DAILY)))
