@@ -25,10 +25,12 @@ from refengine.engine.engine import Engine, EngineOptions
 from refengine.engine.sampling import SamplingParams
 
 # What is switched off: options of `load`, and of the engine.
-OF_KERNELS = ("no graphs", "reference attention")  # array code has no graphs, and writes the score matrix as it is
+# Array code has no graphs, launches nothing ahead, and writes the score matrix as it is.
+OF_KERNELS = ("no graphs", "no step ahead", "reference attention")
 SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all on": ({}, {}),
     "no graphs": ({}, {"graphs": False}),
+    "no step ahead": ({}, {"ahead": False}),
     "no prefix cache": ({}, {"prefix_cache": False}),
     "no batching": ({}, {"batching": False}),
     "reference attention": ({"attention": "reference"}, {}),

@@ -169,14 +169,17 @@ class KVCache:
     def blocks_needed(self, sequence: CacheSequence, n_positions: int) -> int:
         """The number of blocks a sequence lacks to hold `n_positions`, with one for a copy of a shared block."""
         missing = self.blocks_for(n_positions, self.block_size) - len(sequence.block_table)
-        return max(missing, 0) + (self._shared(sequence) and n_positions > sequence.length)
+        return max(missing, 0) + (n_positions > sequence.length and self._shared(sequence))
 
     def reserve(self, sequences: Sequence[tuple[CacheSequence, int]]) -> None:
         """Allocate blocks so that each sequence can hold its number of positions; copies shared blocks it writes to.
 
         Raises `OutOfBlocks` if they do not fit; nothing is changed then.
         """
-        blocks = self.pool.allocate(sum(self.blocks_needed(sequence, n) for sequence, n in sequences))
+        n_needed = sum(self.blocks_needed(sequence, n) for sequence, n in sequences)
+        if not n_needed:
+            return
+        blocks = self.pool.allocate(n_needed)
         for sequence, n_positions in sequences:
             if self._shared(sequence) and n_positions > sequence.length:
                 self._own_block(sequence, sequence.length // self.block_size, blocks.pop(0))

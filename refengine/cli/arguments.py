@@ -144,6 +144,9 @@ def kernel_switches(group: Any) -> None:
         "--no-graphs", action="store_true", help="launch the decode step's kernels one by one, without CUDA graphs"
     )
     group.add_argument(
+        "--no-ahead", action="store_true", help="launch a decode step only when the tokens of the one before are read"
+    )
+    group.add_argument(
         "--attention",
         choices=("flash", "reference"),
         default="flash",

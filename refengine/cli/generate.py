@@ -36,7 +36,13 @@ def generate(arguments: argparse.Namespace) -> None:
         prompt_ids = model.prompt_ids(ids if text is None else text)
     trace = tracer(arguments)
     engine, generation = single_sequence(
-        model, prompt_ids, params, chunk=chunk(arguments), trace=trace, graphs=not arguments.no_graphs
+        model,
+        prompt_ids,
+        params,
+        chunk=chunk(arguments),
+        trace=trace,
+        graphs=not arguments.no_graphs,
+        ahead=not arguments.no_ahead,
     )
     if arguments.echo or (arguments.echo is None and not chat and text is not None):
         write(text if text is not None else ",".join(map(str, prompt_ids)) + ":")

@@ -42,6 +42,7 @@ def options_of(arguments: argparse.Namespace) -> WorkerOptions:
         batching=not arguments.no_batching,
         prefix_cache=not arguments.no_prefix_cache,
         graphs=not arguments.no_graphs,
+        ahead=not arguments.no_ahead,
         attention=arguments.attention,
         copy_chunk_kb=integer("--copy-chunk-kb", arguments.copy_chunk_kb, 1, 1 << 20),
         residency_check_sec=seconds("--residency-check-sec", arguments.residency_check_sec),

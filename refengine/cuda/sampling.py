@@ -57,9 +57,14 @@ def sample_rows(
 
 def checked_tokens(out: np.ndarray) -> list[int]:
     """The tokens from the result of `sample_rows` on the host. Raises RefengineError for NaN or infinite logits."""
-    for row, (_, problem, where) in enumerate(out.tolist()):
-        if problem == 3:
-            raise RefengineError(f"row {row}: all logits are -Inf: no token can be sampled")
-        if problem:
-            raise RefengineError(f"row {row}: logits[{where}] {_PROBLEMS[problem]}; trace the model to find where")
-    return [int(token) for token in out[:, 0]]
+    return [checked_token(values, row) for row, values in enumerate(out.tolist())]
+
+
+def checked_token(values: Sequence[int], row: int = 0) -> int:
+    """The token of one row of the result. Raises the errors of `checked_tokens`."""
+    token, problem, where = values
+    if problem == 3:
+        raise RefengineError(f"row {row}: all logits are -Inf: no token can be sampled")
+    if problem:
+        raise RefengineError(f"row {row}: logits[{where}] {_PROBLEMS[problem]}; trace the model to find where")
+    return token

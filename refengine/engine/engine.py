@@ -48,6 +48,8 @@ class EngineOptions:
     on_shortage:     what to do if a running sequence needs a block and none is free: `preempt` frees the youngest
                      sequence's blocks and recomputes it later; `fail` ends the sequence with an error.
     graphs:          on a GPU, capture the decode step as a CUDA graph for each bucket of rows, and replay it.
+    ahead:           on kernels, launch a decode step before the tokens of the one before are read, while the same
+                     sequences continue.
     """
 
     max_batch: int = 8
@@ -57,6 +59,7 @@ class EngineOptions:
     batching: bool = True
     on_shortage: str = "preempt"
     graphs: bool = True
+    ahead: bool = True
 
     @property
     def n_running(self) -> int:
@@ -104,6 +107,7 @@ class Engine:
         # The fused decode step of a model's own runner cannot be traced; the model file can.
         make_runner = model.make_runner if trace is no_trace and model.make_runner else ArrayRunner
         self.runner: Runner = make_runner(model, self.cache, max_batch, self.options.graphs, trace)
+        self._ahead = self.options.ahead and self.runner.can_run_ahead
 
     def warm_up(self) -> None:
         """Compile and allocate in advance: run the longest possible chunk of a prompt, and every decode bucket."""
@@ -206,19 +210,15 @@ class Engine:
         if not parts:
             return [generation for generation, _ in failed]
         prefill_tokens = sum(len(part.ids) for part in parts if not part.decodes)
-        results = self.runner.run(parts)
+        results = self.runner.run(parts, self._ahead and self.scheduler.can_run_ahead(parts))
         self.cache.commit([(part.generation.progress.cached, part.ids) for part in parts])
         seconds = time.perf_counter() - start
         self._register(parts)
-        for part in parts:
-            generation = part.generation
-            if generation.n_generated:
-                generation.decode_s += seconds
-            else:
-                generation.prefill_s += seconds
         changed = [generation for generation, _ in failed]
         for part, result in zip(parts, results, strict=True):
             generation = part.generation
+            if not generation.n_generated:
+                generation.prefill_s += seconds
             if result.error is not None:
                 self._fail(generation, result.error)
             for position, score in enumerate(result.prompt_scores, part.start + 1):
@@ -230,6 +230,10 @@ class Engine:
         batch_size = sum(part.draws for part in parts)
         self.hook.on_step(StepStats(self.stats(), batch_size, prefill_tokens, seconds))
         return changed
+
+    def wait(self) -> None:
+        """Wait until nothing runs on the device any more: a step may have been launched ahead."""
+        self.runner.wait()
 
     def cancel(self, generation: Generation) -> None:
         """End a sequence at once, whether it waits, prefills or decodes, and free its blocks."""
@@ -318,6 +322,7 @@ def single_sequence(
     chunk: int = 512,
     trace: Tracer = no_trace,
     graphs: bool = True,
+    ahead: bool = True,
 ) -> tuple[Engine, Generation]:
     """An engine with a cache just large enough for one sequence, and that sequence.
 
@@ -326,7 +331,7 @@ def single_sequence(
     params = params or SamplingParams()
     n_tokens = len(ids) + checked_limit(model, ids, params)
     model.check_trace(trace)
-    options = EngineOptions(1, chunk, n_tokens, prefix_cache=False, graphs=graphs)
+    options = EngineOptions(1, chunk, n_tokens, prefix_cache=False, graphs=graphs, ahead=ahead)
     engine = Engine(model, options, trace=trace)
     engine.runner.warm_up(0)  # The only prompt follows at once, so warming up with a prompt would gain nothing.
     return engine, engine.start(ids, params)

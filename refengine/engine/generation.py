@@ -57,7 +57,7 @@ class Generation:
 
     ids: the ids of the prompt and the generated tokens. seed: the seed in use.
     end: None while it runs, then `eos`, `stop`, `length`, `cancelled` or `error` (with the exception in `error`).
-    prefill_s, decode_s: the seconds of the steps before and after the first token.
+    prefill_s: the seconds of the steps before the first token. decode_s: the seconds from the first token to the last.
     prompt_scores: if params ask for them, one for each id of the prompt: None for the first, and before it is computed.
     """
 
@@ -71,7 +71,7 @@ class Generation:
         self.error: RefengineError | None = None
         self.progress = Progress()
         self.pending: deque[Token] = deque()  # generated tokens that the caller has not taken yet
-        self.prefill_s = self.decode_s = 0.0
+        self.prefill_s = 0.0
         self.started = self.last_token = time.perf_counter()
         self.first_token_s: float | None = None
         self._eog = frozenset() if tokenizer is None else tokenizer.eog_ids
@@ -81,6 +81,10 @@ class Generation:
     @property
     def n_generated(self) -> int:
         return len(self.ids) - self.n_prompt
+
+    @property
+    def decode_s(self) -> float:
+        return 0.0 if self.first_token_s is None else self.last_token - self.started - self.first_token_s
 
     @property
     def wants_scores(self) -> bool:

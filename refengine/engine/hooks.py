@@ -28,7 +28,10 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One step: the engine's state after it, the sequences that got a token, the prompt tokens computed, the time."""
+    """One step: the engine's state after it, the sequences that got a token, the prompt tokens computed.
+
+    seconds: the time that `Engine.step` took to get its results; a step launched ahead had begun before.
+    """
 
     engine: EngineStats
     batch_size: int

@@ -15,7 +15,7 @@ import numpy as np
 from refengine.cache.paged import BLOCK_SIZE, CacheSequence, KVCache
 from refengine.config import ModelConfig
 from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan
-from refengine.cuda.sampling import checked_tokens, sample_rows
+from refengine.cuda.sampling import checked_token, sample_rows
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
 from refengine.engine.scheduler import ScheduledChunk
 from refengine.trace import Tracer, no_trace, to_numpy
@@ -33,7 +33,7 @@ class KernelRunner:
     def __init__(self, model: Any, cache: KVCache, max_batch: int, graphs: bool, trace: Tracer = no_trace) -> None:
         assert trace is no_trace, "the fused step has no tensors to trace"
         self._model, self._cache = model, cache
-        self._step: DecodeStep | None = None
+        self._step: DecodeStep | None = None  # the fused step
         if model.ops.attention_by == "flash":
             try:
                 self._step = DecodeStep(
@@ -41,6 +41,7 @@ class KernelRunner:
                 )
             except NoFusedStep as e:
                 log.warning("tokens of %s are decoded by forward(), without a fused step: %s", model.config.arch, e)
+        self.can_run_ahead = self._step is not None
 
     def warm_up(self, n_prompt: int) -> None:
         """Compile the kernels and capture the graphs; allocate the arrays for a prompt of `n_prompt` tokens."""
@@ -52,27 +53,31 @@ class KernelRunner:
             self._cache.free(sequence)
             self._model.ops.memory.settle()
 
-    def run(self, parts: Sequence[ScheduledChunk]) -> list[Result]:
+    def wait(self) -> None:
+        """See `Runner.wait`."""
+        if self._step is not None:
+            self._step.wait()
+
+    def run(self, parts: Sequence[ScheduledChunk], ahead: bool = False) -> list[Result]:
         """See `Runner.run`."""
-        fused = self._step is not None
-        decoding = [part for part in parts if fused and part.decodes]
-        others = [part for part in parts if not (fused and part.decodes)]
+        decoding = [] if self._step is None else [part for part in parts if part.decodes]
+        others = list(parts) if self._step is None else [part for part in parts if not part.decodes]
         results: dict[int, Result] = {}
         if decoding:
             assert self._step is not None
-            drawn, logits = self._step.run([row_of(part) for part in decoding])
-            results |= self._results(decoding, drawn, logits)
+            drawn, logits = self._step.run([row_of(part) for part in decoding], ahead=ahead)
+            results = self._results(decoding, drawn.tolist(), logits)
         if others:
             inputs = [(part.generation.progress.cached, part.ids) for part in others]
             logits = self._model.evaluate(inputs, self._cache, wanted_rows(others))
             results |= self._results(others, self._draw(others, logits), logits)
         return [results[id(part)] for part in parts]
 
-    def _draw(self, parts: Sequence[ScheduledChunk], logits: Any) -> Any:
+    def _draw(self, parts: Sequence[ScheduledChunk], logits: Any) -> list[list[int]]:
         """Sample on the device for the parts that draw a token; the result has one row for each, see `sample_rows`."""
         drawing = [part.generation for part in parts if part.draws]
         if not drawing:
-            return ()
+            return []
         ops = self._model.ops
         with ops.workspace():
             if len(drawing) < len(logits):  # the other rows are only scored
@@ -87,19 +92,20 @@ class KernelRunner:
                 [g.seed for g in drawing],
                 [g.n_generated for g in drawing],
             )
-        return to_numpy(drawn)
+        drawn_rows: list[list[int]] = to_numpy(drawn).tolist()
+        return drawn_rows
 
     @staticmethod
-    def _results(parts: Sequence[ScheduledChunk], drawn: Any, logits: Any) -> dict[int, Result]:
+    def _results(parts: Sequence[ScheduledChunk], drawn: Sequence[Sequence[int]], logits: Any) -> dict[int, Result]:
         """The results by id(part). Logits are copied to the host only if log-probabilities were requested."""
-        results, n_seen, n_drawn = {}, 0, 0
+        results, n_seen, rest = {}, 0, iter(drawn)
         for part in parts:
             n = n_rows(part)
             has_logprobs = part.n_scored or part.generation.params.logprobs is not None
-            rows: Any = to_numpy(logits[n_seen : n_seen + n]) if has_logprobs else [None] * n
-            token = drawn[n_drawn : n_drawn + part.draws]
-            results[id(part)] = result_of(part, rows, partial(checked_token, token))
-            n_seen, n_drawn = n_seen + n, n_drawn + part.draws
+            rows: Any = to_numpy(logits[n_seen : n_seen + n]) if has_logprobs else ()
+            draw = partial(checked_token, next(rest)) if part.draws else None
+            results[id(part)] = result_of(part, rows, draw)
+            n_seen += n
         return results
 
 
@@ -119,20 +125,15 @@ def step_bytes(
         return 0
 
 
-def checked_token(drawn: Any) -> int:
-    """The token of one row. Raises the errors of `checked_tokens`."""
-    (token,) = checked_tokens(drawn)
-    return token
-
-
 def row_of(part: ScheduledChunk) -> DecodeRow:
+    """The row of a decode step. A sequence that was preempted has a new key: other sequences have had its blocks."""
     g = part.generation
-    cached = g.progress.cached
+    progress = g.progress
     return DecodeRow(
-        key=g,
+        key=(g, progress.preemptions),
         token=part.ids[0],
         position=part.start,
-        block_table=cached.block_table,
+        block_table=progress.cached.block_table,
         params=g.params,
         seed=g.seed,
         index=g.n_generated,

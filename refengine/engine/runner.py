@@ -31,10 +31,20 @@ class Result:
 
 
 class Runner(Protocol):
-    """Computes the chunks of a step."""
+    """Computes the chunks of a step. can_run_ahead: whether `ahead` has an effect."""
 
-    def run(self, parts: Sequence[ScheduledChunk]) -> list[Result]:
-        """Feed the chunks to the model; returns one result for each, in order."""
+    can_run_ahead: bool
+
+    def run(self, parts: Sequence[ScheduledChunk], ahead: bool = False) -> list[Result]:
+        """Feed the chunks to the model; returns one result for each, in order.
+
+        ahead: all chunks decode, need no logits, and have blocks for one more position: before the results are read,
+        launch the step that feeds the tokens they draw. The next call uses its results for those of its chunks that
+        are of the same sequences; nothing remains of the others.
+        """
+
+    def wait(self) -> None:
+        """Wait until nothing runs on the device. A step that was launched ahead is dropped."""
 
     def warm_up(self, n_prompt: int) -> None:
         """Compile and allocate in advance, also with a prompt of `n_prompt` tokens unless it is 0."""
@@ -63,6 +73,8 @@ class ArrayRunner:
     max_batch and graphs are not used; all runners have the same constructor arguments.
     """
 
+    can_run_ahead = False
+
     def __init__(
         self, model: Any, cache: KVCache, max_batch: int = 1, graphs: bool = False, trace: Tracer = no_trace
     ) -> None:
@@ -71,26 +83,32 @@ class ArrayRunner:
     def warm_up(self, n_prompt: int) -> None:
         """Does nothing: arrays are allocated when they are needed."""
 
-    def run(self, parts: Sequence[ScheduledChunk]) -> list[Result]:
+    def wait(self) -> None:
+        """Does nothing: a run has ended when its results are there."""
+
+    def run(self, parts: Sequence[ScheduledChunk], ahead: bool = False) -> list[Result]:
         inputs = [(part.generation.progress.cached, part.ids) for part in parts]
         logits = self._model.evaluate(inputs, self._cache, wanted_rows(parts), self._trace)
         rows = iter(to_numpy(logits) if any(map(n_rows, parts)) else ())
         results = []
         for part in parts:
             own = [next(rows) for _ in range(n_rows(part))]
-            results.append(result_of(part, own, partial(draw, own[-1] if own else None, part)))
+            results.append(result_of(part, own, partial(draw, own[-1], part) if part.draws else None))
         return results
 
 
-def result_of(part: ScheduledChunk, rows: Sequence[Any], draw: Callable[[], int]) -> Result:
-    """The result of a part from its rows of logits on the host, (n_vocab,) each. draw: samples its token."""
+def result_of(part: ScheduledChunk, rows: Sequence[Any], draw: Callable[[], int] | None) -> Result:
+    """The result of a part from its rows of logits on the host, (n_vocab,) each, of which it needs those that are
+    scored. draw: samples its token, if it draws one."""
     generation, params = part.generation, part.generation.params
     try:
         scores = tuple(
-            score_of(row, generation.ids[part.start + i + 1], params.prompt_logprobs or 0)
-            for i, row in enumerate(rows[: part.n_scored])
+            [
+                score_of(row, generation.ids[part.start + i + 1], params.prompt_logprobs or 0)
+                for i, row in enumerate(rows[: part.n_scored])
+            ]
         )
-        if not part.draws:
+        if draw is None:
             return Result(prompt_scores=scores)
         token = draw()
         score = None if params.logprobs is None else score_of(rows[-1], token, params.logprobs)

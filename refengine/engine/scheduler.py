@@ -11,6 +11,7 @@ Independent of arrays, text and devices.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refengine.cache.paged import KVCache, OutOfBlocks
@@ -126,13 +127,33 @@ class Scheduler:
                 budget -= n
         return parts, failed
 
+    def can_run_ahead(self, parts: Sequence[ScheduledChunk]) -> bool:
+        """Whether the next step can be launched before the tokens of this one are known; reserves its blocks.
+
+        It can if all sequences draw a token and will draw another, unless a token ends one of them early, and if no
+        logits are to be read in between.
+        """
+        if len(parts) < len(self.running):
+            return False
+        for part in parts:
+            generation = part.generation
+            is_last = generation.n_generated + 1 >= generation.n_limit
+            if not part.decodes or is_last or generation.params.logprobs is not None:
+                return False
+        try:
+            self.cache.reserve([(part.generation.progress.cached, part.start + 2) for part in parts])
+        except OutOfBlocks:
+            return False
+        return True
+
     def _make_room(self) -> list[tuple[Generation, OutOfBlocks]]:
         """Reserve a block for the next token of every running sequence, the oldest first; may preempt the youngest.
 
         Returns the requests that fail, with their errors.
         """
         failed = []
-        for generation in list(self.running):
+        needy = [g for g in self.running if self.cache.blocks_needed(g.progress.cached, len(g.ids))]
+        for generation in needy:
             while generation in self.running:
                 try:
                     self.cache.reserve([(generation.progress.cached, len(generation.ids))])

@@ -39,6 +39,8 @@ class StopMatcher:
         """
         if self._stopped:
             return "", True
+        if not self._stops:
+            return text, False
         pending = self._held + text
         match_start = self._first_match(pending)
         if match_start is not None:

@@ -43,6 +43,7 @@ class WorkerOptions:
     batching: bool = True
     prefix_cache: bool = True
     graphs: bool = True
+    ahead: bool = True
     attention: str = "flash"
     copy_chunk_kb: int = 1024
     residency_check_sec: float = 60.0

@@ -224,6 +224,7 @@ def capacity_of(config: ModelConfig, options: WorkerOptions, device: str, weight
         batching=options.batching,
         on_shortage=options.on_shortage,
         graphs=options.graphs,
+        ahead=options.ahead,
     )
     asked_bytes = None if options.kv_cache_size_mb is None else options.kv_cache_size_mb << 20
     return Capacity(config, engine_options, device, weights, asked_bytes, options.attention)

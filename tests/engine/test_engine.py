@@ -418,9 +418,9 @@ def test_a_prompt_is_scored_once(model: SmallBlocks, monkeypatch: pytest.MonkeyP
     n_scored = []
     run = engine.runner.run
 
-    def spy(parts: Any) -> Any:
+    def spy(parts: Any, ahead: bool) -> Any:
         n_scored.append(sum(part.n_scored for part in parts if part.generation is g))
-        return run(parts)
+        return run(parts, ahead)
 
     monkeypatch.setattr(engine.runner, "run", spy)
     other = engine.start(prompt(9), greedy(12))

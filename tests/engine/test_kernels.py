@@ -9,9 +9,10 @@ import refengine
 from refengine.engine.engine import Engine, EngineOptions, single_sequence
 from refengine.engine.generation import Generation
 from refengine.engine.kernel_runner import KernelRunner
-from refengine.engine.sampling import SamplingParams, logprobs
+from refengine.engine.sampling import SamplingParams, logprobs, sample
 from refengine.errors import DeviceError, RequestError
 from refengine.model import Model
+from refengine.trace import to_numpy
 from tests.engine.models import logits_alone, random_ids
 from tests.levels import in_ci, mostly_in_ci
 from tests.model_files import ModelFiles
@@ -54,16 +55,17 @@ def requests(model: Model) -> list[tuple[list[int], SamplingParams]]:
 
 
 class Recorded:
-    """Logits that tokens were drawn from, by sequence."""
+    """Logits that tokens were drawn from, by sequence; None where a step launched ahead has overwritten them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows: dict[int, list[np.ndarray]] = {}
+        self.rows: dict[int, list[np.ndarray | None]] = {}
         original = KernelRunner._results
 
         def spy(parts: Any, tokens: Any, logits: Any) -> Any:
-            for part, row in zip([part for part in parts if part.draws], logits, strict=True):
-                row = row if isinstance(row, np.ndarray) else row.get()
-                self.rows.setdefault(id(part.generation), []).append(row.copy())
+            drawing = [part for part in parts if part.draws]
+            for part, row in zip(drawing, [None] * len(parts) if logits is None else logits, strict=True):
+                copied = None if row is None else to_numpy(row).copy()
+                self.rows.setdefault(id(part.generation), []).append(copied)
             return original(parts, tokens, logits)
 
         monkeypatch.setattr(KernelRunner, "_results", staticmethod(spy))
@@ -72,9 +74,13 @@ class Recorded:
 OPTIONS: dict[str, dict[str, Any]] = {
     "all on": {},
     "no graphs": {"graphs": False},
+    "no step ahead": {"ahead": False},
     "no prefix cache": {"prefix_cache": False},
     "no batching": {"batching": False},
-    "all off, in chunks of 7": {"graphs": False, "prefix_cache": False, "batching": False, "max_step_tokens": 7},
+    "all off, in chunks of 7": {
+        **{"graphs": False, "ahead": False, "prefix_cache": False, "batching": False},
+        "max_step_tokens": 7,
+    },
 }
 # Whether one of them alone changes a bit is asked in CI.
 SWITCHES = in_ci(list(OPTIONS.items()), [item for item in OPTIONS.items() if item[0].startswith("all")])
@@ -118,8 +124,15 @@ def test_switches_change_no_bit(model: Model, monkeypatch: pytest.MonkeyPatch) -
         if not expected:
             expected = [logits_alone(model, g) for g in running]
             assert sum(g.progress.prefix_tokens for g in running) == 64
+        n_unread = 0
         for g, rows in zip(running, expected, strict=True):
-            np.testing.assert_array_equal(np.stack(recorded.rows[id(g)]), rows, err_msg=name)
+            for i, (row, alone) in enumerate(zip(recorded.rows[id(g)], rows, strict=True)):
+                n_unread += row is None
+                if row is not None:
+                    np.testing.assert_array_equal(row, alone, err_msg=name)
+                history = g.ids[: g.n_prompt + i]
+                assert sample(alone, g.params, history, g.seed, i) == g.ids[g.n_prompt + i], name
+        assert (n_unread > 0) == options.get("ahead", True)
         recorded.rows.clear()
 
 
@@ -140,8 +153,6 @@ def test_reference_attention_is_as_near_but_not_the_same(place: str, tiny_model:
 
 
 def test_draws_are_those_of_the_host(model: Model) -> None:
-    from refengine.engine.sampling import sample
-
     for ids, params in requests(model)[1:3]:
         engine, generation = single_sequence(model, ids, params)
         list(engine.tokens(generation))

@@ -151,8 +151,8 @@ def test_blocks_are_accounted_for_at_every_step(tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[tuple[int, int], np.ndarray]:
-    """Logits by sequence and number of the token, as the engine drew from them."""
+def drawn() -> dict[tuple[int, int], np.ndarray | None]:
+    """Logits by sequence and number of the token, as the engine drew from them. None: a step ahead overwrote them."""
     return {}
 
 
@@ -160,7 +160,7 @@ def test_on_kernels_every_sequence_is_what_it_is_alone(
     place: str,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
-    drawn: dict[tuple[int, int], np.ndarray],
+    drawn: dict[tuple[int, int], np.ndarray | None],
 ) -> None:
     try:
         alone = one_layer(tmp_path_factory.mktemp("machine"), place, kind="Q4_0", n_ctx=256)
@@ -169,8 +169,10 @@ def test_on_kernels_every_sequence_is_what_it_is_alone(
     original = KernelRunner._results
 
     def spy(parts: Any, tokens: Any, logits: Any) -> Any:
-        for part, row in zip([part for part in parts if part.draws], logits, strict=True):
-            drawn[id(part.generation), part.generation.n_generated] = to_numpy(row).copy()
+        drawing = [part for part in parts if part.draws]
+        for part, row in zip(drawing, [None] * len(parts) if logits is None else logits, strict=True):
+            copied = None if row is None else to_numpy(row).copy()
+            drawn[id(part.generation), part.generation.n_generated] = copied
         return original(parts, tokens, logits)
 
     monkeypatch.setattr(KernelRunner, "_results", staticmethod(spy))
@@ -188,18 +190,34 @@ def test_on_kernels_every_sequence_is_what_it_is_alone(
                     continue
                 for i, row in enumerate(logits_alone(alone, g)):
                     if (id(g), i) in drawn:  # a fork's first tokens were drawn before it was one
-                        np.testing.assert_array_equal(drawn[id(g), i], row)
+                        if drawn[id(g), i] is not None:
+                            np.testing.assert_array_equal(drawn[id(g), i], row)
                         assert sample(row, g.params, g.ids[: g.n_prompt + i], g.seed, i) == g.ids[g.n_prompt + i]
             assert drawn or not any(g.n_generated for g in (*self.live, *self.done))
             drawn.clear()
 
-        @rule(text=st.integers(0, 1), n=st.integers(60, 140), max_tokens=st.integers(1, 60), seed=st.integers(0, 3))
-        def start_long(self, text: int, n: int, max_tokens: int, seed: int) -> None:
+        @rule(
+            text=st.integers(0, 1),
+            n=st.integers(60, 140),
+            max_tokens=st.integers(1, 60),
+            seed=st.integers(0, 3),
+            penalty=st.sampled_from([1.0, 1.5]),
+            logprobs=st.sampled_from([None, None, 0]),
+        )
+        def start_long(
+            self, text: int, n: int, max_tokens: int, seed: int, penalty: float, logprobs: int | None
+        ) -> None:
+            """While one of them wants log-probabilities, no step is launched ahead."""
             ids = random_ids(np.random.default_rng(text), 140)[:n]
-            params = SamplingParams(temperature=1, seed=seed, max_tokens=max_tokens)
+            params = SamplingParams(1, repetition_penalty=penalty, seed=seed, max_tokens=max_tokens, logprobs=logprobs)
             self.live.append(self.engine.start(ids, params))
 
-    STEPS["OnKernels"] = 0
+        def teardown(self) -> None:
+            super().teardown()
+            runner: Any = self.engine.runner
+            STEPS["ahead"] += runner._step.n_ahead
+
+    STEPS["OnKernels"] = STEPS["ahead"] = 0
     while STEPS["OnKernels"] < in_ci(500, 150):
         run_state_machine_as_test(
             OnKernels,
@@ -211,3 +229,4 @@ def test_on_kernels_every_sequence_is_what_it_is_alone(
                 suppress_health_check=list(HealthCheck),
             ),
         )
+    assert STEPS["ahead"]

@@ -100,9 +100,10 @@ def test_a_shutdown_frees_all_of_it(talker: Path, taken: dict[str, weakref.ref[A
     assert_freed(taken)
 
 
-def test_the_engines_thread_frees_what_still_runs_when_it_stops(talker: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "host"])
+def test_the_engines_thread_frees_what_still_runs_when_it_stops(device: str, talker: Path) -> None:
     def start() -> Started:
-        model = refengine.load(talker)
+        model = refengine.load(talker, device)
         return Started(Engine(model), State(ModelInfo.of(model)))
 
     async def run() -> None:
@@ -114,8 +115,15 @@ def test_the_engines_thread_frees_what_still_runs_when_it_stops(talker: Path) ->
         async with asyncio.timeout(10):
             while not started.state.load.engine.blocks_used:
                 await asyncio.sleep(0.005)
+        runner: Any = started.engine.runner
+        if device == "host":
+            async with asyncio.timeout(60):
+                while not runner._step.n_ahead:
+                    await asyncio.sleep(0.005)
         thread.stop()
         assert thread.join(10)
+        if device == "host":
+            assert runner._step._ahead is None  # what had been launched ahead was waited for
         assert started.engine.idle
         assert started.engine.stats().blocks_used == 0
 

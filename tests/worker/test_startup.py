@@ -177,12 +177,12 @@ def test_too_little_memory_is_found_before_anything_is_allocated(monkeypatch: py
 
 def test_switches_reach_the_engine() -> None:
     basic = [a for pair in GOOD.items() for a in pair]
-    switches = ["--no-batching", "--no-prefix-cache", "--no-graphs", "--attention", "reference"]
+    switches = ["--no-batching", "--no-prefix-cache", "--no-graphs", "--no-ahead", "--attention", "reference"]
     numbers = ["--max-step-tokens", "64", "--copy-chunk-kb", "64"]
     for given, on in ((basic, True), ([*basic, *switches, *numbers], False)):
         options = options_of(build_parser().parse_args(["serve", *given]))
         engine = startup.capacity_of(refengine.load().config, options, "cpu", None).engine_options(3)
-        assert (engine.batching, engine.prefix_cache, engine.graphs) == (on, on, on)
+        assert (engine.batching, engine.prefix_cache, engine.graphs, engine.ahead) == (on, on, on, on)
         assert engine.cache_tokens == 3 * 64
         assert engine.max_step_tokens == (128 if on else 64)
         assert options.attention == ("flash" if on else "reference")

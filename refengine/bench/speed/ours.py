@@ -140,7 +140,9 @@ class Refengine:
         if self._engine is None or self._made_for != (streams, positions):
             self._forget()
             n_tokens = streams * KVCache.blocks_for(positions) * BLOCK_SIZE
-            self._engine = Engine(self.model, EngineOptions(streams, self._chunk, n_tokens, graphs=graphs))
+            # Without graphs, each step is launched within the call that is timed.
+            options = EngineOptions(streams, self._chunk, n_tokens, graphs=graphs, ahead=graphs)
+            self._engine = Engine(self.model, options)
             self._engine.warm_up()
             self._made_for = (streams, positions)
         return self._engine

@@ -2,13 +2,15 @@
 
 Everything runs on the device: a model's `decode()` in few kernels per layer (`cuda.decode.ops`), with a CUDA graph for
 each bucket of rows. The results have the same bits as those of `model.step` and `sampling.sample_rows`. The host
-uploads changed state, launches, and reads the ids.
+uploads changed state, launches, and reads the ids. Because a step also advances the state on the device, the host can
+launch the next step before it reads the ids of this one; the device then never waits for the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -127,13 +129,50 @@ class StepPlan:
         return StepPlan(offsets, most, tuple(angles[i] for i in sorted(angles)), rows | sampling)
 
 
+class _Copy:
+    """A copy on the host of a step's result, for up to `n` rows. On a GPU it is in page-locked memory, so that the host
+    need not wait where the copy is queued."""
+
+    def __init__(self, xp: Any, n: int) -> None:
+        self._done: Any = None
+        self._drawn = np.zeros((n, 3), np.int32)
+        if xp is not np:
+            # Not from CuPy's pool, which would lend it to others while a copy is still queued.
+            pinned = xp.cuda.PinnedMemoryPointer(xp.cuda.PinnedMemory(self._drawn.nbytes), 0)
+            self._drawn = np.frombuffer(pinned, np.int32, 3 * n).reshape(n, 3)
+            self._done = xp.cuda.Event(disable_timing=True)
+
+    def queue(self, drawn: Any) -> None:
+        """Copy the result (n, 3) after all that was launched before."""
+        if self._done is None:
+            self._drawn[...] = drawn
+        else:
+            drawn.get(out=self._drawn, blocking=False)
+            self._done.record()
+
+    def wait(self, n: int) -> np.ndarray:
+        """The result of the first n rows, when it is there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._drawn[:n].copy()
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step of `n` rows that was launched, and the copy of its result."""
+
+    n: int
+    bucket: int
+    copy: _Copy
+
+
 class DecodeStep:
     """Runs decode steps for the sequences of one cache. buckets: the numbers of rows for which kernels are launched;
     n_positions: the maximum length of a sequence.
 
     The constructor allocates all memory, with the purpose `workspace`. It raises DeviceError if the memory does not
     fit, NoFusedStep if the model has no fused step. Other work on the device must be on the current stream of `run`, or
-    must be waited for.
+    must be waited for: a step launched ahead may still run when `run` has returned.
     """
 
     def __init__(
@@ -161,6 +200,10 @@ class DecodeStep:
         self._with_graphs = graphs and ops.xp is not np
         self._graphs: dict[int, Any] = {}
         self._logits: dict[int, Array] = {}
+        # One is still read while the step launched ahead writes the other.
+        self._copies = cycle([_Copy(ops.xp, max_batch), _Copy(ops.xp, max_batch)])
+        self._ahead: _Launched | None = None  # the step that was launched ahead
+        self.n_ahead = 0  # number of steps so far whose rows were asked for after they had been launched, for tests
         with ops.workspace():
             self._arena: Arena = ops.memory.arena("workspace", plan.total_bytes)
             self._arena.take((plan.n_bytes,), np.uint8)  # the memory of the buffers
@@ -180,6 +223,7 @@ class DecodeStep:
 
         progress: called with (buckets done, total buckets).
         """
+        self.wait()
         self.state.update([])
         for i, bucket in enumerate(self.buckets):
             self._launch(bucket, None)
@@ -188,28 +232,61 @@ class DecodeStep:
             if progress is not None:
                 progress(i + 1, len(self.buckets))
 
-    def run(self, rows: Sequence[DecodeRow], trace: DecodeTrace | None = None) -> tuple[np.ndarray, Array]:
+    def run(
+        self, rows: Sequence[DecodeRow], trace: DecodeTrace | None = None, ahead: bool = False
+    ) -> tuple[np.ndarray, Array | None]:
         """Feed every row's token and sample the next one.
 
         Returns the argument of `sampling.checked_tokens`, (n, 3) int32 on the host, and the logits (n, n_vocab) on the
-        device, which are valid until the next run.
+        device, which are valid until the next run; None if another step has overwritten them or has had more rows.
         trace: gets the results of layers; kernels are then launched without a graph.
+        ahead: launch the next step of the same rows before the result of this one is read. Block tables must include
+        its positions. The next run uses its result if its rows are among those, with the sampled tokens and unchanged
+        blocks, and with no other work on these blocks before it; otherwise nothing remains of that step.
         Raises KernelError for invalid rows.
         """
         n = len(rows)
         if not 1 <= n <= self.buckets[-1]:
             raise KernelError(f"decode: {n} rows, allowed 1 to {self.buckets[-1]}")
-        self.state.update(rows)
+        try:
+            places = None if self._ahead is None or trace is not None else self.state.places(rows)
+            if self._ahead is None or places is None:
+                self.wait()
+                self.state.update(rows)
+                step, places = self._launched(n, trace), list(range(n))
+            else:
+                step, self._ahead = self._ahead, None
+                self.n_ahead += 1
+            if ahead and step.n == n:
+                self.state.reach_next(rows)
+                self._ahead = self._launched(n, None)
+            drawn = step.copy.wait(step.n)
+            self.state.advanced(drawn)
+        except BaseException:
+            self._ahead = None
+            self.state.forget()
+            raise
+        if step.n > n:  # some rows have ended
+            return drawn[places], None
+        return drawn, None if self._ahead else self._logits[step.bucket][:n]
+
+    def wait(self) -> None:
+        """Wait for the step that was launched ahead, if there is one. Its result is dropped."""
+        step, self._ahead = self._ahead, None
+        if step is not None:
+            self.state.advanced(step.copy.wait(step.n))
+
+    def _launched(self, n: int, trace: DecodeTrace | None) -> _Launched:
+        """Launch a step of the first n rows, and the copy of its result."""
         bucket = next(b for b in self.buckets if b >= n)
         graph = self._graphs.get(bucket) if trace is None else None
         if graph is None:
             self._launch(bucket, trace)
         else:
             graph.launch()
-        drawn: Any = self._b["drawn"][:n]
-        on_host = drawn.copy() if self._ops.xp is np else drawn.get()  # waits for the step
-        self.state.advanced(on_host)
-        return on_host, self._logits[bucket][:n]
+        copy = next(self._copies)
+        copy.queue(self._b["drawn"])
+        return _Launched(n, bucket, copy)
 
     def _captured(self, bucket: int) -> Any:
         """Capture the launches of a step as a graph. They have run before, so nothing is compiled or allocated now."""

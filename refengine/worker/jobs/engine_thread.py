@@ -102,6 +102,7 @@ class EngineThread:
                 self._check_residency()
             for generation in list(self._jobs):
                 self._engine.free(generation)
+            self._engine.wait()
         except BaseException as e:  # a bug; the worker cannot serve anything without this thread
             self._log.failure(e)
             self._fatal_error = to_worker_error(e, self._on_gpu)
