@@ -16,15 +16,15 @@
 //
 // When a few tiles (`chunk`) are done, all threads add up the segments' sums, each for one output of one row, in order.
 //
-// Launch: block: W warps, any number. Grid: x any number up to the number of tiles, y groups of 8 rows. capacity: the most
-// rows in a block, rounded up to 1, 2, 4 or 8. Dynamic shared memory: `shared_bytes` in cuda/kernels/few_rows.py. One block
+// Launch: block: W warps, any number. Grid: x any number up to the number of tiles, y groups of 8 rows. shift: the most
+// rows in a block are 1 << shift. Dynamic shared memory: `shared_bytes` in cuda/kernels/few_rows.py. One block
 // of at most half a multiprocessor's registers and shared memory leaves room for the next kernel's.
 
 constexpr int TOGETHER = 2;  // segments of an item
 constexpr int STAGES = 2;    // of a warp's ring
 
 struct FewRows {
-  int capacity, chunk;
+  int shift, chunk;
   float eps;  // of the norm
 };
 
@@ -97,93 +97,89 @@ struct Item {
   int tile, part;
 };
 
-// Space for a block's rows in shared memory. x, sums, scale: as in Activations, for rows at distances of `stride` halves
-// and `padded` sums. The others are for making them: norm (n_in,), the norm's weights, and values (capacity, n_in), or not
-// there without a norm; parts (2, 8, 8), of sums; tops (8,), the largest magnitudes, as bits.
+// Space for a block's rows in shared memory. x, sums, scale: as in Activations, with `pitch` halves a row. For making them:
+// norm (n_in,), the norm's weights; values (rows, n_in); parts (2, 8, 8), of sums; tops (8,), the largest magnitudes as bits.
 struct Prepared {
   f16* x;
   unsigned* sums;
   float* scale;
-  int stride, padded;
+  int pitch;
   float *norm, *values, *parts;
   unsigned* tops;
 };
 
-// Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier.
+// Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier. Short rather than
+// unrolled: the instructions of a decode step's kernels are fetched anew by every launch.
 __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in, const Prepared& to) {
-  constexpr int HELD = 4;  // segments that a warp holds in registers
-  int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = (n_in + 255) / 256, n_jobs = rows.count * n_segments;
+  int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256, n_jobs = rows.count * n_segments;
   if (threadIdx.x < 8) to.tops[threadIdx.x] = 0;
-  if (x.norm) {
-    for (int row = 0; row < rows.count; row++) {
-      const uint4* from = reinterpret_cast<const uint4*>(x.floats + static_cast<long long>(rows.of_x(row)) * n_in);
-      uint4* values = reinterpret_cast<uint4*>(to.values + row * n_in);
+#pragma unroll 1
+  for (int row = 0; row < rows.count; row++) {
+    const uint4* from = reinterpret_cast<const uint4*>(x.floats + static_cast<long long>(rows.of_x(row)) * n_in);
+    uint4* values = reinterpret_cast<uint4*>(to.values + row * n_in);
 #pragma unroll 4
-      for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) values[i] = load_words<uint4>(from + i);
-    }
-    wait_for_copies<STAGES>();  // of the norm's weights
-    __syncthreads();
-    if (x.norm_bias) {
-      for (int job = warp; job < rows.count * 8; job += n_warps)
-        to.parts[64 + job] = part_of_sum(to.values + job / 8 * n_in, n_in, job % 8, [](float sum, float value) { return sum + value; });
-      __syncthreads();
-    }
-    for (int job = warp; job < rows.count * 8; job += n_warps) {
-      float mean = x.norm_bias ? sum_of_parts(to.parts + 64 + job / 8 * 8) / static_cast<float>(n_in) : 0.0f;
-      to.parts[job] = part_of_sum(to.values + job / 8 * n_in, n_in, job % 8, [&](float sum, float value) {
-        float centred = value - mean;
-        return __fmaf_rn(centred, centred, sum);
-      });
+    for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) {
+      uint4 four = load_words<uint4>(from + i);
+      values[i] = four;
     }
   }
+  wait_for_copies<STAGES>();  // of the norm's weights
   __syncthreads();
-  // Eight columns of a lane in job `job`, a segment of a row.
-  auto row_of = [&](int job) { return rows.count == 1 ? 0 : job / n_segments; };
-  auto columns_of_job = [&](int job) {
-    int row = row_of(job), start = (job - row * n_segments) * SEGMENT;
-    if (!x.norm) return columns_of_row(x.floats + static_cast<long long>(rows.of_x(row)) * n_in, start, n_in);
-    Moments of = {x.norm_bias ? sum_of_parts(to.parts + 64 + row * 8) / static_cast<float>(n_in) : 0.0f,
-                  1.0f / sqrtf(sum_of_parts(to.parts + row * 8) / static_cast<float>(n_in) + eps)};
-    EightColumns values = columns_of_row(to.values + row * n_in, start, n_in), weight = columns_of_row(to.norm, start, n_in);
-    EightColumns bias = x.norm_bias ? columns_of_row(x.norm_bias, start, n_in) : EightColumns{};
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      values.x[i] = (values.x[i] - of.mean) * of.scale * weight.x[i];
-      if (x.norm_bias) values.x[i] = values.x[i] + bias.x[i];
+  float n = static_cast<float>(n_in);
+  if (x.norm) {
+#pragma unroll 1
+    for (int centred = x.norm_bias ? 1 : 0; centred >= 0; centred--) {  // sums for the mean, then squares
+#pragma unroll 1
+      for (int job = warp; job < rows.count * 8; job += n_warps) {
+        float mean = !centred && x.norm_bias ? sum_of_parts(to.parts + 64 + job / 8 * 8) / n : 0.0f;
+        to.parts[centred * 64 + job] = part_of_sum(to.values + job / 8 * n_in, n_in, job % 8, [&](float sum, float value) {
+          float difference = value - mean;
+          return centred ? sum + value : __fmaf_rn(difference, difference, sum);
+        });
+      }
+      __syncthreads();
     }
-    return values;
-  };
-  auto note_top = [&](int job, const EightColumns& values) {
-    unsigned top = __reduce_max_sync(ALL_LANES, top_of(values));
-    if (threadIdx.x % 32 == 0) atomicMax(to.tops + row_of(job), top);
-  };
-  auto convert = [&](int job, const EightColumns& values) {
-    int row = row_of(job), start = (job - row * n_segments) * SEGMENT;
-    blocks_as_halves(values, row_exponent(__uint_as_float(to.tops[row])), start, n_in, to.x + row * to.stride,
-                     to.sums + row * to.padded);
-  };
-  EightColumns held[HELD];
+  }
+  Moments of{};
+  int row_of_moments = -1;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {  // the largest magnitudes, then halves
+#pragma unroll 1
+    for (int job = warp; job < n_jobs; job += n_warps) {  // a segment of a row each
+      int row = rows.count == 1 ? 0 : job / n_segments, start = (job - row * n_segments) * SEGMENT;
+      EightColumns values = columns_of_row(to.values + row * n_in, start, n_in);
+      if (x.norm && in_row(start, n_in)) {
+        if (row != row_of_moments) {
+          row_of_moments = row;
+          of = {x.norm_bias ? sum_of_parts(to.parts + 64 + row * 8) / n : 0.0f,
+                1.0f / sqrtf(sum_of_parts(to.parts + row * 8) / n + eps)};
+        }
+        EightColumns weight = columns_of_row(to.norm, start, n_in);
 #pragma unroll
-  for (int i = 0; i < HELD; i++)
-    if (warp + i * n_warps < n_jobs) held[i] = columns_of_job(warp + i * n_warps);
+        for (int i = 0; i < 8; i++) values.x[i] = (values.x[i] - of.mean) * of.scale * weight.x[i];
+        if (x.norm_bias) {
+          EightColumns bias = columns_of_row(x.norm_bias, start, n_in);
 #pragma unroll
-  for (int i = 0; i < HELD; i++)
-    if (warp + i * n_warps < n_jobs) note_top(warp + i * n_warps, held[i]);
-  for (int job = warp + HELD * n_warps; job < n_jobs; job += n_warps) note_top(job, columns_of_job(job));
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < HELD; i++)
-    if (warp + i * n_warps < n_jobs) convert(warp + i * n_warps, held[i]);
-  for (int job = warp + HELD * n_warps; job < n_jobs; job += n_warps) convert(job, columns_of_job(job));
-  if (static_cast<int>(threadIdx.x) < rows.count)
+          for (int i = 0; i < 8; i++) values.x[i] = values.x[i] + bias.x[i];
+        }
+      }
+      if (pass == 0) {
+        unsigned top = __reduce_max_sync(ALL_LANES, top_of(values));
+        if (threadIdx.x % 32 == 0) atomicMax(to.tops + row, top);
+      } else {
+        blocks_as_halves(values, row_exponent(__uint_as_float(to.tops[row])), start, to.x + row * to.pitch,
+                         to.sums + row * n_segments * SEGMENT);
+      }
+    }
+    __syncthreads();
+  }
+  if (static_cast<int>(threadIdx.x) < rows.count)  // read after the next barrier
     to.scale[threadIdx.x] = power_of_two(row_exponent(__uint_as_float(to.tops[threadIdx.x])));
-  __syncthreads();
 }
 
-// The sums of the segments of an item. columns, block_sums: from the first segment's start; `left` blocks of them exist, or
-// more.
-template <class Q, bool WHOLE>
-__device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* columns, const unsigned* block_sums, int left,
+// The sums of the segments of an item. columns, block_sums: from the first segment's start; zeros after the row's end.
+template <class Q>
+__device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* columns, const unsigned* block_sums,
                                           MmaD (&sums)[TOGETHER]) {
   int lane = threadIdx.x % 32;
   Planes w = Stage<Q>::planes(stage);
@@ -193,22 +189,28 @@ __device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* colum
   for (int s = 0; s < TOGETHER; s++)
 #pragma unroll
     for (int i = 0; i < 2; i++) scales[s][i] = Q::template scales<InShared>(w, s, lane / 4 + 8 * i);
+#pragma unroll 1
+  for (int half = 0; half < 2; half++) {
 #pragma unroll
-  for (int j = 0; j < SEGMENT; j++)
+    for (int j = 0; j < SEGMENT / 2; j++)
 #pragma unroll
-    for (int s = 0; s < TOGETHER; s++) {
-      int block = s * SEGMENT + j;
-      uint4 four = make_uint4(0, 0, 0, 0);
-      if (WHOLE || block < left) four = *reinterpret_cast<const uint4*>(columns + block * 32);
-      MmaA a[2];
-      block_operands<Q>(Q::template load<InShared>(at, block), scales[s], j, a);
-      add_block<Q>(a, scales[s], j, four, sums[s]);
-    }
+      for (int s = 0; s < TOGETHER; s++) {
+        int block = s * SEGMENT + j;
+        MmaA a[2];
+        block_operands<Q>(Q::template load<InShared>(at, block), scales[s], j, a);
+        add_block<Q>(a, scales[s], j, *reinterpret_cast<const uint4*>(columns + block * 32), sums[s]);
+      }
+    columns += SEGMENT / 2 * 32;
+    at = {at.low + SEGMENT / 2 * 32 * Q::LOW, at.high + SEGMENT / 2 * 32 * Q::HIGH};
+#pragma unroll
+    for (int s = 0; s < TOGETHER; s++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) Q::second_half(scales[s][i]);
+  }
 #pragma unroll
   for (int s = 0; s < TOGETHER; s++) {
     MmaD one[1] = {sums[s]};
-    auto sums_of = [&](int) { return block_sums + s * SEGMENT; };
-    finish_segment<Q, 1>(scales[s], WHOLE ? SEGMENT : left - s * SEGMENT, sums_of, one);
+    finish_segment<Q, 1>(scales[s], [&](int) { return block_sums + s * SEGMENT; }, one);
     sums[s] = one[0];
   }
 }
@@ -223,8 +225,8 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
                                       const FewRows& few, const Outputs& outputs) {
   constexpr int M = W::N, BYTES = Stage<Q>::BYTES;
   DYNAMIC_SHARED(uint8_t, memory);
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-  int n_tiles = (n_out + 15) / 16, n_blocks = w.w[0].n_blocks, n_segments = w.w[0].n_segments;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, capacity = 1 << few.shift;
+  int n_tiles = (n_out + 15) / 16, n_segments = w.w[0].n_segments, pitch = padded(n_in);
   int per_matrix = (n_segments + TOGETHER - 1) / TOGETHER, per_tile = M * per_matrix, n_sums = M * n_segments;
   int my_tiles = (n_tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
 
@@ -234,12 +236,15 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   unsigned* tops = reinterpret_cast<unsigned*>(parts + 128);                   // (8,)
   float* scales = parts + 136;                                                 // (8,)
   float* sums_of_items = scales + 8;                                           // (2, chunk, n_sums, 16, capacity)
-  f16* halves = reinterpret_cast<f16*>(sums_of_items + 2 * few.chunk * n_sums * 16 * few.capacity);  // (capacity, stride)
-  int stride = n_in + 32;  // 64 bytes between rows, so that eight lanes that read two rows meet no bank twice
-  int padded = (n_blocks + 3) / 4 * 4;
-  unsigned* block_sums = reinterpret_cast<unsigned*>(halves + few.capacity * stride);  // (capacity, padded)
-  float* norm = reinterpret_cast<float*>(block_sums + few.capacity * padded);          // (n_in,)
-  Prepared prepared = {halves, block_sums, scales, stride, padded, norm, norm + n_in, parts, tops};
+  int half_of_sums = few.chunk * n_sums * 16 << few.shift;
+  // 64 bytes between rows, so that eight lanes that read two rows meet no bank twice.
+  Prepared prepared;
+  prepared.pitch = pitch + 32;
+  prepared.x = reinterpret_cast<f16*>(sums_of_items + 2 * half_of_sums);                  // (capacity, pitch)
+  prepared.sums = reinterpret_cast<unsigned*>(prepared.x + capacity * prepared.pitch);    // (capacity, padded / 32)
+  prepared.norm = reinterpret_cast<float*>(prepared.sums + capacity * pitch / 32);        // (n_in,)
+  prepared.values = prepared.norm + n_in;                                                 // (capacity, n_in)
+  prepared.scale = scales, prepared.parts = parts, prepared.tops = tops;
 
   uint32_t first_tile = 0;  // of the expert
   int tile_steps = n_warps / per_tile, part_steps = n_warps % per_tile;
@@ -263,84 +268,85 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
 
   let_next_begin();
   if (x.norm)
-    for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) copy16(norm + i * 4, x.norm + i * 4);
+    for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) copy16(prepared.norm + i * 4, x.norm + i * 4);
   end_of_copies();
-  if (!groups.group) {
+  Rows rows{};
+  // The first weights are requested before the wait, if it is known which.
 #pragma unroll 1
-    for (int stage = 0; stage < STAGES; stage++) request(stage);
-    if (static_cast<int>(threadIdx.x) < my_tiles) outputs.ahead(blockIdx.x + threadIdx.x * gridDim.x);
-  }
-  wait_for_previous();
-  Rows rows = rows_of(groups, n_rows, 8);
-  if (!rows.count) return;
-  if (groups.group) {
-    first_tile = rows.expert * n_tiles;
+  for (int waited = 0; waited < 2; waited++) {
+    if (waited) {
+      wait_for_previous();
+      rows = rows_of(groups, n_rows, 8);
+      if (!rows.count) return;
+      first_tile = rows.expert * n_tiles;
+    } else if (static_cast<int>(threadIdx.x) < my_tiles) {
+      outputs.ahead(blockIdx.x + threadIdx.x * gridDim.x);
+    }
+    if (waited == (groups.group != nullptr))
 #pragma unroll 1
-    for (int stage = 0; stage < STAGES; stage++) request(stage);
+      for (int stage = 0; stage < STAGES; stage++) request(stage);
   }
-  // What this thread needs for its output of the first chunk.
+  // Output number i of a chunk, if it exists.
   auto place = [&](int i, int done, int& number, int& tile, int& out) {
-    out = i % 16, number = i / 16 % rows.count, tile = blockIdx.x + (done + i / 16 / rows.count) * gridDim.x;
-    return tile * 16 + out < n_out;
+    out = i % 16, number = i / 16 & (capacity - 1), tile = blockIdx.x + (done + (i >> (4 + few.shift))) * gridDim.x;
+    return number < rows.count && tile * 16 + out < n_out;
   };
-  int first_number, first_out, first_of_tile;
-  bool exists = place(threadIdx.x, 0, first_number, first_of_tile, first_out);
-  typename Outputs::Loaded loaded{};
-  if (exists) loaded = outputs.load(rows, first_number, first_of_tile, first_out);
+  typename Outputs::Loaded loaded{};  // for this thread's output of the first chunk
+  {
+    int number, tile, out;
+    if (place(threadIdx.x, 0, number, tile, out)) loaded = outputs.load(rows, number, tile, out);
+  }
 
-  const f16* columns;
-  const unsigned* sums_of_blocks;
+  const f16* columns = prepared.x;
+  const unsigned* sums_of_blocks = prepared.sums;
+  long long row = min(lane / 4, rows.count - 1);
   if (x.x) {
-    long long row = rows.of_x(min(lane / 4, rows.count - 1));
-    columns = x.x + row * n_in, sums_of_blocks = x.sums + row * n_blocks;
+    columns = x.x, sums_of_blocks = x.sums, row = rows.of_x(static_cast<int>(row)), prepared.pitch = pitch;
     if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
   } else {
     prepare_rows(x, rows, few.eps, n_in, prepared);
-    int i = min(lane / 4, rows.count - 1);
-    columns = halves + i * stride, sums_of_blocks = block_sums + i * padded;
   }
-  columns += lane % 4 * 8;
+  columns += row * prepared.pitch + lane % 4 * 8, sums_of_blocks += row * (pitch / 32);
 
-  int stage = 0, other_half = 0;  // of sums_of_items: threads may still read one half
+  int stage = 0, half = 0;  // threads may still read the other half of sums_of_items
   for (int done = 0; done < my_tiles; done += few.chunk) {
     int end = min(done + few.chunk, my_tiles);
-    float* sums_of_tiles = sums_of_items + other_half;
-    other_half = few.chunk * n_sums * 16 * few.capacity - other_half;
+    float* sums_of_tiles = sums_of_items + half;
+    half = half_of_sums - half;
+#pragma unroll 1
     for (; now.tile < end; advance(now)) {
-      int segment = segment_of(now), start = segment * SEGMENT, left = n_blocks - start;
+      int segment = segment_of(now), start = segment * SEGMENT;
       wait_for_copies<STAGES - 1>();
       __syncwarp(ALL_LANES);
       MmaD sums[TOGETHER] = {};
-      if (left >= TOGETHER * SEGMENT)
-        item_sums<Q, true>(ring + stage * BYTES, columns + start * 32, sums_of_blocks + start, left, sums);
-      else
-        item_sums<Q, false>(ring + stage * BYTES, columns + start * 32, sums_of_blocks + start, left, sums);
+      item_sums<Q>(ring + stage * BYTES, columns + start * 32, sums_of_blocks + start, sums);
       __syncwarp(ALL_LANES);
       request(stage);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
       int of_matrix = M == 1 || now.part < per_matrix ? 0 : n_segments;
-      float* to = sums_of_tiles + ((now.tile - done) * n_sums + of_matrix + segment) * 16 * few.capacity;
+      float* to = sums_of_tiles + (((now.tile - done) * n_sums + of_matrix + segment) * 16 << few.shift);
 #pragma unroll
       for (int s = 0; s < TOGETHER; s++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          int row = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
-          if (row < few.capacity && segment + s < n_segments) to[(s * 16 + out) * few.capacity + row] = sums[s].x[i];
+          int number = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
+          if (number < capacity && segment + s < n_segments) to[(s * 16 + out << few.shift) + number] = sums[s].x[i];
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < (end - done) * 16 * rows.count; i += blockDim.x) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (end - done) * 16 << few.shift; i += blockDim.x) {
       int number, tile, out;
       if (!place(i, done, number, tile, out)) continue;
       if (done > 0 || i >= static_cast<int>(blockDim.x)) loaded = outputs.load(rows, number, tile, out);
-      const float* from = sums_of_tiles + (i / 16 / rows.count * n_sums * 16 + out) * few.capacity + number;
+      const float* from = sums_of_tiles + (((i >> (4 + few.shift)) * n_sums * 16 + out) << few.shift) + number;
       float total[M];
 #pragma unroll
       for (int m = 0; m < M; m++) {
         total[m] = 0.0f;
 #pragma unroll 4
         for (int segment = 0; segment < n_segments; segment++)
-          total[m] = __fadd_rn(total[m], from[(m * n_segments + segment) * 16 * few.capacity]);
+          total[m] = __fadd_rn(total[m], from[(m * n_segments + segment) * 16 << few.shift]);
         total[m] = __fmul_rn(total[m], scales[number]);
       }
       outputs.put(rows, number, tile, out, total, loaded);

@@ -58,8 +58,8 @@ struct Sums {
 #define ROWS8(name, THREADS, Q)                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                         \
       name(Matrix w, Activations x, Groups groups, const float* bias, const float* residual, float* y, int n_out,  \
-           int n_in, int n_rows, int capacity, int chunk, float eps) {                                             \
-    rows8<Q>(SideBySide<1>{{planes_of(w, n_in)}}, x, groups, n_rows, n_out, n_in, {capacity, chunk, eps},          \
+           int n_in, int n_rows, int shift,    int chunk, float eps) {                                             \
+    rows8<Q>(SideBySide<1>{{planes_of(w, n_in)}}, x, groups, n_rows, n_out, n_in, {shift, chunk, eps},          \
              Sums{bias, residual, y, n_out});                                                                      \
   }
 ROWS8(rows8_q4_0, 320, Q4_0)
@@ -77,7 +77,7 @@ ROWS8(rows8_f16, 320, F16)
   extern "C" __global__ void __launch_bounds__(128)                                                                \
       name(Matrix w, Activations x, Groups groups, const float* bias, const float* residual, float* y, int n_out,  \
            int n_in, int n_rows) {                                                                                 \
-    rows64<Q>(planes_of(w, n_in), x, groups, n_rows, bias, residual, y, n_out);                                    \
+    rows64<Q>(planes_of(w, n_in), x, groups, n_rows, bias, residual, y, n_out, n_in);                              \
   }
 ROWS64(rows64_q4_0, Q4_0)
 ROWS64(rows64_q4_1, Q4_1)

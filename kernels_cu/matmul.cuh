@@ -49,8 +49,8 @@ __device__ __forceinline__ Rows rows_of(const Groups& groups, int n_rows, int si
 
 // The address of a lane's columns in a row's segment. Lanes whose row does not exist use the last row: the rows of an mma
 // do not affect each other, and sums of rows that do not exist are not stored.
-__device__ __forceinline__ const f16* columns_of(const Activations& x, int row, int start, int n_blocks) {
-  return x.x + (static_cast<long long>(row) * n_blocks + start) * 32 + threadIdx.x % 4 * 8;
+__device__ __forceinline__ const f16* columns_of(const Activations& x, int row, int start, int n_in) {
+  return x.x + static_cast<long long>(row) * padded(n_in) + start * 32 + threadIdx.x % 4 * 8;
 }
 
 // Adds the products of one block of 32 columns with 8 rows of activations to the segment's sums. four: the lane's columns
@@ -89,9 +89,9 @@ __device__ __forceinline__ long long place_of(const Rows& rows, int number, int 
   return static_cast<long long>(rows.of_y(number)) * n_out + out;
 }
 // Completes the sums of a segment: multiplies by the scale of the whole segment, and subtracts the minimums' part.
-// left: blocks from the segment's start to the row's end; sums_of(n): the address of its block sums in row n.
+// sums_of(n): the address of its block sums in row n.
 template <class Q, int N, class SumsOf>
-__device__ __forceinline__ void finish_segment(const typename Q::Scales (&scales)[2], int left, const SumsOf& sums_of,
+__device__ __forceinline__ void finish_segment(const typename Q::Scales (&scales)[2], const SumsOf& sums_of,
                                                MmaD (&sums)[N]) {
   int c = threadIdx.x % 4;
   if constexpr (Q::WHOLE) {
@@ -110,10 +110,7 @@ __device__ __forceinline__ void finish_segment(const typename Q::Scales (&scales
 #pragma unroll
     for (int n = 0; n < N; n++) {
       const unsigned* of_blocks = sums_of(n);
-      MmaB b{};
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (c + 4 * i < left) b.x[i] = of_blocks[c + 4 * i];
+      MmaB b = {{of_blocks[c], of_blocks[c + 4]}};
       MmaD m{};
       mma_m16n8k16(m, a, b);
 #pragma unroll
@@ -143,7 +140,8 @@ __device__ __forceinline__ void store(const Activations& x, const Rows& rows, in
 // Multiplies one tile per warp with up to 64 rows, segment after segment.
 template <class Q>
 __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const Groups& groups, int n_rows,
-                                       const float* bias, const float* residual, float* y, int n_out) {
+                                       const float* bias, const float* residual, float* y, int n_out,
+                                       int n_in) {
   Rows rows = rows_of(groups, n_rows, 64);
   int lane = threadIdx.x % 32, r = lane / 4, n_tiles = (n_out + 15) / 16;
   int out_tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
@@ -165,10 +163,10 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
       block_operands<Q>(Q::template load<InGlobal>(at, j), scales, j, a);
 #pragma unroll
       for (int n = 0; n < 8; n++)
-        add_block<Q>(a, scales, j, load_words<uint4>(columns_of(x, row[n], start + j, w.n_blocks)), sums[n]);
+        add_block<Q>(a, scales, j, load_words<uint4>(columns_of(x, row[n], start + j, n_in)), sums[n]);
     }
-    auto sums_of = [&](int n) { return x.sums + static_cast<long long>(row[n]) * w.n_blocks + start; };
-    finish_segment<Q, 8>(scales, w.n_blocks - start, sums_of, sums);
+    auto sums_of = [&](int n) { return x.sums + static_cast<long long>(row[n]) * (padded(n_in) / 32) + start; };
+    finish_segment<Q, 8>(scales, sums_of, sums);
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll

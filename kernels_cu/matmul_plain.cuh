@@ -15,7 +15,7 @@ __device__ float plain_sum(const Planes& w, const Activations& x, int row, int o
     typename Q::Scales scales[2] = {scale, scale};
     float sum = 0.0f;  // the sum of the segment
     for (int j = 0; j < count; j++) {
-      const f16* columns = x.x + (static_cast<long long>(row) * w.n_blocks + first + j) * 32;
+      const f16* columns = x.x + static_cast<long long>(row) * padded(32 * w.n_blocks) + (first + j) * 32;
       float products = 0.0f;  // of the block, or of half of it, if its scale is not part of the operand
       for (int half = 0; half < 2; half++) {
         double exact = Q::SCALED ? sum : products;  // an mma rounds once here; on a GPU slightly differently
@@ -49,7 +49,7 @@ __device__ float plain_sum(const Planes& w, const Activations& x, int row, int o
           if (j >= count) continue;
           f16x2 minimums[2];  // of blocks c and c + 4, twice each
           Q::minimum_operand(scale, c, minimums);
-          f16x2 parts = x.sums[static_cast<long long>(row) * w.n_blocks + first + j];
+          f16x2 parts = x.sums[static_cast<long long>(row) * (padded(32 * w.n_blocks) / 32) + first + j];
           for (int i = 0; i < 2; i++)
             exact += static_cast<double>(f16_to_f32(static_cast<f16>(minimums[second] >> 16 * i))) *
                      f16_to_f32(static_cast<f16>(parts >> 16 * i));

@@ -6,8 +6,8 @@
 // So rows of 1e6 do not overflow and rows of 1e-6 do not vanish: elements above 2^-28 of the row's largest keep all 11
 // bits. A row with NaN or infinity has e = 0, and they are copied unchanged. A row of zeros has e = 0.
 //
-// Array code: refengine.cuda.reference.quantize_rows. x (n_rows, n_in) float32; out (n_rows, n_in) halves; scale
-// (n_rows,); sums (n_rows, n_in / 32) pairs of halves. Grid: x rows; block: any number of warps. May be launched to overlap
+// Array code: refengine.cuda.reference.quantize_rows. x (n_rows, n_in) float32; out (n_rows, padded) halves;
+// scale (n_rows,); sums (n_rows, padded / 32) pairs of halves; padded: n_in rounded up to 512, with zeros. Grid: x rows; block: any number of warps. May be launched to overlap
 // with the previous kernel. Block sums use the tree of warp_sum; the order of a maximum does not matter. Reads x twice
 // (once from cache), writes 2 bytes per element.
 #include "quantize_rows.cuh"

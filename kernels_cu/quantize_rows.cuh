@@ -4,11 +4,14 @@
 struct EightColumns {
   float x[8];
 };
-// Eight blocks of a row, from block `start` on: lane 4r + c has columns of block start + r; zeros after the row's end.
+// Whether a lane's block exists, of eight blocks of a row from block `start` on: lane 4r + c has columns of block start + r.
+__device__ __forceinline__ bool in_row(int start, int n_in) {
+  return (start + static_cast<int>(threadIdx.x) % 32 / 4) * 32 < n_in;
+}
+// The lane's columns; zeros after the row's end.
 __device__ __forceinline__ EightColumns columns_of_row(const float* row, int start, int n_in) {
-  int block = start + threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  if (block * 32 >= n_in) return {};
-  const float4* from = reinterpret_cast<const float4*>(row + block * 32) + c;
+  if (!in_row(start, n_in)) return {};
+  const float4* from = reinterpret_cast<const float4*>(row + (start + threadIdx.x % 32 / 4) * 32) + threadIdx.x % 4;
   float4 a = from[0], b = from[4];
   return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
@@ -21,8 +24,7 @@ __device__ __forceinline__ unsigned top_of(const EightColumns& x) {
 }
 
 // Writes the halves x · 2^-e of eight blocks, and their sums, with one warp. halves and sums: of the row.
-__device__ __forceinline__ void blocks_as_halves(const EightColumns& x, int e, int start, int n_in, f16* halves,
-                                                 unsigned* sums) {
+__device__ __forceinline__ void blocks_as_halves(const EightColumns& x, int e, int start, f16* halves, unsigned* sums) {
   int block = start + threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   auto pair = [&](int i) { return f32_to_f16x2(times_power(x.x[i], e), times_power(x.x[i + 1], e)); };
   uint4 words = make_uint4(pair(0), pair(2), pair(4), pair(6));
@@ -37,7 +39,6 @@ __device__ __forceinline__ void blocks_as_halves(const EightColumns& x, int e, i
   float total = ((sum[0] + sum[2]) + (sum[1] + sum[3])) * 0x1p-5f;
   f16 most = f32_to_f16(total);
   f16 rest = f32_to_f16(__fadd_rn(total, -f16_to_f32(most)));
-  if (block * 32 >= n_in) return;
   reinterpret_cast<uint4*>(halves)[block * 4 + c] = words;
   if (c == 0) sums[block] = pack_f16x2(most, rest);
 }
@@ -45,7 +46,7 @@ __device__ __forceinline__ void blocks_as_halves(const EightColumns& x, int e, i
 // Writes row `out_row` of halves, sums and scale from n_in floats, with all threads of a block. tops: one number per warp.
 __device__ __forceinline__ void row_as_halves(const float* row, int out_row, f16* out, float* scale, unsigned* sums,
                                               int n_in, unsigned* tops) {
-  int n_blocks = n_in / 32, first = threadIdx.x / 32 * 8, n_warps = blockDim.x / 32;
+  int n_blocks = padded(n_in) / 32, first = threadIdx.x / 32 * 8, n_warps = blockDim.x / 32;
   unsigned top = 0;
   for (int start = first; start < n_blocks; start += n_warps * 8) top = max(top, top_of(columns_of_row(row, start, n_in)));
   top = __reduce_max_sync(ALL_LANES, top);
@@ -54,7 +55,7 @@ __device__ __forceinline__ void row_as_halves(const float* row, int out_row, f16
   for (int i = 0; i < n_warps; i++) top = max(top, tops[i]);
   int e = row_exponent(__uint_as_float(top));
   for (int start = first; start < n_blocks; start += n_warps * 8)
-    blocks_as_halves(columns_of_row(row, start, n_in), e, start, n_in, out + static_cast<long long>(out_row) * n_in,
+    blocks_as_halves(columns_of_row(row, start, n_in), e, start, out + static_cast<long long>(out_row) * n_blocks * 32,
                      sums + static_cast<long long>(out_row) * n_blocks);
   if (threadIdx.x == 0) scale[out_row] = power_of_two(e);
 }

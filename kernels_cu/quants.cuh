@@ -16,6 +16,7 @@
 //   SCALED                                   scaled_operands(words, scales of rows r and r + 8, j, a): codes times a small
 //                                            integer of block j, so that sums need no scale before the segment's end
 //   factor(scales, j, half)                  otherwise: the factor of the products of a block (SPLIT: of half a block)
+//   second_half(scales)                      moves the scales of blocks 4 to 7 to the place of those of blocks 0 to 3
 //   whole(scales)                            WHOLE: the factor of the segment's sum
 //   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums' small integers of blocks c and c + 4, twice each
 //   minimum_whole(scales)                    the factor of their products with the block sums
@@ -147,6 +148,7 @@ struct EightD {
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return half_of(s, j); }
   static __device__ __forceinline__ float factor(const Scales& s, int j, int) { return half_of(s, j); }
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
+  static __device__ __forceinline__ void second_half(Scales& s) { s.x = s.z, s.y = s.w; }
 };
 
 // Eight d, then eight m. m is added, so the minimum, which is subtracted, is -m.
@@ -169,6 +171,7 @@ struct EightDM {
     m[1] = twice(c / 2 ? s.m.w : s.m.z, c % 2);
   }
   static __device__ __forceinline__ float minimum_whole(const Scales&) { return 1.0f; }
+  static __device__ __forceinline__ void second_half(Scales& s) { s.d.x = s.d.z, s.d.y = s.d.w; }
 };
 
 // Eight scales and eight minimums of six bits, one byte each; d and dmin.
@@ -210,6 +213,7 @@ struct SixBits : Codes {
                                                          MmaA (&a)[2]) {
     Codes::codes(words, integers_times(scale_twice(s[0], j)), integers_times(scale_twice(s[1], j)), a);
   }
+  static __device__ __forceinline__ void second_half(Scales& s) { s.bytes.x = s.bytes.y; }
 };
 
 struct Q4_0 : FourBits<8>, EightD {};
@@ -276,6 +280,7 @@ struct Q6_K {
     return __fmul_rn(whole(s), factor(s, j, half));
   }
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
+  static __device__ __forceinline__ void second_half(Scales& s) { s.factors.x = s.factors.z, s.factors.y = s.factors.w; }
 };
 
 // E2M1 codes: sign, two bits of exponent, one of mantissa. In a half's upper byte (bits 7 and 3-1) they are 2^-14 times the
@@ -310,6 +315,7 @@ struct MXFP4 {
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return factor(s, j, 0); }
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
+  static __device__ __forceinline__ void second_half(Scales& s) { s.x = s.y; }
 };
 
 struct F16 {
@@ -338,4 +344,5 @@ struct F16 {
   }
   static __device__ __forceinline__ float scale(const Scales&, int, int) { return 1.0f; }
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
+  static __device__ __forceinline__ void second_half(Scales&) {}
 };

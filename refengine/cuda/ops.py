@@ -126,8 +126,9 @@ class KernelOps:
         known = self.memo.rows
         if known is not None and known[0] is x:
             return known[1]
-        halves = self.xp.empty((n, n_in), self.xp.float16)
-        sums = self.xp.empty((n, n_in // quantize_rows.BLOCK), self.xp.uint32)
+        width = quantize_rows.padded(n_in)
+        halves = self.xp.empty((n, width), self.xp.float16)
+        sums = self.xp.empty((n, width // quantize_rows.BLOCK), self.xp.uint32)
         rows = Rows(n, floats, halves, sums, self._empty(n))
         quantize_rows.quantize_rows(self.kernels, floats, rows)
         self.memo.rows = (x, rows)

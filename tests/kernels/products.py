@@ -6,6 +6,7 @@ import numpy as np
 
 from refengine.cuda.kernels.few_rows import shared_bytes
 from refengine.cuda.kernels.moe import NO_GROUPS
+from refengine.cuda.kernels.quantize_rows import padded
 from refengine.cuda.layout import pack
 from refengine.cuda.runtime.source import Struct
 from tests.kernels.runner import Kernels
@@ -14,8 +15,9 @@ from tests.kernels.runner import Kernels
 def prepared(module: Kernels, x: np.ndarray, warps: int = 4, order: int = 0) -> list[np.ndarray]:
     """Halves, block sums and scales of rows: what the product's kernels take."""
     n_rows, n_in = x.shape
-    halves, scale = np.zeros((n_rows, n_in), np.float16), np.zeros(n_rows, np.float32)
-    sums = np.zeros((n_rows, n_in // 32), np.uint32)
+    width = padded(n_in)
+    halves, scale = np.zeros((n_rows, width), np.float16), np.zeros(n_rows, np.float32)
+    sums = np.zeros((n_rows, width // 32), np.uint32)
     module.launch("quantize_rows_f16", (n_rows,), (32 * warps,), [x, halves, scale, sums, np.int32(n_in)], order=order)
     return [halves, sums, scale]
 
@@ -55,7 +57,7 @@ def product(
 def few_rows(
     w: Any, n_rows: int, warps: int, *, prepares: bool = False, n_matrices: int = 1, chunk: int = 2
 ) -> tuple[list[int], int]:
-    """The arguments capacity and chunk of the kernels of few_rows.cuh, and their shared memory."""
+    """The arguments shift and chunk of the kernels of few_rows.cuh, and their shared memory."""
     n_in, capacity = w.shape[-1], next(c for c in (1, 2, 4, 8) if c >= min(n_rows, 8))
-    shared = shared_bytes(w.type.name, n_in, warps, chunk, capacity, n_matrices, prepares=prepares, norm=prepares)
-    return [capacity, chunk], shared
+    shared = shared_bytes(w.type.name, n_in, warps, chunk, capacity, n_matrices, prepares=prepares)
+    return [capacity.bit_length() - 1, chunk], shared

@@ -24,7 +24,7 @@ from refengine.cuda.kernels import (
 )
 from refengine.cuda.kernels.attention import PagedRows, Projections, Rotation
 from refengine.cuda.kernels.moe import Groups
-from refengine.cuda.kernels.quantize_rows import Rows
+from refengine.cuda.kernels.quantize_rows import Rows, padded
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import names
@@ -53,7 +53,7 @@ def matrix(*shape: int, kind: str = "Q8_0") -> PackedMatrix:
 
 
 def rows(n: int = N, n_in: int = N_IN) -> Rows:
-    return Rows(n, None, np.zeros((n, n_in), np.float16), np.zeros((n, n_in // 32), np.uint32), f32(n))
+    return Rows(n, None, np.zeros((n, padded(n_in)), np.float16), np.zeros((n, padded(n_in) // 32), np.uint32), f32(n))
 
 
 def cache(head_dim: int = 32) -> PagedRows:
@@ -85,8 +85,8 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
     "bias": (matmul.linear, (rows(), matrix(), f32(N, N_OUT)), {"bias": f32(16)},
              r"blk\.0\.w: the bias has the shape \(16,\), expected \(32,\)"),
     "residual": (matmul.linear, (rows(), matrix(), f32(N, N_OUT)), {"residual": f32(N, 8)}, "the residual has"),
-    "width": (matmul.linear, (rows(n_in=32), matrix(), f32(N, N_OUT)), {},
-              r"blk\.0\.w: the product reads halves of the shape \(3, 64\), found rows of the shape \(3, 32\)"),
+    "width": (matmul.linear, (rows(n_in=544), matrix(), f32(N, N_OUT)), {},
+              r"blk\.0\.w: the product reads halves of the shape \(3, 512\), found rows of the shape \(3, 1024\)"),
     "floats": (matmul.linear, (rows(), matrix(kind="F32"), f32(N, N_OUT)), {}, r"reads floats .* found none"),
     "experts": (matmul.linear, (rows(), matrix(4, N_OUT, N_IN), f32(N, N_OUT)),
                 {"groups": GROUPS, "bias": f32(N_OUT)}, r"the bias has the shape \(32,\), expected \(4, 32\)"),
@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
             r"matrices of the same type, found 3 and \['Q8_0 \(32, 64\)', 'Q4_0 \(32, 64\)'\]"),
     "part of a block": (quantize_rows.quantize_rows, (f32(N, 48), rows(n_in=64)), {}, "rows of 48 are not a multiple"),
     "sums": (quantize_rows.quantize_rows, (f32(N, 64), Rows(N, None, rows().halves, f32(N, 1), f32(N))), {},
-             r"the sums' array has the shape \(3, 1\), expected \(3, 2\)"),
+             r"the sums' array has the shape \(3, 1\), expected \(3, 16\)"),
     "norm": (norm.rms_norm, (f32(N, 64), f32(64), 1e-5, f32(N, 32)), {}, "rms_norm_f32: the output has the shape"),
     "norm's rows": (norm.rms_norm_rows, (f32(N, 64), f32(64), 1e-5, rows(2)), {}, "rms_norm_f16: the halves' array"),
     "rope": (rope.rope, (Q, (f32(N, 1, 16), f32(N, 1, 16)), f32(N, 2, 16)), {"neox": True}, "the output has the shape"),

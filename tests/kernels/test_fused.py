@@ -13,7 +13,7 @@ from refengine.config import RopeConfig
 from refengine.cuda.kernels import attention, matmul, moe, norm
 from refengine.cuda.kernels.attention import Projections, Rotation
 from refengine.cuda.kernels.moe import Groups
-from refengine.cuda.kernels.quantize_rows import Rows, quantize_rows
+from refengine.cuda.kernels.quantize_rows import Rows, padded, quantize_rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.trace import to_numpy
 from tests.kernels.op_twins import OpsThere
@@ -33,8 +33,8 @@ def empty_rows(there: OpsThere, n: int, width: int, *, floats: bool, halves: boo
     plain = xp.zeros((n, width), xp.float32) if floats else None
     if not halves:
         return Rows(n, plain)
-    sums, scale = xp.zeros((n, width // 32), xp.uint32), xp.zeros(n, xp.float32)
-    return Rows(n, plain, xp.zeros((n, width), xp.float16), sums, scale)
+    sums, scale = xp.zeros((n, padded(width) // 32), xp.uint32), xp.zeros(n, xp.float32)
+    return Rows(n, plain, xp.zeros((n, padded(width)), xp.float16), sums, scale)
 
 
 def random(*shape: int, seed: int = 1) -> np.ndarray:

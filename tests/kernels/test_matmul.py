@@ -51,7 +51,7 @@ def test_products_are_within_float32_of_the_rounded_activations(
     assert isinstance(w.data, np.ndarray)
     values = quants.dequantize(np, w.data, w.type, w.shape).astype(np.float64)
     rounded = np.empty((n_rows, n_in))
-    rounded[:, activation_order(n_in)] = given[0].astype(np.float64) * given[2][:, None]
+    rounded[:, activation_order(n_in)] = given[0][:, :n_in].astype(np.float64) * given[2][:, None]
     exact = rounded @ values.T + bias
     # Of all that is added up (for types with a minimum, its part and the codes' part are larger than their difference):
     # 24 fused multiply-adds, 3 segments, the tensor core's 32 sums, the scale, the bias; block sums to 4 EPS.
@@ -91,6 +91,34 @@ def test_every_grouping_of_rows_gives_the_same_bits(kind: str, activations: Kern
         for kernel, warps in (("rows8", 2), ("rows8", 5), ("rows64", 3)):
             alone = product(matmul, kernel, w, prepared(activations, np.ascontiguousarray(x[rows])), None, warps)
             np.testing.assert_array_equal(alone, whole[rows])
+
+
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_0", "Q6_K", "MXFP4", "F16"])
+def test_rows_that_the_product_prepares_are_the_same(
+    kind: str, norm: str, activations: Kernels, matmul: Kernels, place: str
+) -> None:
+    """Norm and conversion to halves in front of a product with few rows: the bits of their own kernels."""
+    rng = np.random.default_rng(12)
+    n_out, n_in, eps = 21, 1280 if kind.endswith("_K") else 1120, 1e-5
+    w = random_matrix(kind, (n_out, n_in), 13)
+    weight, bias = rng.standard_normal((2, n_in)).astype(np.float32)
+    for n_rows, warps in ((1, 5), (2, 3), (5, 4), (11, 2)):
+        x = (rng.standard_normal((n_rows, n_in)) * np.exp(rng.standard_normal((n_rows, 1)) * 9)).astype(np.float32)
+        if n_rows > 2:
+            x[1, 5], x[2, 7] = np.nan, np.inf
+            x[0] = 0.0
+        before = x
+        if norm != "none":
+            before = np.empty_like(x)
+            vectors = [weight, bias] if norm == "layer" else [weight]
+            Kernels("norm", place).launch(
+                f"{norm}_norm_f32", (n_rows,), (256,), [x, *vectors, before, n_in, np.float32(eps)]
+            )
+        expected = product(matmul, "rows8", w, prepared(activations, before), None)
+        given = [None, None, None, x, weight if norm != "none" else None, bias if norm == "layer" else None]
+        y = product(matmul, "rows8", w, given, None, warps, eps=eps)
+        np.testing.assert_array_equal(y, expected)
 
 
 PLAIN = """

@@ -24,7 +24,7 @@ from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, 
 from refengine.cuda.kernels.attention import SPLIT, PagedRows, Projections, Rotation, attention_step
 from refengine.cuda.kernels.few_rows import FEW_ROWS
 from refengine.cuda.kernels.moe import Groups
-from refengine.cuda.kernels.quantize_rows import BLOCK, RowNorm, Rows
+from refengine.cuda.kernels.quantize_rows import BLOCK, RowNorm, Rows, padded
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, rows_of
 from refengine.cuda.runtime.launch import Kernels
 
@@ -413,8 +413,9 @@ class StepOps:
         return rows, buffers
 
     def _halves(self, x: Value) -> tuple[Buffer, Buffer, Buffer]:
-        halves = self._b.new((x.n_rows, x.width), np.float16)
-        sums = self._b.new((x.n_rows, x.width // BLOCK), np.uint32)
+        width = padded(x.width)
+        halves = self._b.new((x.n_rows, width), np.float16)
+        sums = self._b.new((x.n_rows, width // BLOCK), np.uint32)
         return halves, sums, self._b.new((x.n_rows,), np.float32)
 
     def _new(self, n_rows: int, width: int) -> Buffer:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from refengine.cuda.kernels.quantize_rows import BLOCK, Rows
+from refengine.cuda.kernels.quantize_rows import Rows, padded
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, segment_bytes
 from refengine.errors import KernelError
 
 FEW_ROWS = 8  # rows per block of threads
 SEGMENT = 256  # columns whose products are summed up before segments are added
 MOST_WARPS = 10  # of which the registers fit half a multiprocessor
+BUSY = 20  # items for each multiprocessor from which two blocks are faster than one
 TOGETHER = 2  # segments whose sums a warp computes side by side
 STAGES = 2  # of a warp's ring, each with the weights of as many segments
 # Bytes of shared memory for one block, so that a block of the next kernel fits on the multiprocessor as well.
@@ -25,7 +26,7 @@ class FewRowsLaunch:
     blocks: int
     warps: int
     shared_bytes: int
-    capacity: int
+    shift: int
     chunk: int
     eps: float
 
@@ -35,7 +36,7 @@ class FewRowsLaunch:
 
     @property
     def arguments(self) -> tuple[int, int, float]:
-        return self.capacity, self.chunk, self.eps
+        return self.shift, self.chunk, self.eps
 
 
 def few_rows_launch(
@@ -46,8 +47,7 @@ def few_rows_launch(
     n_rows: the most rows in a block of threads. n_groups: the groups of rows, or of experts' rows. Raises KernelError if
     the rows need more shared memory than a multiprocessor has.
     """
-    norm = x.halves is None and x.norm is not None
-    size = (w.type.name, w.shape[-1], n_out, n_rows, n_groups, n_multiprocessors, n_matrices, x.halves is None, norm)
+    size = (w.type.name, w.shape[-1], n_out, n_rows, n_groups, n_multiprocessors, n_matrices, x.halves is None)
     launch = _launch(*size)
     if launch.shared_bytes > MOST_SHARED:
         raise KernelError(f"{w.name}: {n_rows} rows of {w.shape[-1]} need {launch.shared_bytes} bytes of shared memory")
@@ -64,14 +64,14 @@ def _launch(
     n_multiprocessors: int,
     n_matrices: int,
     prepares: bool,
-    norm: bool,
 ) -> FewRowsLaunch:
-    capacity = 1 << max(0, n_rows - 1).bit_length()
+    shift = max(0, n_rows - 1).bit_length()
+    capacity = 1 << shift
     sums_each = n_matrices * -(-n_in // SEGMENT)
     items_each = n_matrices * -(-n_in // (TOGETHER * SEGMENT))
     n_tiles = -(-n_out // TILE_ROWS)
-    # One block on each multiprocessor. Some of many groups are empty, so twice as many blocks then keep it busy.
-    wanted = n_multiprocessors if n_groups <= 4 else 2 * n_multiprocessors
+    # Small matrices: a block on each multiprocessor, beside one of the next kernel. Larger ones: two, to use all of it.
+    wanted = n_multiprocessors * (2 if n_tiles * items_each * n_groups > BUSY * n_multiprocessors else 1)
     blocks = max(1, min(n_tiles, -(-wanted // n_groups)))
     tiles_each = -(-n_tiles // blocks)
     blocks = -(-n_tiles // tiles_each)  # as many as are needed for this
@@ -79,11 +79,11 @@ def _launch(
     warps = min(MOST_WARPS, max(tiles_each * items_each, 4))
 
     def shared(warps: int) -> int:
-        return shared_bytes(kind, n_in, warps, chunk, capacity, n_matrices, prepares=prepares, norm=norm)
+        return shared_bytes(kind, n_in, warps, chunk, capacity, n_matrices, prepares=prepares)
 
     while warps > 4 and shared(warps) > HALF_SHARED:
         warps -= 1
-    return FewRowsLaunch(blocks, warps, shared(warps), capacity, chunk, 0.0)
+    return FewRowsLaunch(blocks, warps, shared(warps), shift, chunk, 0.0)
 
 
 def shared_bytes(
@@ -95,12 +95,9 @@ def shared_bytes(
     n_matrices: int,
     *,
     prepares: bool,
-    norm: bool,
 ) -> int:
-    """The bytes of shared memory of a block. prepares: it converts its rows to halves; norm: after a norm."""
+    """The bytes of shared memory of a block. prepares: it converts its rows to halves."""
     ring = warps * STAGES * TOGETHER * segment_bytes(kind)
     sums = 2 * chunk * n_matrices * -(-n_in // SEGMENT) * 64 * capacity
-    block_sums = -(-n_in // (4 * BLOCK)) * 4
-    rows = capacity * (2 * (n_in + 32) + 4 * block_sums) if prepares else 0
-    rows += 4 * n_in * (1 + capacity) * norm
+    rows = capacity * (2 * (padded(n_in) + 32) + padded(n_in) // 8 + 4 * n_in) + 4 * n_in if prepares else 0
     return ring + 576 + sums + rows

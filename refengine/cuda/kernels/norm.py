@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refengine.array import Array
-from refengine.cuda.kernels.quantize_rows import BLOCK, Rows
+from refengine.cuda.kernels.quantize_rows import BLOCK, Rows, padded
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
@@ -41,8 +41,8 @@ def _norm_rows(kernels: Kernels, kernel: str, x: Array, vectors: list[Array], ep
     n = _width(kernel, x, vectors)
     check_shape(kernel, "the floats' array", rows.floats, x.shape)
     if rows.halves is not None:
-        check_shape(kernel, "the halves' array", rows.halves, x.shape)
-        check_shape(kernel, "the sums' array", rows.sums, (len(x), n // BLOCK))
+        check_shape(kernel, "the halves' array", rows.halves, (len(x), padded(n)))
+        check_shape(kernel, "the sums' array", rows.sums, (len(x), padded(n) // BLOCK))
         check_shape(kernel, "the scales' array", rows.scale, (len(x),))
     arguments = [x, *vectors, rows.floats, rows.halves, rows.scale, rows.sums, n, float(eps)]
     kernels.launch("norm", kernel, (len(x),), THREADS, arguments, 4 * n, overlap=True)

@@ -12,6 +12,12 @@ from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 BLOCK = 32  # columns per stored sum
+PITCH = 512  # rows of halves are padded with zeros to a multiple of this
+
+
+def padded(n_in: int) -> int:
+    """The width of a row of halves for n_in columns."""
+    return -(-n_in // PITCH) * PITCH
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,8 @@ class Rows:
     """n rows of activations, in one or both of two forms; None for arrays that do not exist.
 
     floats: (n, n_in) float32, for products with F32 and BF16 weights.
-    halves, sums, scale: for all other products; halves (n, n_in) float16 in the device's column order, their block sums
-    (n, n_in / 32), and scales (n,) float32. Products with few rows make this form themselves if there are only floats.
+    halves, sums, scale: for all other products; halves (n, padded(n_in)) float16 in the device's column order, their
+    block sums (n, padded(n_in) / 32), and scales (n,) float32. Products with few rows make this form themselves if there are only floats.
     norm: what these products apply to the floats before; the floats alone are then not the rows.
     """
 
@@ -55,11 +61,11 @@ class Rows:
         """
         if few and self.halves is None and self.floats is not None and self.floats.shape == (self.n, n_in):
             return
-        array = (None if self.norm else self.floats) if floats else self.halves
-        if array is None or array.shape != (self.n, n_in):
+        array, width = ((None if self.norm else self.floats), n_in) if floats else (self.halves, padded(n_in))
+        if array is None or array.shape != (self.n, width):
             found = "none" if array is None else f"rows of the shape {array.shape}"
             kind = "floats" if floats else "halves"
-            raise KernelError(f"{tensor}: the product reads {kind} of the shape {(self.n, n_in)}, found {found}")
+            raise KernelError(f"{tensor}: the product reads {kind} of the shape {(self.n, width)}, found {found}")
 
 
 def quantize_rows(kernels: Kernels, x: Array, rows: Rows, *, overlap: bool = False) -> None:
@@ -67,8 +73,8 @@ def quantize_rows(kernels: Kernels, x: Array, rows: Rows, *, overlap: bool = Fal
     n, n_in = x.shape
     if n_in % BLOCK:
         raise KernelError(f"quantize_rows_f16: rows of {n_in} are not a multiple of {BLOCK}")
-    check_shape("quantize_rows_f16", "the halves' array", rows.halves, (n, n_in))
-    check_shape("quantize_rows_f16", "the sums' array", rows.sums, (n, n_in // BLOCK))
+    check_shape("quantize_rows_f16", "the halves' array", rows.halves, (n, padded(n_in)))
+    check_shape("quantize_rows_f16", "the sums' array", rows.sums, (n, padded(n_in) // BLOCK))
     check_shape("quantize_rows_f16", "the scales' array", rows.scale, (n,))
     threads = min(1024, max(64, n_in // 8 // 32 * 32))
     arguments = [x, rows.halves, rows.scale, rows.sums, n_in]
