@@ -17,14 +17,14 @@
 // When a few tiles (`chunk`) are done, all threads add up the segments' sums, each for one output of one row, in order.
 //
 // Launch: block: W warps, any number. Grid: x any number up to the number of tiles, y groups of 8 rows. shift: the most
-// rows in a block are 1 << shift. Dynamic shared memory: `shared_bytes` in cuda/kernels/few_rows.py. One block
+// rows in a block are 1 << shift. rehearses: whether the code is run once before the wait, see rows8. Dynamic shared memory: `shared_bytes` in cuda/kernels/few_rows.py. One block
 // of at most half a multiprocessor's registers and shared memory leaves room for the next kernel's.
 
 constexpr int TOGETHER = 2;  // segments of an item
 constexpr int STAGES = 2;    // of a warp's ring
 
 struct FewRows {
-  int shift, chunk;
+  int shift, chunk, rehearses;
   float eps;  // of the norm
 };
 
@@ -38,23 +38,25 @@ struct Stage {
 
   // Copies segments `segment` and the one after it of a tile, as far as they exist, with all lanes of a warp. What does not
   // exist of the codes becomes zeros.
-  static __device__ __forceinline__ void request(uint8_t* stage, const Planes& w, uint32_t tile, uint32_t segment) {
+  static __device__ __forceinline__ void request(uint8_t* stage, const Planes& w, uint32_t tile, uint32_t segment,
+                                                 uint64_t policy) {
     uint32_t place = tile * w.n_blocks + segment * SEGMENT;
     uint32_t n_blocks = w.n_blocks - segment * SEGMENT, n_segments = w.n_segments - segment;
-    copy<LOW, 32 * Q::LOW>(stage, w.low, place, n_blocks);
-    if constexpr (HIGH > 0) copy<HIGH, 32 * Q::HIGH>(stage + LOW, w.high, place, n_blocks);
+    copy<LOW, 32 * Q::LOW>(stage, w.low, place, n_blocks, policy);
+    if constexpr (HIGH > 0) copy<HIGH, 32 * Q::HIGH>(stage + LOW, w.high, place, n_blocks, policy);
     place = tile * w.n_segments + segment;
-    if constexpr (SCALES > 0) copy<SCALES, SCALES / TOGETHER>(stage + LOW + HIGH, w.scales, place, n_segments);
-    if constexpr (D > 0) copy<D, D / TOGETHER>(stage + LOW + HIGH + SCALES, w.d, place, n_segments);
+    if constexpr (SCALES > 0) copy<SCALES, SCALES / TOGETHER>(stage + LOW + HIGH, w.scales, place, n_segments, policy);
+    if constexpr (D > 0) copy<D, D / TOGETHER>(stage + LOW + HIGH + SCALES, w.d, place, n_segments, policy);
   }
   // Copies up to MOST bytes, `each` for one of `count`, from `place` times as many on.
   template <int MOST, int EACH>
-  static __device__ __forceinline__ void copy(uint8_t* to, const uint8_t* plane, uint32_t place, uint32_t count) {
+  static __device__ __forceinline__ void copy(uint8_t* to, const uint8_t* plane, uint32_t place, uint32_t count,
+                                              uint64_t policy) {
     uint32_t at = threadIdx.x % 32 * 16, n_bytes = min(static_cast<int>(count), MOST / EACH) * EACH;
     const uint8_t* from = plane + static_cast<uint64_t>(place) * EACH + at;
 #pragma unroll
     for (int i = 0; i < MOST; i += 512)
-      if (MOST - i >= 512 || at < MOST - i) copy16(to + i + at, from + i, i + at < n_bytes);
+      if (MOST - i >= 512 || at < MOST - i) stream16(to + i + at, from + i, i + at < n_bytes, policy);
   }
   static __device__ __forceinline__ Planes planes(const uint8_t* stage) {
     return {stage, stage + LOW, stage + LOW + HIGH, stage + LOW + HIGH + SCALES, BLOCKS, TOGETHER};
@@ -97,26 +99,30 @@ struct Item {
   int tile, part;
 };
 
-// Space for a block's rows in shared memory. x, sums, scale: as in Activations, with `pitch` halves a row. For making them:
-// norm (n_in,), the norm's weights; values (rows, n_in); parts (2, 8, 8), of sums; tops (8,), the largest magnitudes as bits.
+// Space for a block's rows in shared memory, `pitch` bytes a row: first as floats, then each segment as halves where its
+// floats began. sums (rows, padded / 32), scale: as in Activations. For making them: norm (n_in,), the norm's weights; parts
+// (2, 8, 8), of sums; tops (8,), the largest magnitudes as bits.
 struct Prepared {
-  f16* x;
-  unsigned* sums;
-  float* scale;
+  uint8_t* rows;
   int pitch;
-  float *norm, *values, *parts;
+  unsigned* sums;
+  float *scale, *norm, *parts;
   unsigned* tops;
+  __device__ __forceinline__ float* row(int i) const { return reinterpret_cast<float*>(rows + i * pitch); }
 };
+constexpr int PREPARED_SEGMENT = 2 * SEGMENT * 32;  // halves from one segment to the next
 
 // Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier. Short rather than
-// unrolled: the instructions of a decode step's kernels are fetched anew by every launch.
-__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in, const Prepared& to) {
-  int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256, n_jobs = rows.count * n_segments;
+// unrolled: the instructions of a decode step's kernels are fetched anew by every launch. real: see rows8.
+__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, bool real, float eps, int n_in,
+                                             const Prepared& to) {
+  int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256;
+  int n_rows = real ? rows.count : 1, n_jobs = real ? n_rows * n_segments : 1;
   if (threadIdx.x < 8) to.tops[threadIdx.x] = 0;
 #pragma unroll 1
-  for (int row = 0; row < rows.count; row++) {
+  for (int row = 0; real && row < n_rows; row++) {
     const uint4* from = reinterpret_cast<const uint4*>(x.floats + static_cast<long long>(rows.of_x(row)) * n_in);
-    uint4* values = reinterpret_cast<uint4*>(to.values + row * n_in);
+    uint4* values = reinterpret_cast<uint4*>(to.row(row));
 #pragma unroll 4
     for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) {
       uint4 four = load_words<uint4>(from + i);
@@ -130,9 +136,9 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
 #pragma unroll 1
     for (int centred = x.norm_bias ? 1 : 0; centred >= 0; centred--) {  // sums for the mean, then squares
 #pragma unroll 1
-      for (int job = warp; job < rows.count * 8; job += n_warps) {
+      for (int job = warp; job < n_rows * 8; job += n_warps) {
         float mean = !centred && x.norm_bias ? sum_of_parts(to.parts + 64 + job / 8 * 8) / n : 0.0f;
-        to.parts[centred * 64 + job] = part_of_sum(to.values + job / 8 * n_in, n_in, job % 8, [&](float sum, float value) {
+        to.parts[centred * 64 + job] = part_of_sum(to.row(job / 8), n_in, job % 8, [&](float sum, float value) {
           float difference = value - mean;
           return centred ? sum + value : __fmaf_rn(difference, difference, sum);
         });
@@ -146,8 +152,8 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
   for (int pass = 0; pass < 2; pass++) {  // the largest magnitudes, then halves
 #pragma unroll 1
     for (int job = warp; job < n_jobs; job += n_warps) {  // a segment of a row each
-      int row = rows.count == 1 ? 0 : job / n_segments, start = (job - row * n_segments) * SEGMENT;
-      EightColumns values = columns_of_row(to.values + row * n_in, start, n_in);
+      int row = n_rows == 1 ? 0 : job / n_segments, segment = job - row * n_segments, start = segment * SEGMENT;
+      EightColumns values = columns_of_row(to.row(row), start, n_in);
       if (x.norm && in_row(start, n_in)) {
         if (row != row_of_moments) {
           row_of_moments = row;
@@ -167,19 +173,23 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
         unsigned top = __reduce_max_sync(ALL_LANES, top_of(values));
         if (threadIdx.x % 32 == 0) atomicMax(to.tops + row, top);
       } else {
-        blocks_as_halves(values, row_exponent(__uint_as_float(to.tops[row])), start, to.x + row * to.pitch,
+        // All lanes have read the floats of the segment, which ends where its halves cannot reach.
+        f16* halves = reinterpret_cast<f16*>(to.row(row)) + segment * PREPARED_SEGMENT - start * 32;
+        __syncwarp(ALL_LANES);
+        blocks_as_halves(values, row_exponent(__uint_as_float(to.tops[row])), start, halves,
                          to.sums + row * n_segments * SEGMENT);
       }
     }
     __syncthreads();
   }
-  if (static_cast<int>(threadIdx.x) < rows.count)  // read after the next barrier
+  if (static_cast<int>(threadIdx.x) < n_rows)  // read after the next barrier
     to.scale[threadIdx.x] = power_of_two(row_exponent(__uint_as_float(to.tops[threadIdx.x])));
 }
 
-// The sums of the segments of an item. columns, block_sums: from the first segment's start; zeros after the row's end.
+// The sums of the segments of an item. columns, block_sums: from the first segment's start; zeros after the row's end. The
+// next segment's columns begin `pitch` halves later.
 template <class Q>
-__device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* columns, const unsigned* block_sums,
+__device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* columns, int pitch, const unsigned* block_sums,
                                           MmaD (&sums)[TOGETHER]) {
   int lane = threadIdx.x % 32;
   Planes w = Stage<Q>::planes(stage);
@@ -198,7 +208,7 @@ __device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* colum
         int block = s * SEGMENT + j;
         MmaA a[2];
         block_operands<Q>(Q::template load<InShared>(at, block), scales[s], j, a);
-        add_block<Q>(a, scales[s], j, *reinterpret_cast<const uint4*>(columns + block * 32), sums[s]);
+        add_block<Q>(a, scales[s], j, *reinterpret_cast<const uint4*>(columns + s * pitch + j * 32), sums[s]);
       }
     columns += SEGMENT / 2 * 32;
     at = {at.low + SEGMENT / 2 * 32 * Q::LOW, at.high + SEGMENT / 2 * 32 * Q::HIGH};
@@ -210,6 +220,9 @@ __device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* colum
 #pragma unroll
   for (int s = 0; s < TOGETHER; s++) {
     MmaD one[1] = {sums[s]};
+    // Read once more, since keeping them would take registers.
+#pragma unroll
+    for (int i = 0; i < 2; i++) scales[s][i] = Q::template scales<InShared>(w, s, lane / 4 + 8 * i);
     finish_segment<Q, 1>(scales[s], [&](int) { return block_sums + s * SEGMENT; }, one);
     sums[s] = one[0];
   }
@@ -237,13 +250,11 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   float* scales = parts + 136;                                                 // (8,)
   float* sums_of_items = scales + 8;                                           // (2, chunk, n_sums, 16, capacity)
   int half_of_sums = few.chunk * n_sums * 16 << few.shift;
-  // 64 bytes between rows, so that eight lanes that read two rows meet no bank twice.
   Prepared prepared;
-  prepared.pitch = pitch + 32;
-  prepared.x = reinterpret_cast<f16*>(sums_of_items + 2 * half_of_sums);                  // (capacity, pitch)
-  prepared.sums = reinterpret_cast<unsigned*>(prepared.x + capacity * prepared.pitch);    // (capacity, padded / 32)
-  prepared.norm = reinterpret_cast<float*>(prepared.sums + capacity * pitch / 32);        // (n_in,)
-  prepared.values = prepared.norm + n_in;                                                 // (capacity, n_in)
+  prepared.rows = reinterpret_cast<uint8_t*>(sums_of_items + 2 * half_of_sums);  // (capacity, pitch)
+  prepared.pitch = 4 * pitch + 64;  // 64 bytes more, so that eight lanes that read two rows meet no bank twice
+  prepared.sums = reinterpret_cast<unsigned*>(prepared.rows + capacity * prepared.pitch);  // (capacity, padded / 32)
+  prepared.norm = reinterpret_cast<float*>(prepared.sums + capacity * pitch / 32);         // (n_in,)
   prepared.scale = scales, prepared.parts = parts, prepared.tops = tops;
 
   uint32_t first_tile = 0;  // of the expert
@@ -256,11 +267,12 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
     return (M == 1 || item.part < per_matrix ? item.part : item.part - per_matrix) * TOGETHER;
   };
   Item now = {warp / per_tile, warp % per_tile}, next = now;
+  uint64_t policy = keep_out();
   auto request = [&](int stage) {
     if (next.tile < my_tiles) {
       int tile = blockIdx.x + next.tile * gridDim.x;
       Stage<Q>::request(ring + stage * BYTES, w.of(next.part >= per_matrix, tile), first_tile + w.within(tile),
-                        segment_of(next));
+                        segment_of(next), policy);
     }
     end_of_copies();
     advance(next);
@@ -270,86 +282,97 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   if (x.norm)
     for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) copy16(prepared.norm + i * 4, x.norm + i * 4);
   end_of_copies();
-  Rows rows{};
-  // The first weights are requested before the wait, if it is known which.
+  if (!groups.group)
 #pragma unroll 1
-  for (int waited = 0; waited < 2; waited++) {
-    if (waited) {
-      wait_for_previous();
-      rows = rows_of(groups, n_rows, 8);
-      if (!rows.count) return;
-      first_tile = rows.expert * n_tiles;
-    } else if (static_cast<int>(threadIdx.x) < my_tiles) {
-      outputs.ahead(blockIdx.x + threadIdx.x * gridDim.x);
-    }
-    if (waited == (groups.group != nullptr))
-#pragma unroll 1
-      for (int stage = 0; stage < STAGES; stage++) request(stage);
-  }
+    for (int stage = 0; stage < STAGES; stage++) request(stage);
+  if (static_cast<int>(threadIdx.x) < my_tiles) outputs.ahead(blockIdx.x + threadIdx.x * gridDim.x);
+
   // Output number i of a chunk, if it exists.
+  Rows rows{};
   auto place = [&](int i, int done, int& number, int& tile, int& out) {
     out = i % 16, number = i / 16 & (capacity - 1), tile = blockIdx.x + (done + (i >> (4 + few.shift))) * gridDim.x;
     return number < rows.count && tile * 16 + out < n_out;
   };
-  typename Outputs::Loaded loaded{};  // for this thread's output of the first chunk
-  {
-    int number, tile, out;
-    if (place(threadIdx.x, 0, number, tile, out)) loaded = outputs.load(rows, number, tile, out);
-  }
-
-  const f16* columns = prepared.x;
-  const unsigned* sums_of_blocks = prepared.sums;
-  long long row = min(lane / 4, rows.count - 1);
-  if (x.x) {
-    columns = x.x, sums_of_blocks = x.sums, row = rows.of_x(static_cast<int>(row)), prepared.pitch = pitch;
-    if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
-  } else {
-    prepare_rows(x, rows, few.eps, n_in, prepared);
-  }
-  columns += row * prepared.pitch + lane % 4 * 8, sums_of_blocks += row * (pitch / 32);
-
-  int stage = 0, half = 0;  // threads may still read the other half of sums_of_items
-  for (int done = 0; done < my_tiles; done += few.chunk) {
-    int end = min(done + few.chunk, my_tiles);
-    float* sums_of_tiles = sums_of_items + half;
-    half = half_of_sums - half;
+  // A rehearsal on one item with whatever is in shared memory, while the previous kernel still runs: it fetches the
+  // instructions, which takes longer than to execute them. It reads nothing that the previous kernel writes.
 #pragma unroll 1
-    for (; now.tile < end; advance(now)) {
-      int segment = segment_of(now), start = segment * SEGMENT;
-      wait_for_copies<STAGES - 1>();
-      __syncwarp(ALL_LANES);
-      MmaD sums[TOGETHER] = {};
-      item_sums<Q>(ring + stage * BYTES, columns + start * 32, sums_of_blocks + start, sums);
-      __syncwarp(ALL_LANES);
-      request(stage);
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
-      int of_matrix = M == 1 || now.part < per_matrix ? 0 : n_segments;
-      float* to = sums_of_tiles + (((now.tile - done) * n_sums + of_matrix + segment) * 16 << few.shift);
-#pragma unroll
-      for (int s = 0; s < TOGETHER; s++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          int number = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
-          if (number < capacity && segment + s < n_segments) to[(s * 16 + out << few.shift) + number] = sums[s].x[i];
-        }
-    }
-    __syncthreads();
+  for (int real = few.rehearses && !ON_HOST ? 0 : 1; real < 2; real++) {
+    const f16* columns = reinterpret_cast<const f16*>(prepared.rows);
+    const unsigned* sums_of_blocks = prepared.sums;
+    int pitch_of_segments = PREPARED_SEGMENT;
+    typename Outputs::Loaded loaded{};  // for this thread's output of the first chunk
+    long long row = lane / 4;
+    if (real) {
+      wait_for_previous();
+      rows = rows_of(groups, n_rows, 8);
+      if (!rows.count) return;
+      if (groups.group) {
+        first_tile = rows.expert * n_tiles;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < (end - done) * 16 << few.shift; i += blockDim.x) {
-      int number, tile, out;
-      if (!place(i, done, number, tile, out)) continue;
-      if (done > 0 || i >= static_cast<int>(blockDim.x)) loaded = outputs.load(rows, number, tile, out);
-      const float* from = sums_of_tiles + (((i >> (4 + few.shift)) * n_sums * 16 + out) << few.shift) + number;
-      float total[M];
-#pragma unroll
-      for (int m = 0; m < M; m++) {
-        total[m] = 0.0f;
-#pragma unroll 4
-        for (int segment = 0; segment < n_segments; segment++)
-          total[m] = __fadd_rn(total[m], from[(m * n_segments + segment) * 16 << few.shift]);
-        total[m] = __fmul_rn(total[m], scales[number]);
+        for (int stage = 0; stage < STAGES; stage++) request(stage);
       }
-      outputs.put(rows, number, tile, out, total, loaded);
+      int number, tile, out;
+      if (place(threadIdx.x, 0, number, tile, out)) loaded = outputs.load(rows, number, tile, out);
+    }
+    row = min(lane / 4, max(rows.count, 1) - 1);
+    if (x.x) {
+      if (real) {
+        columns = x.x, sums_of_blocks = x.sums, row = rows.of_x(static_cast<int>(row)), pitch_of_segments = SEGMENT * 32;
+        if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
+      }
+    } else {
+      prepare_rows(x, rows, real, few.eps, n_in, prepared);
+    }
+    columns += row * (pitch_of_segments == PREPARED_SEGMENT ? prepared.pitch / 2 : pitch) + lane % 4 * 8;
+    sums_of_blocks += row * (pitch / 32);
+
+    int stage = 0, half = 0;  // threads may still read the other half of sums_of_items
+#pragma unroll 1
+    for (int done = 0; done < my_tiles; done += few.chunk) {
+      int end = real ? min(done + few.chunk, my_tiles) : 1;
+      float* sums_of_tiles = sums_of_items + half;
+      half = half_of_sums - half;
+#pragma unroll 1
+      for (; now.tile < end; advance(now)) {
+        int segment = segment_of(now);
+        if (real) wait_for_copies<STAGES - 1>();
+        __syncwarp(ALL_LANES);
+        MmaD sums[TOGETHER] = {};
+        item_sums<Q>(ring + stage * BYTES, columns + segment * pitch_of_segments, pitch_of_segments,
+                     sums_of_blocks + segment * SEGMENT, sums);
+        __syncwarp(ALL_LANES);
+        int of_matrix = M == 1 || now.part < per_matrix ? 0 : n_segments;
+        float* to = sums_of_tiles + (((now.tile - done) * n_sums + of_matrix + segment) * 16 << few.shift);
+#pragma unroll
+        for (int s = 0; s < TOGETHER; s++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            int number = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
+            if (number < capacity && segment + s < n_segments) to[(s * 16 + out << few.shift) + number] = sums[s].x[i];
+          }
+        if (!real) break;
+        request(stage);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+      }
+      __syncthreads();
+#pragma unroll 1
+      for (int i = threadIdx.x; i < (end - done) * 16 << few.shift; i += blockDim.x) {
+        int number, tile, out;
+        if (!place(i, done, number, tile, out) && real) continue;
+        if (done > 0 || i >= static_cast<int>(blockDim.x)) loaded = outputs.load(rows, number, tile, out);
+        const float* from = sums_of_tiles + (((i >> (4 + few.shift)) * n_sums * 16 + out) << few.shift) + number;
+        float total[M];
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+          total[m] = 0.0f;
+#pragma unroll 4
+          for (int segment = 0; segment < n_segments; segment++)
+            total[m] = __fadd_rn(total[m], from[(m * n_segments + segment) * 16 << few.shift]);
+          total[m] = __fmul_rn(total[m], scales[number]);
+        }
+        if (real) outputs.put(rows, number, tile, out, total, loaded);
+      }
+      if (!real) break;
     }
   }
 }

@@ -15,6 +15,7 @@ MOST_WARPS = 10  # of which the registers fit half a multiprocessor
 BUSY = 20  # items for each multiprocessor from which two blocks are faster than one
 TOGETHER = 2  # segments whose sums a warp computes side by side
 STAGES = 2  # of a warp's ring, each with the weights of as many segments
+REHEARSES = True  # whether blocks beside the previous kernel's fetch their instructions before it ends
 # Bytes of shared memory for one block, so that a block of the next kernel fits on the multiprocessor as well.
 HALF_SHARED, MOST_SHARED = 113 << 10, 227 << 10
 
@@ -28,6 +29,7 @@ class FewRowsLaunch:
     shared_bytes: int
     shift: int
     chunk: int
+    rehearses: bool
     eps: float
 
     @property
@@ -35,8 +37,8 @@ class FewRowsLaunch:
         return 32 * self.warps
 
     @property
-    def arguments(self) -> tuple[int, int, float]:
-        return self.shift, self.chunk, self.eps
+    def arguments(self) -> tuple[int, int, bool, float]:
+        return self.shift, self.chunk, self.rehearses, self.eps
 
 
 def few_rows_launch(
@@ -48,6 +50,7 @@ def few_rows_launch(
     the rows need more shared memory than a multiprocessor has.
     """
     size = (w.type.name, w.shape[-1], n_out, n_rows, n_groups, n_multiprocessors, n_matrices, x.halves is None)
+    size += (x.norm is not None,)
     launch = _launch(*size)
     if launch.shared_bytes > MOST_SHARED:
         raise KernelError(f"{w.name}: {n_rows} rows of {w.shape[-1]} need {launch.shared_bytes} bytes of shared memory")
@@ -64,6 +67,7 @@ def _launch(
     n_multiprocessors: int,
     n_matrices: int,
     prepares: bool,
+    norm: bool,
 ) -> FewRowsLaunch:
     shift = max(0, n_rows - 1).bit_length()
     capacity = 1 << shift
@@ -71,7 +75,8 @@ def _launch(
     items_each = n_matrices * -(-n_in // (TOGETHER * SEGMENT))
     n_tiles = -(-n_out // TILE_ROWS)
     # Small matrices: a block on each multiprocessor, beside one of the next kernel. Larger ones: two, to use all of it.
-    wanted = n_multiprocessors * (2 if n_tiles * items_each * n_groups > BUSY * n_multiprocessors else 1)
+    large = n_tiles * items_each * n_groups > BUSY * n_multiprocessors
+    wanted = n_multiprocessors * (2 if large else 1)
     blocks = max(1, min(n_tiles, -(-wanted // n_groups)))
     tiles_each = -(-n_tiles // blocks)
     blocks = -(-n_tiles // tiles_each)  # as many as are needed for this
@@ -79,11 +84,11 @@ def _launch(
     warps = min(MOST_WARPS, max(tiles_each * items_each, 4))
 
     def shared(warps: int) -> int:
-        return shared_bytes(kind, n_in, warps, chunk, capacity, n_matrices, prepares=prepares)
+        return shared_bytes(kind, n_in, warps, chunk, capacity, n_matrices, prepares=prepares, norm=norm)
 
     while warps > 4 and shared(warps) > HALF_SHARED:
         warps -= 1
-    return FewRowsLaunch(blocks, warps, shared(warps), shift, chunk, 0.0)
+    return FewRowsLaunch(blocks, warps, shared(warps), shift, chunk, REHEARSES and not large, 0.0)
 
 
 def shared_bytes(
@@ -95,9 +100,10 @@ def shared_bytes(
     n_matrices: int,
     *,
     prepares: bool,
+    norm: bool,
 ) -> int:
-    """The bytes of shared memory of a block. prepares: it converts its rows to halves."""
+    """The bytes of shared memory of a block. prepares: it converts its rows to halves; norm: after a norm."""
     ring = warps * STAGES * TOGETHER * segment_bytes(kind)
     sums = 2 * chunk * n_matrices * -(-n_in // SEGMENT) * 64 * capacity
-    rows = capacity * (2 * (padded(n_in) + 32) + padded(n_in) // 8 + 4 * n_in) + 4 * n_in if prepares else 0
+    rows = capacity * (4 * padded(n_in) + 64 + padded(n_in) // 8) + 4 * n_in * norm if prepares else 0
     return ring + 576 + sums + rows
