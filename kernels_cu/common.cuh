@@ -190,35 +190,21 @@ __device__ __forceinline__ T load_latest(const void* address) {
 // --- Asynchronous copies from global to shared memory (PTX ISA, cp.async) ---
 // A thread's copies since the last end_of_copies() are a group; wait_for_copies<N> waits for all groups of the thread but
 // the last N. Other threads see the copied bytes after a barrier.
-// copy16: 16 bytes; stream16: the same for bytes that nobody reads again soon, or 16 zeros unless they exist. Both addresses
-// are multiples of 16. keep_out: how stream16 treats the second-level cache; what else is in it stays there.
+// copy16: 16 bytes, or 16 zeros unless they exist. Both addresses are multiples of 16.
 #ifdef HOSTCUDA
-inline void stream16(void* to, const void* from, bool exists, uint64_t) {
+inline void copy16(void* to, const void* from, bool exists = true) {
   hostcuda::require_alignment(to, 16);
   hostcuda::require_alignment(from, 16);
   *static_cast<uint4*>(to) = exists ? *static_cast<const uint4*>(from) : uint4{};
 }
-inline void copy16(void* to, const void* from) { stream16(to, from, true, 0); }
-inline uint64_t keep_out() { return 0; }
 inline void end_of_copies() {}
 template <int N>
 void wait_for_copies() {}
 #else
-__device__ __forceinline__ void copy16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
+__device__ __forceinline__ void copy16(void* to, const void* from, bool exists = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(exists ? 16 : 0)
                : "memory");
-}
-__device__ __forceinline__ void stream16(void* to, const void* from, bool exists, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(exists ? 16 : 0), "l"(policy)
-               : "memory");
-}
-__device__ __forceinline__ uint64_t keep_out() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
 }
 __device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>

@@ -38,25 +38,23 @@ struct Stage {
 
   // Copies segments `segment` and the one after it of a tile, as far as they exist, with all lanes of a warp. What does not
   // exist of the codes becomes zeros.
-  static __device__ __forceinline__ void request(uint8_t* stage, const Planes& w, uint32_t tile, uint32_t segment,
-                                                 uint64_t policy) {
+  static __device__ __forceinline__ void request(uint8_t* stage, const Planes& w, uint32_t tile, uint32_t segment) {
     uint32_t place = tile * w.n_blocks + segment * SEGMENT;
     uint32_t n_blocks = w.n_blocks - segment * SEGMENT, n_segments = w.n_segments - segment;
-    copy<LOW, 32 * Q::LOW>(stage, w.low, place, n_blocks, policy);
-    if constexpr (HIGH > 0) copy<HIGH, 32 * Q::HIGH>(stage + LOW, w.high, place, n_blocks, policy);
+    copy<LOW, 32 * Q::LOW>(stage, w.low, place, n_blocks);
+    if constexpr (HIGH > 0) copy<HIGH, 32 * Q::HIGH>(stage + LOW, w.high, place, n_blocks);
     place = tile * w.n_segments + segment;
-    if constexpr (SCALES > 0) copy<SCALES, SCALES / TOGETHER>(stage + LOW + HIGH, w.scales, place, n_segments, policy);
-    if constexpr (D > 0) copy<D, D / TOGETHER>(stage + LOW + HIGH + SCALES, w.d, place, n_segments, policy);
+    if constexpr (SCALES > 0) copy<SCALES, SCALES / TOGETHER>(stage + LOW + HIGH, w.scales, place, n_segments);
+    if constexpr (D > 0) copy<D, D / TOGETHER>(stage + LOW + HIGH + SCALES, w.d, place, n_segments);
   }
   // Copies up to MOST bytes, `each` for one of `count`, from `place` times as many on.
   template <int MOST, int EACH>
-  static __device__ __forceinline__ void copy(uint8_t* to, const uint8_t* plane, uint32_t place, uint32_t count,
-                                              uint64_t policy) {
+  static __device__ __forceinline__ void copy(uint8_t* to, const uint8_t* plane, uint32_t place, uint32_t count) {
     uint32_t at = threadIdx.x % 32 * 16, n_bytes = min(static_cast<int>(count), MOST / EACH) * EACH;
     const uint8_t* from = plane + static_cast<uint64_t>(place) * EACH + at;
 #pragma unroll
     for (int i = 0; i < MOST; i += 512)
-      if (MOST - i >= 512 || at < MOST - i) stream16(to + i + at, from + i, i + at < n_bytes, policy);
+      if (MOST - i >= 512 || at < MOST - i) copy16(to + i + at, from + i, i + at < n_bytes);
   }
   static __device__ __forceinline__ Planes planes(const uint8_t* stage) {
     return {stage, stage + LOW, stage + LOW + HIGH, stage + LOW + HIGH + SCALES, BLOCKS, TOGETHER};
@@ -267,12 +265,11 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
     return (M == 1 || item.part < per_matrix ? item.part : item.part - per_matrix) * TOGETHER;
   };
   Item now = {warp / per_tile, warp % per_tile}, next = now;
-  uint64_t policy = keep_out();
   auto request = [&](int stage) {
     if (next.tile < my_tiles) {
       int tile = blockIdx.x + next.tile * gridDim.x;
       Stage<Q>::request(ring + stage * BYTES, w.of(next.part >= per_matrix, tile), first_tile + w.within(tile),
-                        segment_of(next), policy);
+                        segment_of(next));
     }
     end_of_copies();
     advance(next);
