@@ -40,11 +40,13 @@ class PassMemo:
     """Intermediate results of one forward pass that later operations on the same array reuse.
 
     rows: the last rows that a product read, and their converted form (Q, K and V read the same rows one after another).
-    batch: the last batch and its layout. groups: by sizes, the last choice of experts and its groups.
+    batch: the last batch and its layout. slots: the last slots of the cache, the lowest and highest, and all on the device.
+    groups: by sizes, the last choice of experts and its groups.
     """
 
     rows: tuple[Any, Rows] | None = None
     batch: tuple[Any, BatchLayout] | None = None
+    slots: tuple[np.ndarray, tuple[int, int], Array] | None = None
     groups: dict[tuple[int, int, int], tuple[Any, Groups]] = field(default_factory=dict)
 
 
@@ -60,6 +62,7 @@ class KernelOps:
         self.numerics = PROFILES["fast"]
         self.attention_by = attention_by
         self.memo = PassMemo()
+        self._factors: dict[int, tuple[Array, np.ndarray]] = {}  # of RoPE, by id: on the device and on the host
 
     @contextmanager
     def workspace(self) -> Iterator[None]:
@@ -147,8 +150,11 @@ class KernelOps:
 
     def rope_angles(self, positions: np.ndarray, constants: Any, freq_factors: Array | None = None) -> Angles:
         factors: Any = freq_factors
-        on_host = factors if factors is None or self.xp is np else factors.get()
-        cos, sin = rope.rope_angles(positions, constants, on_host, np.float32)
+        if factors is not None and self.xp is not np:
+            if id(factors) not in self._factors:
+                self._factors[id(factors)] = (factors, factors.get())  # waits for the device, so it is kept
+            factors = self._factors[id(factors)][1]
+        cos, sin = rope.rope_angles(positions, constants, factors, np.float32)
         return self.xp.asarray(cos), self.xp.asarray(sin)
 
     def rope_neox(self, x: Array, angles: Angles) -> Array:
@@ -170,10 +176,14 @@ class KernelOps:
         return [PagedRows(arena.take(shape, np.float16), arena.take(shape[:-1], np.uint8), arena) for _ in range(n)]
 
     def kv_append(self, cache: PagedRows, new: Array, slots: np.ndarray) -> None:
+        if self.memo.slots is None or self.memo.slots[0] is not slots:
+            bounds = (int(slots.min()), int(slots.max())) if len(slots) else (0, 0)
+            self.memo.slots = (slots, bounds, self.xp.asarray(slots))
+        _, (lowest, highest), on_device = self.memo.slots
         n_blocks, block_size, _, _ = cache.values.shape
-        if len(slots) and not 0 <= slots.min() <= slots.max() < n_blocks * block_size:
-            raise KernelError(f"kv_append: slots {slots.min()} to {slots.max()} of {n_blocks * block_size}")
-        attending.kv_append(self.kernels, self._floats(new), self.xp.asarray(slots), cache)
+        if not 0 <= lowest <= highest < n_blocks * block_size:
+            raise KernelError(f"kv_append: slots {lowest} to {highest} of {n_blocks * block_size}")
+        attending.kv_append(self.kernels, self._floats(new), on_device, cache)
 
     def kv_copy(self, cache: PagedRows, source: int, target: int) -> None:
         cache.values[target] = cache.values[source]
@@ -218,9 +228,10 @@ class KernelOps:
             partial=partial,
         )
         for span in batch.spans:
-            part = y[span.start : span.stop].reshape(-1, n_head, head_dim)
-            shown = probe("kqv", x=part.transpose(1, 0, 2))
-            part[...] = shown.transpose(1, 0, 2)
+            part = y[span.start : span.stop].reshape(-1, n_head, head_dim).transpose(1, 0, 2)
+            shown = probe("kqv", x=part)
+            if shown is not part:
+                part[...] = shown
         return y
 
     def _layout(self, batch: Any, group: int) -> BatchLayout:

@@ -60,7 +60,7 @@ class Kernels:
         """Launch a kernel; does nothing if the grid is empty.
 
         arguments: arrays, None for null pointers, Structs and numbers. what: the name of the tensor, for the
-        KernelError of an invalid launch. overlap: see `runtime.overlap`.
+        KernelError of an invalid launch. overlap: see `runtime.driver`.
         """
         if not all(grid):
             return

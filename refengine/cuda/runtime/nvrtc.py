@@ -13,17 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from refengine.cuda.runtime.arguments import Arguments
 from refengine.cuda.runtime.cubin_cache import cache_folder, digest, write_whole
-from refengine.cuda.runtime.overlap import launch_overlapping
-from refengine.cuda.runtime.source import Source, Struct, check_arguments, three
+from refengine.cuda.runtime.driver import Launcher
+from refengine.cuda.runtime.source import Source
 from refengine.errors import DeviceError, KernelError, install_hint
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
 # Arithmetic exactly as written: no contraction of a·b + c, denormals kept, division and root rounded to nearest.
 OPTIONS = ("-std=c++17", "-default-device", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
-_NULL = np.uintp(0)
 STATIC_LIMIT = 48 << 10  # bytes of shared memory that a launch may use without setting an attribute
 
 
@@ -126,7 +124,8 @@ class DeviceModule:
         self.compiled = compile_source(source, arch or architecture(cupy))
         self._driver = cupy.cuda.driver
         self.module = cupy.RawModule(path=str(self.compiled.path))
-        self._functions: dict[str, Any] = {}
+        self._launchers: dict[str, Launcher] = {}
+        self._shared_limits: dict[str, int] = {}
         self._overlaps = int(cupy.cuda.Device().compute_capability) >= 90
         self._stream = cupy.cuda.get_current_stream
 
@@ -147,21 +146,26 @@ class DeviceModule:
 
         overlap: let it begin before the previous kernel has ended; only for kernels that call `wait_for_previous`.
         """
-        checked = check_arguments(self.source, kernel, arguments)
-        function = self._functions.get(kernel)
-        if function is None:
-            function = self._functions[kernel] = self.raw_kernel(kernel).kernel
-        values = [_NULL if a is None else a.packed if isinstance(a, Struct) else a for a in checked]
+        launcher = self._launchers.get(kernel) or self._launcher(kernel)
         try:
-            if shared_bytes > STATIC_LIMIT:
-                attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._driver.funcSetAttribute(function.ptr, attribute, shared_bytes)
-            if overlap and self._overlaps:
-                launch_overlapping(function.ptr, three(grid), three(block), values, shared_bytes, self._stream().ptr)
-            else:
-                function(three(grid), three(block), values, shared_bytes)
+            if shared_bytes > self._shared_limits.get(kernel, STATIC_LIMIT):
+                self._allow_shared(kernel, shared_bytes)
+            stream = self._stream().ptr
+            status = launcher.launch(grid, block, arguments, shared_bytes, stream, overlap and self._overlaps)
+            if status:
+                self._driver.check_status(status)
         except RuntimeError as e:  # CUDADriverError
             raise KernelError(f"{kernel}: launch of grid {tuple(grid)}, block {tuple(block)} refused: {e}") from None
+
+    def _launcher(self, kernel: str) -> Launcher:
+        arguments = Arguments(self.source, kernel)  # first, because it names an unknown kernel
+        launcher = self._launchers[kernel] = Launcher(arguments, self.raw_kernel(kernel).kernel.ptr)
+        return launcher
+
+    def _allow_shared(self, kernel: str, n_bytes: int) -> None:
+        attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._driver.funcSetAttribute(self.raw_kernel(kernel).kernel.ptr, attribute, n_bytes)
+        self._shared_limits[kernel] = n_bytes
 
 
 def architecture(cupy: Any) -> str:
