@@ -9,7 +9,7 @@ each file in kernels_cu/).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -28,6 +28,7 @@ from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.memory import DeviceMemory, aligned
 from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.upload import together
 from refengine.errors import KernelError
 from refengine.ops import rope
 from refengine.ops.numerics import PROFILES
@@ -40,7 +41,7 @@ class PassMemo:
     """Intermediate results of one forward pass that later operations on the same array reuse.
 
     rows: the last rows that a product read, and their converted form (Q, K and V read the same rows one after another).
-    batch: the last batch and its layout. slots: the last slots of the cache, the lowest and highest, and all on the device.
+    batch: the last batch and its layout. slots: the last slots of the cache, their bounds, and all on the device.
     groups: by sizes, the last choice of experts and its groups.
     """
 
@@ -238,18 +239,8 @@ class KernelOps:
         """The block tables, spans and tiles of a batch, equal for all layers. group: query heads per KV head."""
         if self.memo.batch is not None and self.memo.batch[0] is batch:
             return self.memo.batch[1]
-        spans, tiles, tables, n = [], [], [], 0
-        for i, span in enumerate(batch.spans):
-            length = span.stop - span.start
-            spans.append((span.start, length, span.n_kv, n))
-            tiles += [(i, row) for row in range(0, length * group, attending.BLOCK_ROWS)]
-            tables.append(span.block_table)
-            n += len(span.block_table)
-        lists = (np.concatenate(tables), np.array(spans), np.array(tiles))
-        on_device = [self.xp.asarray(a.astype(np.int32)) for a in lists]
-        longest = max(span.n_kv for span in batch.spans)
-        furthest = min(span.n_kv - (span.stop - span.start) for span in batch.spans)
-        layout = BatchLayout(on_device[0], on_device[1], on_device[2], longest, furthest)
+        made = layout_of(batch, group)
+        layout = made.on_device(together(self.xp, made.arrays))
         self.memo.batch = (batch, layout)
         return layout
 
@@ -295,6 +286,35 @@ class KernelOps:
 
     def _floats(self, x: Array) -> Array:
         return self.xp.ascontiguousarray(x, dtype=self.xp.float32)
+
+
+@dataclass(frozen=True)
+class HostLayout:
+    """A `BatchLayout` whose arrays are on the host, and of any integer type: tables, spans and tiles."""
+
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray]
+    longest: int
+    furthest: int
+
+    def on_device(self, arrays: Sequence[Array]) -> BatchLayout:
+        """The layout with copies of its arrays on the device, int32."""
+        tables, spans, tiles = arrays
+        return BatchLayout(tables, spans, tiles, self.longest, self.furthest)
+
+
+def layout_of(batch: Any, group: int) -> HostLayout:
+    """The layout of a batch. group: query heads per KV head."""
+    spans, tiles, n = [], [], 0
+    for i, span in enumerate(batch.spans):
+        length = span.stop - span.start
+        spans.append((span.start, length, span.n_kv, n))
+        rows = np.arange(0, length * group, attending.BLOCK_ROWS)
+        tiles.append(np.stack([np.full_like(rows, i), rows], axis=1))
+        n += len(span.block_table)
+    tables = np.concatenate([span.block_table for span in batch.spans])
+    longest = max(span.n_kv for span in batch.spans)
+    furthest = min(span.n_kv - (span.stop - span.start) for span in batch.spans)
+    return HostLayout((tables, np.array(spans), np.concatenate(tiles)), longest, furthest)
 
 
 def kv_bytes(n: int, shape: tuple[int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""Runs steps on raw kernels: decodes with the fused step, computes prompts with the model file, samples on the device.
+"""Runs steps on raw kernels: decodes and computes prompts with fused operations, samples on the device.
 
 Gives the same bits as `model.evaluate` for all rows together. Independent of scheduling and text.
 """
@@ -14,6 +14,7 @@ import numpy as np
 
 from refengine.cache.paged import BLOCK_SIZE, CacheSequence, KVCache
 from refengine.config import ModelConfig
+from refengine.cuda.decode.prompt import PromptPass
 from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan
 from refengine.cuda.sampling import checked_tokens, sample_rows
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
@@ -34,13 +35,14 @@ class KernelRunner:
         assert trace is no_trace, "the fused step has no tensors to trace"
         self._model, self._cache = model, cache
         self._step: DecodeStep | None = None
+        self._prompts: PromptPass | None = None
         if model.ops.attention_by == "flash":
+            given = (model.ops, model.config, model.decode, model.weights, cache)
             try:
-                self._step = DecodeStep(
-                    model.ops, model.config, model.decode, model.weights, cache, max_batch=max_batch, graphs=graphs
-                )
+                self._step = step = DecodeStep(*given, max_batch=max_batch, graphs=graphs)
+                self._prompts = PromptPass(*given, step.n_positions, step.angles)
             except NoFusedStep as e:
-                log.warning("tokens of %s are decoded by forward(), without a fused step: %s", model.config.arch, e)
+                log.warning("tokens of %s go through forward(), without a fused step: %s", model.config.arch, e)
 
     def warm_up(self, n_prompt: int) -> None:
         """Compile the kernels and capture the graphs; allocate the arrays for a prompt of `n_prompt` tokens."""
@@ -48,7 +50,7 @@ class KernelRunner:
             self._step.warm_up()
         if n_prompt:
             sequence = CacheSequence()
-            self._model.evaluate([(sequence, [0] * n_prompt)], self._cache, [n_prompt - 1])
+            self._logits([(sequence, [0] * n_prompt)], [n_prompt - 1])
             self._cache.free(sequence)
             self._model.ops.memory.settle()
 
@@ -64,9 +66,15 @@ class KernelRunner:
             results |= self._results(decoding, drawn, logits)
         if others:
             inputs = [(part.generation.progress.cached, part.ids) for part in others]
-            logits = self._model.evaluate(inputs, self._cache, wanted_rows(others))
+            logits = self._logits(inputs, wanted_rows(others))
             results |= self._results(others, self._draw(others, logits), logits)
         return [results[id(part)] for part in parts]
+
+    def _logits(self, parts: Sequence[tuple[CacheSequence, Sequence[int]]], rows: Sequence[int]) -> Any:
+        """Logits on the device of these rows of prompts: sequences with the ids to append to each."""
+        if self._prompts is None:
+            return self._model.evaluate(parts, self._cache, rows)
+        return self._prompts.run(self._cache.batch(parts, rows))
 
     def _draw(self, parts: Sequence[ScheduledChunk], logits: Any) -> Any:
         """Sample on the device for the parts that draw a token; the result has one row for each, see `sample_rows`."""

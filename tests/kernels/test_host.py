@@ -235,7 +235,7 @@ def test_numbers_arrive_as_the_c_types_of_the_parameters(place: str) -> None:
     assert arrived(*limits) == [*limits[:3], float(np.float32(0.1)), *limits[4:]]
     assert arrived(True, False, True, 3, True, False) == [1, 0, 1, 3, 1, 0]
     assert arrived(0, 0, 0, float("inf"), 1e300, 0)[3:5] == [np.inf, 1e300]
-    typed = [np.int32(-5), np.int64(1 << 40), np.uint32(7), np.float32(0.1), np.float64(0.1), np.int32(6)]
+    typed: list[Any] = [np.int32(-5), np.int64(1 << 40), np.uint32(7), np.float32(0.1), np.float64(0.1), np.int32(6)]
     assert arrived(*typed) == [float(value) for value in typed]
 
 

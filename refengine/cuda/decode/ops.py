@@ -89,6 +89,9 @@ class StepOps:
     def linear(self, x: Value, w: PackedMatrix, bias: Array | None = None) -> Value:
         return Product(x.n_rows, w.shape[0], x=x, w=w, bias=bias)
 
+    def rows(self, x: Value) -> Value:
+        return x
+
     def split(self, x: Value, widths: tuple[int, ...]) -> tuple[Value, ...]:
         starts = [sum(widths[:i]) for i in range(len(widths))]
         return tuple(Columns(x.n_rows, width, of=x, start=start) for width, start in zip(widths, starts, strict=True))
@@ -117,7 +120,7 @@ class StepOps:
             and gate.buffer is up.buffer is None
             and gate.x is up.x
             and gate.choice is up.choice
-            and _gate_up_fits(gate, up)
+            and self._gate_up_fits(gate, up)
         ):
             return self._elements(activation.swiglu_clamped if clamped else activation.swiglu, gate, up)
         assert gate.x is not None
@@ -131,6 +134,12 @@ class StepOps:
         options = {"biases": biases, "groups": groups, "clamped": clamped}
         self._launch(gate_up.gate_up, rows, gate.w, up.w, y.array, **options)
         return Value(gate.n_rows, gate.width, y)
+
+    def _gate_up_fits(self, gate: Product, up: Product) -> bool:
+        assert gate.w is not None
+        assert up.w is not None
+        assert gate.x is not None
+        return gate_up.fits(gate.w, up.w, gate.x.n_rows if gate.choice is None else self._group_size(gate))
 
     def gelu(self, x: Value) -> Value:
         if not (isinstance(x, Product) and x.buffer is None and x.choice is None and x.n_rows <= FEW_ROWS):
@@ -201,11 +210,16 @@ class StepOps:
         self._launch(rope.rope_append, projections, rotation, *places, rotated.array, a.k[il], a.v[il], **options)
 
         self._use(rotated)
+        return self._attend(il, rotated.array, {"scale": scale, "window": window, "sinks": sinks})
+
+    def _attend(self, il: int, q: Array, options: dict[str, Any]) -> Value:
+        """Attention of q (n, n_head, head_dim), whose K and V are in the cache. (n, n_head · head_dim)"""
+        (n, n_head, head_dim), a = q.shape, self._a
         n_splits = -(-a.n_positions // SPLIT)
         partial = self._b.new((n, n_head, n_splits, head_dim + 2), np.float32)
         y = self._new(n, n_head * head_dim)
-        options = {"scale": scale, "window": window, "sinks": sinks}
-        self._launch(attention_step, rotated.array, a.k[il], a.v[il], *places, partial.array, y.array, **options)
+        places = (a.positions[:n], a.tables[:n])
+        self._launch(attention_step, q, a.k[il], a.v[il], *places, partial.array, y.array, **options)
         return Value(n, n_head * head_dim, y)
 
     def _projections(self, *values: Value) -> tuple[Projections, tuple[Buffer, ...]]:
@@ -273,34 +287,43 @@ class StepOps:
         assert total.experts is not None
         assert total.shares is not None
         down, added = self._arrays(total.experts, residual)
-        _, shares, _, _ = self._chosen(total.shares.choice)
+        _, shares = self._chosen(total.shares.choice)
         self._use(shares)
         y = self._new(total.n_rows, total.width)
         self._launch(moe.combine, down, shares.array, added, y.array)
         return Value(total.n_rows, total.width, y)
 
-    def _chosen(self, choice: Choice) -> tuple[Buffer, Buffer, Groups, tuple[Buffer, ...]]:
-        """The experts of each row, their shares, and which rows go to which expert."""
+    def _chosen(self, choice: Choice) -> tuple[Buffer, Buffer]:
+        """The experts of each row, and their shares."""
         if choice.computed is None:
             (scores,) = self._arrays(choice.scores)
-            n, n_used, n_expert = self._n, choice.n_used, choice.scores.width
-            n_pairs = n * n_used
-            chosen = self._b.new((n, n_used), np.int32)
-            shares = self._new(n, n_used)
-            self._launch(moe.route, scores, self._a.positions[:n], chosen.array, shares.array)
-            self._use(chosen)
-            group = self._b.new((moe.most_groups(n_pairs, n_expert, FEW_ROWS), 3), np.int32)
-            x_rows, y_rows = (self._b.new((n_pairs,), np.int32) for _ in range(2))
-            groups = Groups(group.array, x_rows.array, y_rows.array, FEW_ROWS)
-            self._launch(moe.group_experts, chosen.array, n_expert, n_used, groups, overlap=True)
-            choice.computed = (chosen, shares, groups, (group, x_rows, y_rows))
+            chosen = self._b.new((self._n, choice.n_used), np.int32)
+            shares = self._new(self._n, choice.n_used)
+            self._launch(moe.route, scores, self._a.positions[: self._n], chosen.array, shares.array)
+            choice.computed = (chosen, shares)
         return choice.computed
 
     def _groups(self, product: Product, x: Value) -> tuple[Groups | None, tuple[Buffer, ...]]:
-        if product.choice is None:
+        """Which rows of x go to which expert of a product, and the buffers that say so."""
+        choice = product.choice
+        if choice is None:
             return None, ()
-        _, _, groups, buffers = self._chosen(product.choice)
+        size, n_expert = self._group_size(product), choice.scores.width
+        if size not in choice.groups:
+            chosen, _ = self._chosen(choice)
+            self._use(chosen)
+            n_pairs = product.n_rows
+            group = self._b.new((moe.most_groups(n_pairs, n_expert, size), 3), np.int32)
+            x_rows, y_rows = (self._b.new((n_pairs,), np.int32) for _ in range(2))
+            made = Groups(group.array, x_rows.array, y_rows.array, size)
+            self._launch(moe.group_experts, chosen.array, n_expert, choice.n_used, made, overlap=True)
+            choice.groups[size] = (made, (group, x_rows, y_rows))
+        groups, buffers = choice.groups[size]
         return (groups.by_pair if x.n_rows == product.n_rows else groups), buffers
+
+    def _group_size(self, product: Product) -> int:
+        """The number of rows that a product with experts computes together."""
+        return FEW_ROWS
 
     # --- Computing deferred values ---
 
@@ -386,13 +409,6 @@ class StepOps:
     def _launch(self, binding: Callable[..., None], *arguments: Any, **named: Any) -> None:
         binding(self._kernels, *arguments, **named)
         self._b.launched()
-
-
-def _gate_up_fits(gate: Product, up: Product) -> bool:
-    assert gate.w is not None
-    assert up.w is not None
-    assert gate.x is not None
-    return gate_up.fits(gate.w, up.w, gate.x.n_rows if gate.choice is None else FEW_ROWS)
 
 
 def _as_product(value: Value) -> Value:

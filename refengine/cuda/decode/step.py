@@ -167,7 +167,7 @@ class DecodeStep:
         self._filled: set[int] = set()
         rows = {name: self._b[name] for name in ("ids", "positions", "tables")}
         self._arrays = StepArrays(
-            **rows, k=kv.k, v=kv.v, n_ctx=kv.n_ctx, n_positions=self.n_positions, angles=self._angles
+            **rows, k=kv.k, v=kv.v, n_ctx=kv.n_ctx, n_positions=self.n_positions, angles=self.angles
         )
         self._sampler = Sampler(ops.kernels, cfg.n_vocab, self.n_positions + 1)
         self.state = DecodeState(ops.xp, self._b, cfg.n_vocab, self.n_positions, kv.block_size)
@@ -234,7 +234,7 @@ class DecodeStep:
         self._logits[bucket] = logits
         self._sampler.draw(bucket, logits, self._b)
 
-    def _angles(self, number: int, constants: Any, freq_factors: Array | None) -> Angles:
+    def angles(self, number: int, constants: Any, freq_factors: Array | None) -> Angles:
         """The table for `decode()`'s request with this number, filled at the first request."""
         cos, sin = self._tables[number]
         if number not in self._filled:

@@ -42,11 +42,14 @@ class Norm(Value):
 
 @dataclass(eq=False)
 class Choice:
-    """The experts chosen from scores. computed: (chosen, shares, groups, their buffers), made when first needed."""
+    """The experts chosen from scores. Made when first needed: computed, (chosen, shares); and by the size of groups,
+    which rows go to which expert, and the groups' buffers.
+    """
 
     scores: Value
     n_used: int
-    computed: tuple[Buffer, Buffer, Groups, tuple[Buffer, ...]] | None = None
+    computed: tuple[Buffer, Buffer] | None = None
+    groups: dict[int, tuple[Groups, tuple[Buffer, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

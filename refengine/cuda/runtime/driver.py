@@ -37,6 +37,7 @@ class Launcher:
         self._attribute_address = ctypes.addressof(self._attribute)
         self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._config_pointer = ctypes.c_void_p(ctypes.addressof(self._config))
+        self._sizes: tuple[Any, ...] = ()  # that config has
         self._lock = Lock()  # config and arguments are written before the call, and read in it
 
     def launch(
@@ -53,8 +54,11 @@ class Launcher:
         """
         with self._lock:
             self._arguments.write(arguments)
-            _CONFIG.pack_into(
-                self._config, 0, *three(grid), *three(block), shared_bytes, stream, self._attribute_address, overlap
-            )
+            sizes = (grid, block, shared_bytes, stream, overlap)
+            if sizes != self._sizes:  # the layers of a model have the same
+                _CONFIG.pack_into(
+                    self._config, 0, *three(grid), *three(block), shared_bytes, stream, self._attribute_address, overlap
+                )
+                self._sizes = sizes
             status: int = self._launch(self._config_pointer, self._function, self._arguments.pointers, None)
             return status
