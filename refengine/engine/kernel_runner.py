@@ -48,6 +48,8 @@ class KernelRunner:
         """Compile the kernels and capture the graphs; allocate the arrays for a prompt of `n_prompt` tokens."""
         if self._step is not None:
             self._step.warm_up()
+        if n_prompt and self._prompts is not None:
+            self._prompts.prepare(n_prompt)
         if n_prompt:
             sequence = CacheSequence()
             self._logits([(sequence, [0] * n_prompt)], [n_prompt - 1])

@@ -1,14 +1,20 @@
 """A pass over prompts with a model's `decode()`: the fused operations of a decode step, for any number of rows.
 
 A row is a token of a sequence, with its position and its sequence's blocks of the cache; a sequence may have several.
-So a prompt takes about as few launches as a step, and has the bits of `forward()`. What differs from a step: attention
-of several rows to the same positions, larger groups of rows that use the same expert, and buffers, which come from the
-pool, because the number of rows is another each time. Nothing waits for the device.
+So a prompt takes about as few launches as a step, and has the bits of `forward()`. What differs from a step is attention
+of several rows to the same positions, and larger groups of rows that use the same expert.
+
+The launches for a number of rows are prepared once, as a program, which Python then only has to run. Numbers of rows are
+rounded up (`bucket_of`); the rows in excess have no sequence, as in a step. Only attention is prepared anew each time,
+because its grid depends on the sequences. Nothing waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,61 +22,84 @@ import numpy as np
 from refengine.array import Array
 from refengine.cache.paged import Batch, KVCache
 from refengine.config import ModelConfig
-from refengine.cuda.decode.buffers import Buffer
+from refengine.cuda.decode.buffers import Buffers, Placed, Recorder
 from refengine.cuda.decode.ops import Angles, StepArrays, StepOps
+from refengine.cuda.decode.state import NO_ROW
 from refengine.cuda.decode.values import Product, Value
-from refengine.cuda.kernels import attention, matmul
+from refengine.cuda.kernels import attention, embedding, matmul
 from refengine.cuda.kernels.attention import BatchLayout
+from refengine.cuda.memory import Arena, aligned
 from refengine.cuda.ops import KernelOps, layout_of
+from refengine.cuda.runtime.launch import Kernels, NoLaunches, Program
 from refengine.cuda.upload import together
 from refengine.errors import KernelError
 from refengine.ops.decode import no_trace
 
 Decode = Callable[..., Any]
+MOST_PROGRAMS = 64  # programs that are kept; one takes about half a megabyte of host memory
 
 
-class Pooled:
-    """Buffers from the pool of a forward pass, to which they return when nothing refers to them any more."""
+def bucket_of(n: int) -> int:
+    """The number of rows for which n rows are computed: a power of two from 8 on, or a multiple of 64.
 
-    def __init__(self, xp: Any) -> None:
-        self._xp = xp
+    It costs little, because products compute 8 or 64 rows together.
+    """
+    return next((size for size in (8, 16, 32) if n <= size), -(-n // 64) * 64)
 
-    def new(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
-        return Buffer(self._xp.empty(shape, dtype), 0)
 
-    def use(self, buffer: Buffer) -> None:
-        """Does nothing: a buffer is in use as long as something refers to it."""
+def most_wanted(n: int) -> int:
+    """The number of logit rows that are computed if n are wanted: none, or a power of two."""
+    return 1 << (n - 1).bit_length() if n else 0
 
-    def launched(self) -> None:
-        """Does nothing, likewise."""
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arrays, at fixed addresses, that a pass is given: ids, positions, wanted (n,), tables (n, n_blocks); int32.
+
+    wanted: the rows whose logits are wanted. Unused rows have the position NO_ROW.
+    """
+
+    ids: Array
+    positions: Array
+    wanted: Array
+    tables: Array
+    arena: Arena  # has them, kept alive
 
 
 class PromptOps(StepOps):
-    """The operations of one pass over n rows. wanted: the rows whose logits are wanted, on the host."""
+    """The operations of a pass over n rows, of which the logits of n_wanted are wanted.
+
+    layout: the sequences' rows and blocks, for the next run of the attention's launches.
+    """
 
     def __init__(
-        self, ops: KernelOps, arrays: StepArrays, n: int, layout: BatchLayout, wanted: Sequence[int] | np.ndarray
+        self, ops: KernelOps, kernels: Kernels, arrays: StepArrays, buffers: Buffers, n: int, wanted: Array
     ) -> None:
-        super().__init__(ops.kernels, arrays, Pooled(ops.xp), n)
-        self._xp, self._layout, self._wanted = ops.xp, layout, np.asarray(wanted)
+        super().__init__(kernels, arrays, buffers, n)
+        self._ops, self._wanted = ops, wanted
+        self.layout: BatchLayout | None = None
 
     def rows(self, x: Value) -> Value:
-        n, array = len(self._wanted), self.array(x)
-        first = int(self._wanted[0]) if n else 0
-        if np.array_equal(self._wanted, np.arange(first, first + n)):
-            part = array[first : first + n]
-        else:
-            part = array[self._xp.asarray(self._wanted)]
-        return Value(n, x.width, Buffer(part, 0))
+        (array,) = self._arrays(x)
+        y = self._new(len(self._wanted), x.width)
+        self._launch(embedding.take_rows, array, self._wanted, y.array)
+        return Value(y.array.shape[0], x.width, y)
 
     def _attend(self, il: int, q: Array, options: dict[str, Any]) -> Value:
         n, n_head, head_dim = q.shape
-        k, v = self._a.k[il], self._a.v[il]
-        splits = attention.splits_of(self._layout, k.values.shape[2], options["window"], None)
-        partial = self._b.new((n, n_head, splits[1], head_dim + 2), np.float32).array if splits[2] else None
         y = self._new(n, n_head * head_dim)
-        self._launch(attention.attention, q, k, v, self._layout, y.array, splits=splits, partial=partial, **options)
+        attend = partial(self._attend_now, q, self._a.k[il], self._a.v[il], y.array, options)
+        if isinstance(self._kernels, Program):
+            self._kernels.add(attend)
+        self._b.launched()
         return Value(n, n_head * head_dim, y)
+
+    def _attend_now(self, q: Array, k: Any, v: Any, y: Array, options: dict[str, Any]) -> None:
+        assert self.layout is not None
+        n, n_head, head_dim = q.shape
+        splits = attention.splits_of(self.layout, k.values.shape[2], options["window"], None)
+        partial = self._ops.xp.empty((n, n_head, splits[1], head_dim + 2), np.float32) if splits[2] else None
+        attention.attention(self._ops.kernels, q, k, v, self.layout, y, splits=splits, partial=partial, **options)
 
     def _group_size(self, product: Product) -> int:
         assert product.w is not None
@@ -78,7 +107,7 @@ class PromptOps(StepOps):
 
 
 class PromptPass:
-    """Runs forward passes over prompts for the sequences of one cache.
+    """Runs forward passes over prompts for the sequences of one cache. All of them must be on the same stream.
 
     n_positions: the maximum length of a sequence. angles: as in `StepArrays`.
     """
@@ -95,36 +124,84 @@ class PromptPass:
     ) -> None:
         self._ops, self._cfg, self._decode, self._weights, self._kv = ops, cfg, decode, weights, kv
         self._n_positions, self._angles = n_positions, angles
+        self._n_blocks = KVCache.blocks_for(n_positions, kv.block_size)
+        self._inputs: Inputs | None = None
+        self._arena: Arena | None = None  # the buffers of all programs, which do not run at the same time
+        self._programs: OrderedDict[tuple[int, int], tuple[Program, PromptOps, Array | None]] = OrderedDict()
+
+    def prepare(self, n: int) -> None:
+        """Prepare passes of up to n rows that end with one row of logits, and allocate what they need."""
+        sizes = {bucket_of(n), *(bucket_of(size) for size in (1, 16, 32)), *range(64, n, 64)}
+        with self._ops.workspace():
+            for size in sorted((size for size in sizes if size <= bucket_of(n)), reverse=True):
+                self._program(size, 1)
 
     def run(self, batch: Batch) -> Array:
-        """The logits of the rows that `batch` asks for, (n_out, n_vocab) on the device. Fills the cache at its slots.
+        """The logits of the rows that `batch` asks for, (n_out, n_vocab) on the device, valid until the next run.
 
-        Raises KernelError if ids, positions or blocks are out of range.
+        Fills the cache at the batch's slots. Raises KernelError if ids, positions or blocks are out of range,
+        DeviceError if the buffers do not fit.
         """
         self._check(batch)
-        n, kv = len(batch.ids), self._kv
+        n, n_out = len(batch.ids), len(batch.rows)
         with np.errstate(all="ignore"), self._ops.workspace():
-            tables = np.zeros((n, max(len(span.block_table) for span in batch.spans)), np.int32)
+            size = bucket_of(n)
+            program, ops, logits = self._program(size, most_wanted(n_out))
+            assert self._inputs is not None
+            ids, wanted = np.zeros(size, np.int32), np.zeros(most_wanted(n_out), np.int32)
+            positions = np.full(size, NO_ROW, np.int32)
+            ids[:n], positions[:n], wanted[:n_out] = batch.ids, batch.positions, batch.rows
+            width = max(len(span.block_table) for span in batch.spans)
+            tables = np.zeros((n, width), np.int32)
             for span in batch.spans:
                 tables[span.start : span.stop, : len(span.block_table)] = span.block_table
             layout = layout_of(batch, self._cfg.n_head // self._cfg.n_head_kv)
-            arrays = together(self._ops.xp, [batch.ids, batch.positions, tables, *layout.arrays])
-            ids, positions, on_device, *of_layout = arrays
-            step = StepArrays(
-                ids,
-                positions,
-                on_device,
-                kv.k,
-                kv.v,
-                n_ctx=kv.n_ctx,
-                n_positions=self._n_positions,
-                angles=self._angles,
-            )
-            ops = PromptOps(self._ops, step, n, layout.on_device(of_layout), batch.rows)
-            logits = self._decode(self._cfg, self._weights, ops, no_trace)
-            if not len(batch.rows):
-                return self._ops.xp.empty((0, self._cfg.n_vocab), np.float32)
-            return ops.array(logits)
+            given = together(self._ops.xp, [ids, positions, wanted, tables, *layout.arrays])
+            self._inputs.ids[:size], self._inputs.positions[:size] = given[:2]
+            self._inputs.wanted[: len(wanted)], self._inputs.tables[:n, :width] = given[2:4]
+            ops.layout = layout.on_device(given[4:])
+            program.run()
+            return self._ops.xp.empty((0, self._cfg.n_vocab), np.float32) if logits is None else logits[:n_out]
+
+    def _program(self, n: int, n_wanted: int) -> tuple[Program, PromptOps, Array | None]:
+        """The launches for n rows and n_wanted rows of logits, the operations that made them, and the logits' array."""
+        found = self._programs.get((n, n_wanted))
+        if found is not None:
+            self._programs.move_to_end((n, n_wanted))
+            return found
+        inputs = self._inputs_for(max(n, n_wanted))
+        recorder = Recorder()
+        self._launched(NoLaunches(self._ops.kernels.place), recorder, inputs, n, n_wanted)
+        plan = recorder.plan()
+        if self._arena is None or self._arena.n_bytes < plan.n_bytes:
+            self._programs.clear()
+            self._arena = None  # the old buffers are freed before the new ones are allocated
+            self._arena = self._ops.memory.arena("workspace", plan.n_bytes)
+        program = Program(self._ops.kernels)
+        ops, logits = self._launched(program, Placed(self._arena, plan.offsets), inputs, n, n_wanted)
+        self._programs[n, n_wanted] = program, ops, logits
+        if len(self._programs) > MOST_PROGRAMS:
+            self._programs.popitem(last=False)
+        return program, ops, logits
+
+    def _launched(
+        self, kernels: Kernels, buffers: Buffers, inputs: Inputs, n: int, n_wanted: int
+    ) -> tuple[PromptOps, Array | None]:
+        """Give `kernels` all launches of a pass. Returns the operations, and the array of the logits."""
+        kv, rows = self._kv, (inputs.ids[:n], inputs.positions[:n], inputs.tables[:n])
+        arrays = StepArrays(*rows, kv.k, kv.v, kv.n_ctx, self._n_positions, self._angles)
+        ops = PromptOps(self._ops, kernels, arrays, buffers, n, inputs.wanted[:n_wanted])
+        logits = self._decode(self._cfg, self._weights, ops, no_trace)
+        return ops, ops.array(logits) if n_wanted else None
+
+    def _inputs_for(self, n: int) -> Inputs:
+        """The inputs of at least n rows."""
+        if self._inputs is None or len(self._inputs.ids) < n:
+            self._programs.clear()
+            arena = self._ops.memory.arena("workspace", (3 * aligned(4 * n)) + 4 * n * self._n_blocks)
+            ids, positions, wanted = (arena.take((n,), np.int32) for _ in range(3))
+            self._inputs = Inputs(ids, positions, wanted, arena.take((n, self._n_blocks), np.int32), arena)
+        return self._inputs
 
     def _check(self, batch: Batch) -> None:
         """A kernel would read or write out of bounds otherwise (W-1431)."""

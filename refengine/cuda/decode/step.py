@@ -25,7 +25,7 @@ from refengine.cuda.kernels.moe import MOST_USED
 from refengine.cuda.kernels.sampling import Sampler
 from refengine.cuda.memory import Arena, aligned
 from refengine.cuda.ops import KernelOps
-from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.runtime.launch import Kernels, NoLaunches
 from refengine.errors import KernelError
 from refengine.ops.decode import DecodeOps, DecodeTrace, Value, no_trace
 
@@ -40,15 +40,6 @@ __all__ = ["Decode", "DecodeRow", "DecodeStep", "NoFusedStep", "StepPlan", "buck
 def buckets_for(max_batch: int) -> tuple[int, ...]:
     """The numbers of rows for which kernels are launched: powers of two below max_batch, and max_batch."""
     return (*(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch), max_batch)
-
-
-class _NoKernels(Kernels):
-    """Launches nothing."""
-
-    n_multiprocessors = 1
-
-    def launch(self, *arguments: Any, **named: Any) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ class StepPlan:
         plans: dict[int, Plan] = {}
         for bucket in buckets_for(max_batch):
             recorder = Recorder()
-            ops = StepOps(_NoKernels(place), arrays, recorder, bucket)
+            ops = StepOps(NoLaunches(place), arrays, recorder, bucket)
             ops.array(decode(cfg, weights, ops, no_trace))
             plans[bucket] = recorder.plan()
         sampling = Sampler(Kernels(place), cfg.n_vocab, n_positions + 1).arrays(max_batch)

@@ -6,6 +6,7 @@ once, one call packs them all, and error messages are made only if a check has f
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import struct
 from collections.abc import Sequence
@@ -51,10 +52,20 @@ class Arguments:
             layout += f"{padding}x{code * max(len(parameter.members), 1)}"
             offsets.append(size + padding)
             size = struct.calcsize(layout)
-        self._layout = struct.Struct(layout)
-        self._memory = ctypes.create_string_buffer(max(size, 1))
+        self._layout, self._offsets = struct.Struct(layout), offsets
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self._memory = ctypes.create_string_buffer(max(self._layout.size, 1))
         start = ctypes.addressof(self._memory)
-        self.pointers = (ctypes.c_void_p * max(len(offsets), 1))(*(start + offset for offset in offsets))
+        addresses = [start + offset for offset in self._offsets]
+        self.pointers = (ctypes.c_void_p * max(len(addresses), 1))(*addresses)
+
+    def another(self) -> Arguments:
+        """Arguments of the same kernel in memory of their own."""
+        made = copy.copy(self)
+        made._allocate()
+        return made
 
     def write(self, arguments: Sequence[Any]) -> None:
         """Check arguments and write them to the memory: arrays, None for null pointers, Structs and numbers.

@@ -31,7 +31,7 @@ class Launcher:
     """Launches one kernel. function: the driver's handle of it, from the current context."""
 
     def __init__(self, arguments: Arguments, function: int) -> None:
-        self._arguments, self._launch = arguments, _launch()
+        self._arguments, self._launch, self._handle = arguments, _launch(), function
         self._function = ctypes.c_void_p(function)
         self._attribute = ctypes.create_string_buffer(_OVERLAPS, len(_OVERLAPS))
         self._attribute_address = ctypes.addressof(self._attribute)
@@ -40,7 +40,11 @@ class Launcher:
         self._sizes: tuple[Any, ...] = ()  # that config has
         self._lock = Lock()  # config and arguments are written before the call, and read in it
 
-    def launch(
+    def another(self) -> Launcher:
+        """A launcher of the same kernel, with arguments of its own."""
+        return Launcher(self._arguments.another(), self._handle)
+
+    def prepare(
         self,
         grid: Sequence[int],
         block: Sequence[int],
@@ -48,17 +52,25 @@ class Launcher:
         shared_bytes: int,
         stream: int,
         overlap: bool,
-    ) -> int:
-        """Launch the kernel; returns the driver's CUresult. Raises KernelError for invalid arguments, struct.error for
-        sizes that are no whole numbers.
+    ) -> None:
+        """Write what `again` launches. Raises KernelError for invalid arguments, struct.error for sizes that are no
+        whole numbers.
         """
+        self._arguments.write(arguments)
+        sizes = (grid, block, shared_bytes, stream, overlap)
+        if sizes != self._sizes:  # the layers of a model have the same
+            _CONFIG.pack_into(
+                self._config, 0, *three(grid), *three(block), shared_bytes, stream, self._attribute_address, overlap
+            )
+            self._sizes = sizes
+
+    def again(self) -> int:
+        """Launch what was prepared; returns the driver's CUresult."""
+        status: int = self._launch(self._config_pointer, self._function, self._arguments.pointers, None)
+        return status
+
+    def launch(self, *what: Any) -> int:
+        """`prepare` and `again`, for any number of threads."""
         with self._lock:
-            self._arguments.write(arguments)
-            sizes = (grid, block, shared_bytes, stream, overlap)
-            if sizes != self._sizes:  # the layers of a model have the same
-                _CONFIG.pack_into(
-                    self._config, 0, *three(grid), *three(block), shared_bytes, stream, self._attribute_address, overlap
-                )
-                self._sizes = sizes
-            status: int = self._launch(self._config_pointer, self._function, self._arguments.pointers, None)
-            return status
+            self.prepare(*what)
+            return self.again()

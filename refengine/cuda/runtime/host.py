@@ -10,7 +10,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,18 @@ class HostModule:
         )
         if error is not None:
             raise KernelError(error.decode(errors="replace"))
+
+    def prepared(
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[Any],
+        shared_bytes: int = 0,
+        overlap: bool = False,
+    ) -> Callable[[], None]:
+        """Like `launch`, but returns the launch, to be made any number of times."""
+        return partial(self.launch, kernel, grid, block, list(arguments), shared_bytes, overlap)
 
 
 def toolchain() -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -68,3 +68,53 @@ class Kernels:
             self.module(file).launch(kernel, grid, (block,), arguments, shared_bytes, overlap)
         except KernelError as e:
             raise KernelError(f"{what}: {e}" if what else str(e)) from None
+
+
+class NoLaunches(Kernels):
+    """Launches nothing, to find out what would be launched."""
+
+    n_multiprocessors = 1
+
+    def launch(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+
+class Program(Kernels):
+    """Launches that are not made, but prepared and kept, to be made together any number of times, on the same stream.
+
+    The arrays of the launches are not kept alive.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.place, self.n_multiprocessors, self._kernels = kernels.place, kernels.n_multiprocessors, kernels
+        self._calls: list[Callable[[], None]] = []
+
+    def launch(
+        self,
+        file: str,
+        kernel: str,
+        grid: Sequence[int],
+        block: int,
+        arguments: Sequence[Any],
+        shared_bytes: int = 0,
+        overlap: bool = False,
+        *,
+        what: str = "",
+    ) -> None:
+        """Add a launch. Raises KernelError for invalid arguments."""
+        if not all(grid):
+            return
+        try:
+            module = self._kernels.module(file)
+            self._calls.append(module.prepared(kernel, grid, (block,), arguments, shared_bytes, overlap))
+        except KernelError as e:
+            raise KernelError(f"{what}: {e}" if what else str(e)) from None
+
+    def add(self, call: Callable[[], None]) -> None:
+        """Add a call of a function, for launches that are different each time."""
+        self._calls.append(call)
+
+    def run(self) -> None:
+        """Make all launches and calls, in their order. Raises KernelError for a refused launch."""
+        for call in self._calls:
+            call()

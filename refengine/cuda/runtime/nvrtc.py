@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,26 +146,55 @@ class DeviceModule:
 
         overlap: let it begin before the previous kernel has ended; only for kernels that call `wait_for_previous`.
         """
-        launcher = self._launchers.get(kernel) or self._launcher(kernel)
-        try:
-            if shared_bytes > self._shared_limits.get(kernel, STATIC_LIMIT):
-                self._allow_shared(kernel, shared_bytes)
-            stream = self._stream().ptr
-            status = launcher.launch(grid, block, arguments, shared_bytes, stream, overlap and self._overlaps)
-            if status:
-                self._driver.check_status(status)
-        except RuntimeError as e:  # CUDADriverError
-            raise KernelError(f"{kernel}: launch of grid {tuple(grid)}, block {tuple(block)} refused: {e}") from None
+        launcher, stream = self._launcher(kernel, shared_bytes), self._stream().ptr
+        status = launcher.launch(grid, block, arguments, shared_bytes, stream, overlap and self._overlaps)
+        if status:
+            self._refused(status, kernel, grid, block)
 
-    def _launcher(self, kernel: str) -> Launcher:
-        arguments = Arguments(self.source, kernel)  # first, because it names an unknown kernel
-        launcher = self._launchers[kernel] = Launcher(arguments, self.raw_kernel(kernel).kernel.ptr)
+    def prepared(
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[Any],
+        shared_bytes: int = 0,
+        overlap: bool = False,
+    ) -> Callable[[], None]:
+        """Like `launch`, but returns the launch, to be made any number of times, on the stream that is current now.
+
+        It does not keep the arrays alive.
+        """
+        launcher, stream = self._launcher(kernel, shared_bytes).another(), self._stream().ptr
+        launcher.prepare(grid, block, arguments, shared_bytes, stream, overlap and self._overlaps)
+
+        def launch() -> None:
+            status = launcher.again()
+            if status:
+                self._refused(status, kernel, grid, block)
+
+        return launch
+
+    def _launcher(self, kernel: str, shared_bytes: int) -> Launcher:
+        """The launcher of a kernel, which may use so many bytes of shared memory."""
+        launcher = self._launchers.get(kernel)
+        if launcher is None:
+            arguments = Arguments(self.source, kernel)  # first, because it names an unknown kernel
+            launcher = self._launchers[kernel] = Launcher(arguments, self.raw_kernel(kernel).kernel.ptr)
+        if shared_bytes > self._shared_limits.get(kernel, STATIC_LIMIT):
+            attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            try:
+                self._driver.funcSetAttribute(self.raw_kernel(kernel).kernel.ptr, attribute, shared_bytes)
+            except RuntimeError as e:  # CUDADriverError
+                raise KernelError(f"{kernel}: launch with {shared_bytes} bytes of shared memory refused: {e}") from None
+            self._shared_limits[kernel] = shared_bytes
         return launcher
 
-    def _allow_shared(self, kernel: str, n_bytes: int) -> None:
-        attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        self._driver.funcSetAttribute(self.raw_kernel(kernel).kernel.ptr, attribute, n_bytes)
-        self._shared_limits[kernel] = n_bytes
+    def _refused(self, status: int, kernel: str, grid: Sequence[int], block: Sequence[int]) -> None:
+        """Raises KernelError with the driver's name of an error."""
+        try:
+            self._driver.check_status(status)
+        except RuntimeError as e:  # CUDADriverError
+            raise KernelError(f"{kernel}: launch of grid {tuple(grid)}, block {tuple(block)} refused: {e}") from None
 
 
 def architecture(cupy: Any) -> str:
