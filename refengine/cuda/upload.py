@@ -46,7 +46,7 @@ class Described:
         return values
 
     def matrix(self, w: Matrix, done: Callable[[int], None] = lambda n: None) -> PackedMatrix:
-        return PackedMatrix(w.name, w.type, tuple(w.shape), {})
+        return PackedMatrix(w.name, w.type, tuple(w.shape), {"low": np.empty(0, np.uint8)})  # every type has this plane
 
 
 class Uploader:

@@ -17,6 +17,7 @@ from refengine.config import ModelConfig
 from refengine.cuda.decode.prompt import PromptPass
 from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan
 from refengine.cuda.sampling import checked_tokens, sample_rows
+from refengine.cuda.workspace import prompt_bytes as forward_bytes
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
 from refengine.engine.scheduler import ScheduledChunk
 from refengine.trace import Tracer, no_trace, to_numpy
@@ -127,6 +128,19 @@ def step_bytes(
         return StepPlan.of(decode, config, weights, place, **sizes).total_bytes
     except NoFusedStep:
         return 0
+
+
+def prompt_bytes(
+    config: ModelConfig, decode: Any, weights: Any, place: str, attention_by: str, n_tokens: int, n_positions: int
+) -> int:
+    """The bytes of device memory that prompts need, in passes of up to n_tokens. Other arguments: see `step_bytes`."""
+    if attention_by == "flash":
+        sizes = {"n_ctx": config.n_ctx_train, "n_positions": n_positions, "block_size": BLOCK_SIZE}
+        try:
+            return PromptPass.planned_bytes(config, decode, weights, place, n_tokens, **sizes)
+        except NoFusedStep:
+            pass
+    return forward_bytes(config, n_tokens)
 
 
 def checked_token(drawn: Any) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refengine.cache.paged import CacheSequence
-from refengine.cuda.decode.prompt import PromptPass
+from refengine.cuda.decode.prompt import MOST_PROGRAMS, PromptPass, bucket_of
 from refengine.cuda.decode.step import DecodeStep
 from refengine.errors import KernelError
 from refengine.model import Model
@@ -88,3 +88,25 @@ def test_what_would_be_out_of_bounds_is_refused(place: str, tiny_model: ModelFil
     prompts = Prompts(model)
     with pytest.raises(KernelError, match=rf"prompt: ids 0 to {model.config.n_vocab}, allowed 0 to"):
         prompts.feed([[0, model.config.n_vocab]])
+    with pytest.raises(KernelError, match="prompt: rows 2 to 2, allowed 0 to 1"):
+        prompts.feed([[0, 1]], [2])
+
+
+def test_rows_are_rounded_up_by_an_eighth_at_most() -> None:
+    assert [bucket_of(n) for n in (1, 8, 9, 33, 64, 65, 512, 1000, 1025, 2048)] == [
+        *(8, 8, 16, 64, 64, 128, 512, 1024, 1152, 2048)
+    ]
+    for n in range(512, 20000, 7):
+        assert n <= bucket_of(n) <= n * 9 // 8
+    assert len({bucket_of(n) for n in range(1, 4097)}) < MOST_PROGRAMS
+
+
+def test_no_memory_is_allocated_after_the_preparation(place: str, tiny_model: ModelFiles) -> None:
+    model = loaded(tiny_model("llama-q4_0"), place)
+    prompts = Prompts(model, 1)
+    prompts.prompts.prepare(N_TOKENS)
+    before = model.ops.memory.accounted()["workspace"]
+    for n in (3, 40, 3, 24):
+        prompts.feed([ids_for(model, n)], [n - 1])
+        if place == "host":  # on a GPU, the model file takes memory from the pool
+            assert model.ops.memory.accounted()["workspace"] == before

@@ -1,12 +1,12 @@
 """A pass over prompts with a model's `decode()`: the fused operations of a decode step, for any number of rows.
 
 A row is a token of a sequence, with its position and its sequence's blocks of the cache; a sequence may have several.
-So a prompt takes about as few launches as a step, and has the bits of `forward()`. What differs from a step is attention
-of several rows to the same positions, and larger groups of rows that use the same expert.
+So a prompt takes about as few launches as a step, and has the bits of `forward()`. What differs from a step is the
+attention, of several rows to the same positions, and larger groups of rows that use the same expert.
 
-The launches for a number of rows are prepared once, as a program, which Python then only has to run. Numbers of rows are
-rounded up (`bucket_of`); the rows in excess have no sequence, as in a step. Only attention is prepared anew each time,
-because its grid depends on the sequences. Nothing waits for the device.
+The launches for a number of rows are prepared once, as a program, which Python then only has to run. Numbers of rows
+are rounded up (`bucket_of`); the rows in excess have no sequence, as in a step. Only attention is launched anew each
+time, because its grid depends on the sequences. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy as np
 from refengine.array import Array
 from refengine.cache.paged import Batch, KVCache
 from refengine.config import ModelConfig
-from refengine.cuda.decode.buffers import Buffers, Placed, Recorder
+from refengine.cuda.decode.buffers import Buffers, Placed, Plan, Recorder, shaped
 from refengine.cuda.decode.ops import Angles, StepArrays, StepOps
 from refengine.cuda.decode.state import NO_ROW
-from refengine.cuda.decode.values import Product, Value
+from refengine.cuda.decode.values import NoFusedStep, Product, Value
 from refengine.cuda.kernels import attention, embedding, matmul
-from refengine.cuda.kernels.attention import BatchLayout
-from refengine.cuda.memory import Arena, aligned
+from refengine.cuda.kernels.attention import BatchLayout, PagedRows
+from refengine.cuda.memory import Arena, DeviceMemory, aligned
 from refengine.cuda.ops import KernelOps, layout_of
 from refengine.cuda.runtime.launch import Kernels, NoLaunches, Program
 from refengine.cuda.upload import together
@@ -40,11 +40,14 @@ MOST_PROGRAMS = 64  # programs that are kept; one takes about half a megabyte of
 
 
 def bucket_of(n: int) -> int:
-    """The number of rows for which n rows are computed: a power of two from 8 on, or a multiple of 64.
+    """The number of rows for which n rows are computed: 8, 16, 32, or a multiple of 64; from 1024 on, of n / 8 or less.
 
-    It costs little, because products compute 8 or 64 rows together.
+    The rows in excess cost little, because products compute 8 or 64 rows together.
     """
-    return next((size for size in (8, 16, 32) if n <= size), -(-n // 64) * 64)
+    if n <= 32:
+        return next(size for size in (8, 16, 32) if n <= size)
+    step = max(64, 1 << (n.bit_length() - 4))
+    return -(-n // step) * step
 
 
 def most_wanted(n: int) -> int:
@@ -63,7 +66,17 @@ class Inputs:
     positions: Array
     wanted: Array
     tables: Array
-    arena: Arena  # has them, kept alive
+
+    @staticmethod
+    def of(take: Callable[[tuple[int, ...], Any], Array], n: int, n_blocks: int) -> Inputs:
+        """The inputs of up to n rows, allocated by `take(shape, dtype)`."""
+        ids, positions, wanted = (take((n,), np.int32) for _ in range(3))
+        return Inputs(ids, positions, wanted, take((n, n_blocks), np.int32))
+
+    @staticmethod
+    def n_bytes(n: int, n_blocks: int) -> int:
+        """The bytes that `of` allocates in an arena."""
+        return 3 * aligned(4 * n) + 4 * n * n_blocks
 
 
 class PromptOps(StepOps):
@@ -126,15 +139,17 @@ class PromptPass:
         self._n_positions, self._angles = n_positions, angles
         self._n_blocks = KVCache.blocks_for(n_positions, kv.block_size)
         self._inputs: Inputs | None = None
+        self._inputs_arena: Arena | None = None  # has the inputs, and is accounted as long as it is kept
         self._arena: Arena | None = None  # the buffers of all programs, which do not run at the same time
         self._programs: OrderedDict[tuple[int, int], tuple[Program, PromptOps, Array | None]] = OrderedDict()
 
     def prepare(self, n: int) -> None:
-        """Prepare passes of up to n rows that end with one row of logits, and allocate what they need."""
-        sizes = {bucket_of(n), *(bucket_of(size) for size in (1, 16, 32)), *range(64, n, 64)}
+        """Allocate what passes of n rows need, and prepare them, and up to 512 rows. One row of logits is wanted."""
+        smaller = {bucket_of(size) for size in (1, 16, 32, *range(64, min(n, 512), 64))}
         with self._ops.workspace():
-            for size in sorted((size for size in sizes if size <= bucket_of(n)), reverse=True):
-                self._program(size, 1)
+            for size in sorted({bucket_of(n), *smaller}, reverse=True):
+                if size <= bucket_of(n):
+                    self._program(size, 1)
 
     def run(self, batch: Batch) -> Array:
         """The logits of the rows that `batch` asks for, (n_out, n_vocab) on the device, valid until the next run.
@@ -170,9 +185,7 @@ class PromptPass:
             self._programs.move_to_end((n, n_wanted))
             return found
         inputs = self._inputs_for(max(n, n_wanted))
-        recorder = Recorder()
-        self._launched(NoLaunches(self._ops.kernels.place), recorder, inputs, n, n_wanted)
-        plan = recorder.plan()
+        plan = self._plan(inputs, n, n_wanted)
         if self._arena is None or self._arena.n_bytes < plan.n_bytes:
             self._programs.clear()
             self._arena = None  # the old buffers are freed before the new ones are allocated
@@ -194,19 +207,63 @@ class PromptPass:
         logits = self._decode(self._cfg, self._weights, ops, no_trace)
         return ops, ops.array(logits) if n_wanted else None
 
+    def _plan(self, inputs: Inputs, n: int, n_wanted: int) -> Plan:
+        """The places of a pass's buffers. inputs: only their shapes are used."""
+        recorder = Recorder()
+        self._launched(NoLaunches(self._ops.kernels.place), recorder, inputs, n, n_wanted)
+        return recorder.plan()
+
     def _inputs_for(self, n: int) -> Inputs:
         """The inputs of at least n rows."""
         if self._inputs is None or len(self._inputs.ids) < n:
             self._programs.clear()
-            arena = self._ops.memory.arena("workspace", (3 * aligned(4 * n)) + 4 * n * self._n_blocks)
-            ids, positions, wanted = (arena.take((n,), np.int32) for _ in range(3))
-            self._inputs = Inputs(ids, positions, wanted, arena.take((n, self._n_blocks), np.int32), arena)
+            arena = self._ops.memory.arena("workspace", Inputs.n_bytes(n, self._n_blocks))
+            self._inputs, self._inputs_arena = Inputs.of(arena.take, n, self._n_blocks), arena
         return self._inputs
+
+    @staticmethod
+    def planned_bytes(
+        cfg: ModelConfig,
+        decode: Decode | None,
+        weights: Any,
+        place: str,
+        n: int,
+        *,
+        n_ctx: int,
+        n_positions: int,
+        block_size: int,
+    ) -> int:
+        """The bytes that `prepare(n)` allocates, found without a device. Raises NoFusedStep.
+
+        weights: the model's weights, of which only names, types and shapes are used. n_positions: the maximum length
+        of a sequence.
+        """
+        if decode is None:
+            raise NoFusedStep(f"the model file of {cfg.arch} has no decode()")
+
+        def cache(n: int, shape: tuple[int, ...]) -> list[PagedRows]:
+            return [PagedRows(shaped(shape, np.float16), shaped(shape[:-1], np.uint8))] * n
+
+        def angles(number: int, constants: Any, freq_factors: Array | None) -> Angles:
+            table = shaped((n_positions, constants.n_rot // 2), np.float32)
+            return table, table
+
+        n_blocks, size = KVCache.blocks_for(n_positions, block_size), bucket_of(n)
+        kv = KVCache(
+            cache, cfg.n_layer, cfg.n_head_kv, cfg.head_dim, n_ctx=n_ctx, n_blocks=n_blocks, block_size=block_size
+        )
+        ops = KernelOps(np, NoLaunches(place), DeviceMemory(np))
+        prompts = PromptPass(ops, cfg, decode, weights, kv, n_positions, angles)
+        return Inputs.n_bytes(size, n_blocks) + prompts._plan(Inputs.of(shaped, size, n_blocks), size, 1).n_bytes
 
     def _check(self, batch: Batch) -> None:
         """A kernel would read or write out of bounds otherwise (W-1431)."""
-        blocks = np.concatenate([span.block_table for span in batch.spans])
-        limits = {"ids": (batch.ids, self._cfg.n_vocab), "blocks": (blocks, self._kv.n_blocks)}
-        for name, (values, limit) in (limits | {"positions": (batch.positions, self._n_positions)}).items():
-            if not 0 <= values.min() <= values.max() < limit:
+        limits = {
+            "ids": (batch.ids, self._cfg.n_vocab),
+            "positions": (batch.positions, self._n_positions),
+            "blocks": (np.concatenate([span.block_table for span in batch.spans]), self._kv.n_blocks),
+            "rows": (batch.rows, len(batch.ids)),
+        }
+        for name, (values, limit) in limits.items():
+            if values.size and not 0 <= values.min() <= values.max() < limit:
                 raise KernelError(f"prompt: {name} {values.min()} to {values.max()}, allowed 0 to {limit - 1}")

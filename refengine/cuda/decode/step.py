@@ -16,7 +16,7 @@ import numpy as np
 from refengine.array import Array
 from refengine.cache.paged import KVCache
 from refengine.config import ModelConfig
-from refengine.cuda.decode.buffers import Placed, Plan, Recorder
+from refengine.cuda.decode.buffers import Placed, Plan, Recorder, shaped
 from refengine.cuda.decode.ops import Angles, StepArrays, StepOps
 from refengine.cuda.decode.state import DecodeRow, DecodeState
 from refengine.cuda.decode.values import NoFusedStep
@@ -88,7 +88,7 @@ class StepPlan:
             raise NoFusedStep(f"{cfg.n_expert_used} experts a token; kernels take up to {MOST_USED}")
         n_blocks = -(-n_positions // block_size)
         shape = (n_blocks, block_size, cfg.n_head_kv, cfg.head_dim)
-        values, exponents = _shaped(shape, np.float16), _shaped(shape[:-1], np.uint8)
+        values, exponents = shaped(shape, np.float16), shaped(shape[:-1], np.uint8)
         cache = [PagedRows(values, exponents)] * cfg.n_layer
         rows: Shapes = {
             "ids": ((max_batch,), np.int32),
@@ -99,10 +99,10 @@ class StepPlan:
 
         def note_angles(number: int, constants: Any, freq_factors: Array | None) -> Angles:
             angles[number] = (n_positions, constants.n_rot // 2)
-            table = _shaped(angles[number], np.float32)
+            table = shaped(angles[number], np.float32)
             return table, table
 
-        on_device = {name: _shaped(shape, dtype) for name, (shape, dtype) in rows.items()}
+        on_device = {name: shaped(shape, dtype) for name, (shape, dtype) in rows.items()}
         arrays = StepArrays(**on_device, k=cache, v=cache, n_ctx=n_ctx, n_positions=n_positions, angles=note_angles)
         plans: dict[int, Plan] = {}
         for bucket in buckets_for(max_batch):
@@ -236,8 +236,3 @@ class DecodeStep:
                     table[start : start + len(positions)] = part[:, 0]
             self._filled.add(number)
         return cos, sin
-
-
-def _shaped(shape: tuple[int, ...], dtype: Any) -> Array:
-    """An array with a shape but no memory."""
-    return np.broadcast_to(np.zeros((), dtype), shape)
