@@ -29,7 +29,8 @@ class KernelRunner:
     """The runner for kernels. An engine with a trace uses `ArrayRunner`, because the fused step cannot be traced.
 
     max_batch: the maximum number of rows of the fused step.
-    graphs: capture the fused step as a graph for each bucket; False launches its kernels one by one.
+    graphs: capture the fused step as a graph for each bucket, and prepare the launches of prompts; False launches
+    kernels one by one.
     """
 
     def __init__(self, model: Any, cache: KVCache, max_batch: int, graphs: bool, trace: Tracer = no_trace) -> None:
@@ -41,7 +42,7 @@ class KernelRunner:
             given = (model.ops, model.config, model.decode, model.weights, cache)
             try:
                 self._step = step = DecodeStep(*given, max_batch=max_batch, graphs=graphs)
-                self._prompts = PromptPass(*given, step.n_positions, step.angles)
+                self._prompts = PromptPass(*given, step.n_positions, step.angles, prepared=graphs)
             except NoFusedStep as e:
                 log.warning("tokens of %s go through forward(), without a fused step: %s", model.config.arch, e)
 

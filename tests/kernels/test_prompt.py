@@ -22,7 +22,7 @@ N_TOKENS = 70
 class Prompts:
     """Sequences that are fed to two caches: to one by the pass, to the other by the model file."""
 
-    def __init__(self, model: Model, n_sequences: int = 1, shuffle: int | None = None) -> None:
+    def __init__(self, model: Model, n_sequences: int = 1, shuffle: int | None = None, prepared: bool = True) -> None:
         self.model = model
         self.caches = [model.new_cache(N_TOKENS, n_sequences + 1) for _ in range(2)]
         for cache in self.caches if shuffle is not None else []:
@@ -31,7 +31,7 @@ class Prompts:
         assert model.decode is not None
         given = (model.ops, model.config, model.decode, model.weights, self.caches[0])
         step = DecodeStep(*given, max_batch=1)
-        self.prompts = PromptPass(*given, step.n_positions, step.angles)
+        self.prompts = PromptPass(*given, step.n_positions, step.angles, prepared=prepared)
         self.sequences = [(CacheSequence(), CacheSequence()) for _ in range(n_sequences)]
 
     def feed(self, ids: Sequence[Sequence[int]], rows: Sequence[int] | None = None) -> np.ndarray:
@@ -71,7 +71,7 @@ def test_prompts_of_several_sequences_in_shuffled_blocks(n: int, model: Model) -
 
 @pytest.mark.parametrize("rows", [[], [11], [3, 4, 5], [0, 7, 2]])
 def test_only_the_wanted_rows_have_logits(rows: list[int], model: Model) -> None:
-    prompts = Prompts(model)
+    prompts = Prompts(model, prepared=len(rows) != 1)
     assert prompts.feed([ids_for(model, 12)], rows).shape == (len(rows), model.config.n_vocab)
 
 

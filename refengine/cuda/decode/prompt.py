@@ -101,9 +101,7 @@ class PromptOps(StepOps):
     def _attend(self, il: int, q: Array, options: dict[str, Any]) -> Value:
         n, n_head, head_dim = q.shape
         y = self._new(n, n_head * head_dim)
-        attend = partial(self._attend_now, q, self._a.k[il], self._a.v[il], y.array, options)
-        if isinstance(self._kernels, Program):
-            self._kernels.add(attend)
+        self._kernels.call(partial(self._attend_now, q, self._a.k[il], self._a.v[il], y.array, options))
         self._b.launched()
         return Value(n, n_head * head_dim, y)
 
@@ -122,7 +120,7 @@ class PromptOps(StepOps):
 class PromptPass:
     """Runs forward passes over prompts for the sequences of one cache. All of them must be on the same stream.
 
-    n_positions: the maximum length of a sequence. angles: as in `StepArrays`.
+    n_positions: the maximum length of a sequence. angles: as in `StepArrays`. prepared: as for `Program`.
     """
 
     def __init__(
@@ -134,9 +132,11 @@ class PromptPass:
         kv: KVCache,
         n_positions: int,
         angles: Callable[[int, Any, Array | None], Angles],
+        *,
+        prepared: bool = True,
     ) -> None:
         self._ops, self._cfg, self._decode, self._weights, self._kv = ops, cfg, decode, weights, kv
-        self._n_positions, self._angles = n_positions, angles
+        self._n_positions, self._angles, self._prepared = n_positions, angles, prepared
         self._n_blocks = KVCache.blocks_for(n_positions, kv.block_size)
         self._inputs: Inputs | None = None
         self._inputs_arena: Arena | None = None  # has the inputs, and is accounted as long as it is kept
@@ -190,7 +190,7 @@ class PromptPass:
             self._programs.clear()
             self._arena = None  # the old buffers are freed before the new ones are allocated
             self._arena = self._ops.memory.arena("workspace", plan.n_bytes)
-        program = Program(self._ops.kernels)
+        program = Program(self._ops.kernels, self._prepared)
         ops, logits = self._launched(program, Placed(self._arena, plan.offsets), inputs, n, n_wanted)
         self._programs[n, n_wanted] = program, ops, logits
         if len(self._programs) > MOST_PROGRAMS:

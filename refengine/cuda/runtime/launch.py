@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from refengine.cuda.runtime.source import read_source
@@ -69,6 +69,10 @@ class Kernels:
         except KernelError as e:
             raise KernelError(f"{what}: {e}" if what else str(e)) from None
 
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function that launches kernels itself, in its turn among the launches."""
+        function()
+
 
 class NoLaunches(Kernels):
     """Launches nothing, to find out what would be launched."""
@@ -78,15 +82,19 @@ class NoLaunches(Kernels):
     def launch(self, *arguments: Any, **named: Any) -> None:
         pass
 
+    def call(self, function: Callable[[], None]) -> None:
+        pass
+
 
 class Program(Kernels):
-    """Launches that are not made, but prepared and kept, to be made together any number of times, on the same stream.
+    """Launches that are not made, but kept, to be made together any number of times, on the same stream.
 
-    The arrays of the launches are not kept alive.
+    prepared: keep them as the driver reads them, which does not keep their arrays alive. False keeps their arguments.
     """
 
-    def __init__(self, kernels: Kernels) -> None:
-        self.place, self.n_multiprocessors, self._kernels = kernels.place, kernels.n_multiprocessors, kernels
+    def __init__(self, kernels: Kernels, prepared: bool = True) -> None:
+        self.place, self.n_multiprocessors = kernels.place, kernels.n_multiprocessors
+        self._kernels, self._prepared = kernels, prepared
         self._calls: list[Callable[[], None]] = []
 
     def launch(
@@ -101,20 +109,26 @@ class Program(Kernels):
         *,
         what: str = "",
     ) -> None:
-        """Add a launch. Raises KernelError for invalid arguments."""
+        """Add a launch. If launches are prepared, raises KernelError for invalid arguments."""
         if not all(grid):
             return
+        if not self._prepared:
+            launch = self._kernels.launch
+            self.call(partial(launch, file, kernel, grid, block, arguments, shared_bytes, overlap, what=what))
+            return
         try:
-            module = self._kernels.module(file)
-            self._calls.append(module.prepared(kernel, grid, (block,), arguments, shared_bytes, overlap))
+            self.call(self.module(file).prepared(kernel, grid, (block,), arguments, shared_bytes, overlap))
         except KernelError as e:
             raise KernelError(f"{what}: {e}" if what else str(e)) from None
 
-    def add(self, call: Callable[[], None]) -> None:
-        """Add a call of a function, for launches that are different each time."""
-        self._calls.append(call)
+    def module(self, file: str) -> Any:
+        return self._kernels.module(file)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Add a function that launches kernels itself, because its launches are different each time."""
+        self._calls.append(function)
 
     def run(self) -> None:
-        """Make all launches and calls, in their order. Raises KernelError for a refused launch."""
+        """Make all launches, in their order. Raises KernelError for a refused launch."""
         for call in self._calls:
             call()
