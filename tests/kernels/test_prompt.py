@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refengine.cache.paged import CacheSequence
-from refengine.cuda.decode.prompt import MOST_PROGRAMS, PromptPass, bucket_of
+from refengine.cuda.decode.prompt import MOST_PROGRAMS, PromptOps, PromptPass, bucket_of
 from refengine.cuda.decode.step import DecodeStep
 from refengine.errors import KernelError
 from refengine.model import Model
@@ -81,6 +81,16 @@ def test_other_mixtures(name: str, place: str, tiny_model: ModelFiles) -> None:
     prompts = Prompts(model, 2)
     prompts.feed([ids_for(model, 40, seed=1), ids_for(model, 3, seed=2)])
     prompts.feed([ids_for(model, 2, seed=3), ids_for(model, 9, seed=4)])
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_experts_in_groups_of_two_sizes(
+    size: int, place: str, tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a file whose experts have matrices of several types. Those of few rows come from the router."""
+    monkeypatch.setattr(PromptOps, "_group_size", lambda _, product: size if "down" in product.w.name else 72 - size)
+    model = loaded(tiny_model("gpt-oss-mxfp4_moe"), place)
+    Prompts(model).feed([ids_for(model, 20)])
 
 
 def test_what_would_be_out_of_bounds_is_refused(place: str, tiny_model: ModelFiles) -> None:
