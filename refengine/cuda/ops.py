@@ -9,7 +9,7 @@ each file in kernels_cu/).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -28,6 +28,7 @@ from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.memory import DeviceMemory, aligned
 from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.upload import together
 from refengine.errors import KernelError
 from refengine.ops import rope
 from refengine.ops.numerics import PROFILES
@@ -40,11 +41,13 @@ class PassMemo:
     """Intermediate results of one forward pass that later operations on the same array reuse.
 
     rows: the last rows that a product read, and their converted form (Q, K and V read the same rows one after another).
-    batch: the last batch and its layout. groups: by sizes, the last choice of experts and its groups.
+    batch: the last batch and its layout. slots: the last slots of the cache, their bounds, and all on the device.
+    groups: by sizes, the last choice of experts and its groups.
     """
 
     rows: tuple[Any, Rows] | None = None
     batch: tuple[Any, BatchLayout] | None = None
+    slots: tuple[np.ndarray, tuple[int, int], Array] | None = None
     groups: dict[tuple[int, int, int], tuple[Any, Groups]] = field(default_factory=dict)
 
 
@@ -60,6 +63,7 @@ class KernelOps:
         self.numerics = PROFILES["fast"]
         self.attention_by = attention_by
         self.memo = PassMemo()
+        self._factors: dict[int, tuple[Array, np.ndarray]] = {}  # of RoPE, by id: on the device and on the host
 
     @contextmanager
     def workspace(self) -> Iterator[None]:
@@ -148,8 +152,11 @@ class KernelOps:
 
     def rope_angles(self, positions: np.ndarray, constants: Any, freq_factors: Array | None = None) -> Angles:
         factors: Any = freq_factors
-        on_host = factors if factors is None or self.xp is np else factors.get()
-        cos, sin = rope.rope_angles(positions, constants, on_host, np.float32)
+        if factors is not None and self.xp is not np:
+            if id(factors) not in self._factors:
+                self._factors[id(factors)] = (factors, factors.get())  # waits for the device, so it is kept
+            factors = self._factors[id(factors)][1]
+        cos, sin = rope.rope_angles(positions, constants, factors, np.float32)
         return self.xp.asarray(cos), self.xp.asarray(sin)
 
     def rope_neox(self, x: Array, angles: Angles) -> Array:
@@ -171,10 +178,14 @@ class KernelOps:
         return [PagedRows(arena.take(shape, np.float16), arena.take(shape[:-1], np.uint8), arena) for _ in range(n)]
 
     def kv_append(self, cache: PagedRows, new: Array, slots: np.ndarray) -> None:
+        if self.memo.slots is None or self.memo.slots[0] is not slots:
+            bounds = (int(slots.min()), int(slots.max())) if len(slots) else (0, 0)
+            self.memo.slots = (slots, bounds, self.xp.asarray(slots))
+        _, (lowest, highest), on_device = self.memo.slots
         n_blocks, block_size, _, _ = cache.values.shape
-        if len(slots) and not 0 <= slots.min() <= slots.max() < n_blocks * block_size:
-            raise KernelError(f"kv_append: slots {slots.min()} to {slots.max()} of {n_blocks * block_size}")
-        attending.kv_append(self.kernels, self._floats(new), self.xp.asarray(slots), cache)
+        if not 0 <= lowest <= highest < n_blocks * block_size:
+            raise KernelError(f"kv_append: slots {lowest} to {highest} of {n_blocks * block_size}")
+        attending.kv_append(self.kernels, self._floats(new), on_device, cache)
 
     def kv_copy(self, cache: PagedRows, source: int, target: int) -> None:
         cache.values[target] = cache.values[source]
@@ -219,27 +230,18 @@ class KernelOps:
             partial=partial,
         )
         for span in batch.spans:
-            part = y[span.start : span.stop].reshape(-1, n_head, head_dim)
-            shown = probe("kqv", x=part.transpose(1, 0, 2))
-            part[...] = shown.transpose(1, 0, 2)
+            part = y[span.start : span.stop].reshape(-1, n_head, head_dim).transpose(1, 0, 2)
+            shown = probe("kqv", x=part)
+            if shown is not part:
+                part[...] = shown
         return y
 
     def _layout(self, batch: Any, group: int) -> BatchLayout:
         """The block tables, spans and tiles of a batch, equal for all layers. group: query heads per KV head."""
         if self.memo.batch is not None and self.memo.batch[0] is batch:
             return self.memo.batch[1]
-        spans, tiles, tables, n = [], [], [], 0
-        for i, span in enumerate(batch.spans):
-            length = span.stop - span.start
-            spans.append((span.start, length, span.n_kv, n))
-            tiles += [(i, row) for row in range(0, length * group, attending.BLOCK_ROWS)]
-            tables.append(span.block_table)
-            n += len(span.block_table)
-        lists = (np.concatenate(tables), np.array(spans), np.array(tiles))
-        on_device = [self.xp.asarray(a.astype(np.int32)) for a in lists]
-        longest = max(span.n_kv for span in batch.spans)
-        furthest = min(span.n_kv - (span.stop - span.start) for span in batch.spans)
-        layout = BatchLayout(on_device[0], on_device[1], on_device[2], longest, furthest)
+        made = layout_of(batch, group)
+        layout = made.on_device(together(self.xp, made.arrays))
         self.memo.batch = (batch, layout)
         return layout
 
@@ -285,6 +287,35 @@ class KernelOps:
 
     def _floats(self, x: Array) -> Array:
         return self.xp.ascontiguousarray(x, dtype=self.xp.float32)
+
+
+@dataclass(frozen=True)
+class HostLayout:
+    """A `BatchLayout` whose arrays are on the host, and of any integer type: tables, spans and tiles."""
+
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray]
+    longest: int
+    furthest: int
+
+    def on_device(self, arrays: Sequence[Array]) -> BatchLayout:
+        """The layout with copies of its arrays on the device, int32."""
+        tables, spans, tiles = arrays
+        return BatchLayout(tables, spans, tiles, self.longest, self.furthest)
+
+
+def layout_of(batch: Any, group: int) -> HostLayout:
+    """The layout of a batch. group: query heads per KV head."""
+    spans, tiles, n = [], [], 0
+    for i, span in enumerate(batch.spans):
+        length = span.stop - span.start
+        spans.append((span.start, length, span.n_kv, n))
+        rows = np.arange(0, length * group, attending.BLOCK_ROWS)
+        tiles.append(np.stack([np.full_like(rows, i), rows], axis=1))
+        n += len(span.block_table)
+    tables = np.concatenate([span.block_table for span in batch.spans])
+    longest = max(span.n_kv for span in batch.spans)
+    furthest = min(span.n_kv - (span.stop - span.start) for span in batch.spans)
+    return HostLayout((tables, np.array(spans), np.concatenate(tiles)), longest, furthest)
 
 
 def kv_bytes(n: int, shape: tuple[int, ...]) -> int:

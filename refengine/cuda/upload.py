@@ -5,14 +5,15 @@ At most one slab of a matrix is in host memory at any time, and weights are neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from refengine.array import Array
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, pack, plane_bytes
-from refengine.cuda.memory import Arena, aligned
+from refengine.cuda.memory import ALIGNMENT, Arena, aligned
 from refengine.weights import CHUNK_BYTES, Matrix, read
 
 SLAB_BYTES = 16 << 20  # how much of a matrix is reordered at a time
@@ -24,6 +25,18 @@ def bytes_for(matrices: Iterable[tuple[Any, tuple[int, ...]]], vectors: Iterable
     return planes + sum(aligned(n) for n in vectors)
 
 
+def together(xp: Any, arrays: Sequence[np.ndarray]) -> list[Array]:
+    """Copies of arrays of integers on the device, as int32, in one transfer. Each begins at a multiple of 256 bytes."""
+    step = ALIGNMENT // np.dtype(np.int32).itemsize
+    starts = [0, *accumulate(-(-array.size // step) * step for array in arrays)]
+    whole = np.zeros(starts[-1], np.int32)
+    for start, array in zip(starts, arrays, strict=False):
+        whole[start : start + array.size] = array.reshape(-1)
+    copied = xp.asarray(whole)
+    parts = zip(starts, arrays, strict=False)
+    return [copied[start : start + array.size].reshape(array.shape) for start, array in parts]
+
+
 class Described:
     """A `weights.Placement` that reads no matrices: it only gives their names, types and shapes, without a device."""
 
@@ -33,7 +46,7 @@ class Described:
         return values
 
     def matrix(self, w: Matrix, done: Callable[[int], None] = lambda n: None) -> PackedMatrix:
-        return PackedMatrix(w.name, w.type, tuple(w.shape), {})
+        return PackedMatrix(w.name, w.type, tuple(w.shape), {"low": np.empty(0, np.uint8)})  # every type has this plane
 
 
 class Uploader:

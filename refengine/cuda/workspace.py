@@ -17,7 +17,10 @@ from refengine.weights import is_vector
 
 
 def prompt_bytes(cfg: ModelConfig, n_tokens: int) -> int:
-    """The bytes in the memory pool after a forward pass of `n_tokens` prompt tokens through one layer."""
+    """The bytes in the memory pool after a forward pass of `n_tokens` prompt tokens through one layer.
+
+    A pass with `decode()` (`cuda.decode.prompt`) needs about half of it.
+    """
     wide = cfg.n_expert_used * (5 * cfg.n_ff_exp + 3 * cfg.n_embd) if cfg.n_expert else 4 * cfg.n_ff
     return settled(4 * n_tokens * (6 * cfg.n_embd + 3 * (cfg.n_embd_q + cfg.n_embd_kv) + wide))
 

@@ -16,9 +16,9 @@ import numpy as np
 from refengine.cache.paged import BLOCK_SIZE, KVCache
 from refengine.config import ModelConfig
 from refengine.cuda.ops import kv_bytes
-from refengine.cuda.workspace import prompt_bytes
+from refengine.cuda.workspace import prompt_bytes as forward_bytes
 from refengine.engine.engine import EngineOptions, default_cache_tokens
-from refengine.engine.kernel_runner import step_bytes
+from refengine.engine.kernel_runner import prompt_bytes, step_bytes
 from refengine.models import BY_ARCHITECTURE
 from refengine.ops import profile
 
@@ -68,8 +68,16 @@ class Capacity:
 
     def prompt_bytes(self, n_blocks: int) -> int:
         """The bytes of the arrays of the longest forward pass over a prompt."""
-        n_tokens = min(self.options.max_step_tokens, self.config.n_ctx_train - 1, n_blocks * BLOCK_SIZE)
-        return prompt_bytes(self.config, n_tokens)
+        n_positions = min(self.config.n_ctx_train, n_blocks * BLOCK_SIZE)
+        n_tokens = min(self.options.max_step_tokens, self.config.n_ctx_train - 1, n_positions)
+        if self.device == "cpu":
+            return forward_bytes(self.config, n_tokens)
+        return self._prompt_bytes("host" if self.device == "host" else "cuda", n_tokens, n_positions)
+
+    @functools.cache  # noqa: B019  As for `_step_bytes`.
+    def _prompt_bytes(self, place: str, n_tokens: int, n_positions: int) -> int:
+        decode = getattr(BY_ARCHITECTURE[self.config.arch], "decode", None)
+        return prompt_bytes(self.config, decode, self.weights, place, self.attention, n_tokens, n_positions)
 
     def needed_bytes(self, n_blocks: int) -> int:
         """The bytes of cache, decode step and forward pass together."""

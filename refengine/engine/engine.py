@@ -47,7 +47,8 @@ class EngineOptions:
     batching:        False runs one sequence at a time.
     on_shortage:     what to do if a running sequence needs a block and none is free: `preempt` frees the youngest
                      sequence's blocks and recomputes it later; `fail` ends the sequence with an error.
-    graphs:          on a GPU, capture the decode step as a CUDA graph for each bucket of rows, and replay it.
+    graphs:          on a GPU, capture the decode step as a CUDA graph for each bucket of rows, and replay it; prepare
+                     the launches of prompts once for each number of rows.
     ahead:           on kernels, launch a decode step before the tokens of the one before are read, while the same
                      sequences continue.
     """

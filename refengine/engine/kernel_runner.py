@@ -1,4 +1,4 @@
-"""Runs steps on raw kernels: decodes with the fused step, computes prompts with the model file, samples on the device.
+"""Runs steps on raw kernels: decodes and computes prompts with fused operations, samples on the device.
 
 Gives the same bits as `model.evaluate` for all rows together. Independent of scheduling and text.
 """
@@ -14,8 +14,10 @@ import numpy as np
 
 from refengine.cache.paged import BLOCK_SIZE, CacheSequence, KVCache
 from refengine.config import ModelConfig
+from refengine.cuda.decode.prompt import PromptPass
 from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan
 from refengine.cuda.sampling import checked_token, sample_rows
+from refengine.cuda.workspace import prompt_bytes as forward_bytes
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
 from refengine.engine.scheduler import ScheduledChunk
 from refengine.trace import Tracer, no_trace, to_numpy
@@ -27,29 +29,33 @@ class KernelRunner:
     """The runner for kernels. An engine with a trace uses `ArrayRunner`, because the fused step cannot be traced.
 
     max_batch: the maximum number of rows of the fused step.
-    graphs: capture the fused step as a graph for each bucket; False launches its kernels one by one.
+    graphs: capture the fused step as a graph for each bucket, and prepare the launches of prompts; False launches
+    kernels one by one.
     """
 
     def __init__(self, model: Any, cache: KVCache, max_batch: int, graphs: bool, trace: Tracer = no_trace) -> None:
         assert trace is no_trace, "the fused step has no tensors to trace"
         self._model, self._cache = model, cache
         self._step: DecodeStep | None = None  # the fused step
+        self._prompts: PromptPass | None = None
         if model.ops.attention_by == "flash":
+            given = (model.ops, model.config, model.decode, model.weights, cache)
             try:
-                self._step = DecodeStep(
-                    model.ops, model.config, model.decode, model.weights, cache, max_batch=max_batch, graphs=graphs
-                )
+                self._step = step = DecodeStep(*given, max_batch=max_batch, graphs=graphs)
+                self._prompts = PromptPass(*given, step.n_positions, step.angles, prepared=graphs)
             except NoFusedStep as e:
-                log.warning("tokens of %s are decoded by forward(), without a fused step: %s", model.config.arch, e)
+                log.warning("tokens of %s go through forward(), without a fused step: %s", model.config.arch, e)
         self.can_run_ahead = self._step is not None
 
     def warm_up(self, n_prompt: int) -> None:
         """Compile the kernels and capture the graphs; allocate the arrays for a prompt of `n_prompt` tokens."""
         if self._step is not None:
             self._step.warm_up()
+        if n_prompt and self._prompts is not None:
+            self._prompts.prepare(n_prompt)
         if n_prompt:
             sequence = CacheSequence()
-            self._model.evaluate([(sequence, [0] * n_prompt)], self._cache, [n_prompt - 1])
+            self._logits([(sequence, [0] * n_prompt)], [n_prompt - 1])
             self._cache.free(sequence)
             self._model.ops.memory.settle()
 
@@ -69,9 +75,15 @@ class KernelRunner:
             results = self._results(decoding, drawn.tolist(), logits)
         if others:
             inputs = [(part.generation.progress.cached, part.ids) for part in others]
-            logits = self._model.evaluate(inputs, self._cache, wanted_rows(others))
+            logits = self._logits(inputs, wanted_rows(others))
             results |= self._results(others, self._draw(others, logits), logits)
         return [results[id(part)] for part in parts]
+
+    def _logits(self, parts: Sequence[tuple[CacheSequence, Sequence[int]]], rows: Sequence[int]) -> Any:
+        """Logits on the device of these rows of prompts: sequences with the ids to append to each."""
+        if self._prompts is None:
+            return self._model.evaluate(parts, self._cache, rows)
+        return self._prompts.run(self._cache.batch(parts, rows))
 
     def _draw(self, parts: Sequence[ScheduledChunk], logits: Any) -> list[list[int]]:
         """Sample on the device for the parts that draw a token; the result has one row for each, see `sample_rows`."""
@@ -123,6 +135,19 @@ def step_bytes(
         return StepPlan.of(decode, config, weights, place, **sizes).total_bytes
     except NoFusedStep:
         return 0
+
+
+def prompt_bytes(
+    config: ModelConfig, decode: Any, weights: Any, place: str, attention_by: str, n_tokens: int, n_positions: int
+) -> int:
+    """The bytes of device memory that prompts need, in passes of up to n_tokens. Other arguments: see `step_bytes`."""
+    if attention_by == "flash":
+        sizes = {"n_ctx": config.n_ctx_train, "n_positions": n_positions, "block_size": BLOCK_SIZE}
+        try:
+            return PromptPass.planned_bytes(config, decode, weights, place, n_tokens, **sizes)
+        except NoFusedStep:
+            pass
+    return forward_bytes(config, n_tokens)
 
 
 def row_of(part: ScheduledChunk) -> DecodeRow:

@@ -85,7 +85,7 @@ def forward(cfg: ModelConfig, w: Weights, batch: Batch, kv: KVCache, ops: Ops, t
 
 
 def decode(cfg: ModelConfig, w: Weights, ops: DecodeOps, trace: DecodeTrace) -> Value:
-    """`forward` for one new token of each of n sequences, in as few launches as `ops` makes of it. (n, n_vocab)"""
+    """`forward` for n rows, in as few launches as `ops` makes of it. (n_out, n_vocab)"""
     angles = ops.rope_angles(cfg.rope)
     scale = 1.0 / math.sqrt(cfg.head_dim)
 
@@ -114,5 +114,6 @@ def decode(cfg: ModelConfig, w: Weights, ops: DecodeOps, trace: DecodeTrace) -> 
         trace("l_out", il, l_out)
         inpL = l_out
 
-    result_norm = ops.rms_norm(inpL, w.output_norm, cfg.norm_eps)  # (n, n_embd)
-    return ops.linear(result_norm, w.output)  # (n, n_vocab)
+    out = ops.rows(inpL)  # (n_out, n_embd)
+    result_norm = ops.rms_norm(out, w.output_norm, cfg.norm_eps)  # (n_out, n_embd)
+    return ops.linear(result_norm, w.output)  # (n_out, n_vocab)

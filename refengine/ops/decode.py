@@ -1,4 +1,6 @@
-"""The operations for a model's `decode()`: one new token for each of n sequences, with the names of `forward()`.
+"""The operations for a model's `decode()`: rows of sequences in a cache, with the names of `forward()`.
+
+In a decode step, there is one new token for each of n sequences; in a pass over prompts, there are several.
 
 A `Value` stands for rows that may not have been computed yet. It has no arithmetic of its own: `x * factor` is
 `ops.scale(x, factor)` here. The protocol defines what is computed; the implementation (`cuda.decode.ops`) decides how
@@ -6,7 +8,7 @@ many launches that takes and which operations are fused: a norm, a bias, an acti
 until the adjacent product is known. An implementation raises a RefengineError for a combination that it does not
 support.
 
-Shapes: n rows, one for each sequence. Weights are in the form of the implementation's device.
+Shapes: n rows, one for each new token. Weights are in the form of the implementation's device.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ class DecodeOps(Protocol):
 
     def position_embedding(self, w: Weight) -> Value:
         """The rows of w for the tokens' positions. (n, n_embd)"""
+
+    def rows(self, x: Value) -> Value:
+        """The rows of x whose logits are wanted. (n_out, n_embd)"""
 
     def rms_norm(self, x: Value, weight: Weight, eps: float) -> Value:
         """RMS norm over the last axis: of rows (n, width), or of each head (n, n_head, head_dim)."""

@@ -141,7 +141,8 @@ class LateDevice:
         for copy in (next(step._copies), next(step._copies)):
             monkeypatch.setattr(copy, "wait", partial(self.wait, copy, copy.wait))
             monkeypatch.setattr(copy, "queue", partial(self.copy, copy, copy.queue))
-        monkeypatch.setattr(model, "evaluate", partial(self.other, model.evaluate))
+        runner: Any = engine.runner
+        monkeypatch.setattr(runner, "_logits", partial(self.other, runner._logits))
         copy_block: Any = engine.cache._copy_block
         monkeypatch.setattr(engine.cache, "_copy_block", partial(self.other, copy_block))
 

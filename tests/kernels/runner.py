@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from refengine.cuda.runtime.host import HostModule
-from refengine.cuda.runtime.source import Struct, read_source
+from refengine.cuda.runtime.source import Source, Struct, read_source
 from refengine.device import open_device
 from refengine.errors import DeviceError
 
@@ -15,10 +15,11 @@ from refengine.errors import DeviceError
 class Kernels:
     """`launch` as the modules of refengine.cuda have it; on the GPU, arrays go there and those written come back."""
 
-    def __init__(self, name: str, place: str) -> None:
+    def __init__(self, file: str | Source, place: str) -> None:
+        source = read_source(file) if isinstance(file, str) else file
         self.place = place
         if place == "host":
-            self.module: Any = HostModule(read_source(name))
+            self.module: Any = HostModule(source)
             return
         try:
             self._xp = open_device("cuda").xp
@@ -26,7 +27,7 @@ class Kernels:
             pytest.skip(f"no GPU: {e}")
         from refengine.cuda.runtime.nvrtc import DeviceModule
 
-        self.module = DeviceModule(read_source(name))
+        self.module = DeviceModule(source)
 
     def _put(self, value: Any) -> Any:
         if isinstance(value, Struct):

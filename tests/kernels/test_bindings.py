@@ -34,8 +34,8 @@ N, N_IN, N_OUT = 3, 64, 32
 
 
 def test_every_kernel_file_has_a_binding_and_tests_of_its_name() -> None:
-    bindings = {path.stem for path in Path(refengine.cuda.kernels.__path__[0]).glob("*.py")} - {"__init__", "shapes", "few_rows"}
-    assert bindings == set(names())
+    modules = {path.stem for path in Path(refengine.cuda.kernels.__path__[0]).glob("*.py")}
+    assert modules - {"__init__", "shapes", "few_rows"} == set(names())
     tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
     assert set(names()) <= tests
 
@@ -104,6 +104,8 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
     "rope": (rope.rope, (Q, (f32(N, 1, 16), f32(N, 1, 16)), f32(N, 2, 16)), {"neox": True}, "the output has the shape"),
     "strides": (attention.attention_step, step(Projections(PARTS.parts, (64, 64, 32))), STEP,
                 "3 rows of 1 heads of 32, 64 floats apart, do not fit 96"),
+    "prompt's strides": (rope.rope_append, (*step(Projections(PARTS.parts, (64, 64, 32)))[:4], Q, cache(), cache()), {},
+                         "rope_append: 3 rows of 1 heads of 32, 64 floats apart, do not fit 96"),
     "another cache": (attention.attention_step, step(of_cache=cache(64)), STEP,
                       "2 heads of 32 over a cache of 1 of 64"),
     "splits": (attention.attention_step, step(partial=f32(N, 2, 1, 32)), STEP,

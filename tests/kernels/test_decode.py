@@ -421,7 +421,7 @@ def test_the_reason_for_no_fused_step_is_told(tiny_model: ModelFiles, caplog: py
             DecodeStep(model.ops, config, decode, model.weights, cache, max_batch=2)
     model.decode = None
     KernelRunner(model, cache, 2, graphs=False)
-    assert "llama are decoded by forward(), without a fused step: the model file of llama has no" in caplog.text
+    assert "llama go through forward(), without a fused step: the model file of llama has no" in caplog.text
 
 
 def test_rows_are_scaled(tiny_model: ModelFiles) -> None:

@@ -1,4 +1,4 @@
-"""Kernels of the decode step, one by one, are the chains that they stand for, bit for bit; every access is checked."""
+"""Fused kernels, one by one, are the chains that they stand for, bit for bit; every access is checked."""
 
 import functools
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from refengine.cuda.kernels import attention, matmul, moe, norm
 from refengine.cuda.kernels.attention import Projections, Rotation
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import Rows, padded, quantize_rows
+from refengine.cuda.kernels.rope import rope_append
 from refengine.cuda.layout import PackedMatrix
 from refengine.trace import to_numpy
 from tests.kernels.op_twins import OpsThere
@@ -81,7 +82,7 @@ def check_attention_of_a_step(
     fused: bool = False,
     nan: bool = False,
 ) -> None:
-    """`attention_step` against the operations for prompts, bit for bit; heads: n_head, n_head_kv, head_dim.
+    """`attention_step` and `rope_append` against the operations one by one; heads: n_head, n_head_kv, head_dim.
 
     fused: the rows of Q, K and V are parts of one row. nan: there are NaN in Q, K and V, and infinity in the cache.
     """
@@ -127,15 +128,21 @@ def check_attention_of_a_step(
     if rope is not None:
         cos, sin = there.ops.rope_angles(np.arange(N_POSITIONS), ROPE)
         rotation = Rotation(cos[:, 0].copy(), sin[:, 0].copy(), rope == "neox")
+    places = (there.put(positions), there.put(tables))
+    of_heads: dict[str, Any] = {"norms": tuple(there.put(weight) for weight in weights), "eps": EPS}
+    of_heads["q_factor"] = q_factor
+    fill_cache()
+    rotated = xp.zeros((n + 1, n_head, head_dim), xp.float32)
+    given = (projections, rotation, *places)
+    rope_append(there.ops.kernels, *given, rotated, cache.k[0], cache.v[0], **of_heads)
+    found_q, appended = to_numpy(rotated).copy(), [to_numpy(array).copy() for array in cached]
+    assert not found_q[n].any()
     fill_cache()
     partial = xp.full((n + 1, n_head, -(-N_POSITIONS // attention.SPLIT), head_dim + 2), xp.nan, xp.float32)
     y, arrived = xp.zeros((n + 1, n_q), xp.float32), xp.zeros(attention.counters_of(n + 1, n_head), xp.int32)
     attention.attention_step(
         there.ops.kernels,
-        projections,
-        rotation,
-        there.put(positions),
-        there.put(tables),
+        *given,
         cache.k[0],
         cache.v[0],
         partial,
@@ -144,9 +151,7 @@ def check_attention_of_a_step(
         scale=0.125,
         window=window,
         sinks=there.put(of_sinks),
-        norms=(there.put(weights[0]), there.put(weights[1])),
-        eps=EPS,
-        q_factor=q_factor,
+        **of_heads,
     )
     found, written = to_numpy(y).copy(), [to_numpy(array).copy() for array in cached]
     assert not found[n].any()
@@ -165,13 +170,15 @@ def check_attention_of_a_step(
     fill_cache()
     there.kv_append(cache.k[0], k, batch.slots)
     there.kv_append(cache.v[0], v, batch.slots)
-    for was, now in zip(written, cached, strict=True):
-        np.testing.assert_array_equal(was.view(np.uint8), to_numpy(now).view(np.uint8))
+    for ours, too, now in zip(written, appended, cached, strict=True):
+        for was in (ours, too):
+            np.testing.assert_array_equal(was.view(np.uint8), to_numpy(now).view(np.uint8))
     options = {"probe": lambda name, x: x, "scale": 0.125, "window": window, "sinks": of_sinks}
     wanted = there.attention(q, cache.k[0], cache.v[0], batch, **options)
     assert np.isfinite(wanted).all() != nan
-    bits, wanted_bits = (np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32) for x in (found[:n], wanted))
-    np.testing.assert_array_equal(bits, wanted_bits)
+    for was, now in ((found[:n], wanted), (found_q[:n], q)):
+        bits, wanted_bits = (np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32) for x in (was, now))
+        np.testing.assert_array_equal(bits, wanted_bits)
 
 
 @pytest.mark.parametrize(

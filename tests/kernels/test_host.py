@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refengine.cuda.runtime.arguments import Arguments
 from refengine.cuda.runtime.host import HostModule
-from refengine.cuda.runtime.source import Struct, check_arguments, source_of
+from refengine.cuda.runtime.source import Struct, source_of
 from refengine.errors import KernelError
+from tests.kernels.runner import Kernels
 
 KERNELS = """
 extern "C" __global__ void add_f32(const float* __restrict__ a, const float* b, float* out, int n) {
@@ -214,19 +216,38 @@ def test_arguments_are_checked_before_a_launch(arguments: list[Any], message: st
         checked.launch("add_f32", (1,), (4,), arguments)
 
 
-def test_python_numbers_become_scalars_of_the_c_type() -> None:
-    text = 'extern "C" __global__ void k(int i, unsigned u, long long l, float f, double d) {}'
-    source = source_of("k", ("k.cu", text))
-    given = [-(1 << 31), (1 << 32) - 1, -(1 << 63), 0.1, 0.1]
-    checked = check_arguments(source, "k", given)
-    assert [c.dtype for c in checked] == [np.dtype(t) for t in ("i4", "u4", "i8", "f4", "f8")]
-    assert checked == [*given[:3], np.float32(0.1), 0.1]
-    assert check_arguments(source, "k", [True, False, True, 3, True]) == [1, 0, 1, 3.0, 1.0]
-    assert check_arguments(source, "k", [0, 0, 0, float("inf"), 1e300])[3:] == [np.inf, 1e300]
-    wrong = {"u": [0, -1, 0, 0.0, 0.0], "l": [0, 0, 1 << 63, 0.0, 0.0], "f": [0, 0, 0, 1e39, 0.0]}
-    for name, arguments in wrong.items():
-        with pytest.raises(KernelError, match=f"k: {name} is .*, out of range for "):
-            check_arguments(source, "k", arguments)
+NUMBERS = """
+extern "C" __global__ void numbers(int i, long long l, unsigned u, float f, double d, int last, double* out) {
+  out[0] = i, out[1] = l, out[2] = u, out[3] = f, out[4] = d, out[5] = last;
+}
+"""
+
+
+def test_numbers_arrive_as_the_c_types_of_the_parameters(place: str) -> None:
+    kernels = Kernels(source_of("numbers", ("numbers.cu", NUMBERS)), place)
+
+    def arrived(*given: Any) -> list[float]:
+        out = np.zeros(6)
+        kernels.launch("numbers", (1,), (1,), [*given, out])
+        return [float(value) for value in out]
+
+    limits = [-(1 << 31), -(1 << 53), (1 << 32) - 1, 0.1, 0.1, (1 << 31) - 1]
+    assert arrived(*limits) == [*limits[:3], float(np.float32(0.1)), *limits[4:]]
+    assert arrived(True, False, True, 3, True, False) == [1, 0, 1, 3, 1, 0]
+    assert arrived(0, 0, 0, float("inf"), 1e300, 0)[3:5] == [np.inf, 1e300]
+    typed: list[Any] = [np.int32(-5), np.int64(1 << 40), np.uint32(7), np.float32(0.1), np.float64(0.1), np.int32(6)]
+    assert arrived(*typed) == [float(value) for value in typed]
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    arguments = Arguments(source_of("numbers", ("numbers.cu", NUMBERS)), "numbers")
+    out = np.zeros(6)
+    fine = [0, 0, 0, 0.0, 0.0, 0]
+    wrong = {"i": (0, 1 << 31), "u": (2, -1), "l": (1, 1 << 63), "f": (3, 1e39)}
+    for name, (place, value) in wrong.items():
+        given = [*fine[:place], value, *fine[place + 1 :], out]
+        with pytest.raises(KernelError, match=f"numbers: {name} is .*, out of range for "):
+            arguments.write(given)
 
 
 STRUCT = """

@@ -19,7 +19,7 @@ from refengine.cuda import weight_bytes
 from refengine.cuda.layout import PACKING_BYTES, pack
 from refengine.cuda.memory import settled
 from refengine.cuda.upload import Described
-from refengine.cuda.workspace import packing_bytes
+from refengine.cuda.workspace import packing_bytes, prompt_bytes
 from refengine.device import Device
 from refengine.engine.capacity import Capacity
 from refengine.engine.engine import Engine, EngineOptions
@@ -118,18 +118,33 @@ def test_the_cache_of_the_cpu_is_reckoned_too() -> None:
 
 
 @pytest.mark.parametrize("name", mostly_in_ci(ONE_EACH))
-def test_a_prompt_takes_what_is_reckoned_or_somewhat_more(name: str, tiny_model: ModelFiles) -> None:
+def test_prompts_take_what_is_reckoned(name: str, tiny_model: ModelFiles) -> None:
     model = refengine.load(tiny_model(name), "host")
-    cache = model.new_cache(2 * BLOCK_SIZE)
     n_tokens = 2 * BLOCK_SIZE
+    options = replace(OPTIONS, max_step_tokens=n_tokens)
+    shapes = load_weights(
+        model.gguf, BY_ARCHITECTURE[model.config.arch].tensors(model.config), model.config.n_layer, Described()
+    )
+    capacity = startup.capacity_of(model.config, options, "host", shapes)
+    engine = Engine(model, capacity.engine_options(2))
+    assert model.memory is not None
+    before = model.memory.accounted()["workspace"]
+    engine.warm_up()
+    assert model.memory.accounted()["workspace"] - before == capacity.prompt_bytes(2)
+
+
+@pytest.mark.parametrize("name", mostly_in_ci(ONE_EACH))
+def test_forward_takes_what_is_reckoned_or_somewhat_more(name: str, tiny_model: ModelFiles) -> None:
+    model = refengine.load(tiny_model(name), "host")
+    n_tokens = 2 * BLOCK_SIZE
+    cache = model.new_cache(n_tokens)
 
     def prompt() -> None:
         sequence = CacheSequence()
         model.step([(sequence, [1] * n_tokens)], cache, [n_tokens - 1])
         cache.free(sequence)
 
-    options = replace(OPTIONS, max_step_tokens=n_tokens)
-    reckoned = startup.capacity_of(model.config, options, "host", model.weights).prompt_bytes(2)
+    reckoned = prompt_bytes(model.config, n_tokens)
     assert 0.5 * settled(peak_of(prompt)) <= reckoned <= settled(peak_of(prompt))
 
 

@@ -1,1 +1,4 @@
-"""The decode step: one token for each of several sequences, on buffers at fixed addresses."""
+"""A model's `decode()` on kernels: steps of one token for each of several sequences, and passes over prompts.
+
+Buffers are at fixed addresses.
+"""

@@ -58,7 +58,7 @@ class Recorder:
     def new(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
         self._sizes.append(aligned(prod(shape) * np.dtype(dtype).itemsize))
         self._spans.append([self._now, self._now])
-        return Buffer(np.broadcast_to(np.zeros((), dtype), shape), len(self._sizes) - 1)
+        return Buffer(shaped(shape, dtype), len(self._sizes) - 1)
 
     def use(self, buffer: Buffer) -> None:
         self._spans[buffer.index][1] = self._now
@@ -100,3 +100,8 @@ class Placed:
 
     def launched(self) -> None:
         """Does nothing: the plan is already made."""
+
+
+def shaped(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An array with a shape but no memory."""
+    return np.broadcast_to(np.zeros((), dtype), shape)

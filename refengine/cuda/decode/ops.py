@@ -36,16 +36,16 @@ ROWS_IN_PRODUCT = 2  # for up to as many rows, products do the norm before them 
 @dataclass(frozen=True)
 class StepArrays:
     """The arrays that all steps share. ids, positions: (max_batch,) int32, positions below zero for rows without a
-    sequence; tables: (max_batch, n_blocks) int32, blocks of the cache; k, v: the cache of each layer. arrived and routed:
-    counters of `attention_step` and of `router.route`, zeros between launches.
+    sequence; tables: (max_batch, n_blocks) int32, blocks of the cache; k, v: the cache of each layer.
 
-    angles: gives cos and sin (n_positions, n_rot / 2) float32, by the number of the request in `decode()`.
+    arrived, routed: counters of `attention_step`, which prompts do not need, and of `router.route`; zeros between
+    launches. angles: gives cos and sin (n_positions, n_rot / 2) float32, by the number of the request in `decode()`.
     """
 
     ids: Array
     positions: Array
     tables: Array
-    arrived: Array
+    arrived: Array | None
     routed: Array
     k: Sequence[PagedRows]
     v: Sequence[PagedRows]
@@ -95,6 +95,9 @@ class StepOps:
     def linear(self, x: Value, w: PackedMatrix, bias: Array | None = None) -> Value:
         return Product(x.n_rows, w.shape[0], x=x, w=w, bias=bias)
 
+    def rows(self, x: Value) -> Value:
+        return x
+
     def split(self, x: Value, widths: tuple[int, ...]) -> tuple[Value, ...]:
         starts = [sum(widths[:i]) for i in range(len(widths))]
         return tuple(Columns(x.n_rows, width, of=x, start=start) for width, start in zip(widths, starts, strict=True))
@@ -123,7 +126,7 @@ class StepOps:
             and gate.buffer is up.buffer is None
             and gate.x is up.x
             and gate.choice is up.choice
-            and _gate_up_fits(gate, up)
+            and self._gate_up_fits(gate, up)
         ):
             return self._elements(activation.swiglu_clamped if clamped else activation.swiglu, gate, up)
         assert gate.x is not None
@@ -137,6 +140,12 @@ class StepOps:
         options = {"biases": biases, "groups": groups, "clamped": clamped}
         self._launch(gate_up.gate_up, rows, gate.w, up.w, y.array, **options)
         return Value(gate.n_rows, gate.width, y)
+
+    def _gate_up_fits(self, gate: Product, up: Product) -> bool:
+        assert gate.w is not None
+        assert up.w is not None
+        assert gate.x is not None
+        return gate_up.fits(gate.w, up.w, gate.x.n_rows if gate.choice is None else self._group_size(gate))
 
     def gelu(self, x: Value) -> Value:
         if not (isinstance(x, Product) and x.buffer is None and x.choice is None and x.n_rows <= FEW_ROWS):
@@ -189,7 +198,18 @@ class StepOps:
         sinks: Array | None = None,
     ) -> Value:
         n, n_head, a = self._n, q.n_head, self._a
+        assert a.arrived is not None
         head_dim = q.x.width // n_head
+        projections, rotation, of_heads = self._projected(q, k, v)
+        n_splits = -(-a.n_positions // SPLIT)
+        partial = self._b.new((n, n_head, n_splits, head_dim + 2), np.float32)
+        y = self._new(n, n_head * head_dim)
+        given = (projections, rotation, a.positions[:n], a.tables[:n], a.k[il], a.v[il], partial.array, a.arrived)
+        self._launch(attention_step, *given, y.array, scale=scale, window=window, sinks=sinks, **of_heads)
+        return Value(n, n_head * head_dim, y)
+
+    def _projected(self, q: Heads, k: Heads, v: Heads) -> tuple[Projections, Rotation, dict[str, Any]]:
+        """Q, K and V for the next launch, their rotation, and what else it does to heads. Raises NoFusedStep."""
         rotation = q.rotation or Rotation(None, None, True)
         of_k = k.rotation or Rotation(None, None, True)
         if (
@@ -201,13 +221,7 @@ class StepOps:
             raise NoFusedStep("decode: attention needs equally rotated Q and K, an unchanged V, and no factor of K")
         projections, of_projections = self._projections(q.x, k.x, v.x)
         self._use(*of_projections)
-        n_splits = -(-a.n_positions // SPLIT)
-        partial = self._b.new((n, n_head, n_splits, head_dim + 2), np.float32)
-        y = self._new(n, n_head * head_dim)
-        given = (projections, rotation, a.positions[:n], a.tables[:n], a.k[il], a.v[il], partial.array, a.arrived)
-        of_heads = {"norms": (q.norm, k.norm), "eps": q.eps or k.eps, "q_factor": q.factor}
-        self._launch(attention_step, *given, y.array, scale=scale, window=window, sinks=sinks, **of_heads)
-        return Value(n, n_head * head_dim, y)
+        return projections, rotation, {"norms": (q.norm, k.norm), "eps": q.eps or k.eps, "q_factor": q.factor}
 
     def _projections(self, *values: Value) -> tuple[Projections, tuple[Buffer, ...]]:
         """Q, K and V and the buffers that have them, computed in as few launches as possible."""
@@ -274,36 +288,61 @@ class StepOps:
         assert total.experts is not None
         assert total.shares is not None
         down, added = self._arrays(total.experts, residual)
-        shares, _, _ = self._chosen(total.shares.choice)
+        shares = self._shares(total.shares.choice)
         self._use(shares)
         y = self._new(total.n_rows, total.width)
         self._launch(moe.combine, down, shares.array, added, y.array)
         return Value(total.n_rows, total.width, y)
 
-    def _chosen(self, choice: Choice) -> tuple[Buffer, Groups, tuple[Buffer, ...]]:
-        """The shares of each row's experts, and which rows go to which expert."""
-        if choice.computed is None:
-            n_pairs, n_expert, scores = self._n * choice.n_used, choice.scores.width, choice.scores
-            shares = self._new(self._n, choice.n_used)
-            group = self._b.new((moe.most_groups(n_pairs, n_expert, FEW_ROWS), 3), np.int32)
-            x_rows, y_rows = (self._b.new((n_pairs,), np.int32) for _ in range(2))
-            groups = Groups(group.array, x_rows.array, y_rows.array, FEW_ROWS)
-            choice.computed = (shares, groups, (group, x_rows, y_rows))
-            if (
-                isinstance(scores, Product)
-                and scores.buffer is None
-                and scores.choice is None
-                and scores.w is not None
-                and router.fits(scores.w, self._n, choice.n_used)
-            ):
-                self._route(scores, shares, groups)
-            else:
-                self._choose(scores, shares, groups)
-            self._use(shares, group, x_rows, y_rows)
-        return choice.computed
+    def _shares(self, choice: Choice) -> Buffer:
+        """The shares of each row's experts."""
+        if choice.shares is None:
+            self._choose(choice)
+        assert choice.shares is not None
+        return choice.shares
 
-    def _route(self, scores: Product, shares: Buffer, groups: Groups) -> None:
-        """The scores, the choice and the groups in one launch, with the norm in front of it."""
+    def _groups(self, product: Product, x: Value) -> tuple[Groups | None, tuple[Buffer, ...]]:
+        """Which rows of x go to which expert of a product, and the buffers that say so."""
+        choice = product.choice
+        if choice is None:
+            return None, ()
+        size = self._group_size(product)
+        if size not in choice.groups:
+            self._group(choice, size)
+        groups, buffers = choice.groups[size]
+        return (groups.by_pair if x.n_rows == product.n_rows else groups), buffers
+
+    def _group(self, choice: Choice, size: int) -> None:
+        """Divide the chosen experts' rows into groups of up to `size`. The first time, also choose the experts."""
+        scores = choice.scores
+        if (
+            choice.shares is None
+            and size == FEW_ROWS
+            and isinstance(scores, Product)
+            and scores.buffer is None
+            and scores.choice is None
+            and scores.w is not None
+            and router.fits(scores.w, self._n, choice.n_used)
+        ):
+            self._route(choice, scores)
+            return
+        if choice.chosen is None:
+            self._choose(choice)
+        assert choice.chosen is not None
+        self._use(choice.chosen)
+        groups = self._new_groups(choice, size)
+        self._launch(moe.group_experts, choice.chosen.array, scores.width, choice.n_used, groups, overlap=True)
+
+    def _new_groups(self, choice: Choice, size: int) -> Groups:
+        n_pairs = self._n * choice.n_used
+        group = self._b.new((moe.most_groups(n_pairs, choice.scores.width, size), 3), np.int32)
+        x_rows, y_rows = (self._b.new((n_pairs,), np.int32) for _ in range(2))
+        groups = Groups(group.array, x_rows.array, y_rows.array, size)
+        choice.groups[size] = (groups, (group, x_rows, y_rows))
+        return groups
+
+    def _route(self, choice: Choice, scores: Product) -> None:
+        """The scores, the choice and groups of FEW_ROWS in one launch, with the norm in front of it."""
         x = scores.x
         assert x is not None
         if isinstance(x, Norm) and x.x is not None and x.buffer is None and x.bias is None:
@@ -311,24 +350,22 @@ class StepOps:
         else:
             (rows,), weight, eps = self._arrays(x), None, 0.0
         scores.buffer = self._new(self._n, scores.width)
+        choice.shares = self._new(self._n, choice.n_used)
         places = (self._a.positions[: self._n], self._a.routed)
-        outputs = (scores.buffer.array, shares.array, groups)
+        outputs = (scores.buffer.array, choice.shares.array, self._new_groups(choice, FEW_ROWS))
         self._launch(router.route, rows, weight, eps, scores.w, scores.bias, *places, *outputs)
 
-    def _choose(self, scores: Value, shares: Buffer, groups: Groups) -> None:
+    def _choose(self, choice: Choice) -> None:
         """The choice by scores that are computed in a launch of their own."""
-        (rows,) = self._arrays(scores)
-        n_used = shares.array.shape[1]
-        chosen = self._b.new((self._n, n_used), np.int32)
-        self._launch(moe.route, rows, self._a.positions[: self._n], chosen.array, shares.array)
-        self._use(chosen)
-        self._launch(moe.group_experts, chosen.array, scores.width, n_used, groups, overlap=True)
+        (rows,) = self._arrays(choice.scores)
+        choice.chosen = self._b.new((self._n, choice.n_used), np.int32)
+        choice.shares = self._new(self._n, choice.n_used)
+        outputs = (choice.chosen.array, choice.shares.array)
+        self._launch(moe.route, rows, self._a.positions[: self._n], *outputs)
 
-    def _groups(self, product: Product, x: Value) -> tuple[Groups | None, tuple[Buffer, ...]]:
-        if product.choice is None:
-            return None, ()
-        _, groups, buffers = self._chosen(product.choice)
-        return (groups.by_pair if x.n_rows == product.n_rows else groups), buffers
+    def _group_size(self, product: Product) -> int:
+        """The number of rows that a product with experts computes together."""
+        return FEW_ROWS
 
     # --- Computing deferred values ---
 
@@ -428,13 +465,6 @@ class StepOps:
     def _launch(self, binding: Callable[..., None], *arguments: Any, **named: Any) -> None:
         binding(self._kernels, *arguments, **named)
         self._b.launched()
-
-
-def _gate_up_fits(gate: Product, up: Product) -> bool:
-    assert gate.w is not None
-    assert up.w is not None
-    assert gate.x is not None
-    return gate_up.fits(gate.w, up.w, gate.x.n_rows if gate.choice is None else FEW_ROWS)
 
 
 def _as_product(value: Value) -> Value:

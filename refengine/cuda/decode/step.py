@@ -18,7 +18,7 @@ import numpy as np
 from refengine.array import Array
 from refengine.cache.paged import KVCache
 from refengine.config import ModelConfig
-from refengine.cuda.decode.buffers import Placed, Plan, Recorder
+from refengine.cuda.decode.buffers import Placed, Plan, Recorder, shaped
 from refengine.cuda.decode.ops import Angles, StepArrays, StepOps
 from refengine.cuda.decode.state import DecodeRow, DecodeState
 from refengine.cuda.decode.values import NoFusedStep
@@ -27,7 +27,7 @@ from refengine.cuda.kernels.moe import MOST_USED
 from refengine.cuda.kernels.sampling import Sampler
 from refengine.cuda.memory import Arena, aligned
 from refengine.cuda.ops import KernelOps
-from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.runtime.launch import Kernels, NoLaunches
 from refengine.errors import KernelError
 from refengine.ops.decode import DecodeOps, DecodeTrace, Value, no_trace
 
@@ -42,15 +42,6 @@ __all__ = ["Decode", "DecodeRow", "DecodeStep", "NoFusedStep", "StepPlan", "buck
 def buckets_for(max_batch: int) -> tuple[int, ...]:
     """The numbers of rows for which kernels are launched: powers of two below max_batch, and max_batch."""
     return (*(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch), max_batch)
-
-
-class _NoKernels(Kernels):
-    """Launches nothing."""
-
-    n_multiprocessors = 1
-
-    def launch(self, *arguments: Any, **named: Any) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,7 @@ class StepPlan:
             raise NoFusedStep(f"{cfg.n_expert_used} experts a token; kernels take up to {MOST_USED}")
         n_blocks = -(-n_positions // block_size)
         shape = (n_blocks, block_size, cfg.n_head_kv, cfg.head_dim)
-        values, exponents = _shaped(shape, np.float16), _shaped(shape[:-1], np.uint8)
+        values, exponents = shaped(shape, np.float16), shaped(shape[:-1], np.uint8)
         cache = [PagedRows(values, exponents)] * cfg.n_layer
         rows: Shapes = {
             "ids": ((max_batch,), np.int32),
@@ -112,15 +103,15 @@ class StepPlan:
 
         def note_angles(number: int, constants: Any, freq_factors: Array | None) -> Angles:
             angles[number] = (n_positions, constants.n_rot // 2)
-            table = _shaped(angles[number], np.float32)
+            table = shaped(angles[number], np.float32)
             return table, table
 
-        on_device = {name: _shaped(shape, dtype) for name, (shape, dtype) in rows.items()}
+        on_device = {name: shaped(shape, dtype) for name, (shape, dtype) in rows.items()}
         arrays = StepArrays(**on_device, k=cache, v=cache, n_ctx=n_ctx, n_positions=n_positions, angles=note_angles)
         plans: dict[int, Plan] = {}
         for bucket in buckets_for(max_batch):
             recorder = Recorder()
-            ops = StepOps(_NoKernels(place), arrays, recorder, bucket)
+            ops = StepOps(NoLaunches(place), arrays, recorder, bucket)
             ops.array(decode(cfg, weights, ops, no_trace))
             plans[bucket] = recorder.plan()
         sampling = Sampler(Kernels(place), cfg.n_vocab, n_positions + 1).arrays(max_batch)
@@ -213,7 +204,7 @@ class DecodeStep:
         rows = {name: self._b[name] for name in ("ids", "positions", "tables", "arrived", "routed")}
         rows["arrived"][...] = rows["routed"][...] = 0
         self._arrays = StepArrays(
-            **rows, k=kv.k, v=kv.v, n_ctx=kv.n_ctx, n_positions=self.n_positions, angles=self._angles
+            **rows, k=kv.k, v=kv.v, n_ctx=kv.n_ctx, n_positions=self.n_positions, angles=self.angles
         )
         self._sampler = Sampler(ops.kernels, cfg.n_vocab, self.n_positions + 1)
         self.state = DecodeState(ops.xp, self._b, cfg.n_vocab, self.n_positions, kv.block_size)
@@ -314,7 +305,7 @@ class DecodeStep:
         self._logits[bucket] = logits
         self._sampler.draw(bucket, logits, self._b)
 
-    def _angles(self, number: int, constants: Any, freq_factors: Array | None) -> Angles:
+    def angles(self, number: int, constants: Any, freq_factors: Array | None) -> Angles:
         """The table for `decode()`'s request with this number, filled at the first request."""
         cos, sin = self._tables[number]
         if number not in self._filled:
@@ -327,8 +318,3 @@ class DecodeStep:
                 self._ops.xp.cuda.get_current_stream().synchronize()
             self._filled.add(number)
         return cos, sin
-
-
-def _shaped(shape: tuple[int, ...], dtype: Any) -> Array:
-    """An array with a shape but no memory."""
-    return np.broadcast_to(np.zeros((), dtype), shape)

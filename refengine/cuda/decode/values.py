@@ -42,11 +42,15 @@ class Norm(Value):
 
 @dataclass(eq=False)
 class Choice:
-    """The experts chosen from scores. computed: (shares, groups, the groups' buffers), made when first needed."""
+    """The experts chosen from scores. Made when first needed: the experts of each row, their shares, and by the size of
+    groups, which rows go to which expert, with the groups' buffers. A router that makes groups has no need of `chosen`.
+    """
 
     scores: Value
     n_used: int
-    computed: tuple[Buffer, Groups, tuple[Buffer, ...]] | None = None
+    chosen: Buffer | None = None
+    shares: Buffer | None = None
+    groups: dict[int, tuple[Groups, tuple[Buffer, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,5 +5,5 @@ output arrays. It determines the grid, the block and the shared memory, checks t
 `cuda.ops` passes outputs from a pool, `cuda.decode` outputs at fixed addresses.
 
 If a function has the argument `overlap`, True lets the kernel begin before the previous one has ended
-(`runtime.overlap`). "Overlaps" in a docstring means that its launch always does so.
+(`runtime.driver`). "Overlaps" in a docstring means that its launch always does so.
 """

@@ -116,6 +116,32 @@ def check_cache(n_head: int, head_dim: int, k_cache: PagedRows) -> None:
         raise KernelError(f"attention: blocks of {block_size} positions are not a multiple of {TILE}")
 
 
+def check_projections(
+    kernel: str,
+    qkv: Projections,
+    heads: tuple[int, int, int],
+    positions: Array,
+    tables: Array,
+    caches: tuple[PagedRows, PagedRows],
+    norms: tuple[Array | None, Array | None],
+) -> None:
+    """Raises KernelError unless all fits n rows with n_head query heads of head_dim, which are `heads`."""
+    n, n_head, head_dim = heads
+    k_cache, v_cache = caches
+    check_cache(n_head, head_dim, k_cache)
+    n_head_kv = k_cache.values.shape[2]
+    check_shape(kernel, "the V cache", v_cache.values, k_cache.values.shape)
+    check_shape(kernel, "the positions' array", positions, (n,))
+    check_shape(kernel, "the tables' array", tables, (n, tables.shape[-1]))
+    for weight in norms:
+        check_shape(kernel, "the weight of a norm", weight, (head_dim,))
+    for part, stride, count in zip(qkv.parts, qkv.strides, (n_head, n_head_kv, n_head_kv), strict=True):
+        if part.size < (n - 1) * stride + count * head_dim:
+            raise KernelError(
+                f"{kernel}: {n} rows of {count} heads of {head_dim}, {stride} floats apart, do not fit {part.size}"
+            )
+
+
 def splits_of(batch: BatchLayout, n_head_kv: int, window: int, separate: bool | None) -> tuple[int, int, bool]:
     """The first split that some row sees, the number of splits, and whether each has its own block of threads.
 
@@ -201,20 +227,10 @@ def attention_step(
     n, n_head, most_splits, _ = partial.shape
     _, block_size, n_head_kv, head_dim = k_cache.values.shape
     kernel = "attention_step"
-    check_cache(n_head, y.shape[-1] // n_head, k_cache)
-    check_shape(kernel, "the V cache", v_cache.values, k_cache.values.shape)
+    check_projections(kernel, qkv, (n, n_head, y.shape[-1] // n_head), positions, tables, (k_cache, v_cache), norms)
     check_shape(kernel, "the output", y, (n, n_head * head_dim))
-    check_shape(kernel, "the positions' array", positions, (n,))
-    check_shape(kernel, "the tables' array", tables, (n, tables.shape[-1]))
     check_shape(kernel, "the sinks' array", sinks, (n_head,))
     check_shape(kernel, "the space for splits", partial, (n, n_head, most_splits, head_dim + 2))
-    for weight in norms:
-        check_shape(kernel, "the weight of a norm", weight, (head_dim,))
-    for part, stride, heads in zip(qkv.parts, qkv.strides, (n_head, n_head_kv, n_head_kv), strict=True):
-        if part.size < (n - 1) * stride + heads * head_dim:
-            raise KernelError(
-                f"{kernel}: {n} rows of {heads} heads of {head_dim}, {stride} floats apart, do not fit {part.size}"
-            )
     tiles = -(-n_head // n_head_kv // STEP_ROWS) * n
     if arrived.size < tiles * n_head_kv:
         raise KernelError(f"{kernel}: {arrived.size} counters, {tiles * n_head_kv} are needed")

@@ -22,3 +22,9 @@ def embedding(kernels: Kernels, w: PackedMatrix, ids: Array, y: Array) -> None:
         grid = (len(ids), -(-n_in // 256))
         threads, matrix = 32, w.struct
     kernels.launch("embedding", kernel, grid, threads, [matrix, ids, y, n_in], what=w.name)
+
+
+def take_rows(kernels: Kernels, x: Array, rows: Array, y: Array) -> None:
+    """y[t] = x[rows[t]]. x (n, width), y (n_rows, width) float32; rows: (n_rows,) int32, each below n."""
+    check_shape("take_rows", "the output", y, (len(rows), x.shape[1]))
+    kernels.launch("embedding", "embedding_f32", (len(rows),), 128, [x, rows, y, x.shape[1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from refengine.array import Array
+from refengine.cuda.kernels.attention import PagedRows, Projections, Rotation, check_projections
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
@@ -22,3 +23,31 @@ def rope(kernels: Kernels, x: Array, angles: Angles, y: Array, *, neox: bool) ->
         raise KernelError(f"{kernel}: heads {x.shape}, angles {[a.shape for a in angles]}")
     check_shape(kernel, "the output", y, x.shape)
     kernels.launch("rope", kernel, (n_tokens, n_head), 64, [x, *angles, y, half, head_dim])
+
+
+def rope_append(
+    kernels: Kernels,
+    qkv: Projections,
+    rotation: Rotation,
+    positions: Array,
+    tables: Array,
+    q: Array,
+    k_cache: PagedRows,
+    v_cache: PagedRows,
+    *,
+    norms: tuple[Array | None, Array | None] = (None, None),
+    eps: float = 0.0,
+    q_factor: float = 1.0,
+) -> None:
+    """RMS norm of the heads (with weights `norms`), RoPE, Q times q_factor; writes K and V to the cache. Overlaps.
+
+    positions: (n,) int32, below zero for rows without a sequence; tables: (n, n_blocks) int32; q: the output,
+    (n, n_head, head_dim) float32.
+    """
+    n, n_head, head_dim = q.shape
+    _, block_size, n_head_kv, _ = k_cache.values.shape
+    check_projections("rope_append", qkv, q.shape, positions, tables, (k_cache, v_cache), norms)
+    sizes = [n_head, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, tables.shape[1]]
+    arrays = [qkv.struct, *norms, rotation.cos, rotation.sin, positions, tables, q, k_cache.struct, v_cache.struct]
+    arguments = [*arrays, *qkv.strides, *sizes, float(eps), float(q_factor)]
+    kernels.launch("rope", "rope_append", (n, n_head + 2 * n_head_kv), 32, arguments, overlap=True)

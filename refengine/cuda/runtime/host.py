@@ -10,14 +10,14 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from refengine.cuda.runtime.arguments import Arguments, three
 from refengine.cuda.runtime.cubin_cache import cache_folder, digest
-from refengine.cuda.runtime.source import Source, check_arguments, folder, three
+from refengine.cuda.runtime.source import Source, folder
 from refengine.errors import KernelError
 
 _MODES = {
@@ -48,6 +48,7 @@ class HostModule:
         self._library = ctypes.CDLL(str(_build(source, mode)))
         self._launch = self._library.hostcuda_launch
         self._launch.restype = ctypes.c_char_p
+        self._arguments: dict[str, Arguments] = {}
 
     def launch(
         self,
@@ -67,29 +68,22 @@ class HostModule:
         Raises KernelError for invalid arguments, and for anything that is undefined on a GPU: accesses out of bounds,
         misaligned or to a read-only buffer, divergent barriers, reads of uninitialised shared memory.
         """
-        checked = check_arguments(self.source, kernel, arguments)
+        written = self._arguments.get(kernel)
+        if written is None:
+            written = self._arguments[kernel] = Arguments(self.source, kernel)
+        written.write(arguments)
         buffers: list[_Buffer] = []
-        values: list[np.ndarray] = []
-        for parameter, value in zip(self.source.kernels[kernel], checked, strict=True):
-            if parameter.members:
-                values.append(value.packed)
-                arrays = zip(parameter.members, value.arrays, strict=True)
-            elif parameter.pointer:
-                values.append(np.array(0 if value is None else value.ctypes.data, dtype=np.uint64))
-                arrays = zip((parameter,), (value,), strict=True)
-            else:
-                values.append(np.array(value))
-                continue
-            for member, array in arrays:
-                if array is not None:
+        for parameter, value in zip(self.source.kernels[kernel], arguments, strict=True):
+            members, arrays = (parameter.members, value.arrays) if parameter.members else ((parameter,), (value,))
+            for member, array in zip(members, arrays, strict=True):
+                if member.pointer and array is not None:
                     start = array.ctypes.data
                     buffers.append(_Buffer(member.name.encode(), start, array.nbytes, int(member.writable)))
-        pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
         buffer_array = (_Buffer * max(len(buffers), 1))(*buffers)
         error = self._launch(
             kernel.encode(),
             ctypes.cast(self._library[f"hostcuda_call_{kernel}"], ctypes.c_void_p),
-            pointers,
+            written.pointers,
             (ctypes.c_uint * 3)(*three(grid)),
             (ctypes.c_uint * 3)(*three(block)),
             ctypes.c_size_t(shared_bytes),
@@ -100,6 +94,18 @@ class HostModule:
         )
         if error is not None:
             raise KernelError(error.decode(errors="replace"))
+
+    def prepared(
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[Any],
+        shared_bytes: int = 0,
+        overlap: bool = False,
+    ) -> Callable[[], None]:
+        """Like `launch`, but returns the launch, to be made any number of times."""
+        return partial(self.launch, kernel, grid, block, list(arguments), shared_bytes, overlap)
 
 
 def toolchain() -> Path:

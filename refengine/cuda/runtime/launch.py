@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from refengine.cuda.runtime.source import read_source
@@ -60,7 +60,7 @@ class Kernels:
         """Launch a kernel; does nothing if the grid is empty.
 
         arguments: arrays, None for null pointers, Structs and numbers. what: the name of the tensor, for the
-        KernelError of an invalid launch. overlap: see `runtime.overlap`.
+        KernelError of an invalid launch. overlap: see `runtime.driver`.
         """
         if not all(grid):
             return
@@ -68,3 +68,67 @@ class Kernels:
             self.module(file).launch(kernel, grid, (block,), arguments, shared_bytes, overlap)
         except KernelError as e:
             raise KernelError(f"{what}: {e}" if what else str(e)) from None
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function that launches kernels itself, in its turn among the launches."""
+        function()
+
+
+class NoLaunches(Kernels):
+    """Launches nothing, to find out what would be launched."""
+
+    n_multiprocessors = 1
+
+    def launch(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    def call(self, function: Callable[[], None]) -> None:
+        pass
+
+
+class Program(Kernels):
+    """Launches that are not made, but kept, to be made together any number of times, on the same stream.
+
+    prepared: keep them as the driver reads them, which does not keep their arrays alive. False keeps their arguments.
+    """
+
+    def __init__(self, kernels: Kernels, prepared: bool = True) -> None:
+        self.place, self.n_multiprocessors = kernels.place, kernels.n_multiprocessors
+        self._kernels, self._prepared = kernels, prepared
+        self._calls: list[Callable[[], None]] = []
+
+    def launch(
+        self,
+        file: str,
+        kernel: str,
+        grid: Sequence[int],
+        block: int,
+        arguments: Sequence[Any],
+        shared_bytes: int = 0,
+        overlap: bool = False,
+        *,
+        what: str = "",
+    ) -> None:
+        """Add a launch. If launches are prepared, raises KernelError for invalid arguments."""
+        if not all(grid):
+            return
+        if not self._prepared:
+            launch = self._kernels.launch
+            self.call(partial(launch, file, kernel, grid, block, arguments, shared_bytes, overlap, what=what))
+            return
+        try:
+            self.call(self.module(file).prepared(kernel, grid, (block,), arguments, shared_bytes, overlap))
+        except KernelError as e:
+            raise KernelError(f"{what}: {e}" if what else str(e)) from None
+
+    def module(self, file: str) -> Any:
+        return self._kernels.module(file)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Add a function that launches kernels itself, because its launches are different each time."""
+        self._calls.append(function)
+
+    def run(self) -> None:
+        """Make all launches, in their order. Raises KernelError for a refused launch."""
+        for call in self._calls:
+            call()

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from refengine.cuda.runtime.arguments import Arguments
 from refengine.cuda.runtime.cubin_cache import cache_folder, digest, write_whole
-from refengine.cuda.runtime.overlap import launch_overlapping
-from refengine.cuda.runtime.source import Source, Struct, check_arguments, three
+from refengine.cuda.runtime.driver import Launcher
+from refengine.cuda.runtime.source import Source
 from refengine.errors import DeviceError, KernelError, install_hint
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
 # Arithmetic exactly as written: no contraction of a·b + c, denormals kept, division and root rounded to nearest.
 OPTIONS = ("-std=c++17", "-default-device", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
-_NULL = np.uintp(0)
-# Percentage of a multiprocessor's memory that is shared memory, not cache. Kernels overlap only if it is the same for both.
+# Percentage of a multiprocessor's memory that is shared memory, not cache. Kernels overlap only if both have the same.
 CARVEOUT = 100
 STATIC_LIMIT = 48 << 10  # bytes of shared memory that a launch may use without setting an attribute
 
@@ -128,7 +126,8 @@ class DeviceModule:
         self.compiled = compile_source(source, arch or architecture(cupy))
         self._driver = cupy.cuda.driver
         self.module = cupy.RawModule(path=str(self.compiled.path))
-        self._functions: dict[str, Any] = {}
+        self._launchers: dict[str, Launcher] = {}
+        self._shared_limits: dict[str, int] = {}
         self._overlaps = int(cupy.cuda.Device().compute_capability) >= 90
         self._stream = cupy.cuda.get_current_stream
 
@@ -149,22 +148,57 @@ class DeviceModule:
 
         overlap: let it begin before the previous kernel has ended; only for kernels that call `wait_for_previous`.
         """
-        checked = check_arguments(self.source, kernel, arguments)
-        function = self._functions.get(kernel)
-        if function is None:
-            function = self._functions[kernel] = self.raw_kernel(kernel).kernel
+        launcher, stream = self._launcher(kernel, shared_bytes), self._stream().ptr
+        status = launcher.launch(grid, block, arguments, shared_bytes, stream, overlap and self._overlaps)
+        if status:
+            self._refused(status, kernel, grid, block)
+
+    def prepared(
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[Any],
+        shared_bytes: int = 0,
+        overlap: bool = False,
+    ) -> Callable[[], None]:
+        """Like `launch`, but returns the launch, to be made any number of times, on the stream that is current now.
+
+        It does not keep the arrays alive.
+        """
+        launcher, stream = self._launcher(kernel, shared_bytes).another(), self._stream().ptr
+        launcher.prepare(grid, block, arguments, shared_bytes, stream, overlap and self._overlaps)
+
+        def launch() -> None:
+            status = launcher.again()
+            if status:
+                self._refused(status, kernel, grid, block)
+
+        return launch
+
+    def _launcher(self, kernel: str, shared_bytes: int) -> Launcher:
+        """The launcher of a kernel, which may use so many bytes of shared memory."""
+        launcher = self._launchers.get(kernel)
+        if launcher is None:
+            arguments = Arguments(self.source, kernel)  # first, because it names an unknown kernel
+            function = self.raw_kernel(kernel).kernel.ptr
             if self._overlaps:
                 attribute = self._driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-                self._driver.funcSetAttribute(function.ptr, attribute, CARVEOUT)
-        values = [_NULL if a is None else a.packed if isinstance(a, Struct) else a for a in checked]
+                self._driver.funcSetAttribute(function, attribute, CARVEOUT)
+            launcher = self._launchers[kernel] = Launcher(arguments, function)
+        if shared_bytes > self._shared_limits.get(kernel, STATIC_LIMIT):
+            attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            try:
+                self._driver.funcSetAttribute(self.raw_kernel(kernel).kernel.ptr, attribute, shared_bytes)
+            except RuntimeError as e:  # CUDADriverError
+                raise KernelError(f"{kernel}: launch with {shared_bytes} bytes of shared memory refused: {e}") from None
+            self._shared_limits[kernel] = shared_bytes
+        return launcher
+
+    def _refused(self, status: int, kernel: str, grid: Sequence[int], block: Sequence[int]) -> None:
+        """Raises KernelError with the driver's name of an error."""
         try:
-            if shared_bytes > STATIC_LIMIT:
-                attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._driver.funcSetAttribute(function.ptr, attribute, shared_bytes)
-            if overlap and self._overlaps:
-                launch_overlapping(function.ptr, three(grid), three(block), values, shared_bytes, self._stream().ptr)
-            else:
-                function(three(grid), three(block), values, shared_bytes)
+            self._driver.check_status(status)
         except RuntimeError as e:  # CUDADriverError
             raise KernelError(f"{kernel}: launch of grid {tuple(grid)}, block {tuple(block)} refused: {e}") from None
 

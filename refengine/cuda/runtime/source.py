@@ -8,10 +8,9 @@ text, the check of a launch always agrees with the kernel. Independent of compil
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
-from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from refengine.errors import KernelError
 PREAMBLE = "common.cuh"
 
 # C types of parameters and the array or scalar types that fit them.
-_TYPES: dict[str, tuple[str, ...]] = {
+TYPES: dict[str, tuple[str, ...]] = {
     "float": ("float32",),
     "double": ("float64",),
     "f16": ("float16", "uint16"),
@@ -34,10 +33,7 @@ _TYPES: dict[str, tuple[str, ...]] = {
     "long long": ("int64",),
     "unsigned long long": ("uint64",),
 }
-_DTYPES = {kind: frozenset(np.dtype(name) for name in names) for kind, names in _TYPES.items()}
-_SCALARS: dict[str, Any] = {kind: getattr(np, names[0]) for kind, names in _TYPES.items()}
-_REALS = ("float", "double")
-_NUMBERS = {int, float, bool}
+_DTYPES = {kind: tuple(np.dtype(name) for name in names) for kind, names in TYPES.items()}
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _STRUCT = re.compile(r"^struct (\w+) \{\n((?:  [^\n()]*\* ?\w+;\n)+)\};", re.MULTILINE)
 _MACRO = re.compile(r"^#define (\w+)\((\w+)[^)]*\)((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE)
@@ -46,62 +42,38 @@ _KERNEL = re.compile(
 )
 
 
-def _converter(kind: str) -> Callable[[Any], Any]:
-    scalar = _SCALARS[kind]
-
-    def whole(value: Any) -> Any:
-        if type(value) is float:
-            raise TypeError
-        return scalar(value)
-
-    def real(value: Any) -> Any:
-        if type(value) is float and abs(value) <= 1.0:  # the usual case: scales and epsilons
-            return scalar(value)
-        with np.errstate(over="ignore"):
-            number = scalar(value)
-        if np.isinf(number) and not isinf(value):
-            raise OverflowError
-        return number
-
-    return real if kind in _REALS else whole
-
-
-_CONVERTERS = {kind: _converter(kind) for kind in _TYPES}
-
-
 class Struct:
     """Arrays that are one argument of a kernel: a C struct of pointers, passed by value. None is a null pointer.
 
     It keeps its arrays alive, and collects their pointers only once.
     """
 
-    __slots__ = ("_packed", "arrays", "fits")
+    __slots__ = ("_addresses", "arrays", "fits")
 
     def __init__(self, *arrays: Any) -> None:
         self.arrays = arrays
         self.fits: set[str] = set()  # the C structs that the arrays were checked against
-        self._packed: np.ndarray | None = None
+        self._addresses: tuple[int, ...] | None = None
 
     @property
-    def packed(self) -> np.ndarray:
-        """The struct's bytes, an array of one element: CuPy passes such an array by value."""
-        if self._packed is None:
-            pointers = np.array([0 if a is None else address_of(a) for a in self.arrays], np.uint64)
-            self._packed = pointers.view(f"V{pointers.nbytes}")
-        return self._packed
+    def addresses(self) -> tuple[int, ...]:
+        """The addresses of the arrays, 0 for None."""
+        if self._addresses is None:
+            self._addresses = tuple(0 if a is None else address_of(a) for a in self.arrays)
+        return self._addresses
 
 
 def address_of(array: Any) -> int:
-    """The address of a NumPy or CuPy array."""
-    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+    """The address of a NumPy or CuPy array. Raises AttributeError for any other value."""
+    address: int = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return address
 
 
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a kernel. kind: its C type without const and *. members: the pointers in a struct.
 
-    dtypes: the allowed dtypes of arrays and NumPy scalars. converted: converts a Python number to a scalar of the C
-    type; it raises OverflowError for a number out of range, and TypeError for a fraction if the C type is an integer.
+    dtypes: the allowed dtypes of arrays and NumPy scalars.
     """
 
     name: str
@@ -109,12 +81,10 @@ class Parameter:
     pointer: bool
     writable: bool
     members: tuple[Parameter, ...] = ()
-    dtypes: frozenset[np.dtype[Any]] = field(init=False, repr=False)
-    converted: Callable[[Any], Any] = field(init=False, repr=False, compare=False)
+    dtypes: tuple[np.dtype[Any], ...] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:  # computed once per kernel, which makes `check_arguments` fast
-        object.__setattr__(self, "dtypes", _DTYPES.get(self.kind, frozenset()))
-        object.__setattr__(self, "converted", _CONVERTERS.get(self.kind))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtypes", _DTYPES.get(self.kind, ()))
 
 
 @dataclass(frozen=True)
@@ -179,67 +149,7 @@ def _parameters(file: str, kernel: str, text: str, structs: dict[str, str]) -> t
         members: tuple[Parameter, ...] = ()
         if match is not None and not match[3] and match[2] in structs:
             members = _parameters(file, match[2], structs[match[2]].replace(";", ","), {})
-        if match is None or (match[2] not in _TYPES and not members):
+        if match is None or (match[2] not in TYPES and not members):
             raise KernelError(f"{file}.cu: {kernel}: parameter {declaration!r} has a type that launches do not support")
         parameters.append(Parameter(match[4], match[2], match[3] is not None, match[1] is None, members))
     return tuple(parameters)
-
-
-def three(sizes: Sequence[int]) -> tuple[int, int, int]:
-    """A grid or block of one to three sizes, extended to three."""
-    x, y, z = (*sizes, 1, 1)[:3]
-    return x, y, z
-
-
-def check_arguments(source: Source, kernel: str, arguments: Sequence[Any]) -> list[Any]:
-    """Check and convert the arguments of a kernel: arrays, None for null pointers, NumPy scalars, Structs. See W-1431.
-
-    Python numbers are converted to scalars of the parameter's C type. Raises KernelError for a wrong number of
-    arguments, type, range or layout; a fraction is not allowed for an integer.
-    """
-    parameters = source.kernels.get(kernel)
-    if parameters is None:
-        raise KernelError(f"{source.name}.cu has no kernel {kernel!r}; it has {', '.join(source.kernels)}")
-    if len(arguments) != len(parameters):
-        raise KernelError(f"{kernel} takes {len(parameters)} arguments, {len(arguments)} were given")
-    checked = list(arguments)
-    for i, value in enumerate(arguments):  # runs at every launch, so error messages are only made if necessary
-        parameter = parameters[i]
-        if parameter.pointer:
-            if value is not None:
-                _check_array(kernel, parameter, value)
-        elif parameter.members:
-            if not isinstance(value, Struct) or len(value.arrays) != len(parameter.members):
-                raise KernelError(f"{kernel}: {parameter.name} must be a Struct of {len(parameter.members)} arrays")
-            if parameter.kind not in value.fits:
-                for member, array in zip(parameter.members, value.arrays, strict=True):
-                    if array is not None:
-                        _check_array(kernel, member, array, f"{parameter.name}.")
-                value.fits.add(parameter.kind)
-        elif type(value) in _NUMBERS:
-            try:
-                checked[i] = parameter.converted(value)
-            except OverflowError:
-                raise KernelError(f"{kernel}: {parameter.name} is {value}, out of range for {parameter.kind}") from None
-            except TypeError:
-                raise KernelError(f"{kernel}: {parameter.name} must be a whole number, found {value}") from None
-        elif not isinstance(value, np.generic) or value.dtype not in parameter.dtypes:
-            raise KernelError(f"{kernel}: {parameter.name} must be {_misfit(parameter, value)}")
-    return checked
-
-
-def _check_array(kernel: str, parameter: Parameter, value: Any, prefix: str = "") -> None:
-    if getattr(value, "dtype", None) not in parameter.dtypes or isinstance(value, np.generic):
-        raise KernelError(f"{kernel}: {prefix}{parameter.name} must be {_misfit(parameter, value)}")
-    if not value.flags.c_contiguous:
-        raise KernelError(
-            f"{kernel}: {prefix}{parameter.name} must be contiguous, found shape {value.shape} with strides "
-            f"{value.strides}"
-        )
-
-
-def _misfit(parameter: Parameter, value: Any) -> str:
-    dtype = getattr(value, "dtype", None)
-    if dtype is None or parameter.pointer is isinstance(value, np.generic):
-        return f"{'an array' if parameter.pointer else 'a number'}: {value!r:.60}"
-    return f"{' or '.join(_TYPES[parameter.kind])}, found {dtype.name}"
