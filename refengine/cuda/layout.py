@@ -121,11 +121,10 @@ def plane_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> dict[str,
     return sizes
 
 
-def segment_bytes(kind: str) -> int:
-    """The bytes of 16 rows of 256 columns of a tiled type, named like `Q4_K`, with their scales."""
-    t = Type[kind]
-    bits = _LOW_BITS.get(t, 4) + _HIGH_BITS.get(t, 0)
-    return TILE_ROWS * (TILE_COLUMNS * SEGMENT * bits // 8 + _SCALE_BYTES.get(t, 0) + _D_BYTES.get(t, 0))
+def segment_bytes(kind: GGMLQuantizationType) -> int:
+    """The bytes of 16 rows of 256 columns of a tiled type, with their scales."""
+    bits = _LOW_BITS.get(kind, 4) + _HIGH_BITS.get(kind, 0)
+    return TILE_ROWS * (TILE_COLUMNS * SEGMENT * bits // 8 + _SCALE_BYTES.get(kind, 0) + _D_BYTES.get(kind, 0))
 
 
 def pack(xp: Any, w: Any) -> PackedMatrix:

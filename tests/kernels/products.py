@@ -58,6 +58,6 @@ def few_rows(
     w: Any, n_rows: int, warps: int, *, prepares: bool = False, n_matrices: int = 1, chunk: int = 2
 ) -> tuple[list[int], int]:
     """The arguments shift, chunk and rehearses of the kernels of few_rows.cuh, and their shared memory."""
-    n_in, capacity = w.shape[-1], next(c for c in (1, 2, 4, 8) if c >= min(n_rows, 8))
-    shared = shared_bytes(w.type.name, n_in, warps, chunk, capacity, n_matrices, prepares=prepares, norm=prepares)
-    return [capacity.bit_length() - 1, chunk, 0], shared
+    shift = min(n_rows - 1, 7).bit_length()
+    shared = shared_bytes(w.type, w.shape[-1], warps, chunk, shift, n_matrices, prepares=prepares, norm=prepares)
+    return [shift, chunk, 0], shared

@@ -47,7 +47,7 @@ def gate_up(
     n_rows = min(x.n, FEW_ROWS)
     launch = few_rows_launch(gate, n_out, x, n_rows, n_groups, kernels.n_multiprocessors, n_matrices=2)
     struct = groups.struct if groups else NO_GROUPS
-    sizes = [n_out, n_in, len(y), clamped, *launch.arguments]
+    sizes = [n_out, n_in, len(y), clamped, *launch.arguments, x.eps]
     arguments = [gate.struct, up.struct, x.struct, struct, *biases, y, *sizes]
     kernel, grid, shared = f"gate_up_{gate.type.name.lower()}", (launch.blocks, n_groups), launch.shared_bytes
     kernels.launch("gate_up", kernel, grid, launch.threads, arguments, shared, overlap=True, what=gate.name)
@@ -63,6 +63,6 @@ def up_gelu(kernels: Kernels, x: Rows, up: PackedMatrix, y: Array, bias: Array |
     check_shape(up.name, "the output", y, (x.n, n_out))
     check_shape(up.name, "the bias", bias, (n_out,))
     launch = few_rows_launch(up, n_out, x, x.n, 1, kernels.n_multiprocessors)
-    arguments = [up.struct, x.struct, bias, y, n_out, n_in, x.n, *launch.arguments]
+    arguments = [up.struct, x.struct, bias, y, n_out, n_in, x.n, *launch.arguments, x.eps]
     kernel, shared = f"up_gelu_{up.type.name.lower()}", launch.shared_bytes
     kernels.launch("gate_up", kernel, (launch.blocks, 1), launch.threads, arguments, shared, overlap=True, what=up.name)

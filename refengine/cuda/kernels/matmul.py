@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from refengine.array import Array
 from refengine.cuda.kernels import matmul_f32
 from refengine.cuda.kernels.few_rows import FEW_ROWS, few_rows_launch
@@ -41,11 +43,11 @@ def linear(
         return
     kind = w.type.name.lower()
     struct = groups.struct if groups else NO_GROUPS
-    arguments = [w.struct, x.struct, struct, bias, residual, y, n_out, n_in, x.n]
+    arguments: list[Any] = [w.struct, x.struct, struct, bias, residual, y, n_out, n_in, x.n]
     if few:
         n_groups = len(groups.group) if groups else 1
         launch = few_rows_launch(w, n_out, x, min(x.n, FEW_ROWS), n_groups, kernels.n_multiprocessors)
-        arguments += launch.arguments
+        arguments += [*launch.arguments, x.eps]
         grid, shared = (launch.blocks, n_groups), launch.shared_bytes
         kernels.launch("matmul", f"rows8_{kind}", grid, launch.threads, arguments, shared, overlap=True, what=w.name)
     else:

@@ -40,7 +40,7 @@ def qkv(kernels: Kernels, x: Rows, matrices: Sequence[PackedMatrix], biases: Seq
         check_shape(w.name, "the bias", bias, (w.shape[0],))
     launch = few_rows_launch(first, n_out, x, x.n, 1, kernels.n_multiprocessors)
     structs = [w.struct for w in matrices] + [NO_MATRIX] * missing
-    sizes = [first.shape[0], matrices[1].shape[0], n_out, n_in, x.n, *launch.arguments]
+    sizes = [first.shape[0], matrices[1].shape[0], n_out, n_in, x.n, *launch.arguments, x.eps]
     arguments = [*structs, x.struct, *biases, *[None] * missing, y, *sizes]
     kernel, shared = f"qkv_{first.type.name.lower()}", launch.shared_bytes
     kernels.launch("qkv", kernel, (launch.blocks, 1), launch.threads, arguments, shared, overlap=True, what=first.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from refengine.array import Array
@@ -35,7 +35,8 @@ class Rows:
 
     floats: (n, n_in) float32, for products with F32 and BF16 weights.
     halves, sums, scale: for all other products; halves (n, padded(n_in)) float16 in the device's column order, their
-    block sums (n, padded(n_in) / 32), and scales (n,) float32. Products with few rows make this form themselves if there are only floats.
+    block sums (n, padded(n_in) / 32), and scales (n,) float32. Products with few rows make this form themselves if there
+    are only floats.
     norm: what these products apply to the floats before; the floats alone are then not the rows.
     """
 
@@ -44,7 +45,7 @@ class Rows:
     halves: Array | None = None
     sums: Array | None = None
     scale: Array | None = None
-    norm: RowNorm | None = None
+    norm: RowNorm | None = field(default=None, kw_only=True)
 
     @cached_property
     def struct(self) -> Struct:
@@ -53,6 +54,11 @@ class Rows:
             return Struct(self.halves, self.sums, self.scale, None, None, None)
         norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
         return Struct(None, None, None, self.floats, *norm)
+
+    @property
+    def eps(self) -> float:
+        """The epsilon of the norm, or 0."""
+        return self.norm.eps if self.norm else 0.0
 
     def check(self, tensor: str, n_in: int, *, floats: bool, few: bool = False) -> None:
         """Raises KernelError if the floats, or the halves, are missing or have another width than n_in.
