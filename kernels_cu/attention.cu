@@ -414,9 +414,9 @@ __device__ __forceinline__ MmaA operand(const MmaA& from) {
   return MmaA{{four.x, four.y, four.z, four.w}};
 }
 
-// Where tiles are in the cache: their blocks, and their offsets in them.
+// Where tiles are in the cache: their blocks, their offsets in them, and how many of their positions to read, if above zero.
 struct Places {
-  int block[AT_ONCE], offset[AT_ONCE];
+  int block[AT_ONCE], offset[AT_ONCE], n[AT_ONCE];
 };
 
 // The row of a slot in an array with rows of `width`, a multiple of 8. Cheaper than a product of 64 bits.
@@ -437,7 +437,8 @@ __device__ __forceinline__ void request_places(Places& places, const Cache& cach
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
     int tile = start + t * TILE;
-    places.block[t] = tile <= cache.n_kv && tile + TILE > oldest ? load_latest<int>(&cache.table[at]) : 0;
+    places.n[t] = tile + TILE > oldest ? cache.n_kv - tile : 0;
+    places.block[t] = places.n[t] > 0 ? load_latest<int>(&cache.table[at]) : 0;
     places.offset[t] = offset;
     offset += TILE;
     if (offset == cache.block_size) offset = 0, at++;
@@ -445,53 +446,39 @@ __device__ __forceinline__ void request_places(Places& places, const Cache& cach
 }
 
 template <int G>
-__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const Places& places, int head,
-                                          int start, int oldest) {
+__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const Places& places, int head) {
   int own = threadIdx.x / 4, column = threadIdx.x % 4 * 8, width = cache.n_head_kv * cache.head_dim;
   const f16* k = cache.k + head * cache.head_dim + column;
+  int slot[AT_ONCE], n[AT_ONCE];
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
-    int tile = start + t * TILE, slot = places.block[t] * cache.block_size + places.offset[t] + own;
-    const f16* row = row_of(k, slot, width);
-    bool exists = tile + own < cache.n_kv && tile + TILE > oldest;
+    slot[t] = places.block[t] * cache.block_size + places.offset[t], n[t] = places.n[t];
+    const f16* row = row_of(k, slot[t] + own, width);
 #pragma unroll
     for (int g = 0; g < G; g++) {
       requested.k[t][g] = make_uint4(0, 0, 0, 0);
-      if (exists && (g < G - 1 || g * 32 + column < cache.head_dim)) requested.k[t][g] = load_latest<uint4>(row + g * 32);
+      bool exists = own < n[t] && (g < G - 1 || g * 32 + column < cache.head_dim);
+      if (exists) requested.k[t][g] = load_latest<uint4>(row + g * 32);
     }
   }
-}
-
-// The position, from `start` on, whose exponent a lane has.
-__device__ __forceinline__ int position_of_exponent() {
-  int lane = threadIdx.x % 32;
-  return lane / 16 * TILE + threadIdx.x / 32 * 8 + lane % 16 / 2;
-}
-
-template <int G>
-__device__ __forceinline__ void request_exponent(Requested<G>& requested, const Cache& cache, const Places& places, int head,
-                                                 int start, int oldest) {
-  int position = position_of_exponent(), slot = position % TILE;
-  slot += position < TILE ? places.block[0] * cache.block_size + places.offset[0]
-                          : places.block[1] * cache.block_size + places.offset[1];
+  bool of_second = threadIdx.x % 32 >= 16;
+  own = threadIdx.x / 32 * 8 + threadIdx.x % 16 / 2;
   const unsigned char* exponents = (threadIdx.x % 2 ? cache.v_exponents : cache.k_exponents) + head;
+  exponents += static_cast<unsigned>((of_second ? slot[1] : slot[0]) + own) * static_cast<unsigned>(cache.n_head_kv);
   requested.exponent = 0;
-  if (start + position < cache.n_kv && start + position / TILE * TILE + TILE > oldest)
-    requested.exponent = load_latest<unsigned char>(
-        exponents + static_cast<unsigned>(slot) * static_cast<unsigned>(cache.n_head_kv));
+  if (own < (of_second ? n[1] : n[0])) requested.exponent = load_latest<unsigned char>(exponents);
 }
 
 // The position in a tile of element i of Requested::v, for c = 0.
 __device__ __forceinline__ constexpr int position_in(int i) { return i / 4 * 16 + i % 2 + i / 2 % 2 * 8; }
 
 template <int G>
-__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const Places& places, int head,
-                                          int start, int oldest, int t) {
-  int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2, own = threadIdx.x % 4 * 2, tile = start + t * TILE;
+__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const Places& places, int head, int t) {
+  int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2, own = threadIdx.x % 4 * 2;
   int width = cache.n_head_kv * cache.head_dim, slot = places.block[t] * cache.block_size + places.offset[t] + own;
   const f16* v = row_of(cache.v + head * cache.head_dim + column, slot, width);
   unsigned long long row = static_cast<unsigned>(width);
-  int left = column < cache.head_dim && tile + TILE > oldest ? cache.n_kv - tile - own : 0;
+  int left = column < cache.head_dim ? places.n[t] - own : 0;
 #pragma unroll
   for (int i = 0; i < 16; i++) {
     requested.v[t][i] = 0;
@@ -555,11 +542,12 @@ __device__ __forceinline__ int halves_of_head(f16 (&halves)[G], const float (&x)
 template <int G>
 __device__ __forceinline__ void put_new(Requested<G>& requested, const StepShared<G>& shared, int start, int at) {
   int warp = threadIdx.x / 32, r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  if (start + position_of_exponent() == at) requested.exponent = shared.new_exponents[threadIdx.x % 2];
   uint32_t v = warp * 16 < G * 32 ? *reinterpret_cast<const uint32_t*>(&shared.new_v[warp * 16 + r * 2]) : 0;
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
     int in_tile = at - start - t * TILE;
+    if (in_tile == warp * 8 + threadIdx.x % 16 / 2 && threadIdx.x % 32 / 16 == t)
+      requested.exponent = shared.new_exponents[threadIdx.x % 2];
     if (in_tile == warp * 8 + r) {
 #pragma unroll
       for (int g = 0; g < G; g++) requested.k[t][g] = *reinterpret_cast<const uint4*>(&shared.new_k[g * 32 + c * 8]);
@@ -724,10 +712,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++)
       *reinterpret_cast<float2*>(&shared.scores[t][r][warp * 8 + 2 * c]) = make_float2(s[t].x[0], s[t].x[1]);
-    if (next <= at) {
-      request_k(requested, cache, places, head, next, oldest);
-      request_exponent(requested, cache, places, head, next, oldest);
-    }
+    if (next <= at) request_k(requested, cache, places, head);
     __syncthreads();
 
     // Weights: a warp has a row, half of its lanes each tile, a lane 4 positions.
@@ -783,7 +768,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
       }
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[t][i] = d[i / 2].x[i % 2];
-      if (next <= at) request_v(requested, cache, places, head, next, oldest, t);
+      if (next <= at) request_v(requested, cache, places, head, t);
     }
 #pragma unroll 1
     for (int t = 0; t < AT_ONCE; t++) {
@@ -838,10 +823,8 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   __syncthreads();
   if (threadIdx.x == 0) {
     int* counter = arrived + blockIdx.x * gridDim.y + blockIdx.y;
-    __threadfence();
-    shared.is_last = atomicAdd(counter, 1) == min(n_splits_seen, n_blocks) - 1;
+    shared.is_last = arrive(counter) == min(n_splits_seen, n_blocks) - 1;
     if (shared.is_last) *counter = 0;
-    __threadfence();
   }
   __syncthreads();
   if (!shared.is_last) return;
