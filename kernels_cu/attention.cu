@@ -650,8 +650,8 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   }
   float m_all = minus_infinity(), l_all = 0.0f, o[2][2] = {};  // of the split so far
   Requested<G> requested = {};
-  // Each pass computes the tiles from `start` on and requests those from `next` on. Pass 0 comes before the wait: it requests
-  // the first tiles and computes nothing, with the same code, so that the instructions of pass 1 are in the caches.
+  // Each pass computes the tiles from `start` on and requests those from `next` on. Pass 0, before the wait, requests the first
+  // tiles; what it computes, of zeros, is a rehearsal: it fetches the instructions, which takes longer than to execute them.
 #pragma unroll 1
   for (int pass = 0;; pass++) {
     if (pass < 2) {
