@@ -46,9 +46,10 @@ __device__ __forceinline__ float largest_of_four(float x) {
   x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
   return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
-__device__ __forceinline__ float largest_of_eight(const float* x) {
-  float4 a = *reinterpret_cast<const float4*>(x), b = *reinterpret_cast<const float4*>(x + 4);
-  return fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
+__device__ __forceinline__ float largest_of_sixteen(float x) {
+  x = largest_of_four(x);
+  x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 4));
+  return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 8));
 }
 __device__ __forceinline__ float sum_of_four(float x) {
   x += __shfl_xor_sync(ALL_LANES, x, 1);
@@ -369,8 +370,9 @@ extern "C" __global__ void kv_append_f16(const float* x, const long long* slots,
 // Grid: x rows · ⌈group / 8⌉, y KV heads, z any number Z: block z takes splits z, z + Z, … from the first one on; 256 threads.
 // If a row sees several splits, the last block to arrive folds them, in order. The block that has the last split computes the
 // new K and V, and has them from its own shared memory; they are written for the next step.
-// Two tiles at once: a warp computes scores of 8 positions of each (m and the largest of P are exchanged), then 16 columns of
-// o. The next two tiles are requested as soon as registers are free.
+// Two tiles at once: a warp computes scores of 8 positions of each, then P of a row, then 16 columns of o. The next two tiles
+// are requested as soon as registers are free. Instructions are seldom in the caches when they are needed first, so all of
+// this is one loop, with every kind of work in one place.
 //
 // May be launched to overlap with the previous kernel. Precondition: all inputs but Q, K and V are read before it has ended
 // (positions, tables, earlier positions of the cache, …), so they must have been there before a kernel began that did not
@@ -384,13 +386,13 @@ template <int G>
 struct alignas(16) StepShared {
   MmaA q[G * 2][32], p[AT_ONCE][4][32];  // operands of products, as lanes hold them
   f16 new_k[G * 32], new_v[G * 32];
-  float2 weights[AT_ONCE][WARPS][32];                                  // p as lanes have computed it
-  float m[AT_ONCE][STEP_ROWS][WARPS], top[AT_ONCE][STEP_ROWS][WARPS];  // of a warp's 8 positions
-  float l[AT_ONCE][STEP_ROWS];
+  float scores[AT_ONCE][STEP_ROWS][TILE + 8], weights[AT_ONCE][STEP_ROWS][TILE + 8];  // + 8: lanes meet no bank twice
+  float2 of_rows[AT_ONCE][STEP_ROWS];                                                 // m, and 2^-e of P
+  unsigned char exponents[AT_ONCE][2 * TILE];                                         // K, V, K, V, …
   float heads[WARPS][G * 32];
-  float norms[2][G * 32], cos[G * 16], sin[G * 16];  // weights for Q and K; of the position
+  float norms[2][G * 32], cos[G * 32], sin[G * 32];  // weights for Q and K; of the position, for each column
   float q_scale[STEP_ROWS], sinks[STEP_ROWS];
-  unsigned char exponents[WARPS][32], new_exponents[2];
+  unsigned char new_exponents[2];
   // What is needed at the end only: the first row, the number of splits, where to write K and V (below zero: nowhere), and
   // whether this block is the last one.
   int row, n_splits, new_slot, is_last;
@@ -412,23 +414,31 @@ __device__ __forceinline__ MmaA operand(const MmaA& from) {
   return MmaA{{four.x, four.y, four.z, four.w}};
 }
 
-// Where tiles are in the cache: their blocks, and their offsets in them.
+// Where tiles are in the cache: their blocks, their offsets in them, and how many of their positions to read, if above zero.
 struct Places {
-  int block[AT_ONCE], offset[AT_ONCE];
+  int block[AT_ONCE], offset[AT_ONCE], n[AT_ONCE];
 };
 
 // The row of a slot in an array with rows of `width`, a multiple of 8. Cheaper than a product of 64 bits.
 __device__ __forceinline__ const f16* row_of(const f16* rows, int slot, int width) {
-  return rows + 8 * static_cast<unsigned long long>(static_cast<unsigned>(slot) * static_cast<unsigned>(width / 8));
+  return computed_once(
+      rows + 8 * static_cast<unsigned long long>(static_cast<unsigned>(slot) * static_cast<unsigned>(width / 8)));
+}
+
+__device__ __forceinline__ int slot_of(const Cache& cache, int position) {
+  int at = static_cast<unsigned>(position) / static_cast<unsigned>(cache.block_size);
+  return load_latest<int>(&cache.table[at]) * cache.block_size + position - at * cache.block_size;
 }
 
 // Of the tiles from `start` on. oldest: the first position that the row sees.
 __device__ __forceinline__ void request_places(Places& places, const Cache& cache, int start, int oldest) {
-  int at = start / cache.block_size, offset = start - at * cache.block_size;
+  int at = static_cast<unsigned>(start) / static_cast<unsigned>(cache.block_size);
+  int offset = start - at * cache.block_size;
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
     int tile = start + t * TILE;
-    places.block[t] = tile <= cache.n_kv && tile + TILE > oldest ? load_latest<int>(&cache.table[at]) : 0;
+    places.n[t] = tile + TILE > oldest ? cache.n_kv - tile : 0;
+    places.block[t] = places.n[t] > 0 ? load_latest<int>(&cache.table[at]) : 0;
     places.offset[t] = offset;
     offset += TILE;
     if (offset == cache.block_size) offset = 0, at++;
@@ -436,75 +446,53 @@ __device__ __forceinline__ void request_places(Places& places, const Cache& cach
 }
 
 template <int G>
-__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const Places& places, int head,
-                                          int start, int oldest) {
+__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const Places& places, int head) {
   int own = threadIdx.x / 4, column = threadIdx.x % 4 * 8, width = cache.n_head_kv * cache.head_dim;
   const f16* k = cache.k + head * cache.head_dim + column;
+  int slot[AT_ONCE], n[AT_ONCE];
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
-    int tile = start + t * TILE, slot = places.block[t] * cache.block_size + places.offset[t] + own;
-    const f16* row = row_of(k, slot, width);
-    bool exists = tile + own < cache.n_kv && tile + TILE > oldest;
+    slot[t] = places.block[t] * cache.block_size + places.offset[t], n[t] = places.n[t];
+    const f16* row = row_of(k, slot[t] + own, width);
 #pragma unroll
     for (int g = 0; g < G; g++) {
       requested.k[t][g] = make_uint4(0, 0, 0, 0);
-      if (exists && (g < G - 1 || g * 32 + column < cache.head_dim)) requested.k[t][g] = load_latest<uint4>(row + g * 32);
+      bool exists = own < n[t] && (g < G - 1 || g * 32 + column < cache.head_dim);
+      if (exists) requested.k[t][g] = load_latest<uint4>(row + g * 32);
     }
   }
-}
-
-// The position, from `start` on, whose exponent a lane has.
-__device__ __forceinline__ int position_of_exponent() {
-  int lane = threadIdx.x % 32;
-  return lane / 16 * TILE + threadIdx.x / 32 * 8 + lane % 16 / 2;
-}
-
-template <int G>
-__device__ __forceinline__ void request_exponent(Requested<G>& requested, const Cache& cache, const Places& places, int head,
-                                                 int start, int oldest) {
-  int position = position_of_exponent(), slot = position % TILE;
-  slot += position < TILE ? places.block[0] * cache.block_size + places.offset[0]
-                          : places.block[1] * cache.block_size + places.offset[1];
+  bool of_second = threadIdx.x % 32 >= 16;
+  own = threadIdx.x / 32 * 8 + threadIdx.x % 16 / 2;
   const unsigned char* exponents = (threadIdx.x % 2 ? cache.v_exponents : cache.k_exponents) + head;
+  exponents += static_cast<unsigned>((of_second ? slot[1] : slot[0]) + own) * static_cast<unsigned>(cache.n_head_kv);
   requested.exponent = 0;
-  if (start + position < cache.n_kv && start + position / TILE * TILE + TILE > oldest)
-    requested.exponent = load_latest<unsigned char>(
-        exponents + static_cast<unsigned>(slot) * static_cast<unsigned>(cache.n_head_kv));
+  if (own < (of_second ? n[1] : n[0])) requested.exponent = load_latest<unsigned char>(exponents);
 }
 
 // The position in a tile of element i of Requested::v, for c = 0.
 __device__ __forceinline__ constexpr int position_in(int i) { return i / 4 * 16 + i % 2 + i / 2 % 2 * 8; }
 
 template <int G>
-__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const Places& places, int head,
-                                          int start, int oldest, int t) {
-  int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2, own = threadIdx.x % 4 * 2, tile = start + t * TILE;
+__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const Places& places, int head, int t) {
+  int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2, own = threadIdx.x % 4 * 2;
   int width = cache.n_head_kv * cache.head_dim, slot = places.block[t] * cache.block_size + places.offset[t] + own;
   const f16* v = row_of(cache.v + head * cache.head_dim + column, slot, width);
   unsigned long long row = static_cast<unsigned>(width);
-  int left = column < cache.head_dim && tile + TILE > oldest ? cache.n_kv - tile - own : 0;
-  if (left > position_in(15)) {
+  int left = column < cache.head_dim ? places.n[t] - own : 0;
 #pragma unroll
-    for (int i = 0; i < 16; i++)
-      requested.v[t][i] = load_latest<uint32_t>(v + row * position_in(i));
-    return;
+  for (int i = 0; i < 16; i++) {
+    requested.v[t][i] = 0;
+    if (position_in(i) < left) requested.v[t][i] = load_latest<uint32_t>(v + row * position_in(i));
   }
-#pragma unroll
-  for (int i = 0; i < 16; i++) requested.v[t][i] = 0;
-  if (left <= 0) return;
-#pragma unroll
-  for (int i = 0; i < 16; i++)
-    if (position_in(i) < left)
-      requested.v[t][i] = load_latest<uint32_t>(v + row * position_in(i));
 }
 
-// Element j * 32 + lane of a head of n elements; zeros after its end.
+// Element j * 32 + lane of a head of n elements, of which `from` is element `lane`; zeros after its end.
 template <int G>
 __device__ __forceinline__ void load_head(float (&x)[G], const float* from, int n) {
 #pragma unroll
   for (int j = 0; j < G; j++) {
-    int i = j * 32 + threadIdx.x % 32;
-    x[j] = i < n ? from[i] : 0.0f;
+    x[j] = 0.0f;
+    if (j * 32 + static_cast<int>(threadIdx.x % 32) < n) x[j] = from[j * 32];
   }
 }
 
@@ -520,38 +508,31 @@ __device__ __forceinline__ void norm_head(float (&x)[G], const float* weight, in
     if (j * 32 + threadIdx.x % 32 < n) x[j] = x[j] * factor * weight[j * 32 + threadIdx.x % 32];
 }
 
-// Rotates a head by one warp, through `row` in shared memory.
+// Rotates a head by one warp, through `row` in shared memory. cos, sin: for each column; those of a pair's first one are
+// cos and -sin.
 template <int G>
-__device__ __forceinline__ void rotate_head(float (&x)[G], float* row, const float* cos, const float* sin, int half, int neox,
-                                            int head_dim) {
+__device__ __forceinline__ void rotate_head(float (&x)[G], float* row, const float* cos, const float* sin, int half, int neox) {
   int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int j = 0; j < G; j++)
-    if (j * 32 + lane < head_dim) row[j * 32 + lane] = x[j];
+  for (int j = 0; j < G; j++) row[j * 32 + lane] = x[j];
   __syncwarp(ALL_LANES);
 #pragma unroll
-  for (int j = 0; j < (G + 1) / 2; j++) {
-    int i = j * 32 + lane, first = neox ? i : 2 * i, second = neox ? i + half : first + 1;
-    if (i >= half) continue;
-    float a = row[first], b = row[second];
-    row[first] = __fadd_rn(__fmul_rn(a, cos[i]), -__fmul_rn(b, sin[i]));
-    row[second] = __fadd_rn(__fmul_rn(a, sin[i]), __fmul_rn(b, cos[i]));
+  for (int j = 0; j < G; j++) {
+    int i = j * 32 + lane, other = !neox ? i ^ 1 : i < half ? i + half : i - half;
+    if (i < 2 * half) x[j] = __fadd_rn(__fmul_rn(x[j], cos[i]), __fmul_rn(row[other], sin[i]));
   }
   __syncwarp(ALL_LANES);
-#pragma unroll
-  for (int j = 0; j < G; j++)
-    if (j * 32 + lane < head_dim) x[j] = row[j * 32 + lane];
 }
 
 // Element i of a row of halves times 2^-e, where x has the elements of a head.
 template <int G>
 __device__ __forceinline__ int halves_of_head(f16 (&halves)[G], const float (&x)[G], int head_dim) {
   int lane = threadIdx.x % 32;
-  float top = 0.0f;
+  uint32_t top = 0;  // magnitudes are in the same order as their bits
 #pragma unroll
   for (int j = 0; j < G; j++)
-    if (j * 32 + lane < head_dim) top = larger_or_nan(top, fabsf(x[j]));
-  int e = row_exponent(warp_top(top));
+    if (j * 32 + lane < head_dim) top = max(top, __float_as_uint(fabsf(x[j])));
+  int e = row_exponent(__uint_as_float(__reduce_max_sync(ALL_LANES, top)));
 #pragma unroll
   for (int j = 0; j < G; j++) halves[j] = j * 32 + lane < head_dim ? f32_to_f16(times_power(x[j], e)) : 0;
   return e;
@@ -561,17 +542,16 @@ __device__ __forceinline__ int halves_of_head(f16 (&halves)[G], const float (&x)
 template <int G>
 __device__ __forceinline__ void put_new(Requested<G>& requested, const StepShared<G>& shared, int start, int at) {
   int warp = threadIdx.x / 32, r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  if (start + position_of_exponent() == at) requested.exponent = shared.new_exponents[threadIdx.x % 2];
+  uint32_t v = warp * 16 < G * 32 ? *reinterpret_cast<const uint32_t*>(&shared.new_v[warp * 16 + r * 2]) : 0;
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
     int in_tile = at - start - t * TILE;
-    if (in_tile < 0 || in_tile >= TILE) continue;
+    if (in_tile == warp * 8 + threadIdx.x % 16 / 2 && threadIdx.x % 32 / 16 == t)
+      requested.exponent = shared.new_exponents[threadIdx.x % 2];
     if (in_tile == warp * 8 + r) {
 #pragma unroll
       for (int g = 0; g < G; g++) requested.k[t][g] = *reinterpret_cast<const uint4*>(&shared.new_k[g * 32 + c * 8]);
     }
-    if (warp * 16 >= G * 32) continue;
-    uint32_t v = *reinterpret_cast<const uint32_t*>(&shared.new_v[warp * 16 + r * 2]);
 #pragma unroll
     for (int i = 0; i < 16; i++)
       if (in_tile - c * 2 == position_in(i)) requested.v[t][i] = v;
@@ -614,14 +594,14 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
                                                const float* cos, const float* sin, const NewRows& k_cache,
                                                const NewRows& v_cache, const int* tables, const int* positions,
                                                const float* sinks, float* partial, int* arrived, float* y, int q_stride,
-                                               int k_stride, int v_stride, int n_head, int n_head_kv, int head_dim,
+                                               int k_stride, int v_stride, int group, int n_head_kv, int head_dim,
                                                int half, int neox, int block_size, int window, int table_stride,
                                                int most_splits, float eps, float q_factor, float scale) {
   DYNAMIC_SHARED(unsigned char, memory);
   auto& shared = *reinterpret_cast<StepShared<G>*>(memory);
   let_next_begin();
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4, head = blockIdx.y;
-  int group = n_head / n_head_kv, n_parts = (group + STEP_ROWS - 1) / STEP_ROWS;
+  int n_parts = (group + STEP_ROWS - 1) / STEP_ROWS;
   int token = blockIdx.x / n_parts, first_row = blockIdx.x % n_parts * STEP_ROWS;
   int n_rows = min(group - first_row, STEP_ROWS);
   int at = load_latest<int>(&positions[token]), oldest = window ? max(at - window + 1, 0) : 0, first_split = oldest / SPLIT;
@@ -634,84 +614,90 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   // Until the wait: what the previous kernels of a step do not write.
   Cache cache{k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents,
               tables + static_cast<long long>(token) * table_stride, block_size, n_head_kv, head_dim, at};
-  int start = max((first_split + z) * SPLIT, oldest / (AT_ONCE * TILE) * (AT_ONCE * TILE));
+  int start = max((first_split + z) * SPLIT, oldest / (AT_ONCE * TILE) * (AT_ONCE * TILE)), next = start;
   Places places;
-  Requested<G> requested;
-  request_places(places, cache, start, oldest);
-  bool has_new = (n_splits - 1) % n_blocks == z;
+  request_places(places, cache, next, oldest);
+  bool has_new = static_cast<unsigned>(n_splits - 1) % gridDim.z == blockIdx.z;
   if (threadIdx.x == 0) {
-    shared.row = token * n_head + head * group + first_row, shared.n_splits = n_splits;
-    shared.new_slot = has_new && first_row == 0 ? load_latest<int>(&cache.table[at / block_size]) * block_size + at % block_size : -1;
+    shared.row = (token * n_head_kv + head) * group + first_row, shared.n_splits = n_splits;
+    shared.new_slot = has_new && first_row == 0 ? slot_of(cache, at) : -1;
   }
-  request_k(requested, cache, places, head, start, oldest);
-  request_exponent(requested, cache, places, head, start, oldest);
-#pragma unroll
-  for (int t = 0; t < AT_ONCE; t++) request_v(requested, cache, places, head, start, oldest, t);
-  auto after = [&](int start) {  // the tiles that this block computes after those from `start` on
-    int next = start + AT_ONCE * TILE;
-    return next % SPLIT ? next : next + (n_blocks - 1) * SPLIT;
-  };
-  request_places(places, cache, after(start), oldest);
-  int n_jobs = n_rows + (has_new ? 2 : 0);  // heads of Q, then K and V
   int i = threadIdx.x % 128;  // half of the threads for Q and cos, half for K and sin
   const float *norm = threadIdx.x < 128 ? q_norm : k_norm, *angles = threadIdx.x < 128 ? cos : sin;
   if (norm && i < head_dim) shared.norms[threadIdx.x / 128][i] = norm[i];
-  if (angles && i < half) (threadIdx.x < 128 ? shared.cos : shared.sin)[i] = angles[static_cast<long long>(at) * half + i];
+  if (angles && i < 2 * half) {
+    bool is_first = neox ? i < half : i % 2 == 0;
+    float angle = angles[static_cast<long long>(at) * half + (!neox ? i / 2 : is_first ? i : i - half)];
+    (threadIdx.x < 128 ? shared.cos : shared.sin)[i] = threadIdx.x >= 128 && is_first ? -angle : angle;
+  }
   int query_head = head * group + first_row;
   if (sinks && threadIdx.x < n_rows) shared.sinks[threadIdx.x] = sinks[query_head + threadIdx.x];
   // Rows that do not exist are zeros. Word i % 4 of a lane's operand is of row lane / 4 + i % 2 * 8.
+#pragma unroll 1
   for (int i = threadIdx.x; i < (G * 2 + AT_ONCE * 4) * 32 * 4; i += blockDim.x)
     if (i / 16 % 8 + i % 2 * 8 >= n_rows) reinterpret_cast<f16x2*>(memory)[i] = 0;  // of q and p
   if (threadIdx.x >= n_rows && threadIdx.x < STEP_ROWS) shared.q_scale[threadIdx.x] = 1.0f;
   __syncthreads();
 
-  wait_for_previous();
-  float x[G];
-  auto load = [&](float (&x)[G], int job) {
+  int n_jobs = n_rows + (has_new ? 2 : 0);  // heads of Q, then K and V: one or two for a warp
+  const float* heads[2];
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    int job = warp + n * WARPS;
     bool of_q = job < n_rows, of_k = job == n_rows;
-    const float* from = of_q ? qkv.q : of_k ? qkv.k : qkv.v;
-    from += static_cast<long long>(token) * (of_q ? q_stride : of_k ? k_stride : v_stride);
-    load_head<G>(x, from + (of_q ? query_head + job : head) * head_dim, job < n_jobs ? head_dim : 0);
-  };
-  load(x, warp);
-  for (int job = warp; job < n_jobs; job += WARPS) {
-    bool of_q = job < n_rows, of_k = job == n_rows;
-    float next[G];
-    load(next, job + WARPS);
-    if ((of_q && q_norm) || (of_k && k_norm)) norm_head<G>(x, shared.norms[of_q ? 0 : 1], head_dim, eps);
-    if (cos && (of_q || of_k)) rotate_head<G>(x, shared.heads[warp], shared.cos, shared.sin, half, neox, head_dim);
-    if (of_q && q_factor != 1.0f)
-#pragma unroll
-      for (int j = 0; j < G; j++) x[j] = __fmul_rn(x[j], q_factor);
-    f16 halves[G];
-    int e = halves_of_head<G>(halves, x, head_dim);
-    if (of_q) {
-      // Columns 8c … 8c + 7 of a group are what lane c of the row has of two products.
-      f16* to = reinterpret_cast<f16*>(&shared.q[lane / 4 % 2][job * 4 + lane / 8].x[lane / 2 % 2 * 2]);
-#pragma unroll
-      for (int j = 0; j < G; j++) to[j * (2 * sizeof(shared.q[0]) / sizeof(f16)) + lane % 2] = halves[j];
-      if (lane == 0) shared.q_scale[job] = power_of_two(e);
-    } else {
-      f16* to = of_k ? shared.new_k : shared.new_v;
-#pragma unroll
-      for (int j = 0; j < G; j++) to[j * 32 + lane] = halves[j];
-      if (lane == 0) shared.new_exponents[of_k ? 0 : 1] = static_cast<unsigned char>(e + 127);
-    }
-#pragma unroll
-    for (int j = 0; j < G; j++) x[j] = next[j];
+    heads[n] = (of_q ? qkv.q : of_k ? qkv.k : qkv.v) + (of_q ? query_head + job : head) * head_dim + lane +
+               static_cast<long long>(token) * (of_q ? q_stride : of_k ? k_stride : v_stride);
   }
-  __syncthreads();
-
-  float factor = __fmul_rn(shared.q_scale[r], __fmul_rn(scale, LOG2_E));
   float m_all = minus_infinity(), l_all = 0.0f, o[2][2] = {};  // of the split so far
-  // The exponents of the positions whose scores this lane has: K, V, K, V.
-  auto exponents = [&](int t) { return *reinterpret_cast<const uint32_t*>(&shared.exponents[warp][t * 16 + c * 4]); };
-  while (true) {
-    int next = after(start);
-    if (start + AT_ONCE * TILE > at) put_new<G>(requested, shared, start, at);
-    shared.exponents[warp][lane] = requested.exponent;
-    __syncwarp(ALL_LANES);
+  Requested<G> requested = {};
+  // Each pass computes the tiles from `start` on and requests those from `next` on. Pass 0, before the wait, requests the first
+  // tiles; what it computes, of zeros, is a rehearsal: it fetches the instructions, which takes longer than to execute them.
+#pragma unroll 1
+  for (int pass = 0;; pass++) {
+    if (pass < 2) {
+      if (pass) wait_for_previous();
+      float x[G], following[G];
+      load_head<G>(x, heads[0], pass && warp < n_jobs ? head_dim : 0);
+      load_head<G>(following, heads[1], pass && warp + WARPS < n_jobs ? head_dim : 0);
+#pragma unroll 1
+      for (int job = warp; job < n_jobs; job += WARPS) {
+        bool of_q = job < n_rows, of_k = job == n_rows;
+        if ((of_q && q_norm) || (of_k && k_norm)) norm_head<G>(x, shared.norms[of_q ? 0 : 1], head_dim, eps);
+        if (cos && (of_q || of_k)) rotate_head<G>(x, shared.heads[warp], shared.cos, shared.sin, half, neox);
+        if (of_q && q_factor != 1.0f)
+#pragma unroll
+          for (int j = 0; j < G; j++) x[j] = __fmul_rn(x[j], q_factor);
+        f16 halves[G];
+        int e = halves_of_head<G>(halves, x, head_dim);
+        // Columns 8c … 8c + 7 of a group are what lane c of the row has of two products.
+        f16* of_row = reinterpret_cast<f16*>(&shared.q[lane / 4 % 2][job * 4 + lane / 8].x[lane / 2 % 2 * 2]) + lane % 2;
+        f16* to = of_q ? of_row : (of_k ? shared.new_k : shared.new_v) + lane;
+        int stride = of_q ? 2 * sizeof(shared.q[0]) / sizeof(f16) : 32;
+#pragma unroll
+        for (int j = 0; j < G; j++) to[j * stride] = halves[j];
+        if (of_q) {
+          if (lane == 0) shared.q_scale[job] = power_of_two(e);
+        } else {
+          unsigned char exponent = static_cast<unsigned char>(e + 127);
+          if (lane == 0) shared.new_exponents[of_k ? 0 : 1] = exponent;
+          if (pass && shared.new_slot >= 0) {
+            long long place = static_cast<long long>(shared.new_slot) * n_head_kv + head;
+            f16* values = (of_k ? k_cache.values : v_cache.values) + place * head_dim + lane;
+#pragma unroll
+            for (int j = 0; j < G; j++)
+              if (j * 32 + lane < head_dim) values[j * 32] = halves[j];
+            if (lane == 0) (of_k ? k_cache.exponents : v_cache.exponents)[place] = exponent;
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < G; j++) x[j] = following[j];
+      }
+      __syncthreads();
+    }
 
+    // Scores: a warp has 8 positions of each tile.
+    if (has_new && (!pass || start + AT_ONCE * TILE > at)) put_new<G>(requested, shared, start, at);
+    shared.exponents[lane / 16][warp * 16 + lane % 16] = requested.exponent;
     MmaD s[AT_ONCE] = {};
 #pragma unroll
     for (int g = 0; g < G; g++) {
@@ -723,66 +709,52 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
         mma_m16n8k16(s[t], second, {{four.z, four.w}});
       }
     }
-    if (next <= at) {
-      request_k(requested, cache, places, head, next, oldest);
-      request_exponent(requested, cache, places, head, next, oldest);
-    }
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; t++)
+      *reinterpret_cast<float2*>(&shared.scores[t][r][warp * 8 + 2 * c]) = make_float2(s[t].x[0], s[t].x[1]);
+    if (next <= at) request_k(requested, cache, places, head);
+    __syncthreads();
 
-    float m[AT_ONCE], down[AT_ONCE];
+    // Weights: a warp has a row, half of its lanes each tile, a lane 4 positions.
+    {
+      int t = lane / 16, first = lane % 16 * 4, position = start + t * TILE + first;
+      float4 scores = *reinterpret_cast<const float4*>(&shared.scores[t][warp][first]);
+      uint2 exponents = *reinterpret_cast<const uint2*>(&shared.exponents[t][2 * first]);
+      float p[4] = {scores.x, scores.y, scores.z, scores.w}, scaled[4];
+      float factor = __fmul_rn(shared.q_scale[warp], __fmul_rn(scale, LOG2_E)), m = minus_infinity(), top = 0.0f;
+      auto cache_scale = [&](int i, int of_v) {
+        return __uint_as_float(((i / 2 ? exponents.y : exponents.x) >> (i % 2 * 16 + of_v * 8) & 255) << 23);
+      };
 #pragma unroll
-    for (int t = 0; t < AT_ONCE; t++) {
-      m[t] = minus_infinity();
-      uint32_t scales = exponents(t);
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        int position = start + t * TILE + warp * 8 + 2 * c + i;
-        float k_scale = __uint_as_float((scales >> 16 * i & 255) << 23), score = s[t].x[i];
-        score = position > at || position < oldest ? minus_infinity() : __fmul_rn(__fmul_rn(score, factor), k_scale);
-        s[t].x[i] = score, m[t] = fmaxf(m[t], score);
+      for (int i = 0; i < 4; i++) {
+        p[i] = position + i > at || position + i < oldest ? minus_infinity()
+                                                          : __fmul_rn(__fmul_rn(p[i], factor), cache_scale(i, 0));
+        m = fmaxf(m, p[i]);
       }
-      m[t] = largest_of_four(m[t]);
-      if (c == 0) shared.m[t][r][warp] = m[t];
-    }
-    __syncthreads();
+      m = largest_of_sixteen(m);
+      float base = m == minus_infinity() ? 0.0f : m;
 #pragma unroll
-    for (int t = 0; t < AT_ONCE; t++) {
-      m[t] = largest_of_eight(shared.m[t][r]);
-      uint32_t scales = exponents(t);
-      float top = 0.0f, p[2];
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float score = s[t].x[i];
-        p[i] = m[t] == minus_infinity() && score == m[t] ? 0.0f : exp2f(score - m[t]);
-        s[t].x[i] = __fmul_rn(p[i], __uint_as_float((scales >> (16 * i + 8) & 255) << 23));
-        top = fmaxf(top, s[t].x[i]);
+      for (int i = 0; i < 4; i++) {
+        p[i] = exp2f(p[i] - base);
+        scaled[i] = __fmul_rn(p[i], cache_scale(i, 1));
+        top = fmaxf(top, scaled[i]);
       }
-      shared.weights[t][warp][lane] = make_float2(p[0], p[1]);
-      top = largest_of_four(top);
-      if (c == 0) shared.top[t][r][warp] = top;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int t = 0; t < AT_ONCE; t++) {
-      uint32_t field = __float_as_uint(largest_of_eight(shared.top[t][r])) >> 23;
+      *reinterpret_cast<float4*>(&shared.weights[t][warp][first]) = make_float4(p[0], p[1], p[2], p[3]);
+      uint32_t field = __float_as_uint(largest_of_sixteen(top)) >> 23;
       field = min(max(field, 15u), 254u);
       float up = __uint_as_float((268u - field) << 23);
-      down[t] = __uint_as_float((field - 14u) << 23);
-      shared.p[t][warp / 2][lane].x[warp % 2 * 2] = f32_to_f16x2(__fmul_rn(s[t].x[0], up), __fmul_rn(s[t].x[1], up));
-    }
-    if (warp < AT_ONCE) {
-      float l = 0.0f;
+      MmaA* to = &shared.p[t][first / 16][warp * 4 + first / 2 % 4];
 #pragma unroll
-      for (int n = 0; n < WARPS; n++) {
-        float2 p = shared.weights[warp][n][lane];
-        l += p.x, l += p.y;
-      }
-      l = sum_of_four(l);
-      if (c == 0) shared.l[warp][r] = l;
+      for (int i = 0; i < 2; i++)
+        to[i].x[first / 8 % 2 * 2] = f32_to_f16x2(__fmul_rn(scaled[2 * i], up), __fmul_rn(scaled[2 * i + 1], up));
+      if (first == 0) shared.of_rows[t][warp] = make_float2(m, __uint_as_float((field - 14u) << 23));
     }
     __syncthreads();
+
+    // Sums: a warp has 16 columns.
+    float sums[AT_ONCE][4];
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++) {
-      if (start + t * TILE > at) break;
       MmaD d[2] = {};
 #pragma unroll
       for (int kk = 0; kk < 4; kk++) {
@@ -794,19 +766,28 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
           mma_m16n8k16(d[j], p, {{__byte_perm(v[0], v[1], selector), __byte_perm(v[2], v[3], selector)}});
         }
       }
-      if (next <= at) request_v(requested, cache, places, head, next, oldest, t);
-      float keep, add;
-      fold(m_all, l_all, m[t], shared.l[t][r], keep, add);
 #pragma unroll
-      for (int j = 0; j < 2; j++)
+      for (int i = 0; i < 4; i++) sums[t][i] = d[i / 2].x[i % 2];
+      if (next <= at) request_v(requested, cache, places, head, t);
+    }
+#pragma unroll 1
+    for (int t = 0; t < AT_ONCE; t++) {
+      float l = 0.0f, keep, add;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float sum = folded(o[j][i], __fmul_rn(d[j].x[i], down[t]), keep, add);
-          o[j][i] = add == NOTHING ? o[j][i] : sum;
-        }
+      for (int n = 0; n < TILE / 8; n++) {
+        float2 p = *reinterpret_cast<const float2*>(&shared.weights[t][r][n * 8 + 2 * c]);
+        l += p.x, l += p.y;
+      }
+      float2 of_row = shared.of_rows[t][r];
+      fold(m_all, l_all, of_row.x, sum_of_four(l), keep, add);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float sum = folded(o[i / 2][i % 2], __fmul_rn(t ? sums[1][i] : sums[0][i], of_row.y), keep, add);
+        o[i / 2][i % 2] = add == NOTHING ? o[i / 2][i % 2] : sum;
+      }
     }
 
-    if (start / SPLIT != next / SPLIT || next > at) {  // the end of the split
+    if (!pass || next % SPLIT == 0 || next > at) {  // the end of the split
       int d = warp * 16 + c * 4;
       if (r < n_rows && d < head_dim) {
         // Sum o[j][i] is of column d + 2 · i + j. Adding 0 is what folding into nothing does.
@@ -816,9 +797,10 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
         long long row = shared.row + r;
         if (shared.n_splits == 1) {
           float by = finish(m_all, l_all, sinks ? shared.sinks : nullptr, r);
-          *reinterpret_cast<float4*>(y + row * head_dim + d) =
-              make_float4(__fmul_rn(four[0], by), __fmul_rn(four[1], by), __fmul_rn(four[2], by), __fmul_rn(four[3], by));
-        } else {
+          if (pass)
+            *reinterpret_cast<float4*>(y + row * head_dim + d) =
+                make_float4(__fmul_rn(four[0], by), __fmul_rn(four[1], by), __fmul_rn(four[2], by), __fmul_rn(four[3], by));
+        } else if (pass) {
           float* to = partial + (row * most_splits + start / SPLIT - oldest / SPLIT) * (head_dim + 2);
           *reinterpret_cast<float2*>(to + d) = make_float2(four[0], four[1]);
           *reinterpret_cast<float2*>(to + d + 2) = make_float2(four[2], four[3]);
@@ -829,17 +811,10 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
 #pragma unroll
       for (int i = 0; i < 4; i++) o[i % 2][i / 2] = 0.0f;
     }
-    if (next > at) break;
-    start = next;
-    request_places(places, cache, after(start), oldest);
-  }
-  if (shared.new_slot >= 0) {
-    int i = threadIdx.x % 128;
-    f16* values = threadIdx.x < 128 ? k_cache.values : v_cache.values;
-    const f16* from = threadIdx.x < 128 ? shared.new_k : shared.new_v;
-    long long place = static_cast<long long>(shared.new_slot) * n_head_kv + head;
-    if (i < head_dim) values[place * head_dim + i] = from[i];
-    if (i == 0) (threadIdx.x < 128 ? k_cache.exponents : v_cache.exponents)[place] = shared.new_exponents[threadIdx.x / 128];
+    if (pass && next > at) break;
+    start = next, next += AT_ONCE * TILE;
+    if (next % SPLIT == 0) next += (n_blocks - 1) * SPLIT;
+    request_places(places, cache, next, oldest);
   }
   int n_splits_seen = shared.n_splits;
   if (n_splits_seen == 1) return;
@@ -848,10 +823,8 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   __syncthreads();
   if (threadIdx.x == 0) {
     int* counter = arrived + blockIdx.x * gridDim.y + blockIdx.y;
-    __threadfence();
-    shared.is_last = atomicAdd(counter, 1) == min(n_splits_seen, n_blocks) - 1;
+    shared.is_last = arrive(counter) == min(n_splits_seen, n_blocks) - 1;
     if (shared.is_last) *counter = 0;
-    __threadfence();
   }
   __syncthreads();
   if (!shared.is_last) return;
@@ -864,11 +837,11 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
       name(Projections qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin, NewRows k,   \
            NewRows v, const int* tables, const int* positions, const float* sinks, float* partial, int* arrived,       \
-           float* y, int q_stride, int k_stride, int v_stride, int n_head, int n_head_kv, int head_dim, int half,      \
+           float* y, int q_stride, int k_stride, int v_stride, int group, int n_head_kv, int head_dim, int half,       \
            int neox, int block_size, int window, int table_stride, int most_splits, float eps, float q_factor,         \
            float scale) {                                                                                              \
     attention_step<G>(qkv, q_norm, k_norm, cos, sin, k, v, tables, positions, sinks, partial, arrived, y, q_stride,    \
-                      k_stride, v_stride, n_head, n_head_kv, head_dim, half, neox, block_size, window, table_stride,   \
+                      k_stride, v_stride, group, n_head_kv, head_dim, half, neox, block_size, window, table_stride,   \
                       most_splits, eps, q_factor, scale);                                                              \
   }
 ATTENTION_STEP(attention_step_32, 1)

@@ -213,6 +213,15 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 #endif
 
+// The same address, computed here once: the compiler does not derive it anew for every load.
+template <class T>
+__device__ __forceinline__ T* computed_once(T* address) {
+#ifndef HOSTCUDA
+  asm("" : "+l"(address));
+#endif
+  return address;
+}
+
 // Requests the line of an address for the second-level cache. Only a hint.
 __device__ __forceinline__ void prefetch(const void* address) {
 #ifndef HOSTCUDA

@@ -100,8 +100,8 @@ def step_shared_bytes(width: int) -> int:
     """The bytes of the struct `StepShared` in kernels_cu/attention.cu."""
     rows, warps, tiles = STEP_ROWS, SPLIT // TILE, 2
     halves = 2 * (2 * rows + 2) * width
-    of_tile = 2 * 2 * rows * TILE + 4 * (rows * TILE + 2 * rows * warps + rows)
-    return -(-(halves + tiles * of_tile + 4 * ((warps + 3) * width + 2 * rows) + warps * 32 + 4 + 4 * 4) // 16) * 16
+    of_tile = 2 * 2 * rows * TILE + 4 * rows * (2 * (TILE + 8) + 2) + 2 * TILE
+    return -(-(halves + tiles * of_tile + 4 * ((warps + 4) * width + 2 * rows) + 4 + 4 * 4) // 16) * 16
 
 
 def check_cache(n_head: int, head_dim: int, k_cache: PagedRows) -> None:
@@ -231,14 +231,15 @@ def attention_step(
     check_shape(kernel, "the output", y, (n, n_head * head_dim))
     check_shape(kernel, "the sinks' array", sinks, (n_head,))
     check_shape(kernel, "the space for splits", partial, (n, n_head, most_splits, head_dim + 2))
-    tiles = -(-n_head // n_head_kv // STEP_ROWS) * n
+    group = n_head // n_head_kv
+    tiles = -(-group // STEP_ROWS) * n
     if arrived.size < tiles * n_head_kv:
         raise KernelError(f"{kernel}: {arrived.size} counters, {tiles * n_head_kv} are needed")
     seen = min(most_splits, -(-window // SPLIT) + 1) if window else most_splits  # splits in which a row sees positions
     at_once = min(seen, max(1, -(-BUSY // (tiles * n_head_kv))))
     width = head_width(head_dim)
     arrays = [qkv.struct, *norms, rotation.cos, rotation.sin, k_cache.struct, v_cache.struct, tables, positions]
-    sizes = [n_head, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, window, tables.shape[1]]
+    sizes = [group, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, window, tables.shape[1]]
     numbers = [*qkv.strides, *sizes, most_splits, float(eps), float(q_factor), float(scale)]
     arguments = [*arrays, sinks, partial, arrived, y, *numbers]
     grid, shared = (tiles, n_head_kv, at_once), step_shared_bytes(width)
