@@ -24,7 +24,7 @@ HALF_SHARED, MOST_SHARED = 113 << 10, 227 << 10
 
 @dataclass(frozen=True)
 class FewRowsLaunch:
-    """A launch: blocks for each group of rows, warps per block, bytes of shared memory, and the kernels' last arguments."""
+    """Blocks for each group of rows, warps per block, bytes of shared memory, and the kernels' last arguments."""
 
     blocks: int
     warps: int
