@@ -15,11 +15,6 @@ typedef uint16_t f16;    // one half-precision number, as bits
 typedef uint32_t f16x2;  // two; the first in the low bits
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
-#ifdef HOSTCUDA
-constexpr bool ON_HOST = true;
-#else
-constexpr bool ON_HOST = false;
-#endif
 
 // --- Dynamic shared memory: declares `type* name`; the launch gives its size ---
 #ifdef HOSTCUDA

@@ -17,14 +17,14 @@
 // When a few tiles (`chunk`) are done, all threads add up the segments' sums, each for one output of one row, in order.
 //
 // Launch: block: W warps, any number. Grid: x any number up to the number of tiles, y groups of 8 rows. shift: the most
-// rows in a block are 1 << shift. rehearses: whether the code is run once before the wait, see rows8. Dynamic shared memory: `shared_bytes` in cuda/kernels/few_rows.py. One block
+// rows in a block are 1 << shift. Dynamic shared memory: `shared_bytes` in cuda/kernels/few_rows.py. One block
 // of at most half a multiprocessor's registers and shared memory leaves room for the next kernel's.
 
 constexpr int TOGETHER = 2;  // segments of an item
 constexpr int STAGES = 2;    // of a warp's ring
 
 struct FewRows {
-  int shift, chunk, rehearses;
+  int shift, chunk;
   float eps;  // of the norm
 };
 
@@ -111,14 +111,15 @@ struct Prepared {
 constexpr int PREPARED_SEGMENT = 2 * SEGMENT * 32;  // halves from one segment to the next
 
 // Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier. Short rather than
-// unrolled: the instructions of a decode step's kernels are fetched anew by every launch. real: see rows8.
-__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, bool real, float eps, int n_in,
+// unrolled: the instructions of a decode step's kernels are fetched anew by every launch, which takes longer than to execute
+// them.
+__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in,
                                              const Prepared& to) {
   int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256;
-  int n_rows = real ? rows.count : 1, n_jobs = real ? n_rows * n_segments : 1;
+  int n_rows = rows.count, n_jobs = n_rows * n_segments;
   if (threadIdx.x < 8) to.tops[threadIdx.x] = 0;
 #pragma unroll 1
-  for (int row = 0; real && row < n_rows; row++) {
+  for (int row = 0; row < n_rows; row++) {
     const uint4* from = reinterpret_cast<const uint4*>(x.floats + static_cast<long long>(rows.of_x(row)) * n_in);
     uint4* values = reinterpret_cast<uint4*>(to.row(row));
 #pragma unroll 4
@@ -279,97 +280,92 @@ __device__ __forceinline__ void rows8(const W& w, const Activations& x, const Gr
   if (x.norm)
     for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) copy16(prepared.norm + i * 4, x.norm + i * 4);
   end_of_copies();
-  if (!groups.group)
-#pragma unroll 1
-    for (int stage = 0; stage < STAGES; stage++) request(stage);
-  if (static_cast<int>(threadIdx.x) < my_tiles) outputs.ahead(blockIdx.x + threadIdx.x * gridDim.x);
-
-  // Output number i of a chunk, if it exists.
+  // The first weights are requested before the wait, if it is known which.
   Rows rows{};
+#pragma unroll 1
+  for (int waited = 0; waited < 2; waited++) {
+    if (waited) {
+      wait_for_previous();
+      rows = rows_of(groups, n_rows, 8);
+      if (!rows.count) return;
+      first_tile = rows.expert * n_tiles;
+    } else if (static_cast<int>(threadIdx.x) < my_tiles) {
+      outputs.ahead(blockIdx.x + threadIdx.x * gridDim.x);
+    }
+    if (waited == (groups.group != nullptr))
+#pragma unroll 1
+      for (int stage = 0; stage < STAGES; stage++) request(stage);
+  }
+  // Output number i of a chunk, if it exists.
   auto place = [&](int i, int done, int& number, int& tile, int& out) {
     out = i % 16, number = i / 16 & (capacity - 1), tile = blockIdx.x + (done + (i >> (4 + few.shift))) * gridDim.x;
     return number < rows.count && tile * 16 + out < n_out;
   };
-  // A rehearsal on one item with whatever is in shared memory, while the previous kernel still runs: it fetches the
-  // instructions, which takes longer than to execute them. It reads nothing that the previous kernel writes.
-#pragma unroll 1
-  for (int real = few.rehearses && !ON_HOST ? 0 : 1; real < 2; real++) {
-    const f16* columns = reinterpret_cast<const f16*>(prepared.rows);
-    const unsigned* sums_of_blocks = prepared.sums;
-    int pitch_of_segments = PREPARED_SEGMENT;
-    typename Outputs::Loaded loaded{};  // for this thread's output of the first chunk
-    long long row = lane / 4;
-    if (real) {
-      wait_for_previous();
-      rows = rows_of(groups, n_rows, 8);
-      if (!rows.count) return;
-      if (groups.group) {
-        first_tile = rows.expert * n_tiles;
-#pragma unroll 1
-        for (int stage = 0; stage < STAGES; stage++) request(stage);
-      }
-      int number, tile, out;
-      if (place(threadIdx.x, 0, number, tile, out)) loaded = outputs.load(rows, number, tile, out);
-    }
-    row = min(lane / 4, max(rows.count, 1) - 1);
-    if (x.x) {
-      if (real) {
-        columns = x.x, sums_of_blocks = x.sums, row = rows.of_x(static_cast<int>(row)), pitch_of_segments = SEGMENT * 32;
-        if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
-      }
-    } else {
-      prepare_rows(x, rows, real, few.eps, n_in, prepared);
-    }
-    columns += row * (pitch_of_segments == PREPARED_SEGMENT ? prepared.pitch / 2 : pitch) + lane % 4 * 8;
-    sums_of_blocks += row * (pitch / 32);
+  typename Outputs::Loaded loaded{};  // for this thread's output of the first chunk
+  {
+    int number, tile, out;
+    if (place(threadIdx.x, 0, number, tile, out)) loaded = outputs.load(rows, number, tile, out);
+  }
 
-    int stage = 0, half = 0;  // threads may still read the other half of sums_of_items
+  const f16* columns;  // the lane's, of its row
+  const unsigned* sums_of_blocks;
+  int pitch_of_segments;
+  long long row = min(lane / 4, rows.count - 1);
+  if (x.x) {
+    row = rows.of_x(static_cast<int>(row));
+    columns = x.x + row * pitch, sums_of_blocks = x.sums, pitch_of_segments = SEGMENT * 32;
+    if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
+  } else {
+    prepare_rows(x, rows, few.eps, n_in, prepared);
+    columns = reinterpret_cast<const f16*>(prepared.row(static_cast<int>(row)));
+    sums_of_blocks = prepared.sums, pitch_of_segments = PREPARED_SEGMENT;
+  }
+  columns += lane % 4 * 8, sums_of_blocks += row * (pitch / 32);
+
+  int stage = 0, half = 0;  // threads may still read the other half of sums_of_items
 #pragma unroll 1
-    for (int done = 0; done < my_tiles; done += few.chunk) {
-      int end = real ? min(done + few.chunk, my_tiles) : 1;
-      float* sums_of_tiles = sums_of_items + half;
-      half = half_of_sums - half;
+  for (int done = 0; done < my_tiles; done += few.chunk) {
+    int end = min(done + few.chunk, my_tiles);
+    float* sums_of_tiles = sums_of_items + half;
+    half = half_of_sums - half;
 #pragma unroll 1
-      for (; now.tile < end; advance(now)) {
-        int segment = segment_of(now);
-        if (real) wait_for_copies<STAGES - 1>();
-        __syncwarp(ALL_LANES);
-        MmaD sums[TOGETHER] = {};
-        item_sums<Q>(ring + stage * BYTES, columns + segment * pitch_of_segments, pitch_of_segments,
-                     sums_of_blocks + segment * SEGMENT, sums);
-        __syncwarp(ALL_LANES);
-        int of_matrix = M == 1 || now.part < per_matrix ? 0 : n_segments;
-        float* to = sums_of_tiles + (((now.tile - done) * n_sums + of_matrix + segment) * 16 << few.shift);
+    for (; now.tile < end; advance(now)) {
+      int segment = segment_of(now);
+      wait_for_copies<STAGES - 1>();
+      __syncwarp(ALL_LANES);
+      MmaD sums[TOGETHER] = {};
+      item_sums<Q>(ring + stage * BYTES, columns + segment * pitch_of_segments, pitch_of_segments,
+                   sums_of_blocks + segment * SEGMENT, sums);
+      __syncwarp(ALL_LANES);
+      request(stage);
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+      int of_matrix = M == 1 || now.part < per_matrix ? 0 : n_segments;
+      float* to = sums_of_tiles + (((now.tile - done) * n_sums + of_matrix + segment) * 16 << few.shift);
 #pragma unroll
-        for (int s = 0; s < TOGETHER; s++)
+      for (int s = 0; s < TOGETHER; s++)
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            int number = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
-            if (number < capacity && segment + s < n_segments) to[(s * 16 + out << few.shift) + number] = sums[s].x[i];
-          }
-        if (!real) break;
-        request(stage);
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-      }
-      __syncthreads();
-#pragma unroll 1
-      for (int i = threadIdx.x; i < (end - done) * 16 << few.shift; i += blockDim.x) {
-        int number, tile, out;
-        if (!place(i, done, number, tile, out) && real) continue;
-        if (done > 0 || i >= static_cast<int>(blockDim.x)) loaded = outputs.load(rows, number, tile, out);
-        const float* from = sums_of_tiles + (((i >> (4 + few.shift)) * n_sums * 16 + out) << few.shift) + number;
-        float total[M];
-#pragma unroll
-        for (int m = 0; m < M; m++) {
-          total[m] = 0.0f;
-#pragma unroll 4
-          for (int segment = 0; segment < n_segments; segment++)
-            total[m] = __fadd_rn(total[m], from[(m * n_segments + segment) * 16 << few.shift]);
-          total[m] = __fmul_rn(total[m], scales[number]);
+        for (int i = 0; i < 4; i++) {
+          int number = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
+          if (number < capacity && segment + s < n_segments) to[(s * 16 + out << few.shift) + number] = sums[s].x[i];
         }
-        if (real) outputs.put(rows, number, tile, out, total, loaded);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (end - done) * 16 << few.shift; i += blockDim.x) {
+      int number, tile, out;
+      if (!place(i, done, number, tile, out)) continue;
+      if (done > 0 || i >= static_cast<int>(blockDim.x)) loaded = outputs.load(rows, number, tile, out);
+      const float* from = sums_of_tiles + (((i >> (4 + few.shift)) * n_sums * 16 + out) << few.shift) + number;
+      float total[M];
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        total[m] = 0.0f;
+#pragma unroll 4
+        for (int segment = 0; segment < n_segments; segment++)
+          total[m] = __fadd_rn(total[m], from[(m * n_segments + segment) * 16 << few.shift]);
+        total[m] = __fmul_rn(total[m], scales[number]);
       }
-      if (!real) break;
+      outputs.put(rows, number, tile, out, total, loaded);
     }
   }
 }

@@ -41,9 +41,9 @@ struct Gated {
 #define GATE_UP(name, THREADS, Q)                                                                                 \
   extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                        \
       name(Matrix gate, Matrix up, Activations x, Groups groups, const float* gate_bias, const float* up_bias,    \
-           float* y, int n_out, int n_in, int n_rows, int clamped, int shift,    int chunk, int rehearses, float eps) {          \
+           float* y, int n_out, int n_in, int n_rows, int clamped, int shift,    int chunk, float eps) {          \
     rows8<Q>(SideBySide<2>{{planes_of(gate, n_in), planes_of(up, n_in)}}, x, groups, n_rows, n_out, n_in,         \
-             {shift, chunk, rehearses, eps}, Gated{gate_bias, up_bias, y, n_out, clamped});                               \
+             {shift, chunk, eps}, Gated{gate_bias, up_bias, y, n_out, clamped});                               \
   }
 GATE_UP(gate_up_q4_0, 320, Q4_0)
 GATE_UP(gate_up_q4_1, 320, Q4_1)
@@ -79,8 +79,8 @@ struct Gelu {
 #define UP_GELU(name, THREADS, Q)                                                                                 \
   extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                        \
       name(Matrix up, Activations x, const float* up_bias, float* y, int n_out, int n_in, int n_rows,             \
-           int shift,    int chunk, int rehearses, float eps) {                                                                  \
-    rows8<Q>(SideBySide<1>{{planes_of(up, n_in)}}, x, Groups{}, n_rows, n_out, n_in, {shift, chunk, rehearses, eps},      \
+           int shift,    int chunk, float eps) {                                                                  \
+    rows8<Q>(SideBySide<1>{{planes_of(up, n_in)}}, x, Groups{}, n_rows, n_out, n_in, {shift, chunk, eps},      \
              Gelu{up_bias, y, n_out});                                                                            \
   }
 UP_GELU(up_gelu_q4_0, 320, Q4_0)

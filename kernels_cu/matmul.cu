@@ -58,8 +58,8 @@ struct Sums {
 #define ROWS8(name, THREADS, Q)                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                         \
       name(Matrix w, Activations x, Groups groups, const float* bias, const float* residual, float* y, int n_out,  \
-           int n_in, int n_rows, int shift,    int chunk, int rehearses, float eps) {                                             \
-    rows8<Q>(SideBySide<1>{{planes_of(w, n_in)}}, x, groups, n_rows, n_out, n_in, {shift, chunk, rehearses, eps},          \
+           int n_in, int n_rows, int shift,    int chunk, float eps) {                                             \
+    rows8<Q>(SideBySide<1>{{planes_of(w, n_in)}}, x, groups, n_rows, n_out, n_in, {shift, chunk, eps},          \
              Sums{bias, residual, y, n_out});                                                                      \
   }
 ROWS8(rows8_q4_0, 320, Q4_0)

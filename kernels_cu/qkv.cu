@@ -41,9 +41,9 @@ struct Projected {
   extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                         \
       name(Matrix wq, Matrix wk, Matrix wv, Activations x, const float* q_bias, const float* k_bias,               \
            const float* v_bias, float* y, int n_q, int n_k, int n_out, int n_in, int n_rows, int shift,            \
-           int chunk, int rehearses, float eps) {                                                                                 \
+           int chunk, float eps) {                                                                                 \
     Stacked w = {{planes_of(wq, n_in), planes_of(wk, n_in), planes_of(wv, n_in)}, n_q / 16, (n_q + n_k) / 16};     \
-    rows8<Q>(w, x, Groups{}, n_rows, n_out, n_in, {shift, chunk, rehearses, eps},                                          \
+    rows8<Q>(w, x, Groups{}, n_rows, n_out, n_in, {shift, chunk, eps},                                          \
              Projected{w, q_bias, k_bias, v_bias, y, n_out});                                                      \
   }
 QKV(qkv_q4_0, 320, Q4_0)

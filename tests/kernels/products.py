@@ -57,7 +57,7 @@ def product(
 def few_rows(
     w: Any, n_rows: int, warps: int, *, prepares: bool = False, n_matrices: int = 1, chunk: int = 2
 ) -> tuple[list[int], int]:
-    """The arguments shift, chunk and rehearses of the kernels of few_rows.cuh, and their shared memory."""
+    """The arguments shift and chunk of the kernels of few_rows.cuh, and their shared memory."""
     shift = min(n_rows - 1, 7).bit_length()
     shared = shared_bytes(w.type, w.shape[-1], warps, chunk, shift, n_matrices, prepares=prepares, norm=prepares)
-    return [shift, chunk, 0], shared
+    return [shift, chunk], shared

@@ -17,7 +17,6 @@ TOGETHER = 2  # segments whose sums a warp computes side by side
 STAGES = 2  # of a warp's ring, each with the weights of as many segments
 MOST_WARPS, LEAST_WARPS = 10, 4  # the registers of 10 warps fit half a multiprocessor
 BUSY = 20  # items for each multiprocessor from which two blocks are faster than one
-REHEARSES = True  # whether blocks beside the previous kernel's fetch their instructions before it ends
 # Bytes of shared memory for one block, so that a block of the next kernel fits on the multiprocessor as well.
 HALF_SHARED, MOST_SHARED = 113 << 10, 227 << 10
 
@@ -29,7 +28,7 @@ class FewRowsLaunch:
     blocks: int
     warps: int
     shared_bytes: int
-    arguments: tuple[int, int, bool]  # shift, chunk, rehearses: see few_rows.cuh
+    arguments: tuple[int, int]  # shift, chunk: see few_rows.cuh
 
     @property
     def threads(self) -> int:
@@ -82,7 +81,7 @@ def _launch(
 
     while warps > LEAST_WARPS and shared(warps) > HALF_SHARED:
         warps -= 1
-    return FewRowsLaunch(blocks, warps, shared(warps), (shift, chunk, REHEARSES and not large))
+    return FewRowsLaunch(blocks, warps, shared(warps), (shift, chunk))
 
 
 def shared_bytes(

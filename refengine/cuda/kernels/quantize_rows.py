@@ -34,9 +34,9 @@ class Rows:
     """n rows of activations, in one or both of two forms; None for arrays that do not exist.
 
     floats: (n, n_in) float32, for products with F32 and BF16 weights.
-    halves, sums, scale: for all other products; halves (n, padded(n_in)) float16 in the device's column order, their block
-    sums (n, padded(n_in) / 32), and scales (n,) float32. Products with few rows make this form themselves if there
-    are only floats.
+    halves, sums, scale: for all other products; halves (n, padded(n_in)) float16 in the device's column order, their
+    block sums (n, padded(n_in) / 32), and scales (n,) float32. Products with few rows make this form themselves if
+    there are only floats.
     norm: what these products apply to the floats before; the floats alone are then not the rows.
     """
 
