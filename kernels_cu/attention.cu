@@ -414,10 +414,15 @@ __device__ __forceinline__ MmaA operand(const MmaA& from) {
   return MmaA{{four.x, four.y, four.z, four.w}};
 }
 
-// Where tiles are in the cache: their blocks, their offsets in them, and how many of their positions to read, if above zero.
+// Where tiles are in the cache: their blocks, and their offsets in them.
 struct Places {
-  int block[AT_ONCE], offset[AT_ONCE], n[AT_ONCE];
+  int block[AT_ONCE], offset[AT_ONCE];
 };
+
+// How many positions of the tile from `start` on are in the cache, if above zero. oldest: the first one that the row sees.
+__device__ __forceinline__ int positions_in(const Cache& cache, int start, int oldest) {
+  return start + TILE > oldest ? cache.n_kv - start : 0;
+}
 
 // The row of a slot in an array with rows of `width`, a multiple of 8. Cheaper than a product of 64 bits.
 __device__ __forceinline__ const f16* row_of(const f16* rows, int slot, int width) {
@@ -430,15 +435,13 @@ __device__ __forceinline__ int slot_of(const Cache& cache, int position) {
   return load_latest<int>(&cache.table[at]) * cache.block_size + position - at * cache.block_size;
 }
 
-// Of the tiles from `start` on. oldest: the first position that the row sees.
+// Of the tiles from `start` on.
 __device__ __forceinline__ void request_places(Places& places, const Cache& cache, int start, int oldest) {
   int at = static_cast<unsigned>(start) / static_cast<unsigned>(cache.block_size);
   int offset = start - at * cache.block_size;
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
-    int tile = start + t * TILE;
-    places.n[t] = tile + TILE > oldest ? cache.n_kv - tile : 0;
-    places.block[t] = places.n[t] > 0 ? load_latest<int>(&cache.table[at]) : 0;
+    places.block[t] = positions_in(cache, start + t * TILE, oldest) > 0 ? load_latest<int>(&cache.table[at]) : 0;
     places.offset[t] = offset;
     offset += TILE;
     if (offset == cache.block_size) offset = 0, at++;
@@ -446,13 +449,15 @@ __device__ __forceinline__ void request_places(Places& places, const Cache& cach
 }
 
 template <int G>
-__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const Places& places, int head) {
+__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const Places& places, int head,
+                                          int start, int oldest) {
   int own = threadIdx.x / 4, column = threadIdx.x % 4 * 8, width = cache.n_head_kv * cache.head_dim;
   const f16* k = cache.k + head * cache.head_dim + column;
   int slot[AT_ONCE], n[AT_ONCE];
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
-    slot[t] = places.block[t] * cache.block_size + places.offset[t], n[t] = places.n[t];
+    slot[t] = places.block[t] * cache.block_size + places.offset[t];
+    n[t] = positions_in(cache, start + t * TILE, oldest);
     const f16* row = row_of(k, slot[t] + own, width);
 #pragma unroll
     for (int g = 0; g < G; g++) {
@@ -473,12 +478,13 @@ __device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& 
 __device__ __forceinline__ constexpr int position_in(int i) { return i / 4 * 16 + i % 2 + i / 2 % 2 * 8; }
 
 template <int G>
-__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const Places& places, int head, int t) {
+__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const Places& places, int head,
+                                          int start, int oldest, int t) {
   int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2, own = threadIdx.x % 4 * 2;
   int width = cache.n_head_kv * cache.head_dim, slot = places.block[t] * cache.block_size + places.offset[t] + own;
   const f16* v = row_of(cache.v + head * cache.head_dim + column, slot, width);
   unsigned long long row = static_cast<unsigned>(width);
-  int left = column < cache.head_dim ? places.n[t] - own : 0;
+  int left = column < cache.head_dim ? positions_in(cache, start + t * TILE, oldest) - own : 0;
 #pragma unroll
   for (int i = 0; i < 16; i++) {
     requested.v[t][i] = 0;
@@ -712,7 +718,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++)
       *reinterpret_cast<float2*>(&shared.scores[t][r][warp * 8 + 2 * c]) = make_float2(s[t].x[0], s[t].x[1]);
-    if (next <= at) request_k(requested, cache, places, head);
+    if (next <= at) request_k(requested, cache, places, head, next, oldest);
     __syncthreads();
 
     // Weights: a warp has a row, half of its lanes each tile, a lane 4 positions.
@@ -768,7 +774,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
       }
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[t][i] = d[i / 2].x[i % 2];
-      if (next <= at) request_v(requested, cache, places, head, t);
+      if (next <= at) request_v(requested, cache, places, head, next, oldest, t);
     }
 #pragma unroll 1
     for (int t = 0; t < AT_ONCE; t++) {
