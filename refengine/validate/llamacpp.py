@@ -12,7 +12,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Sequence
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -214,12 +217,40 @@ def _joined(name: str, parts: list[np.ndarray], n_batches: int) -> list[np.ndarr
 
 
 def capture_llamacpp(path: str | os.PathLike[str], ids: Sequence[int], **options: Any) -> Capture:
-    """All tensors that llama.cpp computes for a prompt. options: those of `LlamaCpp`."""
+    """All tensors that llama.cpp computes for a prompt. options: those of `LlamaCpp`.
+
+    Raises the errors of `LlamaCpp`, and `RefengineError` if llama.cpp crashes with the repacked weights asked for.
+    """
+    if options.get("repack") and repack_crashes(path):
+        raise RefengineError(f"{path}: llama.cpp crashes with repacked weights on this processor; do not repack them")
     options.setdefault("n_ctx", max(512, len(ids)))
     with LlamaCpp(path, **options) as peer:
         _, tensors = peer.tensors(ids)
         engine = f"llama.cpp (llama-cpp-python {peer.version})"
     return Capture(Path(path), engine, list(ids), tensors, numerics="llamacpp", flags=options)
+
+
+_TRIAL = """
+import sys
+from refengine.validate.llamacpp import LlamaCpp
+LlamaCpp(sys.argv[1], repack=True, capture=False).logits([0, 0], last_only=True)
+"""
+
+
+def repack_crashes(path: str | os.PathLike[str], environment: Mapping[str, str] | None = None) -> bool:
+    """Whether llama.cpp dies of a signal with repacked weights, found by two tokens in a process of its own.
+
+    It does on processors with AMX if ggml was built by a compiler (such as GCC 12.2) whose `_tile_loadconfig` declares
+    only the first 8 of the 64 bytes it reads: the stores to the others are optimised away, and the first product of
+    more than one row faults. environment: what the process has in its environment besides ours.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _TRIAL, str(path)],
+        capture_output=True,
+        env={**os.environ, **(environment or {})},
+        check=False,
+    )
+    return done.returncode < 0 and done.returncode != -signal.SIGKILL  # which is sent when memory runs out
 
 
 def open_model(path: str | os.PathLike[str], *, repack: bool, gpu: int | None = None) -> Any:

@@ -211,7 +211,9 @@ def test_beside_llamacpp(tiny_model: ModelFiles, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     record = json.loads(output.read_text())
     (found,) = record["models"]
-    assert found["engines"]["llama.cpp"]["version"].startswith("llama-cpp-python ")
+    peer = found["engines"]["llama.cpp"]
+    assert peer["version"].startswith("llama-cpp-python ")
+    assert peer["repack"] == ("without repacked weights" not in result.out)
     for size in found["measurements"]:
         ours, theirs = (size["engines"][name] for name in ("refengine", "llama.cpp"))
         same = [[(sample["tokens"], sample["positions"]) for sample in engine["samples"]] for engine in (ours, theirs)]
@@ -225,13 +227,32 @@ def test_beside_llamacpp(tiny_model: ModelFiles, tmp_path: Path) -> None:
 
 
 @pytest.mark.llamacpp
+def test_llamacpp_is_measured_without_repacked_weights_if_it_crashes_with_them(
+    tiny_model: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
+    monkeypatch.setattr("refengine.validate.llamacpp._TRIAL", "import os; os.abort()")
+    output, page = tmp_path / "both.json", tmp_path / "both.html"
+    sizes = ("--prompts", "8", "--depths", "0", "--streams", "1", "--tokens", "2", "--rounds", "1", "--threads", "1")
+    options = ("--compare", "llama.cpp", "--json", output, "--html", page)
+    result = cli("bench", "speed", "--model", tiny_model("llama-q8_0"), *sizes, *options)
+    assert result.code == 0, result.err
+    assert "warning: llama.cpp crashes with repacked weights on this processor" in result.err
+    (found,) = json.loads(output.read_text())["models"]
+    assert found["engines"]["llama.cpp"]["repack"] is False
+    for text in (result.out, page.read_text()):
+        said = "without repacked weights, since llama.cpp crashes with them on this processor"
+        assert said in " ".join(text.split())
+
+
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("name", ["llama-q8_0", "phi3-q8_0"])  # phi3 has a sliding window
 def test_llamacpps_cache_holds_what_a_size_asks_for(name: str, tiny_model: ModelFiles) -> None:
     pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
     from refengine.bench.speed.llamacpp import LlamaCppSpeed
     from refengine.validate.llamacpp import library
 
-    engine = LlamaCppSpeed(str(tiny_model(name)), "cpu", 16, 1)
+    engine = LlamaCppSpeed(str(tiny_model(name)), "cpu", 16, 1, repack=False)
     try:
         for streams, depth in ((1, 0), (3, 5), (3, 5), (2, 40)):
             sample = engine.decode(streams, depth, 2)

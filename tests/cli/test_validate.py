@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from refengine.validate.capture import sha256_of_file
+from refengine.validate.llamacpp import repack_crashes
 from tests.cli_runner import cli
 
 PROMPT = "an ox and the other one"
@@ -130,12 +131,36 @@ def test_wrong_use_is_exit_code_2(arguments: tuple[str, ...], words: str, model:
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("arguments", [(), ("--ids", "5,42,79,116"), ("--kv-type", "f32", "an ox"), ("--repack",)])
+@pytest.mark.parametrize("arguments", [(), ("--ids", "5,42,79,116"), ("--kv-type", "f32", "an ox")])
 def test_llamacpp_live_agrees(arguments: tuple[str, ...], model: Path) -> None:
     pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
     result = cli("validate", "--model", model, *arguments)
     assert result.code == 0, result.out + result.err
     assert result.out.startswith("AGREES: 63 tensors, each on the inputs that llama.cpp")
+
+
+@pytest.mark.llamacpp
+def test_llamacpp_with_repacked_weights_agrees_or_is_refused(model: Path) -> None:
+    """Which of the two depends on the processor and the compiler of llama.cpp."""
+    pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
+    result = cli("validate", "--model", model, "--repack")
+    if repack_crashes(model):
+        assert result.code == 2
+        assert "llama.cpp crashes with repacked weights on this processor" in result.err.splitlines()[-1]
+    else:
+        assert result.code == 0, result.out + result.err
+        assert result.out.startswith("AGREES: 63 tensors, each on the inputs that llama.cpp")
+
+
+@pytest.mark.parametrize(
+    ("trial", "crashes"),
+    [("import os; os.abort()", True), ("raise SystemExit(1)", False), ("import os; os.kill(os.getpid(), 9)", False)],
+)
+def test_only_a_crash_speaks_against_repacked_weights(
+    trial: str, crashes: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refengine.validate.llamacpp._TRIAL", trial)
+    assert repack_crashes(model) == crashes
 
 
 @pytest.mark.llamacpp

@@ -1,7 +1,8 @@
 """llama.cpp as an engine under test: llama_decode on batches, as llama-bench calls it, without sampling.
 
 Layers are on the GPU with flash attention if the device is one; on the CPU weights are repacked for its fastest
-kernels, and it chooses its attention itself. The KV cache is float16; several sequences have parts of it of their own.
+kernels, unless it crashes with them, and it chooses its attention itself. The KV cache is float16; several sequences
+have parts of it of their own.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class LlamaCppSpeed:
     """A model in llama.cpp. An `EngineUnderTest`; `close` frees the library's memory.
 
     device: `cpu` or `cuda:N`. chunk: the tokens of a micro-batch. threads: of the CPU.
+    repack: see `validate.llamacpp.LlamaCpp`.
     Raises RefengineError if llama-cpp-python is not installed or cannot use the device, ModelError if llama.cpp
     refuses the file.
     """
 
-    def __init__(self, path: str, device: str, chunk: int, threads: int) -> None:
+    def __init__(self, path: str, device: str, chunk: int, threads: int, repack: bool = True) -> None:
         self._lib = library()
         self._gpu = None if device == "cpu" else int(device.partition(":")[2] or 0)
         if self._gpu is not None and not self._lib.llama_supports_gpu_offload():
@@ -49,7 +51,7 @@ class LlamaCppSpeed:
                 "without GPU support; install it with CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall "
                 f"--no-cache-dir --no-binary llama-cpp-python llama-cpp-python=={self._lib.__version__}"
             )
-        self._model = open_model(path, repack=True, gpu=self._gpu)
+        self._model = open_model(path, repack=repack, gpu=self._gpu)
         self._gguf = GGUFFile(path)
         self._config = read_config(self._gguf)
         self._has_window = self._lib.llama_model_n_swa(self._model) > 0

@@ -43,6 +43,7 @@ class Setup:
     """Which engine is opened, and how.
 
     engine: `refengine` or `llama.cpp`. chunk: the tokens of a prompt in one forward pass. threads: of the CPU.
+    repack: whether llama.cpp repacks weights on the CPU.
     """
 
     engine: str
@@ -51,6 +52,7 @@ class Setup:
     numerics: str | None
     chunk: int
     threads: int
+    repack: bool = True
 
     @property
     def environment(self) -> dict[str, str]:
@@ -196,8 +198,8 @@ def opened(setup: Setup) -> tuple[EngineUnderTest, dict[str, Any]]:
     if setup.engine == LLAMACPP:
         from refengine.bench.speed.llamacpp import LlamaCppSpeed
 
-        peer = LlamaCppSpeed(setup.path, setup.device, setup.chunk, setup.threads)
-        return peer, {"version": peer.version, "system": peer.system}
+        peer = LlamaCppSpeed(setup.path, setup.device, setup.chunk, setup.threads, setup.repack)
+        return peer, {"version": peer.version, "system": peer.system, "repack": setup.repack}
     from refengine.bench.speed.ours import Refengine
 
     ours = Refengine(setup.path, setup.device, setup.numerics, setup.chunk, setup.threads)

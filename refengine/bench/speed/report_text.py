@@ -63,6 +63,8 @@ def facts_of(model: Record, record: Record) -> list[str]:
     if PEER in model["engines"]:
         peer = model["engines"][PEER]
         lines[-1] += f", llama.cpp of {peer['version']} ({peer['system']})"
+        if not peer["repack"]:
+            lines[-1] += ", without repacked weights, since llama.cpp crashes with them on this processor"
     lines.append(f"{record['machine']}" + (f"; {record['card']}" if record.get("card") else ""))
     copied = model["copy_bytes_per_s"]
     low, high = copied["lowest"] / 1e9, copied["highest"] / 1e9

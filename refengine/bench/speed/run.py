@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from refengine.bench.speed.measure import Decode, EngineUnderTest, Measurement, 
 from refengine.bench.speed.process import LLAMACPP, REFENGINE, EngineProcess, Refused, Setup
 from refengine.bench.speed.profile import Profile
 from refengine.errors import RefengineError
+from refengine.validate.llamacpp import repack_crashes
 
 CACHE_SHARE = 0.8  # of the free memory that the KV caches of a size may take; the rest is for intermediate arrays
 PROFILED_STEPS = 16
@@ -107,6 +108,9 @@ def run_model(path: Path, settings: Settings, say: Callable[[str], None]) -> Mod
         processes: dict[str, EngineProcess] = {}
         for name in settings.engines:
             setup = Setup(name, str(path), settings.device, settings.numerics, settings.chunk, settings.threads)
+            if name == LLAMACPP and setup.device == "cpu" and repack_crashes(path, setup.environment):
+                say(f"warning: {name} crashes with repacked weights on this processor, and is measured without")
+                setup = replace(setup, repack=False)
             say(f"{path.name}: {name} loads it")
             processes[name] = process = stack.enter_context(EngineProcess(setup))
             say(f"{path.name}: {name} has loaded it in {process.facts['load_s']:.1f} s")
