@@ -5,7 +5,7 @@ A decode step keeps the rows' state on the device and uses the same launches (`c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,12 @@ def sample_rows(
     histories: Sequence[Sequence[int]],
     seeds: Sequence[int],
     indices: Sequence[int],
+    space: Mapping[str, Array] | None = None,
 ) -> Array:
     """Sample a token from each row of logits (n_rows, n_vocab); (n_rows, 3) int32 on the device, see `checked_tokens`.
 
-    params: `SamplingParams` of each row; histories: the ids for the repetition penalty; seeds, indices: uint64.
+    params: `SamplingParams` of each row; histories: the ids for the repetition penalty; seeds, indices: uint64. space:
+    arrays of at least as many rows to use as work space, as `DecodeStep.sampling_space` has them; None allocates them.
     Raises KernelError if the numbers of rows differ, and for ids outside the vocabulary.
     """
     n_rows, n_vocab = logits.shape
@@ -48,7 +50,7 @@ def sample_rows(
         [(p.top_k, s, i, len(h)) for p, s, i, h in zip(params, seeds, indices, needed, strict=True)], np.uint64
     ).view(np.int64)
     sampler = Sampler(kernels, n_vocab, longest)
-    b = allocated(sampler, n_rows, xp.empty)
+    b = allocated(sampler, n_rows, xp.empty, space or {})
     b |= {"reals": xp.asarray(reals), "whole": xp.asarray(whole), "history": xp.asarray(history)}
     b["positions"].fill(0)
     sampler.draw(n_rows, logits, b)

@@ -77,7 +77,8 @@ class Capacity:
     @functools.cache  # noqa: B019  As for `_step_bytes`.
     def _prompt_bytes(self, place: str, n_tokens: int, n_positions: int) -> int:
         decode = getattr(BY_ARCHITECTURE[self.config.arch], "decode", None)
-        return prompt_bytes(self.config, decode, self.weights, place, self.attention, n_tokens, n_positions)
+        n_running = self.options.n_running
+        return prompt_bytes(self.config, decode, self.weights, place, self.attention, n_running, n_tokens, n_positions)
 
     def needed_bytes(self, n_blocks: int) -> int:
         """The bytes of cache, decode step and forward pass together."""

@@ -35,7 +35,7 @@ class KernelRunner:
 
     def __init__(self, model: Any, cache: KVCache, max_batch: int, graphs: bool, trace: Tracer = no_trace) -> None:
         assert trace is no_trace, "the fused step has no tensors to trace"
-        self._model, self._cache = model, cache
+        self._model, self._cache, self._max_batch = model, cache, max_batch
         self._step: DecodeStep | None = None  # the fused step
         self._prompts: PromptPass | None = None
         if model.ops.attention_by == "flash":
@@ -52,7 +52,7 @@ class KernelRunner:
         if self._step is not None:
             self._step.warm_up()
         if n_prompt and self._prompts is not None:
-            self._prompts.prepare(n_prompt)
+            self._prompts.prepare(n_prompt, self._max_batch)
         if n_prompt:
             sequence = CacheSequence()
             self._logits([(sequence, [0] * n_prompt)], [n_prompt - 1])
@@ -103,6 +103,7 @@ class KernelRunner:
                 [g.ids for g in drawing],
                 [g.seed for g in drawing],
                 [g.n_generated for g in drawing],
+                None if self._step is None else self._step.sampling_space,
             )
         drawn_rows: list[list[int]] = to_numpy(drawn).tolist()
         return drawn_rows
@@ -138,13 +139,23 @@ def step_bytes(
 
 
 def prompt_bytes(
-    config: ModelConfig, decode: Any, weights: Any, place: str, attention_by: str, n_tokens: int, n_positions: int
+    config: ModelConfig,
+    decode: Any,
+    weights: Any,
+    place: str,
+    attention_by: str,
+    max_batch: int,
+    n_tokens: int,
+    n_positions: int,
 ) -> int:
-    """The bytes of device memory that prompts need, in passes of up to n_tokens. Other arguments: see `step_bytes`."""
+    """The bytes of device memory that prompts need, in passes of up to n_tokens, in which up to max_batch prompts end.
+
+    Other arguments: see `step_bytes`.
+    """
     if attention_by == "flash":
         sizes = {"n_ctx": config.n_ctx_train, "n_positions": n_positions, "block_size": BLOCK_SIZE}
         try:
-            return PromptPass.planned_bytes(config, decode, weights, place, n_tokens, **sizes)
+            return PromptPass.planned_bytes(config, decode, weights, place, n_tokens, max_batch, **sizes)
         except NoFusedStep:
             pass
     return forward_bytes(config, n_tokens)

@@ -114,7 +114,7 @@ def test_rows_are_rounded_up_by_an_eighth_at_most() -> None:
 def test_no_memory_is_allocated_after_the_preparation(place: str, tiny_model: ModelFiles) -> None:
     model = loaded(tiny_model("llama-q4_0"), place)
     prompts = Prompts(model, 1)
-    prompts.prompts.prepare(N_TOKENS)
+    prompts.prompts.prepare(N_TOKENS, 4)
     before = model.ops.memory.accounted()["workspace"]
     for n in (3, 40, 3, 24):
         prompts.feed([ids_for(model, n)], [n - 1])

@@ -36,7 +36,7 @@ def stepped(
     n, n_vocab = logits.shape
     longest = max(map(len, histories)) + 1
     sampler = Sampler(there.ops.kernels, n_vocab, longest)
-    b = allocated(sampler, n + absent, there.xp.zeros)
+    b = allocated(sampler, n + absent, there.xp.zeros, {})
     before = {name: to_numpy(b[name]).copy() for name in ("reals", "whole", "history", "ids", "positions", "drawn")}
     before["positions"][:] = [*range(n), *[-1] * absent]
     for i, (p, ids, seed, index) in enumerate(zip(params, histories, seeds, indices, strict=True)):

@@ -161,10 +161,13 @@ class PromptPass:
         self._arena: Arena | None = None  # the buffers of all programs, which do not run at the same time
         self._programs: OrderedDict[tuple[int, int], tuple[Program, PromptOps, Array | None]] = OrderedDict()
 
-    def prepare(self, n: int) -> None:
-        """Allocate what passes of n rows need, and prepare them, and up to 512 rows. One row of logits is wanted."""
+    def prepare(self, n: int, n_wanted: int) -> None:
+        """Allocate what passes of n rows need whose logits are wanted for up to n_wanted rows, and prepare them; also
+        prepare passes of fewer rows, up to 512, for one row of logits.
+        """
         smaller = {bucket_of(size) for size in (1, 16, 32, *range(64, min(n, 512), 64))}
         with self._ops.workspace():
+            self._program(bucket_of(n), most_wanted(n_wanted))
             for size in sorted({bucket_of(n), *smaller}, reverse=True):
                 if size <= bucket_of(n):
                     self._program(size, 1)
@@ -247,12 +250,13 @@ class PromptPass:
         weights: Any,
         place: str,
         n: int,
+        n_wanted: int,
         *,
         n_ctx: int,
         n_positions: int,
         block_size: int,
     ) -> int:
-        """The bytes that `prepare(n)` allocates, found without a device. Raises NoFusedStep.
+        """The bytes that `prepare(n, n_wanted)` allocates, found without a device. Raises NoFusedStep.
 
         weights: the model's weights, of which only names, types and shapes are used. n_positions: the maximum length
         of a sequence.
@@ -273,7 +277,10 @@ class PromptPass:
         )
         ops = KernelOps(np, NoLaunches(place), DeviceMemory(np))
         prompts = PromptPass(ops, cfg, decode, weights, kv, n_positions, angles)
-        return Inputs.n_bytes(size, n_blocks) + prompts._plan(Inputs.of(shaped, size, n_blocks), size, 1).n_bytes
+        n_wanted = most_wanted(n_wanted)
+        most = max(size, n_wanted)
+        plan = prompts._plan(Inputs.of(shaped, most, n_blocks), size, n_wanted)
+        return Inputs.n_bytes(most, n_blocks) + plan.n_bytes
 
     def _check(self, batch: Batch) -> None:
         """A kernel would read or write out of bounds otherwise (W-1431)."""

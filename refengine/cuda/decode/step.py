@@ -24,7 +24,7 @@ from refengine.cuda.decode.state import DecodeRow, DecodeState
 from refengine.cuda.decode.values import NoFusedStep
 from refengine.cuda.kernels.attention import HEAD_DIMS, TILE, PagedRows, counters_of
 from refengine.cuda.kernels.moe import MOST_USED
-from refengine.cuda.kernels.sampling import Sampler
+from refengine.cuda.kernels.sampling import WORK_SPACE, Sampler
 from refengine.cuda.memory import Arena, aligned
 from refengine.cuda.ops import KernelOps
 from refengine.cuda.runtime.launch import Kernels, NoLaunches
@@ -208,6 +208,11 @@ class DecodeStep:
         )
         self._sampler = Sampler(ops.kernels, cfg.n_vocab, self.n_positions + 1)
         self.state = DecodeState(ops.xp, self._b, cfg.n_vocab, self.n_positions, kv.block_size)
+
+    @property
+    def sampling_space(self) -> dict[str, Array]:
+        """Work space for sampling up to max_batch rows, which nothing uses between two steps on the same stream."""
+        return {name: self._b[name] for name in WORK_SPACE}
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile the kernels of a step, and capture a graph for every bucket. Does not affect any sequence.

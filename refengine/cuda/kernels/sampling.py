@@ -14,6 +14,9 @@ from refengine.cuda.runtime.launch import Kernels
 BINS, MOST_LISTED, MOST_OF_PART = 2048, 896, 4095  # as in sampling.cu
 
 
+WORK_SPACE = ("values", "keys", "marks", "counts", "masses", "listed", "numbers")  # of `Sampler.arrays`
+
+
 class Sampler:
     """Samples a token from each of several rows, and advances the rows' state by it. Has no arrays itself.
 
@@ -67,7 +70,9 @@ class Sampler:
         launch("draw_f32", (n_parts, n), self._threads, logits, b["reals"], *best, *bins, *lists, *outputs, *sizes)
 
 
-def allocated(sampler: Sampler, n: int, empty: Callable[..., Array]) -> dict[str, Array]:
-    """The sampler's arrays for n rows, with ids and positions, allocated by `empty(shape, dtype)`."""
-    arrays = {name: empty(shape, dtype) for name, (shape, dtype) in sampler.arrays(n).items()}
-    return arrays | {"ids": empty((n,), np.int32), "positions": empty((n,), np.int32)}
+def allocated(sampler: Sampler, n: int, empty: Callable[..., Array], space: Mapping[str, Array]) -> dict[str, Array]:
+    """The sampler's arrays for n rows, with ids and positions: rows of those that `space` has, the others allocated by
+    `empty(shape, dtype)`.
+    """
+    shapes = sampler.arrays(n) | {"ids": ((n,), np.int32), "positions": ((n,), np.int32)}
+    return {name: space[name][:n] if name in space else empty(*given) for name, given in shapes.items()}

@@ -128,6 +128,7 @@ class DeviceModule:
         self.module = cupy.RawModule(path=str(self.compiled.path))
         self._launchers: dict[str, Launcher] = {}
         self._shared_limits: dict[str, int] = {}
+        self._carved: set[str] = set()
         self._overlaps = int(cupy.cuda.Device().compute_capability) >= 90
         self._stream = cupy.cuda.get_current_stream
 
@@ -148,7 +149,7 @@ class DeviceModule:
 
         overlap: let it begin before the previous kernel has ended; only for kernels that call `wait_for_previous`.
         """
-        launcher, stream = self._launcher(kernel, shared_bytes), self._stream().ptr
+        launcher, stream = self._launcher(kernel, shared_bytes, overlap), self._stream().ptr
         status = launcher.launch(grid, block, arguments, shared_bytes, stream, overlap and self._overlaps)
         if status:
             self._refused(status, kernel, grid, block)
@@ -166,7 +167,7 @@ class DeviceModule:
 
         It does not keep the arrays alive.
         """
-        launcher, stream = self._launcher(kernel, shared_bytes).another(), self._stream().ptr
+        launcher, stream = self._launcher(kernel, shared_bytes, overlap).another(), self._stream().ptr
         launcher.prepare(grid, block, arguments, shared_bytes, stream, overlap and self._overlaps)
 
         def launch() -> None:
@@ -176,16 +177,16 @@ class DeviceModule:
 
         return launch
 
-    def _launcher(self, kernel: str, shared_bytes: int) -> Launcher:
+    def _launcher(self, kernel: str, shared_bytes: int, overlap: bool) -> Launcher:
         """The launcher of a kernel, which may use so many bytes of shared memory."""
         launcher = self._launchers.get(kernel)
         if launcher is None:
             arguments = Arguments(self.source, kernel)  # first, because it names an unknown kernel
-            function = self.raw_kernel(kernel).kernel.ptr
-            if self._overlaps:
-                attribute = self._driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-                self._driver.funcSetAttribute(function, attribute, CARVEOUT)
-            launcher = self._launchers[kernel] = Launcher(arguments, function)
+            launcher = self._launchers[kernel] = Launcher(arguments, self.raw_kernel(kernel).kernel.ptr)
+        if overlap and self._overlaps and kernel not in self._carved:
+            attribute = self._driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            self._driver.funcSetAttribute(self.raw_kernel(kernel).kernel.ptr, attribute, CARVEOUT)
+            self._carved.add(kernel)
         if shared_bytes > self._shared_limits.get(kernel, STATIC_LIMIT):
             attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             try:
