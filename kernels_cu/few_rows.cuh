@@ -200,7 +200,7 @@ __device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* colum
     for (int i = 0; i < 2; i++) scales[s][i] = Q::template scales<InShared>(w, s, lane / 4 + 8 * i);
 #pragma unroll 1
   for (int half = 0; half < 2; half++) {
-#pragma unroll
+#pragma unroll (Q::WHOLE && Q::SCALED ? SEGMENT / 2 : Q::LOW < 32 ? 2 : 1)  // more would spill
     for (int j = 0; j < SEGMENT / 2; j++)
 #pragma unroll
       for (int s = 0; s < TOGETHER; s++) {

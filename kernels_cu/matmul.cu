@@ -74,7 +74,7 @@ ROWS8(rows8_mxfp4, 320, MXFP4)
 ROWS8(rows8_f16, 320, F16)
 
 #define ROWS64(name, Q)                                                                                            \
-  extern "C" __global__ void __launch_bounds__(128)                                                                \
+  extern "C" __global__ void __launch_bounds__(128, 1)                                                             \
       name(Matrix w, Activations x, Groups groups, const float* bias, const float* residual, float* y, int n_out,  \
            int n_in, int n_rows) {                                                                                 \
     rows64<Q>(planes_of(w, n_in), x, groups, n_rows, bias, residual, y, n_out, n_in);                              \
