@@ -17,8 +17,9 @@
 // When a few tiles (`chunk`) are done, all threads add up the segments' sums, each for one output of one row, in order.
 //
 // Launch: block: W warps, any number. Grid: x any number up to the number of tiles, y groups of 8 rows. shift: the most
-// rows in a block are 1 << shift. Dynamic shared memory: `shared_bytes` in cuda/kernels/few_rows.py. One block
-// of at most half a multiprocessor's registers and shared memory leaves room for the next kernel's.
+// rows in a block are 1 << shift. Dynamic shared memory: `shared_bytes` in cuda/kernels/few_rows.py. A block takes at most
+// half a multiprocessor's registers and shared memory. Small products have one block for each multiprocessor, beside which
+// those of the next kernels can already wait; large products have two.
 
 constexpr int TOGETHER = 2;  // segments of an item
 constexpr int STAGES = 2;    // of a warp's ring
