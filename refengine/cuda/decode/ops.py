@@ -337,7 +337,7 @@ class StepOps:
         n_pairs = self._n * choice.n_used
         group = self._b.new((moe.most_groups(n_pairs, choice.scores.width, size), 3), np.int32)
         x_rows, y_rows = (self._b.new((n_pairs,), np.int32) for _ in range(2))
-        groups = Groups(group.array, x_rows.array, y_rows.array, size)
+        groups = Groups(group.array, x_rows.array, y_rows.array, size, self._n)
         choice.groups[size] = (groups, (group, x_rows, y_rows))
         return groups
 

@@ -44,7 +44,7 @@ def gate_up(
     for w, bias in zip((gate, up), biases, strict=True):
         check_shape(w.name, "the bias", bias, w.shape[:-1])
     n_groups = len(groups.group) if groups else 1
-    n_rows = min(x.n, FEW_ROWS)
+    n_rows = groups.most if groups else x.n
     launch = few_rows_launch(gate, n_out, x, n_rows, n_groups, kernels.n_multiprocessors, n_matrices=2)
     struct = groups.struct if groups else NO_GROUPS
     sizes = [n_out, n_in, len(y), clamped, *launch.arguments, x.eps]

@@ -46,7 +46,8 @@ def linear(
     arguments: list[Any] = [w.struct, x.struct, struct, bias, residual, y, n_out, n_in, x.n]
     if few:
         n_groups = len(groups.group) if groups else 1
-        launch = few_rows_launch(w, n_out, x, min(x.n, FEW_ROWS), n_groups, kernels.n_multiprocessors)
+        n_rows = groups.most if groups else x.n
+        launch = few_rows_launch(w, n_out, x, n_rows, n_groups, kernels.n_multiprocessors)
         arguments += [*launch.arguments, x.eps]
         grid, shared = (launch.blocks, n_groups), launch.shared_bytes
         kernels.launch("matmul", f"rows8_{kind}", grid, launch.threads, arguments, shared, overlap=True, what=w.name)

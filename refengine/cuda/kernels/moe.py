@@ -20,13 +20,20 @@ class Groups:
     """Which pairs of row and rank use which experts, in groups of at most `size` pairs of one expert.
 
     group: (n_groups, 3) int32: expert, first slot, number of slots. x_rows, y_rows: (n_pairs,) int32: the row of
-    activations that a slot reads, and the output row that it writes.
+    activations that a slot reads, and the output row that it writes. n_tokens: the number of tokens, or None if it is
+    not known; the experts of a token differ, so that a group has no more pairs than there are tokens.
     """
 
     group: Array
     x_rows: Array
     y_rows: Array
     size: int
+    n_tokens: int | None = None
+
+    @property
+    def most(self) -> int:
+        """The most pairs in a group."""
+        return self.size if self.n_tokens is None else min(self.size, self.n_tokens)
 
     @cached_property
     def struct(self) -> Struct:
@@ -36,7 +43,7 @@ class Groups:
     @cached_property
     def by_pair(self) -> Groups:
         """The same groups for activations that have one row per pair."""
-        return Groups(self.group, self.y_rows, self.y_rows, self.size)
+        return Groups(self.group, self.y_rows, self.y_rows, self.size, self.n_tokens)
 
 
 def most_groups(n_pairs: int, n_expert: int, size: int) -> int:
