@@ -377,3 +377,21 @@ def test_who_waits_for_the_device_drops_the_step(model: Model) -> None:
     list(engine.tokens(generation))
     assert generation.ids[6:] == ids_alone(model, prompt(6), params)
     assert fused(engine).n_ahead == 4  # of seven steps, all but the two behind a wait, and the one behind the prompt
+
+
+def test_who_is_interrupted_while_waiting_can_go_on(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(seed=1, max_tokens=12, repetition_penalty=1.2)
+    engine = Engine(model, EngineOptions(1, 80, 512))
+    generation = engine.start(prompt(6), params)
+    for _ in range(4):
+        engine.step()
+
+    def interrupted(n: int) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused(engine)._ahead.copy, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.wait()
+    list(engine.tokens(generation))
+    assert generation.ids[6:] == ids_alone(model, prompt(6), params)

@@ -269,8 +269,13 @@ class DecodeStep:
     def wait(self) -> None:
         """Wait for the step that was launched ahead, if there is one. Its result is dropped."""
         step, self._ahead = self._ahead, None
-        if step is not None:
+        if step is None:
+            return
+        try:
             self.state.advanced(step.copy.wait(step.n))
+        except BaseException:
+            self.state.forget()
+            raise
 
     def _launched(self, n: int, trace: DecodeTrace | None) -> _Launched:
         """Launch a step of the first n rows, and the copy of its result."""
