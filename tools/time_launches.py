@@ -82,6 +82,7 @@ class Unloaded(DeviceModule):
         stream, limit = SimpleNamespace(ptr=0), "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
         attributes = {limit: 0, "CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT": 0}
         self.source, self._overlaps, self._launchers, self._shared_limits = source, True, {}, {}
+        self._carved = set()
         self._driver, self._stream = SimpleNamespace(**attributes, funcSetAttribute=lambda *_: None), lambda: stream
 
     def raw_kernel(self, kernel: str) -> Any:
