@@ -99,7 +99,8 @@ def rows_of(w: PackedMatrix, start: int, stop: int) -> PackedMatrix:
     n_out, n_in = w.shape
     if not w.is_float and (start % TILE_ROWS or stop % TILE_ROWS):
         raise ModelError(f"{w.name}: outputs {start} to {stop} do not begin and end with a tile of {TILE_ROWS}")
-    planes = {name: plane[len(plane) * start // n_out : len(plane) * stop // n_out] for name, plane in w.planes.items()}
+    n = n_out if w.is_float else -(-n_out // TILE_ROWS) * TILE_ROWS  # rows that the planes have
+    planes = {name: plane[len(plane) * start // n : len(plane) * stop // n] for name, plane in w.planes.items()}
     return PackedMatrix(w.name, w.type, (stop - start, n_in), planes)
 
 

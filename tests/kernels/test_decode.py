@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 import refengine
 from refengine.cache.paged import CacheSequence, KVCache
 from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan, _Copy
 from refengine.cuda.kernels import router
+from refengine.cuda.kernels.few_rows import FEW_ROWS, can_prepare, few_rows_launch
+from refengine.cuda.kernels.quantize_rows import Rows
+from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.upload import Described
 from refengine.engine.kernel_runner import KernelRunner
 from refengine.engine.sampling import SamplingParams, sample
@@ -278,6 +282,29 @@ def test_experts_of_more_rows_than_the_router_takes(
     for ids in prompts(model, 2, seed=60):
         decoding.join(ids)
     decoding.step()
+
+
+@pytest.mark.parametrize("name", ["llama3-q4_k_m", "gpt-oss-mxfp4_moe"])
+def test_rows_too_wide_for_a_product_to_prepare(
+    name: str, place: str, tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refengine.cuda.decode.ops.can_prepare", lambda *_, **__: False)
+    model = loaded(tiny_model(name), place)
+    decoding = Decoding(model, max_batch=2)
+    for ids in prompts(model, 2, seed=61):
+        decoding.join(ids)
+        decoding.step()
+
+
+@pytest.mark.parametrize(("kind", "n_in"), [("Q4_K", 28672), ("Q6_K", 28672), ("F16", 14336)])
+def test_a_step_of_any_rows_of_a_wide_matrix_fits(kind: str, n_in: int) -> None:
+    w = PackedMatrix("ffn_down", GGMLQuantizationType[kind], (8192, n_in), {})
+    assert can_prepare(w, 1, norm=False)
+    assert not can_prepare(w, 2, norm=False)
+    for n in range(1, FEW_ROWS + 1):
+        x = np.zeros((n, n_in), np.float32)
+        rows = Rows(n, x) if n <= 2 and can_prepare(w, n, norm=False) else Rows(n, None, x.astype(np.float16))
+        few_rows_launch(w, 8192, rows, n, 1, 132)
 
 
 @pytest.mark.parametrize("name", ["llama3-q4_k_m", "gpt-oss-mxfp4_moe"])

@@ -22,7 +22,7 @@ from refengine.cuda.decode.buffers import Buffer, Buffers
 from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, NoFusedStep, Norm, Product, Shares, Value
 from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows, router
 from refengine.cuda.kernels.attention import SPLIT, PagedRows, Projections, Rotation, attention_step
-from refengine.cuda.kernels.few_rows import FEW_ROWS
+from refengine.cuda.kernels.few_rows import FEW_ROWS, can_prepare
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import BLOCK, RowNorm, Rows, padded
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, rows_of
@@ -30,7 +30,7 @@ from refengine.cuda.runtime.launch import Kernels
 
 Angles = tuple[Array, Array]
 
-ROWS_IN_PRODUCT = 2  # for up to as many rows, products do the norm before them and the conversion to halves
+ROWS_IN_PRODUCT = 2  # up to so many rows, products do the norm before them and the conversion to halves, if they fit
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class StepOps:
         assert gate.w is not None
         assert up.w is not None
         groups, of_groups = self._groups(gate, gate.x)  # first, because the router also needs the norm's floats
-        rows, of_rows = self._rows(gate.x, gate.w)
+        rows, of_rows = self._rows(gate.x, gate.w, n_matrices=2)
         self._use(*of_rows, *of_groups)
         y = self._new(gate.n_rows, gate.width)
         biases = (gate.bias, up.bias)
@@ -402,12 +402,17 @@ class StepOps:
         self._launch(matmul.linear, rows, product.w, y.array, **options)
         return y
 
-    def _rows(self, x: Value, w: PackedMatrix) -> tuple[Rows, tuple[Buffer, ...]]:
-        """The rows in a form that a product with w reads, and their buffers."""
+    def _rows(self, x: Value, w: PackedMatrix, n_matrices: int = 1) -> tuple[Rows, tuple[Buffer, ...]]:
+        """The rows in a form that a product with n_matrices matrices like w reads, and their buffers."""
         for rows, buffers in x.prepared:
             if (rows.floats if w.is_float else rows.halves) is not None:
                 return rows, buffers
-        if not w.is_float and self._n <= ROWS_IN_PRODUCT:
+        norm_in_product = isinstance(x, Norm) and x.buffer is None
+        if (
+            not w.is_float
+            and self._n <= ROWS_IN_PRODUCT
+            and can_prepare(w, self._n, norm=norm_in_product, n_matrices=n_matrices)
+        ):
             return self._unprepared(x)
         if isinstance(x, Norm) and x.buffer is None:
             return self._normed(x, floats=w.is_float, halves=not w.is_float or x.width % BLOCK == 0)

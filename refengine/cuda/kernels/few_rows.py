@@ -51,6 +51,14 @@ def few_rows_launch(
     return launch
 
 
+def can_prepare(w: PackedMatrix, n_rows: int, *, norm: bool, n_matrices: int = 1) -> bool:
+    """Whether a block of threads has room to convert its rows, up to n_rows, after a norm or not, for a product with
+    n_matrices matrices like w side by side."""
+    shift = max(0, n_rows - 1).bit_length()
+    sizes = (w.type, w.shape[-1], LEAST_WARPS, 1, shift, n_matrices)
+    return shared_bytes(*sizes, prepares=True, norm=norm) <= MOST_SHARED
+
+
 @lru_cache(maxsize=4096)
 def _launch(
     kind: GGMLQuantizationType,

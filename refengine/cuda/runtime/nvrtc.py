@@ -24,7 +24,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
 OPTIONS = ("-std=c++17", "-default-device", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 # Percentage of a multiprocessor's memory that is shared memory, not cache. Kernels overlap only if both have the same.
 CARVEOUT = 100
-STATIC_LIMIT = 48 << 10  # bytes of shared memory that a launch may use without setting an attribute
+UNASKED_SHARED = 48 << 10  # bytes of shared memory, static and dynamic, of a launch without setting an attribute
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class DeviceModule:
         self._driver = cupy.cuda.driver
         self.module = cupy.RawModule(path=str(self.compiled.path))
         self._launchers: dict[str, Launcher] = {}
-        self._shared_limits: dict[str, int] = {}
+        self._shared_limits = {name: UNASKED_SHARED - r.shared for name, r in self.compiled.resources.items()}
         self._carved: set[str] = set()
         self._overlaps = int(cupy.cuda.Device().compute_capability) >= 90
         self._stream = cupy.cuda.get_current_stream
@@ -187,7 +187,7 @@ class DeviceModule:
             attribute = self._driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             self._driver.funcSetAttribute(self.raw_kernel(kernel).kernel.ptr, attribute, CARVEOUT)
             self._carved.add(kernel)
-        if shared_bytes > self._shared_limits.get(kernel, STATIC_LIMIT):
+        if shared_bytes > self._shared_limits.get(kernel, 0):
             attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             try:
                 self._driver.funcSetAttribute(self.raw_kernel(kernel).kernel.ptr, attribute, shared_bytes)
