@@ -90,7 +90,7 @@ class Unloaded(DeviceModule):
 
 
 class KernelsWithoutDevice(Kernels):
-    n_multiprocessors = 132
+    n_multiprocessors, shared_limit = 132, 227 << 10
 
     def module(self, file: str) -> Any:
         if file not in self._modules:

@@ -16,6 +16,7 @@ from refengine.cuda.kernels import router
 from refengine.cuda.kernels.few_rows import FEW_ROWS, can_prepare, few_rows_launch
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import PackedMatrix
+from refengine.cuda.runtime.launch import NoLaunches
 from refengine.cuda.upload import Described
 from refengine.engine.kernel_runner import KernelRunner
 from refengine.engine.sampling import SamplingParams, sample
@@ -296,15 +297,20 @@ def test_rows_too_wide_for_a_product_to_prepare(
         decoding.step()
 
 
-@pytest.mark.parametrize(("kind", "n_in"), [("Q4_K", 28672), ("Q6_K", 28672), ("F16", 14336)])
-def test_a_step_of_any_rows_of_a_wide_matrix_fits(kind: str, n_in: int) -> None:
+@pytest.mark.parametrize("shared_limit", [99 << 10, 227 << 10])
+@pytest.mark.parametrize(("kind", "n_in", "most"), [("Q4_K", 14336, 1), ("Q6_K", 14336, 1), ("F16", 8192, 1)])
+def test_a_step_of_any_rows_of_a_wide_matrix_fits_every_device(
+    kind: str, n_in: int, most: int, shared_limit: int
+) -> None:
+    """most: the most rows that the product prepares itself."""
     w = PackedMatrix("ffn_down", GGMLQuantizationType[kind], (8192, n_in), {})
-    assert can_prepare(w, 1, norm=False)
-    assert not can_prepare(w, 2, norm=False)
+    kernels = NoLaunches("cuda")
+    kernels.shared_limit = shared_limit
+    assert [can_prepare(w, n, norm=False) for n in (1, 2)] == [most >= 1, most >= 2]
     for n in range(1, FEW_ROWS + 1):
         x = np.zeros((n, n_in), np.float32)
-        rows = Rows(n, x) if n <= 2 and can_prepare(w, n, norm=False) else Rows(n, None, x.astype(np.float16))
-        few_rows_launch(w, 8192, rows, n, 1, 132)
+        rows = Rows(n, x) if n <= most else Rows(n, None, x.astype(np.float16))
+        assert few_rows_launch(kernels, w, 8192, rows, n).shared_bytes <= shared_limit
 
 
 @pytest.mark.parametrize("name", ["llama3-q4_k_m", "gpt-oss-mxfp4_moe"])

@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType
 
 from refengine.cuda.kernels.quantize_rows import Rows, padded
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, segment_bytes
+from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
 
 FEW_ROWS = 8  # rows per block of threads
@@ -17,8 +18,8 @@ TOGETHER = 2  # segments whose sums a warp computes side by side
 STAGES = 2  # of a warp's ring, each with the weights of as many segments
 MOST_WARPS, LEAST_WARPS = 10, 4  # the registers of 10 warps fit half a multiprocessor
 BUSY = 20  # items for each multiprocessor from which two blocks are faster than one
-# Bytes of shared memory for one block, so that a block of the next kernel fits on the multiprocessor as well.
-HALF_SHARED, MOST_SHARED = 113 << 10, 227 << 10
+HALF_SHARED = 113 << 10  # bytes for one block, so that a block of the next kernel fits on the multiprocessor as well
+LEAST_SHARED = 99 << 10  # bytes that a block may have on every supported device; sm_86 and sm_89 have no more
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,27 @@ class FewRowsLaunch:
 
 
 def few_rows_launch(
-    w: PackedMatrix, n_out: int, x: Rows, n_rows: int, n_groups: int, n_multiprocessors: int, n_matrices: int = 1
+    kernels: Kernels, w: PackedMatrix, n_out: int, x: Rows, n_rows: int, n_groups: int = 1, n_matrices: int = 1
 ) -> FewRowsLaunch:
     """The launch for a product of rows x with matrices like w: n_out outputs of each of n_matrices side by side.
 
     n_rows: the most rows in a block of threads. n_groups: the groups of rows, or of rows of one expert. Raises
-    KernelError if the rows need more shared memory than a multiprocessor has.
+    KernelError if the rows need more shared memory than a block may have.
     """
-    prepares = x.halves is None
-    size = (w.type, w.shape[-1], n_out, n_rows, n_groups, n_multiprocessors, n_matrices, prepares, x.norm is not None)
-    launch = _launch(*size)
-    if launch.shared_bytes > MOST_SHARED:
+    device = (kernels.n_multiprocessors, kernels.shared_limit)
+    launch = _launch(
+        w.type, w.shape[-1], n_out, n_rows, n_groups, n_matrices, *device, x.halves is None, x.norm is not None
+    )
+    if launch.shared_bytes > kernels.shared_limit:
         raise KernelError(f"{w.name}: {n_rows} rows of {w.shape[-1]} need {launch.shared_bytes} bytes of shared memory")
     return launch
 
 
 def can_prepare(w: PackedMatrix, n_rows: int, *, norm: bool, n_matrices: int = 1) -> bool:
     """Whether a block of threads has room to convert its rows, up to n_rows, after a norm or not, for a product with
-    n_matrices matrices like w side by side."""
+    n_matrices matrices like w side by side. The same on all devices, because it decides which buffers a step has."""
     shift = max(0, n_rows - 1).bit_length()
-    sizes = (w.type, w.shape[-1], LEAST_WARPS, 1, shift, n_matrices)
-    return shared_bytes(*sizes, prepares=True, norm=norm) <= MOST_SHARED
+    return shared_bytes(w.type, w.shape[-1], 1, 1, shift, n_matrices, prepares=True, norm=norm) <= LEAST_SHARED
 
 
 @lru_cache(maxsize=4096)
@@ -66,8 +67,9 @@ def _launch(
     n_out: int,
     n_rows: int,
     n_groups: int,
-    n_multiprocessors: int,
     n_matrices: int,
+    n_multiprocessors: int,
+    shared_limit: int,
     prepares: bool,
     norm: bool,
 ) -> FewRowsLaunch:
@@ -87,7 +89,9 @@ def _launch(
     def shared(warps: int) -> int:
         return shared_bytes(kind, n_in, warps, chunk, shift, n_matrices, prepares=prepares, norm=norm)
 
-    while warps > LEAST_WARPS and shared(warps) > HALF_SHARED:
+    while warps > LEAST_WARPS and shared(warps) > min(HALF_SHARED, shared_limit):
+        warps -= 1
+    while warps > 1 and shared(warps) > shared_limit:
         warps -= 1
     return FewRowsLaunch(blocks, warps, shared(warps), (shift, chunk))
 

@@ -45,7 +45,7 @@ def gate_up(
         check_shape(w.name, "the bias", bias, w.shape[:-1])
     n_groups = len(groups.group) if groups else 1
     n_rows = groups.most if groups else x.n
-    launch = few_rows_launch(gate, n_out, x, n_rows, n_groups, kernels.n_multiprocessors, n_matrices=2)
+    launch = few_rows_launch(kernels, gate, n_out, x, n_rows, n_groups, n_matrices=2)
     struct = groups.struct if groups else NO_GROUPS
     sizes = [n_out, n_in, len(y), clamped, *launch.arguments, x.eps]
     arguments = [gate.struct, up.struct, x.struct, struct, *biases, y, *sizes]
@@ -62,7 +62,7 @@ def up_gelu(kernels: Kernels, x: Rows, up: PackedMatrix, y: Array, bias: Array |
     x.check(up.name, n_in, floats=False, few=True)
     check_shape(up.name, "the output", y, (x.n, n_out))
     check_shape(up.name, "the bias", bias, (n_out,))
-    launch = few_rows_launch(up, n_out, x, x.n, 1, kernels.n_multiprocessors)
+    launch = few_rows_launch(kernels, up, n_out, x, x.n)
     arguments = [up.struct, x.struct, bias, y, n_out, n_in, x.n, *launch.arguments, x.eps]
     kernel, shared = f"up_gelu_{up.type.name.lower()}", launch.shared_bytes
     kernels.launch("gate_up", kernel, (launch.blocks, 1), launch.threads, arguments, shared, overlap=True, what=up.name)

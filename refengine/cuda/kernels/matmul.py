@@ -47,7 +47,7 @@ def linear(
     if few:
         n_groups = len(groups.group) if groups else 1
         n_rows = groups.most if groups else x.n
-        launch = few_rows_launch(w, n_out, x, n_rows, n_groups, kernels.n_multiprocessors)
+        launch = few_rows_launch(kernels, w, n_out, x, n_rows, n_groups)
         arguments += [*launch.arguments, x.eps]
         grid, shared = (launch.blocks, n_groups), launch.shared_bytes
         kernels.launch("matmul", f"rows8_{kind}", grid, launch.threads, arguments, shared, overlap=True, what=w.name)

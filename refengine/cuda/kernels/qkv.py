@@ -38,7 +38,7 @@ def qkv(kernels: Kernels, x: Rows, matrices: Sequence[PackedMatrix], biases: Seq
     check_shape(first.name, "the output", y, (x.n, n_out))
     for w, bias in zip(matrices, biases, strict=True):
         check_shape(w.name, "the bias", bias, (w.shape[0],))
-    launch = few_rows_launch(first, n_out, x, x.n, 1, kernels.n_multiprocessors)
+    launch = few_rows_launch(kernels, first, n_out, x, x.n)
     structs = [w.struct for w in matrices] + [NO_MATRIX] * missing
     sizes = [first.shape[0], matrices[1].shape[0], n_out, n_in, x.n, *launch.arguments, x.eps]
     arguments = [*structs, x.struct, *biases, *[None] * missing, y, *sizes]

@@ -11,6 +11,7 @@ from refengine.cuda.runtime.source import read_source
 from refengine.errors import KernelError
 
 HOST_MULTIPROCESSORS = 4  # a small device, so that blocks have several tiles
+HOST_SHARED = 227 << 10  # bytes of shared memory of a block, as on sm_90
 HOST_MODE = "REFENGINE_HOST_MODE"  # environment variable: `checked` or `debug` for whole models, to find bugs
 
 
@@ -30,6 +31,15 @@ class Kernels:
         import cupy
 
         return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+
+    @cached_property
+    def shared_limit(self) -> int:
+        """The bytes of dynamic and static shared memory that a block may have."""
+        if self.place == "host":
+            return HOST_SHARED
+        import cupy
+
+        return int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
 
     def module(self, file: str) -> Any:
         """The `DeviceModule` or `HostModule` of a file. Raises KernelError or DeviceError."""
@@ -77,7 +87,7 @@ class Kernels:
 class NoLaunches(Kernels):
     """Launches nothing, to find out what would be launched."""
 
-    n_multiprocessors = 1
+    n_multiprocessors, shared_limit = 1, HOST_SHARED
 
     def launch(self, *arguments: Any, **named: Any) -> None:
         pass
@@ -93,7 +103,8 @@ class Program(Kernels):
     """
 
     def __init__(self, kernels: Kernels, prepared: bool = True) -> None:
-        self.place, self.n_multiprocessors = kernels.place, kernels.n_multiprocessors
+        self.place = kernels.place
+        self.n_multiprocessors, self.shared_limit = kernels.n_multiprocessors, kernels.shared_limit
         self._kernels, self._prepared = kernels, prepared
         self._calls: list[Callable[[], None]] = []
 
