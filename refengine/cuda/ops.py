@@ -213,7 +213,7 @@ class KernelOps:
         n_head_kv = k_cache.values.shape[2]
         attending.check_cache(n_head, head_dim, k_cache)
         layout = self._layout(batch, n_head // n_head_kv)
-        cut = attending.splits_of(layout, n_head_kv, window, splits)
+        cut = attending.splits_of(layout, Qcur.shape, n_head_kv, window, splits)
         partial = self._empty(n_tokens, n_head, cut[1], head_dim + 2) if cut[2] else None
         y = self._empty(n_tokens, n_head * head_dim)
         attending.attention(

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,14 @@ def most_wanted(n: int) -> int:
     return 1 << (n - 1).bit_length() if n else 0
 
 
+def split_bytes(cfg: ModelConfig, n: int, n_positions: int) -> int:
+    """The bytes that attention of n rows needs at most for splits with blocks of their own."""
+    n_splits = -(-n_positions // attention.SPLIT)
+    if n_splits < 2:
+        return 0
+    return min(attention.PARTIAL_BYTES, attention.split_bytes(n, cfg.n_head, cfg.head_dim, n_splits))
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The arrays, at fixed addresses, that a pass is given: ids, positions, wanted (n,), tables (n, n_blocks); int32.
@@ -83,14 +92,22 @@ class Inputs:
 class PromptOps(StepOps):
     """The operations of a pass over n rows, of which the logits of n_wanted are wanted.
 
-    layout: the sequences' rows and blocks, for the next run of the attention's launches.
+    layout: the sequences' rows and blocks, for the next run of the attention's launches. split_space: gives float32
+    work space of a shape to them.
     """
 
     def __init__(
-        self, ops: KernelOps, kernels: Kernels, arrays: StepArrays, buffers: Buffers, n: int, wanted: Array
+        self,
+        ops: KernelOps,
+        kernels: Kernels,
+        arrays: StepArrays,
+        buffers: Buffers,
+        n: int,
+        wanted: Array,
+        split_space: Callable[[tuple[int, ...]], Array],
     ) -> None:
         super().__init__(kernels, arrays, buffers, n)
-        self._ops, self._wanted = ops, wanted
+        self._ops, self._wanted, self._split_space = ops, wanted, split_space
         self.layout: BatchLayout | None = None
 
     def rows(self, x: Value) -> Value:
@@ -126,8 +143,8 @@ class PromptOps(StepOps):
     def _attend_now(self, q: Array, k: Any, v: Any, y: Array, options: dict[str, Any]) -> None:
         assert self.layout is not None
         n, n_head, head_dim = q.shape
-        splits = attention.splits_of(self.layout, k.values.shape[2], options["window"], None)
-        partial = self._ops.xp.empty((n, n_head, splits[1], head_dim + 2), np.float32) if splits[2] else None
+        splits = attention.splits_of(self.layout, q.shape, k.values.shape[2], options["window"], None)
+        partial = self._split_space((n, n_head, splits[1], head_dim + 2)) if splits[2] else None
         attention.attention(self._ops.kernels, q, k, v, self.layout, y, splits=splits, partial=partial, **options)
 
     def _group_size(self, product: Product) -> int:
@@ -159,6 +176,7 @@ class PromptPass:
         self._inputs: Inputs | None = None
         self._inputs_arena: Arena | None = None  # has the inputs, and is accounted as long as it is kept
         self._arena: Arena | None = None  # the buffers of all programs, which do not run at the same time
+        self._splits: Arena | None = None  # what attention adds up before splits are folded
         self._programs: OrderedDict[tuple[int, int], tuple[Program, PromptOps, Array | None]] = OrderedDict()
 
     def prepare(self, n: int, n_wanted: int) -> None:
@@ -167,6 +185,7 @@ class PromptPass:
         """
         smaller = {bucket_of(size) for size in (1, 16, 32, *range(64, min(n, 512), 64))}
         with self._ops.workspace():
+            self._splits = self._ops.memory.arena("workspace", split_bytes(self._cfg, bucket_of(n), self._n_positions))
             self._program(bucket_of(n), most_wanted(n_wanted))
             for size in sorted({bucket_of(n), *smaller}, reverse=True):
                 if size <= bucket_of(n):
@@ -224,9 +243,16 @@ class PromptPass:
         """Give `kernels` all launches of a pass. Returns the operations, and the array of the logits."""
         kv, rows = self._kv, (inputs.ids[:n], inputs.positions[:n], inputs.tables[:n])
         arrays = StepArrays(*rows, None, inputs.routed, kv.k, kv.v, kv.n_ctx, self._n_positions, self._angles)
-        ops = PromptOps(self._ops, kernels, arrays, buffers, n, inputs.wanted[:n_wanted])
+        wanted = inputs.wanted[:n_wanted]
+        ops = PromptOps(self._ops, kernels, arrays, buffers, n, wanted, self._split_space)
         logits = self._decode(self._cfg, self._weights, ops, no_trace)
         return ops, ops.array(logits) if n_wanted else None
+
+    def _split_space(self, shape: tuple[int, ...]) -> Array:
+        """Work space that is free again after the next launches; from the pool if there is none of that size."""
+        if self._splits is None or 4 * prod(shape) > self._splits.n_bytes:
+            return self._ops.xp.empty(shape, np.float32)
+        return self._splits.view(0, shape, np.float32)
 
     def _plan(self, inputs: Inputs, n: int, n_wanted: int) -> Plan:
         """The places of a pass's buffers. inputs: only their shapes are used."""
@@ -280,7 +306,7 @@ class PromptPass:
         n_wanted = most_wanted(n_wanted)
         most = max(size, n_wanted)
         plan = prompts._plan(Inputs.of(shaped, most, n_blocks), size, n_wanted)
-        return Inputs.n_bytes(most, n_blocks) + plan.n_bytes
+        return Inputs.n_bytes(most, n_blocks) + plan.n_bytes + split_bytes(cfg, size, n_positions)
 
     def _check(self, batch: Batch) -> None:
         """A kernel would read or write out of bounds otherwise (W-1431)."""

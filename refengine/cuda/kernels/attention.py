@@ -16,6 +16,7 @@ BLOCK_ROWS, TILE, SPLIT = 16, 64, 512  # rows per block of threads; positions pe
 STEP_ROWS = 8  # rows per block of threads in `attention_step`
 HEAD_DIMS = (32, 64, 96, 128)  # the head widths of the compiled kernels; narrower heads are padded
 BUSY = 264  # blocks of threads that keep a large GPU busy; with fewer blocks, positions are divided into splits
+PARTIAL_BYTES = 64 << 20  # the most work space for splits that have their own blocks of threads
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,23 @@ def check_projections(
             )
 
 
-def splits_of(batch: BatchLayout, n_head_kv: int, window: int, separate: bool | None) -> tuple[int, int, bool]:
+def split_bytes(n_tokens: int, n_head: int, head_dim: int, n_splits: int) -> int:
+    """The bytes of the work space of `attention` if splits have their own blocks; at most PARTIAL_BYTES are used."""
+    return 4 * n_tokens * n_head * n_splits * (head_dim + 2)
+
+
+def splits_of(
+    batch: BatchLayout, q_shape: tuple[int, int, int], n_head_kv: int, window: int, separate: bool | None
+) -> tuple[int, int, bool]:
     """The first split that some row sees, the number of splits, and whether each has its own block of threads.
 
-    separate: requests or forbids own blocks; None decides by size.
+    q_shape: (n_tokens, n_head, head_dim). separate: requests or forbids own blocks; None decides by size.
     """
     first = max(batch.furthest - window + 1, 0) // SPLIT if window else 0
     n_splits = -(-batch.longest // SPLIT) - first
     if separate is None:
-        separate = n_splits > 1 and len(batch.tiles) * n_head_kv < BUSY
+        fits = split_bytes(*q_shape, n_splits) <= PARTIAL_BYTES
+        separate = n_splits > 1 and len(batch.tiles) * n_head_kv < BUSY and fits
     return first, n_splits, separate
 
 
