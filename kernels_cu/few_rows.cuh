@@ -162,7 +162,7 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
         }
         EightColumns weight = columns_of_row(to.norm, start, n_in);
 #pragma unroll
-        for (int i = 0; i < 8; i++) values.x[i] = (values.x[i] - of.mean) * of.scale * weight.x[i];
+        for (int i = 0; i < 8; i++) values.x[i] = normed(values.x[i], of, weight.x[i]);
         if (x.norm_bias) {
           EightColumns bias = columns_of_row(x.norm_bias, start, n_in);
 #pragma unroll

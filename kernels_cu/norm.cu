@@ -15,7 +15,7 @@
 #include "quantize_rows.cuh"
 
 __device__ __forceinline__ float normed(float x, Moments of, const float* weight, const float* bias, int i) {
-  float value = (x - of.mean) * of.scale * weight[i];
+  float value = normed(x, of, weight[i]);
   return bias ? value + bias[i] : value;
 }
 

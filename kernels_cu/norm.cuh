@@ -29,6 +29,9 @@ __device__ __forceinline__ float sum_of_parts(const float* parts) {
 struct Moments {
   float mean, scale;
 };
+__device__ __forceinline__ float normed(float x, const Moments& of, float weight) {
+  return (x - of.mean) * of.scale * weight;
+}
 
 // The sum over a row by a block of 256 threads. scratch (8,) may be reused after the next barrier.
 template <class Add>
