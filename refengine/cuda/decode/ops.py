@@ -345,8 +345,9 @@ class StepOps:
         """The scores, the choice and groups of FEW_ROWS in one launch, with the norm in front of it."""
         x = scores.x
         assert x is not None
-        if isinstance(x, Norm) and x.x is not None and x.buffer is None and x.bias is None:
-            (rows,), weight, eps = self._arrays(x.x), x.weight, x.eps
+        deferred = _deferred_norm(x)
+        if deferred is not None and deferred.x is not None and deferred.bias is None:
+            (rows,), weight, eps = self._arrays(deferred.x), deferred.weight, deferred.eps
         else:
             (rows,), weight, eps = self._arrays(x), None, 0.0
         scores.buffer = self._new(self._n, scores.width)
@@ -407,15 +408,12 @@ class StepOps:
         for rows, buffers in x.prepared:
             if (rows.floats if w.is_float else rows.halves) is not None:
                 return rows, buffers
-        norm_in_product = isinstance(x, Norm) and x.buffer is None
-        if (
-            not w.is_float
-            and self._n <= ROWS_IN_PRODUCT
-            and can_prepare(w, self._n, norm=norm_in_product, n_matrices=n_matrices)
-        ):
+        deferred = _deferred_norm(x)
+        few = not w.is_float and self._n <= ROWS_IN_PRODUCT
+        if few and can_prepare(w, self._n, norm=deferred is not None, n_matrices=n_matrices):
             return self._unprepared(x)
-        if isinstance(x, Norm) and x.buffer is None:
-            return self._normed(x, floats=w.is_float, halves=not w.is_float or x.width % BLOCK == 0)
+        if deferred is not None:
+            return self._normed(deferred, floats=w.is_float, halves=not w.is_float or x.width % BLOCK == 0)
         (floats,) = self._arrays(x)
         if w.is_float:
             assert x.buffer is not None
@@ -430,11 +428,11 @@ class StepOps:
 
     def _unprepared(self, x: Value) -> tuple[Rows, tuple[Buffer, ...]]:
         """Rows of floats, of which the product makes the form that it reads, after a norm that is still deferred."""
-        norm, source = None, x
-        if isinstance(x, Norm) and x.buffer is None:
-            assert x.x is not None
-            assert x.weight is not None
-            norm, source = RowNorm(x.weight, x.bias, x.eps), x.x
+        norm, source, deferred = None, x, _deferred_norm(x)
+        if deferred is not None:
+            assert deferred.x is not None
+            assert deferred.weight is not None
+            norm, source = RowNorm(deferred.weight, deferred.bias, deferred.eps), deferred.x
         (floats,) = self._arrays(source)
         assert source.buffer is not None
         return Rows(x.n_rows, floats, norm=norm), (source.buffer,)
@@ -470,6 +468,11 @@ class StepOps:
     def _launch(self, binding: Callable[..., None], *arguments: Any, **named: Any) -> None:
         binding(self._kernels, *arguments, **named)
         self._b.launched()
+
+
+def _deferred_norm(x: Value) -> Norm | None:
+    """x if it is a norm that has not been computed."""
+    return x if isinstance(x, Norm) and x.buffer is None else None
 
 
 def _as_product(value: Value) -> Value:
