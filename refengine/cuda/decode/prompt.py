@@ -266,7 +266,6 @@ class PromptPass:
             self._programs.clear()
             arena = self._ops.memory.arena("workspace", Inputs.n_bytes(n, self._n_blocks))
             self._inputs, self._inputs_arena = Inputs.of(arena.take, n, self._n_blocks), arena
-            self._inputs.routed[...] = 0
         return self._inputs
 
     @staticmethod

@@ -201,8 +201,8 @@ class DecodeStep:
             self._tables = [tuple(self._arena.take(shape, np.float32) for _ in range(2)) for shape in plan.angles]
             self._b = {name: self._arena.take(shape, dtype) for name, (shape, dtype) in plan.state.items()}
         self._filled: set[int] = set()
+        # The counters arrived and routed are zeros, as everything in a new arena.
         rows = {name: self._b[name] for name in ("ids", "positions", "tables", "arrived", "routed")}
-        rows["arrived"][...] = rows["routed"][...] = 0
         self._arrays = StepArrays(
             **rows, k=kv.k, v=kv.v, n_ctx=kv.n_ctx, n_positions=self.n_positions, angles=self.angles
         )
