@@ -10,7 +10,7 @@ struct Matrix {
 };
 
 // Rows of activations for products. x, sums and scale: in the form that products read, see quantize_rows.cu. If they are
-// null, the kernels of few_rows.cuh make this form from the rows of floats, after an RMS norm with the weights `norm`, or a
+// null, the kernels of few_rows.cu make this form from the rows of floats, after an RMS norm with the weights `norm`, or a
 // layer norm that also has norm_bias, unless they are null.
 struct Activations {
   const f16* x;

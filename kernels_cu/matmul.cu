@@ -6,7 +6,7 @@
 // 1/32 of the sum of block b's 32 halves, as two halves whose sum it is. Weights are planes as in layout.py. y (n_rows,
 // n_out) float32; bias (n_out,) and residual (n_rows, n_out) float32 or null.
 //
-// Order of additions, the same for every n_rows, every grouping of rows, and both kernels:
+// Order of additions, the same for every n_rows, every grouping of rows, and the kernels of few_rows.cu:
 //   block of 32 columns   two mma.sync.m16n8k16, columns 0-15 then 16-31
 //   segment of 256        SCALED types (codes · small scales are exact halves): the mma of all blocks, one after another,
 //                         into one sum from zero. Others: p = mma, mma from zero (Q6_K: two of one mma each), then s =
@@ -15,11 +15,8 @@
 //   row                   y = (((s0 + s1) + s2) + …) · x_scale, then + bias, then + residual
 // The integers of a block are exact in half precision, so only the activations are rounded.
 //
-// rows8_*:  up to 8 rows per block of threads, for few rows, where reading the weights takes all of the time. Launch:
-//           see few_rows.cuh. The activations may also be rows of floats, with or without a norm in front of the product.
-//           May be launched to overlap with the previous kernel.
 // rows64_*: 64 rows per warp. Grid: x groups of n_warps tiles, y groups of 64 rows; a warp takes all segments of its tile.
-// Weights are read once for 8 (64) rows.
+// Weights are read once for 64 rows. Up to 8 rows: few_rows.cu, with the same bits.
 //
 // Experts: with groups (from group_experts, moe.cu), group blockIdx.y is (expert, first slot, number of slots). Slot s
 // reads row x_rows[s] of the activations and writes row y_rows[s] of y; bias is (n_expert, n_out). Without groups, slots
@@ -27,51 +24,6 @@
 #include "arguments.cuh"
 #include "quants.cuh"
 #include "matmul.cuh"
-#include "norm.cuh"
-#include "quantize_rows.cuh"
-#include "few_rows.cuh"
-
-// y = sum + bias + residual
-struct Sums {
-  const float *bias, *residual;
-  float* y;
-  int n_out;
-  struct Loaded {
-    float bias, residual;
-  };
-  __device__ __forceinline__ void ahead(int tile) const {
-    if (bias) prefetch(bias + tile * 16);
-  }
-  __device__ __forceinline__ Loaded load(const Rows& rows, int number, int tile, int out) const {
-    out += tile * 16;
-    return {bias ? bias[static_cast<long long>(rows.expert) * n_out + out] : 0.0f,
-            residual ? residual[place_of(rows, number, out, n_out)] : 0.0f};
-  }
-  __device__ __forceinline__ void put(const Rows& rows, int number, int tile, int out, const float (&sum)[1],
-                                      const Loaded& loaded) const {
-    float value = bias ? __fadd_rn(sum[0], loaded.bias) : sum[0];
-    y[place_of(rows, number, tile * 16 + out, n_out)] = residual ? __fadd_rn(value, loaded.residual) : value;
-  }
-};
-
-// Threads per block at most; they limit the registers to half a multiprocessor's (cuda/kernels/few_rows.py has the same).
-#define ROWS8(name, THREADS, Q)                                                                                    \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                         \
-      name(Matrix w, Activations x, Groups groups, const float* bias, const float* residual, float* y, int n_out,  \
-           int n_in, int n_rows, int shift,    int chunk, float eps) {                                             \
-    rows8<Q>(SideBySide<1>{{planes_of(w, n_in)}}, x, groups, n_rows, n_out, n_in, {shift, chunk, eps},          \
-             Sums{bias, residual, y, n_out});                                                                      \
-  }
-ROWS8(rows8_q4_0, 320, Q4_0)
-ROWS8(rows8_q4_1, 320, Q4_1)
-ROWS8(rows8_q5_0, 320, Q5_0)
-ROWS8(rows8_q5_1, 320, Q5_1)
-ROWS8(rows8_q8_0, 320, Q8_0)
-ROWS8(rows8_q4_k, 320, Q4_K)
-ROWS8(rows8_q5_k, 320, Q5_K)
-ROWS8(rows8_q6_k, 320, Q6_K)
-ROWS8(rows8_mxfp4, 320, MXFP4)
-ROWS8(rows8_f16, 320, F16)
 
 #define ROWS64(name, Q)                                                                                            \
   extern "C" __global__ void __launch_bounds__(128, 1)                                                             \

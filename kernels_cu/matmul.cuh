@@ -1,4 +1,4 @@
-// Products: the code that rows64 and few_rows.cuh share, and rows64. The order of additions is described in matmul.cu.
+// Products: the code that rows64 and few_rows.cu share, and rows64. The order of additions is described in matmul.cu.
 //
 // A warp multiplies one tile of W, 16 outputs x 32 columns, with 8 rows of activations, in two mma.sync.m16n8k16: the first
 // has columns 0-15, the second columns 16-31. Each of the 32 lanes has a part of every operand. The numbers below are

@@ -1,4 +1,4 @@
-// Converts a row to the form that products read. Shared by quantize_rows.cu, norm.cu and few_rows.cuh.
+// Converts a row to the form that products read. Shared by quantize_rows.cu, norm.cu and few_rows.cu.
 
 // A lane's eight columns of a block of 32: 4c … 4c + 3 and 16 + 4c … 16 + 4c + 3, for lane 4r + c.
 struct EightColumns {

@@ -346,3 +346,20 @@ struct F16 {
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
   static __device__ __forceinline__ void second_half(Scales&) {}
 };
+
+// Calls `call` with an object of the struct of a type, given ggml's number of it.
+template <class Call>
+__device__ __forceinline__ void for_type(int type, const Call& call) {
+  switch (type) {
+    case 1: return call(F16{});
+    case 2: return call(Q4_0{});
+    case 3: return call(Q4_1{});
+    case 6: return call(Q5_0{});
+    case 7: return call(Q5_1{});
+    case 8: return call(Q8_0{});
+    case 12: return call(Q4_K{});
+    case 13: return call(Q5_K{});
+    case 14: return call(Q6_K{});
+    case 39: return call(MXFP4{});
+  }
+}

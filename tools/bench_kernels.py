@@ -121,7 +121,7 @@ def bench(xp: Any, kernels: Kernels, kind: str, n_out: int, n_in: int, n_rows: i
     rows, y = Rows(n_rows, None, x, sums, scale), xp.empty((n_rows, n_out), xp.float32)
     warps = 4
     if n_rows <= FEW_ROWS:
-        warps = few_rows_launch(kernels, one, n_out, rows, n_rows).warps
+        warps = few_rows_launch(kernels, [one], n_out, rows, n_rows).warps
 
     def run(i: int) -> None:
         matmul.linear(kernels, rows, copies[i % n_copies], y)

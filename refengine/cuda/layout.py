@@ -122,10 +122,20 @@ def plane_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> dict[str,
     return sizes
 
 
+def lane_bytes(kind: GGMLQuantizationType) -> tuple[int, int, int, int]:
+    """LOW, HIGH, SCALE_BYTES and D_BYTES of a tiled type's struct in quants.cuh.
+
+    The bytes of the planes `low` and `high` for a lane and a tile, and of `scales` and `d` for a row and a segment.
+    """
+    of_bit = TILE_ROWS * TILE_COLUMNS // 8 // 32
+    low, high = _LOW_BITS.get(kind, 4) * of_bit, _HIGH_BITS.get(kind, 0) * of_bit
+    return low, high, _SCALE_BYTES.get(kind, 0), _D_BYTES.get(kind, 0)
+
+
 def segment_bytes(kind: GGMLQuantizationType) -> int:
     """The bytes of 16 rows of 256 columns of a tiled type, with their scales."""
-    bits = _LOW_BITS.get(kind, 4) + _HIGH_BITS.get(kind, 0)
-    return TILE_ROWS * (TILE_COLUMNS * SEGMENT * bits // 8 + _SCALE_BYTES.get(kind, 0) + _D_BYTES.get(kind, 0))
+    low, high, scales, d = lane_bytes(kind)
+    return 32 * SEGMENT * (low + high) + TILE_ROWS * (scales + d)
 
 
 def pack(xp: Any, w: Any) -> PackedMatrix:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from refengine.cuda.kernels.few_rows import shared_bytes
+from refengine.cuda.kernels.few_rows import NO_MATRIX, Activation, packed_bytes, shared_bytes, stage_bytes
 from refengine.cuda.kernels.moe import NO_GROUPS
 from refengine.cuda.kernels.quantize_rows import padded
 from refengine.cuda.layout import pack
@@ -29,7 +29,6 @@ def activations_of(given: list[Any]) -> Struct:
 
 def product(
     module: Kernels,
-    kernel: str,
     w: Any,
     given: list[Any],
     bias: np.ndarray | None,
@@ -37,27 +36,51 @@ def product(
     residual: np.ndarray | None = None,
     eps: float = 0.0,
 ) -> np.ndarray:
-    """given: see `activations_of`. eps: of the norm."""
+    """The product by the kernels of matmul.cu or few_rows.cu, whichever `module` has.
+
+    given: see `activations_of`. eps: of the norm.
+    """
+    if "few_rows" in module.module.source.kernels:
+        return few_rows(module, [w], given, [bias], warps=warps, residual=residual, eps=eps)
     n_out, n_in = w.shape
-    n_rows = len(given[0] if given[0] is not None else given[3])
+    n_rows = len(given[0])
     y = np.full((n_rows, n_out), np.nan, np.float32)
-    tiles = -(-n_out // 16)
-    sizes = [n_out, n_in, n_rows]
-    arguments = [pack(np, w).struct, activations_of(given), NO_GROUPS, bias, residual, y, *sizes]
-    name = f"{kernel}_{w.type.name.lower()}"
-    if not kernel.startswith("rows8"):
-        module.launch(name, (-(-tiles // warps), -(-n_rows // 64)), (32 * warps,), arguments)
-        return y
-    blocks = max(1, tiles - warps + 1)  # some have several tiles
-    last, shared = few_rows(w, n_rows, warps, prepares=given[0] is None)
-    module.launch(name, (blocks, -(-n_rows // 8)), (32 * warps,), [*arguments, *last, eps], shared)
+    arguments = [pack(np, w).struct, activations_of(given), NO_GROUPS, bias, residual, y, n_out, n_in, n_rows]
+    grid = (-(-n_out // (16 * warps)), -(-n_rows // 64))
+    module.launch(f"rows64_{w.type.name.lower()}", grid, (32 * warps,), arguments)
     return y
 
 
 def few_rows(
-    w: Any, n_rows: int, warps: int, *, prepares: bool = False, n_matrices: int = 1, chunk: int = 2
-) -> tuple[list[int], int]:
-    """The arguments shift and chunk of the kernels of few_rows.cuh, and their shared memory."""
+    module: Kernels,
+    matrices: list[Any],
+    given: list[Any],
+    biases: list[np.ndarray | None],
+    *,
+    activation: Activation = Activation.NONE,
+    warps: int = 4,
+    blocks: int | None = None,
+    chunk: int = 2,
+    residual: np.ndarray | None = None,
+    eps: float = 0.0,
+) -> np.ndarray:
+    """`few_rows.multiply` with other launches than it chooses. given: see `activations_of`. eps: of the norm."""
+    n_in = matrices[0].shape[1]
+    gated = activation.gated
+    n_out = matrices[0].shape[0] if gated else sum(w.shape[0] for w in matrices)
+    prepares = given[0] is None
+    n_rows = len(given[3] if prepares else given[0])
+    y = np.full((n_rows, n_out), np.nan, np.float32)
+    tiles, missing = -(-n_out // 16), 3 - len(matrices)
+    begins = [sum(w.shape[0] for w in matrices[:i]) // 16 if i < len(matrices) else tiles for i in (1, 2)]
     shift = min(n_rows - 1, 7).bit_length()
-    shared = shared_bytes(w.type, w.shape[-1], warps, chunk, shift, n_matrices, prepares=prepares, norm=prepares)
-    return [shift, chunk], shared
+    stage = stage_bytes(tuple(w.type for w in matrices))
+    shared = shared_bytes(stage, n_in, warps, chunk, shift, gated, prepares=prepares, norm=prepares)
+    structs = [pack(np, w).struct for w in matrices] + [NO_MATRIX] * missing
+    arrays = [*structs, activations_of(given), NO_GROUPS, *biases, *[None] * missing, residual, y]
+    types = [int(w.type) for w in matrices] + [0] * missing
+    in_planes = [packed_bytes(w.type) for w in matrices] + [0] * missing
+    sizes = [*types, *in_planes, *begins, int(activation), n_out, n_in, n_rows, shift, chunk, stage, np.float32(eps)]
+    grid = (blocks or max(1, tiles - warps + 1), -(-n_rows // 8))  # some have several tiles
+    module.launch("few_rows", grid, (32 * warps,), [*arrays, *sizes], shared)
+    return y

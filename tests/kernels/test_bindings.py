@@ -13,16 +13,16 @@ from refengine.cuda.kernels import (
     activation,
     attention,
     embedding,
-    gate_up,
+    few_rows,
     matmul,
     moe,
     norm,
-    qkv,
     quantize_rows,
     rope,
     router,
 )
 from refengine.cuda.kernels.attention import PagedRows, Projections, Rotation
+from refengine.cuda.kernels.few_rows import Activation
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import Rows, padded
 from refengine.cuda.layout import PackedMatrix
@@ -35,7 +35,7 @@ N, N_IN, N_OUT = 3, 64, 32
 
 def test_every_kernel_file_has_a_binding_and_tests_of_its_name() -> None:
     modules = {path.stem for path in Path(refengine.cuda.kernels.__path__[0]).glob("*.py")}
-    assert modules - {"__init__", "shapes", "few_rows"} == set(names())
+    assert modules - {"__init__", "shapes"} == set(names())
     tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
     assert set(names()) <= tests
 
@@ -90,12 +90,13 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
     "floats": (matmul.linear, (rows(), matrix(kind="F32"), f32(N, N_OUT)), {}, r"reads floats .* found none"),
     "experts": (matmul.linear, (rows(), matrix(4, N_OUT, N_IN), f32(N, N_OUT)),
                 {"groups": GROUPS, "bias": f32(N_OUT)}, r"the bias has the shape \(32,\), expected \(4, 32\)"),
-    "gate and up": (gate_up.gate_up, (rows(), matrix(), matrix(48, N_IN), f32(N, N_OUT)), {},
-                    r"the same type and shape, found Q8_0 \(32, 64\) and Q8_0 \(48, 64\) for 3 rows"),
-    "many rows": (gate_up.gate_up, (rows(9), matrix(), matrix(), f32(9, N_OUT)), {}, "for 9 rows"),
-    "gelu": (gate_up.up_gelu, (rows(), matrix(kind="F32"), f32(N, N_OUT)), {}, "found 3 rows and F32"),
-    "qkv": (qkv.qkv, (rows(), [matrix(), matrix(kind="Q4_0")], [None, None], f32(N, 2 * N_OUT)), {},
-            r"matrices of the same type, found 3 and \['Q8_0 \(32, 64\)', 'Q4_0 \(32, 64\)'\]"),
+    "gate and up": (few_rows.multiply, (rows(), [matrix(), matrix(48, N_IN)], [None, None], f32(N, N_OUT)),
+                    {"activation": Activation.SWIGLU}, r"SWIGLU do not support 3 rows, Q8_0 \(32, 64\), Q8_0 \(48, 64\)"),
+    "many rows": (few_rows.multiply, (rows(9), [matrix()], [None], f32(9, N_OUT)), {}, "do not support 9 rows"),
+    "gelu": (few_rows.multiply, (rows(), [matrix(kind="F32")], [None], f32(N, N_OUT)),
+             {"activation": Activation.GELU}, r"GELU do not support 3 rows, F32 \(32, 64\)"),
+    "part of a tile": (few_rows.multiply, (rows(), [matrix(24, N_IN), matrix()], [None, None], f32(N, 24 + N_OUT)), {},
+                       r"blk\.0\.w: products of few rows with NONE do not support 3 rows, Q8_0 \(24, 64\), Q8_0"),
     "part of a block": (quantize_rows.quantize_rows, (f32(N, 48), rows(n_in=64)), {}, "rows of 48 are not a multiple"),
     "sums": (quantize_rows.quantize_rows, (f32(N, 64), Rows(N, None, rows().halves, f32(N, 1), f32(N))), {},
              r"the sums' array has the shape \(3, 1\), expected \(3, 16\)"),

@@ -306,11 +306,11 @@ def test_a_step_of_any_rows_of_a_wide_matrix_fits_every_device(
     w = PackedMatrix("ffn_down", GGMLQuantizationType[kind], (8192, n_in), {})
     kernels = NoLaunches("cuda")
     kernels.shared_limit = shared_limit
-    assert [can_prepare(w, n, norm=False) for n in (1, 2)] == [most >= 1, most >= 2]
+    assert [can_prepare([w], n, norm=False) for n in (1, 2)] == [most >= 1, most >= 2]
     for n in range(1, FEW_ROWS + 1):
         x = np.zeros((n, n_in), np.float32)
         rows = Rows(n, x) if n <= most else Rows(n, None, x.astype(np.float16))
-        assert few_rows_launch(kernels, w, 8192, rows, n).shared_bytes <= shared_limit
+        assert few_rows_launch(kernels, [w], 8192, rows, n).shared_bytes <= shared_limit
 
 
 @pytest.mark.parametrize("name", ["llama3-q4_k_m", "gpt-oss-mxfp4_moe"])

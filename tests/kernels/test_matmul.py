@@ -27,27 +27,33 @@ def matmul(place: str) -> Kernels:
     return Kernels("matmul", place)
 
 
+@pytest.fixture(scope="module")
+def few(place: str) -> Kernels:
+    return Kernels("few_rows", place)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_and_infinity_come_through_and_stay_in_their_row(bad: float, activations: Kernels, matmul: Kernels) -> None:
+def test_nan_and_infinity_come_through_and_stay_in_their_row(bad: float, activations: Kernels, few: Kernels) -> None:
     x = np.random.default_rng(5).standard_normal((3, 256)).astype(np.float32)
     x[1, 77] = bad
-    y = product(matmul, "rows8", random_matrix("Q4_K", (32, 256), 1), prepared(activations, x), None)
+    y = product(few, random_matrix("Q4_K", (32, 256), 1), prepared(activations, x), None)
     assert not np.isfinite(y[1]).any()
     assert np.isfinite(y[[0, 2]]).all()
 
 
-@pytest.mark.parametrize("kernel", ["rows8", "rows64"])
+@pytest.mark.parametrize("file", ["few_rows", "matmul"])
 @pytest.mark.parametrize("kind", TILED)
 def test_products_are_within_float32_of_the_rounded_activations(
-    kind: str, kernel: str, activations: Kernels, matmul: Kernels
+    kind: str, file: str, activations: Kernels, place: str
 ) -> None:
+    kernels = Kernels(file, place)
     rng = np.random.default_rng(6)
     n_rows, n_out, n_in = 5, 37, 768
     w = random_matrix(kind, (n_out, n_in), 7)
     x = rng.standard_normal((n_rows, n_in)).astype(np.float32) * np.array([1, 1e6, 1e-6, 30, 1e-3], np.float32)[:, None]
     bias = rng.standard_normal(n_out).astype(np.float32)
     given = prepared(activations, x)
-    y = product(matmul, kernel, w, given, bias)
+    y = product(kernels, w, given, bias)
     assert isinstance(w.data, np.ndarray)
     values = quants.dequantize(np, w.data, w.type, w.shape).astype(np.float64)
     rounded = np.empty((n_rows, n_in))
@@ -61,7 +67,7 @@ def test_products_are_within_float32_of_the_rounded_activations(
     oracle = x.astype(np.float64) @ values.T + bias
     assert (np.abs(y - oracle) <= HALF * (np.abs(x) @ np.abs(values).T) + 90 * EPS * magnitude).all()
     # What it comes to, in rows of 1e6 as in rows of 1e-6: errors of random signs do not add up.
-    plain = product(matmul, kernel, w, given, None)
+    plain = product(kernels, w, given, None)
     relative = np.sqrt(np.mean((plain - (oracle - bias)) ** 2, axis=1) / np.mean((oracle - bias) ** 2, axis=1))
     assert (relative < HALF).all()
 
@@ -76,27 +82,28 @@ def code_magnitudes(w: Any, values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", TILED)
-def test_every_grouping_of_rows_gives_the_same_bits(kind: str, activations: Kernels, matmul: Kernels) -> None:
+def test_every_grouping_of_rows_gives_the_same_bits(
+    kind: str, activations: Kernels, few: Kernels, matmul: Kernels
+) -> None:
     rng = np.random.default_rng(8)
     w = random_matrix(kind, (48, 512), 9)
     x = rng.standard_normal((70, 512)).astype(np.float32)
-    whole = product(matmul, "rows64", w, prepared(activations, x), None)
-    few = product(matmul, "rows8", w, prepared(activations, x), None, warps=1)
-    np.testing.assert_array_equal(whole, few)
+    whole = product(matmul, w, prepared(activations, x), None)
+    np.testing.assert_array_equal(product(few, w, prepared(activations, x), None, warps=1), whole)
     residual = rng.standard_normal((70, 48)).astype(np.float32)
-    for kernel in ("rows8", "rows64"):
-        added = product(matmul, kernel, w, prepared(activations, x), None, residual=residual)
+    for kernels in (few, matmul):
+        added = product(kernels, w, prepared(activations, x), None, residual=residual)
         np.testing.assert_array_equal(added, whole + residual)
     for rows in ([3], [69], [5, 1], list(range(17, 40)), rng.permutation(70).tolist()[:9]):
-        for kernel, warps in (("rows8", 2), ("rows8", 5), ("rows64", 3)):
-            alone = product(matmul, kernel, w, prepared(activations, np.ascontiguousarray(x[rows])), None, warps)
+        for kernels, warps in ((few, 2), (few, 5), (matmul, 3)):
+            alone = product(kernels, w, prepared(activations, np.ascontiguousarray(x[rows])), None, warps)
             np.testing.assert_array_equal(alone, whole[rows])
 
 
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_0", "Q6_K", "MXFP4", "F16"])
 def test_rows_that_the_product_prepares_are_the_same(
-    kind: str, norm: str, activations: Kernels, matmul: Kernels, place: str
+    kind: str, norm: str, activations: Kernels, few: Kernels, place: str
 ) -> None:
     """Norm and conversion to halves in front of a product with few rows: the bits of their own kernels."""
     rng = np.random.default_rng(12)
@@ -115,9 +122,9 @@ def test_rows_that_the_product_prepares_are_the_same(
             Kernels("norm", place).launch(
                 f"{norm}_norm_f32", (n_rows,), (256,), [x, *vectors, before, n_in, np.float32(eps)]
             )
-        expected = product(matmul, "rows8", w, prepared(activations, before), None)
+        expected = product(few, w, prepared(activations, before), None)
         given = [None, None, None, x, weight if norm != "none" else None, bias if norm == "layer" else None]
-        y = product(matmul, "rows8", w, given, None, warps, eps=eps)
+        y = product(few, w, given, None, warps, eps=eps)
         np.testing.assert_array_equal(y, expected)
 
 
@@ -140,7 +147,7 @@ def test_the_plain_loop_is_the_kernels_bit_for_bit(kind: str) -> None:
     w = random_matrix(kind, (n_out, n_in), 30)
     x = np.random.default_rng(31).standard_normal((n_rows, n_in)).astype(np.float32)
     given = prepared(Kernels("quantize_rows", "host"), x)
-    expected = product(Kernels("matmul", "host"), "rows8", w, given, None)
+    expected = product(Kernels("few_rows", "host"), w, given, None)
     y = np.full((n_rows, n_out), np.nan, np.float32)
     plain.launch("plain", (n_rows,), (8,), [pack(np, w).struct, activations_of(given), y, n_out, n_in])
     np.testing.assert_array_equal(y, expected)

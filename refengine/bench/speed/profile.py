@@ -27,7 +27,7 @@ OPERATIONS = {
 }
 # Kernel files whose launches read or write every byte of their arguments once, and how many of the first arguments
 # are weights. Of the arguments of the others (caches, tables) a launch reads only a part.
-WHOLE_ARGUMENTS = {"matmul": 1, "matmul_f32": 1, "gate_up": 2, "qkv": 3, "norm": 0, "activation": 0, "quantize_rows": 0}
+WHOLE_ARGUMENTS = {"matmul": 1, "matmul_f32": 1, "few_rows": 3, "norm": 0, "activation": 0, "quantize_rows": 0}
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import numpy as np
 from refengine.array import Array
 from refengine.cuda.decode.buffers import Buffer, Buffers
 from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, NoFusedStep, Norm, Product, Shares, Value
-from refengine.cuda.kernels import activation, embedding, gate_up, matmul, moe, norm, qkv, quantize_rows, router
+from refengine.cuda.kernels import activation, embedding, few_rows, matmul, moe, norm, quantize_rows, router
 from refengine.cuda.kernels.attention import SPLIT, PagedRows, Projections, Rotation, attention_step
-from refengine.cuda.kernels.few_rows import FEW_ROWS, can_prepare
+from refengine.cuda.kernels.few_rows import FEW_ROWS, Activation, can_prepare
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import BLOCK, RowNorm, Rows, padded
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, rows_of
@@ -133,19 +133,20 @@ class StepOps:
         assert gate.w is not None
         assert up.w is not None
         groups, of_groups = self._groups(gate, gate.x)  # first, because the router also needs the norm's floats
-        rows, of_rows = self._rows(gate.x, gate.w, n_matrices=2)
+        rows, of_rows = self._rows(gate.x, gate.w, up.w)
         self._use(*of_rows, *of_groups)
         y = self._new(gate.n_rows, gate.width)
-        biases = (gate.bias, up.bias)
-        options = {"biases": biases, "groups": groups, "clamped": clamped}
-        self._launch(gate_up.gate_up, rows, gate.w, up.w, y.array, **options)
+        matrices, biases = (gate.w, up.w), (gate.bias, up.bias)
+        kind = Activation.SWIGLU_CLAMPED if clamped else Activation.SWIGLU
+        self._launch(few_rows.multiply, rows, matrices, biases, y.array, activation=kind, groups=groups)
         return Value(gate.n_rows, gate.width, y)
 
     def _gate_up_fits(self, gate: Product, up: Product) -> bool:
         assert gate.w is not None
         assert up.w is not None
         assert gate.x is not None
-        return gate_up.fits(gate.w, up.w, gate.x.n_rows if gate.choice is None else self._group_size(gate))
+        n_rows = gate.x.n_rows if gate.choice is None else self._group_size(gate)
+        return few_rows.fits((gate.w, up.w), n_rows, Activation.SWIGLU)
 
     def gelu(self, x: Value) -> Value:
         if not (isinstance(x, Product) and x.buffer is None and x.choice is None and x.n_rows <= FEW_ROWS):
@@ -157,7 +158,7 @@ class StepOps:
         rows, of_rows = self._rows(x.x, x.w)
         self._use(*of_rows)
         y = self._new(x.n_rows, x.width)
-        self._launch(gate_up.up_gelu, rows, x.w, y.array, x.bias)
+        self._launch(few_rows.multiply, rows, (x.w,), (x.bias,), y.array, activation=Activation.GELU)
         return Value(x.n_rows, x.width, y)
 
     def _elements(self, binding: Callable[..., None], *values: Value) -> Value:
@@ -234,32 +235,21 @@ class StepOps:
             width = first.of.width
             return Projections((whole, whole[starts[1] :], whole[starts[2] :]), (width,) * 3), (first.of.buffer,)
         pending = [v for v in values if isinstance(v, Product) and v.buffer is None]
-        parts: list[Array] = []
-        strides: list[int] = []
-        buffers: list[Buffer] = []
-        n_together = 0
-        if len(pending) == 3 and all(p.x is pending[0].x for p in pending):
-            matrices = [p.w for p in pending if p.w is not None]
-            n_together = qkv.n_together(first.n_rows, matrices)
-        if n_together:
-            x = pending[0].x
+        matrices = [p.w for p in pending if p.w is not None]
+        x = pending[0].x if pending else None
+        if len(pending) == 3 and all(p.x is x for p in pending) and few_rows.fits(matrices, first.n_rows):
             assert x is not None
-            rows, of_rows = self._rows(x, matrices[0])
+            rows, of_rows = self._rows(x, *matrices)
             self._use(*of_rows)
-            widths = [p.width for p in pending[:n_together]]
+            widths = [p.width for p in pending]
             y = self._new(first.n_rows, sum(widths))
-            biases = [p.bias for p in pending[:n_together]]
-            self._launch(qkv.qkv, rows, matrices[:n_together], biases, y.array)
+            self._launch(few_rows.multiply, rows, matrices, [p.bias for p in pending], y.array)
             flat = y.array.reshape(-1)
-            parts += [flat[sum(widths[:i]) :] for i in range(n_together)]
-            strides += [sum(widths)] * n_together
-            buffers.append(y)
-        for value in values[n_together:]:
-            parts.append(self.array(value).reshape(-1))
-            strides.append(value.width)
-            assert value.buffer is not None
-            buffers.append(value.buffer)
-        return Projections((parts[0], parts[1], parts[2]), (strides[0], strides[1], strides[2])), tuple(buffers)
+            parts = (flat, flat[widths[0] :], flat[widths[0] + widths[1] :])
+            return Projections(parts, (sum(widths),) * 3), (y,)
+        q, k, v = self._arrays(*values)
+        buffers = tuple(value.buffer for value in values if value.buffer is not None)
+        return Projections((q.reshape(-1), k.reshape(-1), v.reshape(-1)), (q.shape[1], k.shape[1], v.shape[1])), buffers
 
     # --- Mixture of experts ---
 
@@ -403,14 +393,15 @@ class StepOps:
         self._launch(matmul.linear, rows, product.w, y.array, **options)
         return y
 
-    def _rows(self, x: Value, w: PackedMatrix, n_matrices: int = 1) -> tuple[Rows, tuple[Buffer, ...]]:
-        """The rows in a form that a product with n_matrices matrices like w reads, and their buffers."""
+    def _rows(self, x: Value, *matrices: PackedMatrix) -> tuple[Rows, tuple[Buffer, ...]]:
+        """The rows in a form that a product with these matrices reads, and their buffers."""
+        w = matrices[0]
         for rows, buffers in x.prepared:
             if (rows.floats if w.is_float else rows.halves) is not None:
                 return rows, buffers
         deferred = _deferred_norm(x)
         few = not w.is_float and self._n <= ROWS_IN_PRODUCT
-        if few and can_prepare(w, self._n, norm=deferred is not None, n_matrices=n_matrices):
+        if few and can_prepare(matrices, self._n, norm=deferred is not None, gated=len(matrices) == 2):
             return self._unprepared(x)
         if deferred is not None:
             return self._normed(deferred, floats=w.is_float, halves=not w.is_float or x.width % BLOCK == 0)

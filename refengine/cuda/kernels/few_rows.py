@@ -1,81 +1,186 @@
-"""How the kernels of kernels_cu/few_rows.cuh are launched: products with up to 8 rows, as in a decode step."""
+"""Products with quantised and F16 weights for up to 8 rows, as in a decode step: bindings of kernels_cu/few_rows.cu."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 
 from gguf import GGMLQuantizationType
 
+from refengine.array import Array
+from refengine.cuda.kernels.moe import NO_GROUPS, Groups
 from refengine.cuda.kernels.quantize_rows import Rows, padded
-from refengine.cuda.layout import TILE_ROWS, PackedMatrix, segment_bytes
+from refengine.cuda.kernels.shapes import check_shape
+from refengine.cuda.layout import TILE_ROWS, PackedMatrix, lane_bytes, segment_bytes
 from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 FEW_ROWS = 8  # rows per block of threads
 SEGMENT = 256  # columns whose products are summed up before segments are added
 TOGETHER = 2  # segments whose sums a warp computes side by side
 STAGES = 2  # of a warp's ring, each with the weights of as many segments
+MOST_MATRICES = 3
 MOST_WARPS, LEAST_WARPS = 10, 4  # the registers of 10 warps fit half a multiprocessor
+PREPARING_WARPS = 8  # as many as a norm has parts of a sum
 BUSY = 20  # items for each multiprocessor from which two blocks are faster than one
 HALF_SHARED = 113 << 10  # bytes for one block, so that a block of the next kernel fits on the multiprocessor as well
 LEAST_SHARED = 99 << 10  # bytes that a block may have on every supported device; sm_86 and sm_89 have no more
+NO_MATRIX = Struct(None, None, None, None)
+
+
+class Activation(IntEnum):
+    """What becomes of the products: the numbers of few_rows.cu."""
+
+    NONE = 0
+    SWIGLU = 1
+    SWIGLU_CLAMPED = 2
+    GELU = 3
+
+    @property
+    def gated(self) -> bool:
+        """Whether it takes the products of two matrices, gate and up."""
+        return self in (Activation.SWIGLU, Activation.SWIGLU_CLAMPED)
 
 
 @dataclass(frozen=True)
 class FewRowsLaunch:
-    """Blocks for each group of rows, warps per block, bytes of shared memory, and the kernels' last arguments."""
+    """Blocks for each group of rows, warps per block, bytes of shared memory, and the kernel's arguments of the same."""
 
     blocks: int
     warps: int
     shared_bytes: int
-    arguments: tuple[int, int]  # shift, chunk: see few_rows.cuh
+    arguments: tuple[int, int, int]  # shift, chunk, stage_bytes: see few_rows.cu
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
 
 
+def multiply(
+    kernels: Kernels,
+    x: Rows,
+    matrices: Sequence[PackedMatrix],
+    biases: Sequence[Array | None],
+    y: Array,
+    *,
+    activation: Activation = Activation.NONE,
+    residual: Array | None = None,
+    groups: Groups | None = None,
+) -> None:
+    """y = activation(x wᵀ + bias) + residual for one matrix; with groups, each row uses the matrix of its expert.
+
+    Up to three matrices (·, n_in) without activation: y has their products one after another. Gate and up, for a gated
+    activation: y = activation(x gateᵀ + bias, x upᵀ + bias). Overlaps with the previous kernel.
+
+    w: (n_out, n_in), or (n_expert, n_out, n_in) with groups. y, residual: (n_rows, n_out) float32; with groups, y has a
+    row for each pair. biases: (n_out,), or (n_expert, n_out), each or None. Raises KernelError for what does not fit.
+    """
+    first = matrices[0]
+    n_in = first.shape[-1]
+    n_matrices = len(matrices)
+    n_out = first.shape[-2] if activation.gated else sum(w.shape[-2] for w in matrices)
+    if not fits(matrices, groups.size if groups else x.n, activation, grouped=groups is not None):
+        found = ", ".join(f"{w.type.name} {w.shape}" for w in matrices)
+        raise KernelError(f"{first.name}: products of few rows with {activation.name} do not support {x.n} rows, {found}")
+    x.check(first.name, n_in, floats=False, few=True)
+    check_shape(first.name, "the output", y, (len(groups.y_rows) if groups else x.n, n_out))
+    check_shape(first.name, "the residual", residual, y.shape)
+    for w, bias in zip(matrices, biases, strict=True):
+        check_shape(w.name, "the bias", bias, w.shape[:-1])
+    n_groups = len(groups.group) if groups else 1
+    launch = few_rows_launch(kernels, matrices, n_out, x, groups.most if groups else x.n, n_groups, activation.gated)
+    missing = MOST_MATRICES - n_matrices
+    tiles = [sum(w.shape[-2] for w in matrices[:i]) // TILE_ROWS if i < n_matrices else -(-n_out // TILE_ROWS) for i in (1, 2)]
+    arguments = [
+        *(w.struct for w in matrices),
+        *[NO_MATRIX] * missing,
+        x.struct,
+        groups.struct if groups else NO_GROUPS,
+        *biases,
+        *[None] * missing,
+        residual,
+        y,
+        *(int(w.type) for w in matrices),
+        *[0] * missing,
+        *(packed_bytes(w.type) for w in matrices),
+        *[0] * missing,
+        *tiles,
+        int(activation),
+        *(n_out, n_in, len(y) if groups else x.n, *launch.arguments, x.eps),
+    ]
+    grid, shared = (launch.blocks, n_groups), launch.shared_bytes
+    kernels.launch("few_rows", "few_rows", grid, launch.threads, arguments, shared, overlap=True, what=first.name)
+
+
+def fits(
+    matrices: Sequence[PackedMatrix], n_rows: int, activation: Activation = Activation.NONE, *, grouped: bool = False
+) -> bool:
+    """Whether `multiply` supports these matrices for blocks of up to n_rows rows (with groups: their size)."""
+    first = matrices[0]
+    if n_rows > FEW_ROWS or any(w.is_float or w.shape[-1] != first.shape[-1] for w in matrices):
+        return False
+    if activation.gated:
+        return len(matrices) == 2 and matrices[1].shape == first.shape
+    if len(matrices) > 1 and (grouped or activation is not Activation.NONE):
+        return False
+    return len(matrices) <= MOST_MATRICES and not any(w.shape[-2] % TILE_ROWS for w in matrices[:-1])
+
+
 def few_rows_launch(
-    kernels: Kernels, w: PackedMatrix, n_out: int, x: Rows, n_rows: int, n_groups: int = 1, n_matrices: int = 1
+    kernels: Kernels,
+    matrices: Sequence[PackedMatrix],
+    n_out: int,
+    x: Rows,
+    n_rows: int,
+    n_groups: int = 1,
+    gated: bool = False,
 ) -> FewRowsLaunch:
-    """The launch for a product of rows x with matrices like w: n_out outputs of each of n_matrices side by side.
+    """The launch for a product of rows x with matrices: n_out outputs in all, or of each of two if `gated`.
 
     n_rows: the most rows in a block of threads. n_groups: the groups of rows, or of rows of one expert. Raises
     KernelError if the rows need more shared memory than a block may have.
     """
+    first = matrices[0]
     device = (kernels.n_multiprocessors, kernels.shared_limit)
-    launch = _launch(
-        w.type, w.shape[-1], n_out, n_rows, n_groups, n_matrices, *device, x.halves is None, x.norm is not None
-    )
+    types = tuple(w.type for w in matrices)
+    prepares = (x.halves is None, x.norm is not None)
+    launch = _launch(types, first.shape[-1], n_out, n_rows, n_groups, gated, *device, *prepares)
     if launch.shared_bytes > kernels.shared_limit:
-        raise KernelError(f"{w.name}: {n_rows} rows of {w.shape[-1]} need {launch.shared_bytes} bytes of shared memory")
+        raise KernelError(
+            f"{first.name}: {n_rows} rows of {first.shape[-1]} need {launch.shared_bytes} bytes of shared memory, "
+            f"the device has {kernels.shared_limit}"
+        )
     return launch
 
 
-def can_prepare(w: PackedMatrix, n_rows: int, *, norm: bool, n_matrices: int = 1) -> bool:
+def can_prepare(matrices: Sequence[PackedMatrix], n_rows: int, *, norm: bool, gated: bool = False) -> bool:
     """Whether a block of threads has room to convert its rows, up to n_rows, after a norm or not, for a product with
-    n_matrices matrices like w side by side. The same on all devices, because it decides which buffers a step has."""
+    these matrices. The same on all devices, because it decides which buffers a step has."""
     shift = max(0, n_rows - 1).bit_length()
-    return shared_bytes(w.type, w.shape[-1], 1, 1, shift, n_matrices, prepares=True, norm=norm) <= LEAST_SHARED
+    stage = stage_bytes(tuple(w.type for w in matrices))
+    return shared_bytes(stage, matrices[0].shape[-1], 1, 1, shift, gated, prepares=True, norm=norm) <= LEAST_SHARED
 
 
 @lru_cache(maxsize=4096)
 def _launch(
-    kind: GGMLQuantizationType,
+    types: tuple[GGMLQuantizationType, ...],
     n_in: int,
     n_out: int,
     n_rows: int,
     n_groups: int,
-    n_matrices: int,
+    gated: bool,
     n_multiprocessors: int,
     shared_limit: int,
     prepares: bool,
     norm: bool,
 ) -> FewRowsLaunch:
     shift = max(0, n_rows - 1).bit_length()
-    sums_each = n_matrices * -(-n_in // SEGMENT)
-    items_each = n_matrices * -(-n_in // (TOGETHER * SEGMENT))
+    n_side_by_side = 2 if gated else 1
+    sums_each = n_side_by_side * -(-n_in // SEGMENT)
+    items_each = n_side_by_side * -(-n_in // (TOGETHER * SEGMENT))
     n_tiles = -(-n_out // TILE_ROWS)
     # Small matrices: a block on each multiprocessor, beside one of the next kernel. Larger ones: two, to use all of it.
     large = n_tiles * items_each * n_groups > BUSY * n_multiprocessors
@@ -84,31 +189,35 @@ def _launch(
     tiles_each = -(-n_tiles // blocks)
     blocks = -(-n_tiles // tiles_each)  # as many as are needed for this
     chunk = max(1, min(tiles_each, (8 << 10) // (sums_each * 64 << shift)))
-    warps = min(MOST_WARPS, max(tiles_each * items_each, LEAST_WARPS))
+    warps = min(MOST_WARPS, max(tiles_each * items_each, PREPARING_WARPS if prepares else LEAST_WARPS))
+    stage = stage_bytes(types)
 
     def shared(warps: int) -> int:
-        return shared_bytes(kind, n_in, warps, chunk, shift, n_matrices, prepares=prepares, norm=norm)
+        return shared_bytes(stage, n_in, warps, chunk, shift, gated, prepares=prepares, norm=norm)
 
     while warps > LEAST_WARPS and shared(warps) > min(HALF_SHARED, shared_limit):
         warps -= 1
     while warps > 1 and shared(warps) > shared_limit:
         warps -= 1
-    return FewRowsLaunch(blocks, warps, shared(warps), (shift, chunk))
+    return FewRowsLaunch(blocks, warps, shared(warps), (shift, chunk, stage))
+
+
+def packed_bytes(kind: GGMLQuantizationType) -> int:
+    """`lane_bytes` in eight bits each, from the lowest on."""
+    return int.from_bytes(bytes(lane_bytes(kind)), "little")
+
+
+def stage_bytes(types: tuple[GGMLQuantizationType, ...]) -> int:
+    """The bytes of an item's weights, of whichever of these types has most."""
+    return TOGETHER * max(segment_bytes(kind) for kind in types)
 
 
 def shared_bytes(
-    kind: GGMLQuantizationType,
-    n_in: int,
-    warps: int,
-    chunk: int,
-    shift: int,
-    n_matrices: int,
-    *,
-    prepares: bool,
-    norm: bool,
+    stage: int, n_in: int, warps: int, chunk: int, shift: int, gated: bool = False, *, prepares: bool, norm: bool
 ) -> int:
-    """The bytes of shared memory of a block. prepares: it converts its rows to halves; norm: after a norm."""
-    ring = warps * STAGES * TOGETHER * segment_bytes(kind)
-    sums = 2 * chunk * n_matrices * -(-n_in // SEGMENT) * 64 << shift
-    rows = (4 * padded(n_in) + 64 + padded(n_in) // 8 << shift) + 4 * n_in * norm if prepares else 0
+    """The bytes of shared memory of a block. stage: `stage_bytes`. prepares: it converts its rows to halves; norm: after
+    a norm."""
+    ring = warps * STAGES * stage
+    sums = 2 * chunk * (2 if gated else 1) * -(-n_in // SEGMENT) * 64 << shift
+    rows = (2 * padded(n_in) + 64 + padded(n_in) // 8 << shift) + 4 * n_in * norm if prepares else 0
     return ring + 576 + sums + rows

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from refengine.array import Array
-from refengine.cuda.kernels import matmul_f32
-from refengine.cuda.kernels.few_rows import FEW_ROWS, few_rows_launch
+from refengine.cuda.kernels import few_rows, matmul_f32
+from refengine.cuda.kernels.few_rows import FEW_ROWS
 from refengine.cuda.kernels.moe import NO_GROUPS, Groups
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.kernels.shapes import check_shape
@@ -41,20 +41,13 @@ def linear(
     if w.is_float:
         matmul_f32.linear(kernels, x, w, y, bias=bias, residual=residual, groups=groups, overlap=overlap)
         return
-    kind = w.type.name.lower()
+    if few:
+        few_rows.multiply(kernels, x, (w,), (bias,), y, residual=residual, groups=groups)
+        return
     struct = groups.struct if groups else NO_GROUPS
     arguments: list[Any] = [w.struct, x.struct, struct, bias, residual, y, n_out, n_in, x.n]
-    if few:
-        n_groups = len(groups.group) if groups else 1
-        n_rows = groups.most if groups else x.n
-        launch = few_rows_launch(kernels, w, n_out, x, n_rows, n_groups)
-        arguments += [*launch.arguments, x.eps]
-        grid, shared = (launch.blocks, n_groups), launch.shared_bytes
-        kernels.launch("matmul", f"rows8_{kind}", grid, launch.threads, arguments, shared, overlap=True, what=w.name)
-    else:
-        n_groups = len(groups.group) if groups else -(-x.n // MANY_ROWS)
-        grid = (-(-n_out // (4 * TILE_ROWS)), n_groups)
-        kernels.launch("matmul", f"rows64_{kind}", grid, 128, arguments, what=w.name)
+    grid = (-(-n_out // (4 * TILE_ROWS)), len(groups.group) if groups else -(-x.n // MANY_ROWS))
+    kernels.launch("matmul", f"rows64_{w.type.name.lower()}", grid, 128, arguments, what=w.name)
 
 
 def group_size(w: PackedMatrix, n_pairs: int) -> int:

@@ -1,0 +1,390 @@
+// Products with quantised weights for up to 8 rows per block, of which a decode step mostly consists: in one kernel for all
+// types and uses, so that the launches of a step find its instructions in the caches.
+//
+//   activation          matrices (n_out, n_in)                        y (n_rows, n_out)
+//   NONE                up to three, one below another: a, b, c       x Wᵀ + bias + residual
+//   GELU                a                                             gelu(x aᵀ + bias)
+//   SWIGLU              a (gate) and b (up), side by side             swiglu(x aᵀ + bias, x bᵀ + bias)
+//   SWIGLU_CLAMPED      likewise                                      swiglu_clamped(…)
+//
+// The order of additions is that of matmul.cu; the same bits as rows64_* followed by activation.cu. Matrices one below
+// another have tiles 0, second and third on, and may differ in type; b and c begin with a tile of 16 outputs. types: numbers
+// of ggml. Biases and residual (n_rows, n_out) float32, or null. Groups of experts as in matmul.cu, for one matrix or two
+// side by side.
+//
+// A block of threads computes tiles of 16 outputs, number blockIdx.x, blockIdx.x + gridDim.x, …. An item is two segments of
+// one tile of one matrix, whose sums a warp computes side by side, because one alone waits for each mma. The items of a block
+// are divided among its warps in turn. Each warp copies the weights of its next items into a ring of stages in shared memory,
+// and asks for the first before the previous kernel has ended, so that the memory never waits for a kernel to begin:
+//
+//   warp 0   copy items 0, W, 2W   |  wait for the previous kernel,  |  item 0, then copy 3W  |  item W, …  |
+//   warp 1   copy items 1, W + 1 … |  prepare the rows               |  item 1, …             |             |  barrier; sums
+//   …                              |                                 |                        |             |  of tiles
+//
+// Rows are in the form that products read (Activations), or the block makes this form itself: norm, largest magnitude,
+// halves and their block sums, with the bits of norm.cu and quantize_rows.cu. Every block repeats that, which takes less
+// time than another kernel.
+//
+// When a few tiles (`chunk`) are done, all threads add up the segments' sums, each for one output of one row, in order.
+//
+// Launch: block: W warps, any number. Grid: x any number up to the number of tiles, y groups of 8 rows. shift: the most
+// rows in a block are 1 << shift. stage_bytes: those of an item. Dynamic shared memory: `shared_bytes` in
+// cuda/kernels/few_rows.py. A block takes at most half a multiprocessor's registers and shared memory. Small products have
+// one block for each multiprocessor, beside which those of the next kernels can already wait; large products have two. May
+// be launched to overlap with the previous kernel.
+#include "arguments.cuh"
+#include "quants.cuh"
+#include "activation.cuh"
+#include "matmul.cuh"
+#include "norm.cuh"
+#include "quantize_rows.cuh"
+
+constexpr int TOGETHER = 2;       // segments of an item
+constexpr int STAGES = 2;         // of a warp's ring
+constexpr int MOST_THREADS = 320; // they limit the registers; cuda/kernels/few_rows.py has the same
+constexpr int NONE = 0, SWIGLU = 1, SWIGLU_CLAMPED = 2, GELU = 3;
+
+// The bytes of a plane for each block of 32 columns, or for each segment, of a tile; from the argument `bytes` of a matrix,
+// which has LOW, HIGH, SCALE_BYTES and D_BYTES of its type, eight bits each.
+struct ItemBytes {
+  int low, high, scales, d;
+};
+__device__ __forceinline__ ItemBytes item_bytes(int bytes) {
+  return {(bytes & 255) * 32, (bytes >> 8 & 255) * 32, (bytes >> 16 & 255) * 16, (bytes >> 24) * 16};
+}
+
+// Copies `count` times `each` bytes of a plane, from the place of number `place` on, with all lanes of a warp, and zeros up to
+// `most` times as many. Returns the address behind them.
+__device__ __forceinline__ uint8_t* copy_plane(uint8_t* to, const uint8_t* plane, uint32_t place, int count, int most,
+                                               int each) {
+  int exist = min(count, most) * each, total = most * each;
+  const uint8_t* from = plane + static_cast<uint64_t>(place) * each;
+#pragma unroll 1
+  for (int at = threadIdx.x % 32 * 16; at < total; at += 512) copy16(to + at, from + at, at < exist);
+  return to + total;
+}
+
+// Copies segments `segment` and the one after it of a tile, as far as they exist. What does not exist becomes zeros.
+__device__ __forceinline__ void request_item(uint8_t* stage, const Planes& w, const ItemBytes& bytes, uint32_t tile,
+                                             int segment) {
+  uint32_t block = tile * w.n_blocks + segment * SEGMENT, of_scales = tile * w.n_segments + segment;
+  int n_blocks = w.n_blocks - segment * SEGMENT, n_segments = w.n_segments - segment;
+  stage = copy_plane(stage, w.low, block, n_blocks, TOGETHER * SEGMENT, bytes.low);
+  stage = copy_plane(stage, w.high, block, n_blocks, TOGETHER * SEGMENT, bytes.high);
+  stage = copy_plane(stage, w.scales, of_scales, n_segments, TOGETHER, bytes.scales);
+  copy_plane(stage, w.d, of_scales, n_segments, TOGETHER, bytes.d);
+}
+
+template <class Q>
+__device__ __forceinline__ Planes planes_of_item(const uint8_t* stage) {
+  constexpr int BLOCKS = TOGETHER * SEGMENT;
+  const uint8_t *high = stage + BLOCKS * 32 * Q::LOW, *scales = high + BLOCKS * 32 * Q::HIGH;
+  return {stage, high, scales, scales + TOGETHER * 16 * Q::SCALE_BYTES, BLOCKS, TOGETHER};
+}
+
+// The sums of the segments of an item. columns, block_sums: from the first segment's start; zeros after the row's end.
+template <class Q>
+__device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* columns, const unsigned* block_sums,
+                                          MmaD (&sums)[TOGETHER]) {
+  int lane = threadIdx.x % 32;
+  Planes w = planes_of_item<Q>(stage);
+  Lanes at = lane_of<Q>(w, 0, lane);
+  typename Q::Scales scales[TOGETHER][2];
+#pragma unroll
+  for (int s = 0; s < TOGETHER; s++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) scales[s][i] = Q::template scales<InShared>(w, s, lane / 4 + 8 * i);
+#pragma unroll 1
+  for (int half = 0; half < 2; half++) {
+#pragma unroll (Q::WHOLE && Q::SCALED ? SEGMENT / 2 : Q::LOW < 32 ? 2 : 1)  // more would spill
+    for (int j = 0; j < SEGMENT / 2; j++)
+#pragma unroll
+      for (int s = 0; s < TOGETHER; s++) {
+        int block = s * SEGMENT + j;
+        MmaA a[2];
+        block_operands<Q>(Q::template load<InShared>(at, block), scales[s], j, a);
+        add_block<Q>(a, scales[s], j, *reinterpret_cast<const uint4*>(columns + block * 32), sums[s]);
+      }
+    columns += SEGMENT / 2 * 32;
+    at = {at.low + SEGMENT / 2 * 32 * Q::LOW, at.high + SEGMENT / 2 * 32 * Q::HIGH};
+#pragma unroll
+    for (int s = 0; s < TOGETHER; s++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) Q::second_half(scales[s][i]);
+  }
+#pragma unroll
+  for (int s = 0; s < TOGETHER; s++) {
+    MmaD one[1] = {sums[s]};
+    // Read once more, since keeping them would take registers.
+#pragma unroll
+    for (int i = 0; i < 2; i++) scales[s][i] = Q::template scales<InShared>(w, s, lane / 4 + 8 * i);
+    finish_segment<Q, 1>(scales[s], [&](int) { return block_sums + s * SEGMENT; }, one);
+    sums[s] = one[0];
+  }
+}
+
+// An item of a block: the number of its tile among the block's tiles, and its place among the items of that tile.
+struct Item {
+  int tile, part;
+};
+
+// Space for a block's rows in shared memory. halves: `pitch` bytes a row; sums (rows, padded / 32) and scale as in
+// Activations. For making them: norm (n_in,), the norm's weights; parts (2, 8, 8), of sums; tops (8,), the largest magnitudes
+// as bits, zeros.
+struct Prepared {
+  uint8_t* halves;
+  int pitch;
+  unsigned* sums;
+  float *scale, *norm, *parts;
+  unsigned* tops;
+  __device__ __forceinline__ f16* row(int i) const { return reinterpret_cast<f16*>(halves + i * pitch); }
+};
+
+// Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier. The floats are
+// read several times, after the first from the first-level cache. Short rather than unrolled: instructions that are not in the
+// caches take longer to fetch than to execute.
+__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in,
+                                             const Prepared& to) {
+  int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256;
+  int n_rows = rows.count, n_jobs = n_rows * n_segments;  // a segment of a row each
+  auto row_of = [&](int job) {  // job / n_segments
+    int row = 0;
+#pragma unroll 1
+    for (job -= n_segments; job >= 0; job -= n_segments) row++;
+    return row;
+  };
+  auto floats_of = [&](int row) { return x.floats + static_cast<long long>(rows.of_x(row)) * n_in; };
+  auto columns = [&](int job) {
+    int row = row_of(job);
+    return job < n_jobs ? columns_of_row(floats_of(row), (job - row * n_segments) * SEGMENT, n_in) : EightColumns{};
+  };
+  EightColumns next = columns(warp);
+  float n = static_cast<float>(n_in);
+  if (x.norm) {
+    wait_for_copies<STAGES>();  // of the norm's weights
+#pragma unroll 1
+    for (int centred = x.norm_bias ? 1 : 0; centred >= 0; centred--) {  // sums for the mean, then squares
+#pragma unroll 1
+      for (int job = warp; job < n_rows * 8; job += n_warps) {
+        float mean = !centred && x.norm_bias ? sum_of_parts(to.parts + 64 + job / 8 * 8) / n : 0.0f;
+        to.parts[centred * 64 + job] = part_of_sum(floats_of(job / 8), n_in, job % 8, [&](float sum, float value) {
+          float difference = value - mean;
+          return centred ? sum + value : __fmaf_rn(difference, difference, sum);
+        });
+      }
+      __syncthreads();
+    }
+  }
+  Moments of{};
+  int row_of_moments = -1;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {  // the largest magnitudes, then halves
+#pragma unroll 1
+    for (int job = warp; job < n_jobs; job += n_warps) {
+      int row = row_of(job), segment = job - row * n_segments, start = segment * SEGMENT;
+      EightColumns values = next;
+      next = columns(job + n_warps < n_jobs ? job + n_warps : warp);
+      if (x.norm && in_row(start, n_in)) {
+        if (row != row_of_moments) {
+          row_of_moments = row;
+          of = {x.norm_bias ? sum_of_parts(to.parts + 64 + row * 8) / n : 0.0f,
+                1.0f / sqrtf(sum_of_parts(to.parts + row * 8) / n + eps)};
+        }
+        EightColumns weight = columns_of_row(to.norm, start, n_in);
+#pragma unroll
+        for (int i = 0; i < 8; i++) values.x[i] = normed(values.x[i], of, weight.x[i]);
+        if (x.norm_bias) {
+          EightColumns bias = columns_of_row(x.norm_bias, start, n_in);
+#pragma unroll
+          for (int i = 0; i < 8; i++) values.x[i] = values.x[i] + bias.x[i];
+        }
+      }
+      if (pass == 0) {
+        unsigned top = __reduce_max_sync(ALL_LANES, top_of(values));
+        if (threadIdx.x % 32 == 0) atomicMax(to.tops + row, top);
+      } else {
+        blocks_as_halves(values, row_exponent(__uint_as_float(to.tops[row])), start, to.row(row),
+                         to.sums + row * n_segments * SEGMENT);
+      }
+    }
+    __syncthreads();
+  }
+  if (static_cast<int>(threadIdx.x) < n_rows)  // read after the next barrier
+    to.scale[threadIdx.x] = power_of_two(row_exponent(__uint_as_float(to.tops[threadIdx.x])));
+}
+
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
+    few_rows(Matrix a, Matrix b, Matrix c, Activations x, Groups groups, const float* a_bias, const float* b_bias,
+             const float* c_bias, const float* residual, float* y, int a_type, int b_type, int c_type, int a_bytes, int b_bytes,
+             int c_bytes, int second, int third, int activation, int n_out, int n_in, int n_rows, int shift, int chunk, int stage_bytes,
+             float eps) {
+  DYNAMIC_SHARED(uint8_t, memory);
+  bool paired = activation == SWIGLU || activation == SWIGLU_CLAMPED;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, capacity = 1 << shift;
+  int n_tiles = (n_out + 15) / 16, n_blocks = n_in / 32, n_segments = (n_blocks + SEGMENT - 1) / SEGMENT;
+  int pitch = padded(n_in);
+  int per_matrix = (n_segments + TOGETHER - 1) / TOGETHER, per_tile = paired ? 2 * per_matrix : per_matrix;
+  int n_sums = paired ? 2 * n_segments : n_segments;
+  int my_tiles = (n_tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+
+  // Shared memory, in this order; cuda/kernels/few_rows.py has the same.
+  uint8_t* ring = memory + warp * STAGES * stage_bytes;
+  float* parts = reinterpret_cast<float*>(memory + n_warps * STAGES * stage_bytes);  // (2, 8, 8)
+  unsigned* tops = reinterpret_cast<unsigned*>(parts + 128);                         // (8,)
+  float* scales = parts + 136;                                                       // (8,)
+  float* sums_of_items = scales + 8;                                                 // (2, chunk, n_sums, 16, capacity)
+  int half_of_sums = chunk * n_sums * 16 << shift;
+  Prepared prepared;
+  prepared.halves = reinterpret_cast<uint8_t*>(sums_of_items + 2 * half_of_sums);  // (capacity, pitch)
+  prepared.pitch = 2 * pitch + 64;  // 64 bytes more, so that eight lanes that read two rows meet no bank twice
+  prepared.sums = reinterpret_cast<unsigned*>(prepared.halves + capacity * prepared.pitch);  // (capacity, padded / 32)
+  prepared.norm = reinterpret_cast<float*>(prepared.sums + capacity * pitch / 32);           // (n_in,)
+  prepared.scale = scales, prepared.parts = parts, prepared.tops = tops;
+
+  // The matrix of a tile, or of a part of a tile of two side by side.
+  auto matrix_of = [&](int tile, int part) { return paired ? part >= per_matrix : (tile >= second) + (tile >= third); };
+  auto type_of = [&](int matrix) { return matrix == 0 ? a_type : matrix == 1 ? b_type : c_type; };
+  auto within = [&](int tile) { return tile - (paired || tile < second ? 0 : tile >= third ? third : second); };
+  auto bias_of = [&](int matrix) { return matrix == 0 ? a_bias : matrix == 1 ? b_bias : c_bias; };
+
+  uint32_t first_tile = 0;  // of the expert
+  int tile_steps = n_warps / per_tile, part_steps = n_warps % per_tile;
+  auto advance = [&](Item& item) {
+    item.tile += tile_steps, item.part += part_steps;
+    if (item.part >= per_tile) item.part -= per_tile, item.tile++;
+  };
+  auto segment_of = [&](const Item& item) {
+    return (paired && item.part >= per_matrix ? item.part - per_matrix : item.part) * TOGETHER;
+  };
+  auto tile_of = [&](const Item& item) { return static_cast<int>(blockIdx.x + item.tile * gridDim.x); };
+  Item now = {warp / per_tile, warp % per_tile}, next = now;
+  auto request = [&](int stage) {
+    if (next.tile < my_tiles) {
+      int tile = tile_of(next), matrix = matrix_of(tile, next.part);
+      auto one_of = [&](const uint8_t* of_a, const uint8_t* of_b, const uint8_t* of_c) {
+        return matrix == 0 ? of_a : matrix == 1 ? of_b : of_c;
+      };
+      Planes planes{one_of(a.low, b.low, c.low), one_of(a.high, b.high, c.high), one_of(a.scales, b.scales, c.scales),
+                    one_of(a.d, b.d, c.d), n_blocks, n_segments};
+      int bytes = matrix == 0 ? a_bytes : matrix == 1 ? b_bytes : c_bytes;
+      request_item(ring + stage * stage_bytes, planes, item_bytes(bytes), first_tile + within(tile),
+                   segment_of(next));
+    }
+    end_of_copies();
+    advance(next);
+  };
+
+  let_next_begin();
+  if (threadIdx.x < 8) tops[threadIdx.x] = 0;
+  if (x.norm)
+    for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) copy16(prepared.norm + i * 4, x.norm + i * 4);
+  end_of_copies();
+  __syncthreads();
+  // The first weights are requested before the wait, if it is known which.
+  Rows rows{};
+#pragma unroll 1
+  for (int waited = 0; waited < 2; waited++) {
+    if (waited) {
+      wait_for_previous();
+      rows = rows_of(groups, n_rows, 8);
+      if (!rows.count) return;
+      first_tile = rows.expert * n_tiles;
+    } else if (static_cast<int>(threadIdx.x) < my_tiles) {
+      int tile = blockIdx.x + threadIdx.x * gridDim.x, matrix = matrix_of(tile, 0);
+      if (bias_of(matrix)) prefetch(bias_of(matrix) + within(tile) * 16);
+      if (paired && b_bias) prefetch(b_bias + tile * 16);
+    }
+    if (waited == (groups.group != nullptr))
+#pragma unroll 1
+      for (int stage = 0; stage < STAGES; stage++) request(stage);
+  }
+  // Output number i of a chunk, if it exists.
+  auto place = [&](int i, int done, int& number, int& tile, int& out) {
+    out = i % 16, number = i / 16 & (capacity - 1), tile = blockIdx.x + (done + (i >> (4 + shift))) * gridDim.x;
+    return number < rows.count && tile * 16 + out < n_out;
+  };
+  // What is added to an output: biases of both matrices, or bias and residual.
+  auto load = [&](int number, int tile, int out) {
+    long long at = static_cast<long long>(rows.expert) * n_out + within(tile) * 16 + out;
+    const float* bias = bias_of(matrix_of(tile, 0));
+    float2 loaded = make_float2(bias ? bias[at] : 0.0f, 0.0f);
+    if (paired && b_bias) loaded.y = b_bias[at];
+    if (residual) loaded.y = residual[place_of(rows, number, tile * 16 + out, n_out)];
+    return loaded;
+  };
+  float2 loaded{};  // for this thread's output of the first chunk
+  {
+    int number, tile, out;
+    if (place(threadIdx.x, 0, number, tile, out)) loaded = load(number, tile, out);
+  }
+
+  const f16* columns;  // the lane's, of its row
+  const unsigned* sums_of_blocks;
+  long long row = min(lane / 4, rows.count - 1);
+  if (x.x) {
+    row = rows.of_x(static_cast<int>(row));
+    columns = x.x + row * pitch, sums_of_blocks = x.sums;
+    if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
+  } else {
+    prepare_rows(x, rows, eps, n_in, prepared);
+    columns = prepared.row(static_cast<int>(row)), sums_of_blocks = prepared.sums;
+  }
+  columns += lane % 4 * 8, sums_of_blocks += row * (pitch / 32);
+
+  int stage = 0, half = 0;  // threads may still read the other half of sums_of_items
+#pragma unroll 1
+  for (int done = 0; done < my_tiles; done += chunk) {
+    int end = min(done + chunk, my_tiles);
+    float* sums_of_tiles = sums_of_items + half;
+    half = half_of_sums - half;
+#pragma unroll 1
+    for (; now.tile < end; advance(now)) {
+      int segment = segment_of(now), matrix = matrix_of(tile_of(now), now.part);
+      wait_for_copies<STAGES - 1>();
+      __syncwarp(ALL_LANES);
+      MmaD sums[TOGETHER] = {};
+      for_type(type_of(matrix), [&](auto q) {
+        item_sums<decltype(q)>(ring + stage * stage_bytes, columns + segment * SEGMENT * 32,
+                               sums_of_blocks + segment * SEGMENT, sums);
+      });
+      __syncwarp(ALL_LANES);
+      request(stage);
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+      int of_matrix = paired && matrix ? n_segments : 0;
+      float* to = sums_of_tiles + (((now.tile - done) * n_sums + of_matrix + segment) * 16 << shift);
+#pragma unroll
+      for (int s = 0; s < TOGETHER; s++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          int number = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
+          if (number < capacity && segment + s < n_segments) to[(s * 16 + out << shift) + number] = sums[s].x[i];
+        }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (end - done) * 16 << shift; i += blockDim.x) {
+      int number, tile, out;
+      if (!place(i, done, number, tile, out)) continue;
+      if (done > 0 || i >= static_cast<int>(blockDim.x)) loaded = load(number, tile, out);
+      const float* from = sums_of_tiles + (((i >> (4 + shift)) * n_sums * 16 + out) << shift) + number;
+      float gate = 0.0f, sum = 0.0f;
+#pragma unroll 1
+      for (int matrix = 0; matrix <= (paired ? 1 : 0); matrix++) {
+        gate = sum, sum = 0.0f;
+#pragma unroll 4
+        for (int segment = 0; segment < n_segments; segment++, from += 16 << shift) sum = __fadd_rn(sum, *from);
+        sum = __fmul_rn(sum, scales[number]);
+      }
+      if (paired) {
+        if (a_bias) gate = __fadd_rn(gate, loaded.x);
+        if (b_bias) sum = __fadd_rn(sum, loaded.y);
+        sum = activation == SWIGLU ? swiglu(gate, sum) : swiglu_clamped(gate, sum);
+      } else {
+        if (bias_of(matrix_of(tile, 0))) sum = __fadd_rn(sum, loaded.x);
+        if (residual) sum = __fadd_rn(sum, loaded.y);
+        if (activation == GELU) sum = gelu(sum);
+      }
+      y[place_of(rows, number, tile * 16 + out, n_out)] = sum;
+    }
+  }
+}

@@ -1,0 +1,62 @@
+"""Several matrices and what follows a product in one kernel: the bits of one product or kernel after another."""
+
+import numpy as np
+import pytest
+
+from refengine.cuda.kernels.few_rows import Activation
+from tests.kernels.matrices import TILED, random_matrix
+from tests.kernels.products import few_rows, prepared, product
+from tests.kernels.runner import Kernels
+
+
+@pytest.fixture(scope="module")
+def activations(place: str) -> Kernels:
+    return Kernels("quantize_rows", place)
+
+
+@pytest.fixture(scope="module")
+def few(place: str) -> Kernels:
+    return Kernels("few_rows", place)
+
+
+def columns_for(*kinds: str) -> int:
+    """A number of columns that all types allow; the last segment is not whole if they allow that."""
+    return 768 if any(kind.endswith("_K") for kind in kinds) else 544
+
+
+@pytest.mark.parametrize("kinds", [*((kind,) * 3 for kind in TILED), ("Q4_K", "Q4_K"), ("Q4_K", "Q4_K", "Q6_K"),
+                                   ("Q5_0", "Q5_0", "Q8_0"), ("F16", "MXFP4", "Q4_1")])  # fmt: skip
+def test_q_k_and_v_in_one_kernel_are_the_same(kinds: tuple[str, ...], activations: Kernels, few: Kernels) -> None:
+    """Of one type or of several."""
+    rng = np.random.default_rng(20)
+    n_rows, n_in = 3, columns_for(*kinds)
+    shapes = zip(kinds, (48, 32, 19), range(21, 24), strict=False)
+    matrices = [random_matrix(kind, (n_out, n_in), seed) for kind, n_out, seed in shapes]
+    biases = [rng.standard_normal(w.shape[0]).astype(np.float32) if w.shape[0] != 32 else None for w in matrices]
+    given = prepared(activations, rng.standard_normal((n_rows, n_in)).astype(np.float32))
+    expected = [product(few, w, given, bias) for w, bias in zip(matrices, biases, strict=True)]
+    y = few_rows(few, matrices, given, biases, warps=2, blocks=3)
+    np.testing.assert_array_equal(y, np.concatenate(expected, axis=1))
+
+
+@pytest.mark.parametrize("kinds", [*((kind, kind) for kind in TILED), ("Q4_K", "Q6_K"), ("Q8_0", "Q5_1")])
+def test_an_activation_in_the_kernel_is_the_same(
+    kinds: tuple[str, str], place: str, activations: Kernels, few: Kernels
+) -> None:
+    """SwiGLU, clamped SwiGLU and GELU behind the products."""
+    elements = Kernels("activation", place)
+    rng = np.random.default_rng(10)
+    n_rows, n_out, n_in = 5, 40, columns_for(*kinds)
+    matrices = [random_matrix(kind, (n_out, n_in), 11 + i) for i, kind in enumerate(kinds)]
+    biases = list(rng.standard_normal((2, n_out)).astype(np.float32))
+    given = prepared(activations, rng.standard_normal((n_rows, n_in)).astype(np.float32))
+    parts = [product(few, w, given, bias) for w, bias in zip(matrices, biases, strict=True)]
+    for activation, name in ((Activation.SWIGLU, "swiglu_f32"), (Activation.SWIGLU_CLAMPED, "swiglu_clamped_f32")):
+        expected = np.empty_like(parts[0])
+        elements.launch(name, (1,), (256,), [*parts, expected, np.int64(expected.size)])
+        y = few_rows(few, matrices, given, biases, activation=activation, warps=5, blocks=2)
+        np.testing.assert_array_equal(y, expected)
+    expected = np.empty_like(parts[1])
+    elements.launch("gelu_f32", (1,), (256,), [parts[1], expected, np.int64(expected.size)])
+    y = few_rows(few, matrices[1:], given, biases[1:], activation=Activation.GELU, warps=3, blocks=3)
+    np.testing.assert_array_equal(y, expected)
