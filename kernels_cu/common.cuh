@@ -88,7 +88,7 @@ __device__ __forceinline__ f16x2 fma_f16x2(f16x2 a, f16x2 b, f16x2 c) {
 #endif
 
 // Rows of halves are padded with zeros to a multiple of this many columns, and their block sums alike.
-constexpr int PITCH = 512;
+constexpr int PITCH = 256;
 __device__ __forceinline__ int padded(int n_in) { return (n_in + PITCH - 1) / PITCH * PITCH; }
 
 // Half i (0 … 7) of four words, as a float.

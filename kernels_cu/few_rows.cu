@@ -12,12 +12,12 @@
 // of ggml. Biases and residual (n_rows, n_out) float32, or null. Groups of experts as in matmul.cu, for one matrix or two
 // side by side.
 //
-// A block of threads computes tiles of 16 outputs, number blockIdx.x, blockIdx.x + gridDim.x, …. An item is two segments of
-// one tile of one matrix, whose sums a warp computes side by side, because one alone waits for each mma. The items of a block
-// are divided among its warps in turn. Each warp copies the weights of its next items into a ring of stages in shared memory,
-// and asks for the first before the previous kernel has ended, so that the memory never waits for a kernel to begin:
+// A block of threads computes tiles of 16 outputs, number blockIdx.x, blockIdx.x + gridDim.x, …. An item is a segment of one
+// tile of one matrix. The items of a block are divided among its warps in turn. Each warp copies the weights of its next items
+// into a ring of stages in shared memory, and asks for the first before the previous kernel has ended, so that the memory
+// never waits for a kernel to begin:
 //
-//   warp 0   copy items 0, W, 2W   |  wait for the previous kernel,  |  item 0, then copy 3W  |  item W, …  |
+//   warp 0   copy items 0, W, 2W … |  wait for the previous kernel,  |  item 0, then copy 4W  |  item W, …  |
 //   warp 1   copy items 1, W + 1 … |  prepare the rows               |  item 1, …             |             |  barrier; sums
 //   …                              |                                 |                        |             |  of tiles
 //
@@ -39,88 +39,64 @@
 #include "norm.cuh"
 #include "quantize_rows.cuh"
 
-constexpr int TOGETHER = 2;       // segments of an item
-constexpr int STAGES = 2;         // of a warp's ring
-constexpr int MOST_THREADS = 320; // they limit the registers; cuda/kernels/few_rows.py has the same
+constexpr int STAGES = 4;          // of a warp's ring
+constexpr int MOST_THREADS = 320;  // they limit the registers; cuda/kernels/few_rows.py has the same
 constexpr int NONE = 0, SWIGLU = 1, SWIGLU_CLAMPED = 2, GELU = 3;
 
-// The bytes of a plane for each block of 32 columns, or for each segment, of a tile; from the argument `bytes` of a matrix,
-// which has LOW, HIGH, SCALE_BYTES and D_BYTES of its type, eight bits each.
-struct ItemBytes {
-  int low, high, scales, d;
-};
-__device__ __forceinline__ ItemBytes item_bytes(int bytes) {
-  return {(bytes & 255) * 32, (bytes >> 8 & 255) * 32, (bytes >> 16 & 255) * 16, (bytes >> 24) * 16};
-}
-
-// Copies `count` times `each` bytes of a plane, from the place of number `place` on, with all lanes of a warp, and zeros up to
-// `most` times as many. Returns the address behind them.
-__device__ __forceinline__ uint8_t* copy_plane(uint8_t* to, const uint8_t* plane, uint32_t place, int count, int most,
-                                               int each) {
-  int exist = min(count, most) * each, total = most * each;
-  const uint8_t* from = plane + static_cast<uint64_t>(place) * each;
+// Copies segment `segment` of a tile with all lanes of a warp. What does not exist of its codes becomes zeros. bytes: LOW,
+// HIGH, SCALE_BYTES and D_BYTES of the type's struct, eight bits each.
+__device__ __forceinline__ void request_item(uint8_t* stage, const Planes& w, int bytes, uint32_t tile, int segment) {
+  uint32_t low = (bytes & 255) * 32, high = (bytes >> 8 & 255) * 32;               // of a block of 32 columns
+  uint32_t scales = (bytes >> 16 & 255) * 16, d = static_cast<unsigned>(bytes >> 24) * 16;  // of a segment
+  uint32_t block = tile * w.n_blocks + segment * SEGMENT, place = tile * w.n_segments + segment;
+  uint32_t n_blocks = min(w.n_blocks - segment * SEGMENT, SEGMENT), at = threadIdx.x % 32 * 16;
+  const uint8_t* from = w.low + static_cast<uint64_t>(block) * low + at;
+  uint8_t* to = stage + at;
 #pragma unroll 1
-  for (int at = threadIdx.x % 32 * 16; at < total; at += 512) copy16(to + at, from + at, at < exist);
-  return to + total;
+  for (int i = 0; i < static_cast<int>(low * SEGMENT); i += 2048, from += 2048, to += 2048)
+#pragma unroll
+    for (int k = 0; k < 2048; k += 512) copy16(to + k, from + k, i + k + at < n_blocks * low);
+  if (high) {
+    from = w.high + static_cast<uint64_t>(block) * high + at;
+    copy16(to, from, at < n_blocks * high);
+    if (high * SEGMENT > 512) copy16(to + 512, from + 512, 512 + at < n_blocks * high);
+    to += high * SEGMENT;
+  }
+  if (at < scales) copy16(to, w.scales + static_cast<uint64_t>(place) * scales + at);
+  to += scales;
+  if (at < d) copy16(to, w.d + static_cast<uint64_t>(place) * d + at);
 }
 
-// Copies segments `segment` and the one after it of a tile, as far as they exist. What does not exist becomes zeros.
-__device__ __forceinline__ void request_item(uint8_t* stage, const Planes& w, const ItemBytes& bytes, uint32_t tile,
-                                             int segment) {
-  uint32_t block = tile * w.n_blocks + segment * SEGMENT, of_scales = tile * w.n_segments + segment;
-  int n_blocks = w.n_blocks - segment * SEGMENT, n_segments = w.n_segments - segment;
-  stage = copy_plane(stage, w.low, block, n_blocks, TOGETHER * SEGMENT, bytes.low);
-  stage = copy_plane(stage, w.high, block, n_blocks, TOGETHER * SEGMENT, bytes.high);
-  stage = copy_plane(stage, w.scales, of_scales, n_segments, TOGETHER, bytes.scales);
-  copy_plane(stage, w.d, of_scales, n_segments, TOGETHER, bytes.d);
-}
-
+// The sums of an item. columns, block_sums: from the segment's start; zeros after the row's end.
 template <class Q>
-__device__ __forceinline__ Planes planes_of_item(const uint8_t* stage) {
-  constexpr int BLOCKS = TOGETHER * SEGMENT;
-  const uint8_t *high = stage + BLOCKS * 32 * Q::LOW, *scales = high + BLOCKS * 32 * Q::HIGH;
-  return {stage, high, scales, scales + TOGETHER * 16 * Q::SCALE_BYTES, BLOCKS, TOGETHER};
-}
-
-// The sums of the segments of an item. columns, block_sums: from the first segment's start; zeros after the row's end.
-template <class Q>
-__device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* columns, const unsigned* block_sums,
-                                          MmaD (&sums)[TOGETHER]) {
+__device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* columns, const unsigned* block_sums, MmaD& sums) {
+  constexpr int UNROLL = Q::LOW < 32 ? SEGMENT / 2 : 2;  // blocks whose products are computed side by side
   int lane = threadIdx.x % 32;
-  Planes w = planes_of_item<Q>(stage);
+  const uint8_t *high = stage + SEGMENT * 32 * Q::LOW, *of_scales = high + SEGMENT * 32 * Q::HIGH;
+  Planes w{stage, high, of_scales, of_scales + 16 * Q::SCALE_BYTES, SEGMENT, 1};
   Lanes at = lane_of<Q>(w, 0, lane);
-  typename Q::Scales scales[TOGETHER][2];
+  typename Q::Scales scales[2];
 #pragma unroll
-  for (int s = 0; s < TOGETHER; s++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) scales[s][i] = Q::template scales<InShared>(w, s, lane / 4 + 8 * i);
+  for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, 0, lane / 4 + 8 * i);
 #pragma unroll 1
   for (int half = 0; half < 2; half++) {
-#pragma unroll (Q::WHOLE && Q::SCALED ? SEGMENT / 2 : Q::LOW < 32 ? 2 : 1)  // more would spill
-    for (int j = 0; j < SEGMENT / 2; j++)
-#pragma unroll
-      for (int s = 0; s < TOGETHER; s++) {
-        int block = s * SEGMENT + j;
-        MmaA a[2];
-        block_operands<Q>(Q::template load<InShared>(at, block), scales[s], j, a);
-        add_block<Q>(a, scales[s], j, *reinterpret_cast<const uint4*>(columns + block * 32), sums[s]);
-      }
+#pragma unroll UNROLL
+    for (int j = 0; j < SEGMENT / 2; j++) {
+      MmaA a[2];
+      block_operands<Q>(Q::template load<InShared>(at, j), scales, j, a);
+      add_block<Q>(a, scales, j, *reinterpret_cast<const uint4*>(columns + j * 32), sums);
+    }
     columns += SEGMENT / 2 * 32;
     at = {at.low + SEGMENT / 2 * 32 * Q::LOW, at.high + SEGMENT / 2 * 32 * Q::HIGH};
 #pragma unroll
-    for (int s = 0; s < TOGETHER; s++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) Q::second_half(scales[s][i]);
+    for (int i = 0; i < 2; i++) Q::second_half(scales[i]);
   }
+  // Read once more, since keeping them would take registers.
 #pragma unroll
-  for (int s = 0; s < TOGETHER; s++) {
-    MmaD one[1] = {sums[s]};
-    // Read once more, since keeping them would take registers.
-#pragma unroll
-    for (int i = 0; i < 2; i++) scales[s][i] = Q::template scales<InShared>(w, s, lane / 4 + 8 * i);
-    finish_segment<Q, 1>(scales[s], [&](int) { return block_sums + s * SEGMENT; }, one);
-    sums[s] = one[0];
-  }
+  for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, 0, lane / 4 + 8 * i);
+  MmaD one[1] = {sums};
+  finish_segment<Q, 1>(scales, [&](int) { return block_sums; }, one);
+  sums = one[0];
 }
 
 // An item of a block: the number of its tile among the block's tiles, and its place among the items of that tile.
@@ -130,7 +106,7 @@ struct Item {
 
 // Space for a block's rows in shared memory. halves: `pitch` bytes a row; sums (rows, padded / 32) and scale as in
 // Activations. For making them: norm (n_in,), the norm's weights; parts (2, 8, 8), of sums; tops (8,), the largest magnitudes
-// as bits, zeros.
+// as bits, zeros before.
 struct Prepared {
   uint8_t* halves;
   int pitch;
@@ -141,55 +117,55 @@ struct Prepared {
 };
 
 // Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier. The floats are
-// read several times, after the first from the first-level cache. Short rather than unrolled: instructions that are not in the
-// caches take longer to fetch than to execute.
+// read several times, after the first from the first-level cache. Barriers are what it waits for most, so the largest
+// magnitude is found together with the sum of squares: an RMS norm's scale multiplies every element last, and rounding keeps
+// their order.
 __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in,
                                              const Prepared& to) {
   int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256;
   int n_rows = rows.count, n_jobs = n_rows * n_segments;  // a segment of a row each
+  float n = static_cast<float>(n_in);
+  auto floats_of = [&](int row) { return x.floats + static_cast<long long>(rows.of_x(row)) * n_in; };
   auto row_of = [&](int job) {  // job / n_segments
     int row = 0;
 #pragma unroll 1
     for (job -= n_segments; job >= 0; job -= n_segments) row++;
     return row;
   };
-  auto floats_of = [&](int row) { return x.floats + static_cast<long long>(rows.of_x(row)) * n_in; };
   auto columns = [&](int job) {
     int row = row_of(job);
     return job < n_jobs ? columns_of_row(floats_of(row), (job - row * n_segments) * SEGMENT, n_in) : EightColumns{};
   };
   EightColumns next = columns(warp);
-  float n = static_cast<float>(n_in);
-  if (x.norm) {
-    wait_for_copies<STAGES>();  // of the norm's weights
+  // Steps: the mean (layer norm), the squares, the largest magnitudes, halves.
+  constexpr int MEAN = 0, SQUARES = 1, TOPS = 2, HALVES = 3;
 #pragma unroll 1
-    for (int centred = x.norm_bias ? 1 : 0; centred >= 0; centred--) {  // sums for the mean, then squares
+  for (int step = x.norm_bias ? MEAN : x.norm ? SQUARES : TOPS; step <= HALVES; step++) {
+    if (step <= SQUARES) {
 #pragma unroll 1
       for (int job = warp; job < n_rows * 8; job += n_warps) {
-        float mean = !centred && x.norm_bias ? sum_of_parts(to.parts + 64 + job / 8 * 8) / n : 0.0f;
-        to.parts[centred * 64 + job] = part_of_sum(floats_of(job / 8), n_in, job % 8, [&](float sum, float value) {
+        int row = job / 8;
+        float mean = step == SQUARES && x.norm_bias ? sum_of_parts(to.parts + 64 + row * 8) / n : 0.0f;
+        to.parts[(step == MEAN ? 64 : 0) + job] = part_of_sum(floats_of(row), n_in, job % 8, [&](float sum, float value) {
           float difference = value - mean;
-          return centred ? sum + value : __fmaf_rn(difference, difference, sum);
+          return step == MEAN ? sum + value : __fmaf_rn(difference, difference, sum);
         });
       }
-      __syncthreads();
+      if (step == MEAN || x.norm_bias) {
+        __syncthreads();
+        continue;
+      }
+      step = TOPS;
     }
-  }
-  Moments of{};
-  int row_of_moments = -1;
-#pragma unroll 1
-  for (int pass = 0; pass < 2; pass++) {  // the largest magnitudes, then halves
 #pragma unroll 1
     for (int job = warp; job < n_jobs; job += n_warps) {
-      int row = row_of(job), segment = job - row * n_segments, start = segment * SEGMENT;
+      int row = row_of(job), start = (job - row * n_segments) * SEGMENT;
       EightColumns values = next;
-      next = columns(job + n_warps < n_jobs ? job + n_warps : warp);
+      if (n_jobs > n_warps) next = columns(job + n_warps < n_jobs ? job + n_warps : warp);
+      Moments of{0.0f, 1.0f};
+      if (x.norm_bias) of.mean = sum_of_parts(to.parts + 64 + row * 8) / n;
+      if (x.norm && (step == HALVES || x.norm_bias)) of.scale = 1.0f / sqrtf(sum_of_parts(to.parts + row * 8) / n + eps);
       if (x.norm && in_row(start, n_in)) {
-        if (row != row_of_moments) {
-          row_of_moments = row;
-          of = {x.norm_bias ? sum_of_parts(to.parts + 64 + row * 8) / n : 0.0f,
-                1.0f / sqrtf(sum_of_parts(to.parts + row * 8) / n + eps)};
-        }
         EightColumns weight = columns_of_row(to.norm, start, n_in);
 #pragma unroll
         for (int i = 0; i < 8; i++) values.x[i] = normed(values.x[i], of, weight.x[i]);
@@ -199,32 +175,30 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
           for (int i = 0; i < 8; i++) values.x[i] = values.x[i] + bias.x[i];
         }
       }
-      if (pass == 0) {
+      if (step == TOPS) {
         unsigned top = __reduce_max_sync(ALL_LANES, top_of(values));
         if (threadIdx.x % 32 == 0) atomicMax(to.tops + row, top);
       } else {
-        blocks_as_halves(values, row_exponent(__uint_as_float(to.tops[row])), start, to.row(row),
-                         to.sums + row * n_segments * SEGMENT);
+        float top = __uint_as_float(to.tops[row]);  // of an RMS norm: without its scale
+        int e = row_exponent(x.norm && !x.norm_bias ? top * of.scale : top);
+        blocks_as_halves(values, e, start, to.row(row), to.sums + row * n_segments * SEGMENT);
+        if (start == 0 && threadIdx.x % 32 == 0) to.scale[row] = power_of_two(e);
       }
     }
     __syncthreads();
   }
-  if (static_cast<int>(threadIdx.x) < n_rows)  // read after the next barrier
-    to.scale[threadIdx.x] = power_of_two(row_exponent(__uint_as_float(to.tops[threadIdx.x])));
 }
 
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     few_rows(Matrix a, Matrix b, Matrix c, Activations x, Groups groups, const float* a_bias, const float* b_bias,
-             const float* c_bias, const float* residual, float* y, int a_type, int b_type, int c_type, int a_bytes, int b_bytes,
-             int c_bytes, int second, int third, int activation, int n_out, int n_in, int n_rows, int shift, int chunk, int stage_bytes,
-             float eps) {
+             const float* c_bias, const float* residual, float* y, int a_type, int b_type, int c_type, int a_bytes,
+             int b_bytes, int c_bytes, int second, int third, int activation, int n_out, int n_in, int n_rows, int shift,
+             int chunk, int stage_bytes, float eps) {
   DYNAMIC_SHARED(uint8_t, memory);
-  bool paired = activation == SWIGLU || activation == SWIGLU_CLAMPED;
+  bool paired = activation == SWIGLU || activation == SWIGLU_CLAMPED, grouped = groups.group;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, capacity = 1 << shift;
   int n_tiles = (n_out + 15) / 16, n_blocks = n_in / 32, n_segments = (n_blocks + SEGMENT - 1) / SEGMENT;
-  int pitch = padded(n_in);
-  int per_matrix = (n_segments + TOGETHER - 1) / TOGETHER, per_tile = paired ? 2 * per_matrix : per_matrix;
-  int n_sums = paired ? 2 * n_segments : n_segments;
+  int per_tile = paired ? 2 * n_segments : n_segments, pitch = padded(n_in);
   int my_tiles = (n_tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
 
   // Shared memory, in this order; cuda/kernels/few_rows.py has the same.
@@ -232,8 +206,8 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
   float* parts = reinterpret_cast<float*>(memory + n_warps * STAGES * stage_bytes);  // (2, 8, 8)
   unsigned* tops = reinterpret_cast<unsigned*>(parts + 128);                         // (8,)
   float* scales = parts + 136;                                                       // (8,)
-  float* sums_of_items = scales + 8;                                                 // (2, chunk, n_sums, 16, capacity)
-  int half_of_sums = chunk * n_sums * 16 << shift;
+  float* sums_of_items = scales + 8;                                                 // (2, chunk, per_tile, 16, capacity)
+  int half_of_sums = chunk * per_tile * 16 << shift;
   Prepared prepared;
   prepared.halves = reinterpret_cast<uint8_t*>(sums_of_items + 2 * half_of_sums);  // (capacity, pitch)
   prepared.pitch = 2 * pitch + 64;  // 64 bytes more, so that eight lanes that read two rows meet no bank twice
@@ -241,11 +215,11 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
   prepared.norm = reinterpret_cast<float*>(prepared.sums + capacity * pitch / 32);           // (n_in,)
   prepared.scale = scales, prepared.parts = parts, prepared.tops = tops;
 
-  // The matrix of a tile, or of a part of a tile of two side by side.
-  auto matrix_of = [&](int tile, int part) { return paired ? part >= per_matrix : (tile >= second) + (tile >= third); };
-  auto type_of = [&](int matrix) { return matrix == 0 ? a_type : matrix == 1 ? b_type : c_type; };
+  // The matrix of a tile, or of an item of a tile of two side by side; and what belongs to it.
+  auto matrix_of = [&](int tile, int part) { return paired ? part >= n_segments : (tile >= second) + (tile >= third); };
+  auto one_of = [](int matrix, auto of_a, auto of_b, auto of_c) { return matrix == 0 ? of_a : matrix == 1 ? of_b : of_c; };
   auto within = [&](int tile) { return tile - (paired || tile < second ? 0 : tile >= third ? third : second); };
-  auto bias_of = [&](int matrix) { return matrix == 0 ? a_bias : matrix == 1 ? b_bias : c_bias; };
+  auto bias_of = [&](int tile) { return one_of(matrix_of(tile, 0), a_bias, b_bias, c_bias); };
 
   uint32_t first_tile = 0;  // of the expert
   int tile_steps = n_warps / per_tile, part_steps = n_warps % per_tile;
@@ -253,22 +227,16 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     item.tile += tile_steps, item.part += part_steps;
     if (item.part >= per_tile) item.part -= per_tile, item.tile++;
   };
-  auto segment_of = [&](const Item& item) {
-    return (paired && item.part >= per_matrix ? item.part - per_matrix : item.part) * TOGETHER;
-  };
+  auto segment_of = [&](const Item& item) { return paired && item.part >= n_segments ? item.part - n_segments : item.part; };
   auto tile_of = [&](const Item& item) { return static_cast<int>(blockIdx.x + item.tile * gridDim.x); };
   Item now = {warp / per_tile, warp % per_tile}, next = now;
   auto request = [&](int stage) {
     if (next.tile < my_tiles) {
       int tile = tile_of(next), matrix = matrix_of(tile, next.part);
-      auto one_of = [&](const uint8_t* of_a, const uint8_t* of_b, const uint8_t* of_c) {
-        return matrix == 0 ? of_a : matrix == 1 ? of_b : of_c;
-      };
-      Planes planes{one_of(a.low, b.low, c.low), one_of(a.high, b.high, c.high), one_of(a.scales, b.scales, c.scales),
-                    one_of(a.d, b.d, c.d), n_blocks, n_segments};
-      int bytes = matrix == 0 ? a_bytes : matrix == 1 ? b_bytes : c_bytes;
-      request_item(ring + stage * stage_bytes, planes, item_bytes(bytes), first_tile + within(tile),
-                   segment_of(next));
+      Planes planes{one_of(matrix, a.low, b.low, c.low), one_of(matrix, a.high, b.high, c.high),
+                    one_of(matrix, a.scales, b.scales, c.scales), one_of(matrix, a.d, b.d, c.d), n_blocks, n_segments};
+      request_item(ring + stage * stage_bytes, planes, one_of(matrix, a_bytes, b_bytes, c_bytes),
+                   first_tile + within(tile), segment_of(next));
     }
     end_of_copies();
     advance(next);
@@ -279,7 +247,6 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
   if (x.norm)
     for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) copy16(prepared.norm + i * 4, x.norm + i * 4);
   end_of_copies();
-  __syncthreads();
   // The first weights are requested before the wait, if it is known which.
   Rows rows{};
 #pragma unroll 1
@@ -289,14 +256,22 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
       rows = rows_of(groups, n_rows, 8);
       if (!rows.count) return;
       first_tile = rows.expert * n_tiles;
-    } else if (static_cast<int>(threadIdx.x) < my_tiles) {
-      int tile = blockIdx.x + threadIdx.x * gridDim.x, matrix = matrix_of(tile, 0);
-      if (bias_of(matrix)) prefetch(bias_of(matrix) + within(tile) * 16);
-      if (paired && b_bias) prefetch(b_bias + tile * 16);
     }
-    if (waited == (groups.group != nullptr))
+    if (waited == (grouped ? 1 : 0))
 #pragma unroll 1
       for (int stage = 0; stage < STAGES; stage++) request(stage);
+    if (!waited) {
+      int tile = blockIdx.x + threadIdx.x * gridDim.x;
+      if (static_cast<int>(threadIdx.x) < my_tiles) {
+        if (bias_of(tile)) prefetch(bias_of(tile) + within(tile) * 16);
+        if (paired && b_bias) prefetch(b_bias + tile * 16);
+      }
+      if (grouped)
+        wait_for_copies<0>();
+      else
+        wait_for_copies<STAGES>();  // of the norm's weights
+      __syncthreads();
+    }
   }
   // Output number i of a chunk, if it exists.
   auto place = [&](int i, int done, int& number, int& tile, int& out) {
@@ -306,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
   // What is added to an output: biases of both matrices, or bias and residual.
   auto load = [&](int number, int tile, int out) {
     long long at = static_cast<long long>(rows.expert) * n_out + within(tile) * 16 + out;
-    const float* bias = bias_of(matrix_of(tile, 0));
+    const float* bias = bias_of(tile);
     float2 loaded = make_float2(bias ? bias[at] : 0.0f, 0.0f);
     if (paired && b_bias) loaded.y = b_bias[at];
     if (residual) loaded.y = residual[place_of(rows, number, tile * 16 + out, n_out)];
@@ -342,23 +317,20 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
       int segment = segment_of(now), matrix = matrix_of(tile_of(now), now.part);
       wait_for_copies<STAGES - 1>();
       __syncwarp(ALL_LANES);
-      MmaD sums[TOGETHER] = {};
-      for_type(type_of(matrix), [&](auto q) {
+      MmaD sums = {};
+      for_type(one_of(matrix, a_type, b_type, c_type), [&](auto q) {
         item_sums<decltype(q)>(ring + stage * stage_bytes, columns + segment * SEGMENT * 32,
                                sums_of_blocks + segment * SEGMENT, sums);
       });
       __syncwarp(ALL_LANES);
       request(stage);
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
-      int of_matrix = paired && matrix ? n_segments : 0;
-      float* to = sums_of_tiles + (((now.tile - done) * n_sums + of_matrix + segment) * 16 << shift);
+      stage = (stage + 1) % STAGES;
+      float* to = sums_of_tiles + (((now.tile - done) * per_tile + now.part) * 16 << shift);
 #pragma unroll
-      for (int s = 0; s < TOGETHER; s++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          int number = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
-          if (number < capacity && segment + s < n_segments) to[(s * 16 + out << shift) + number] = sums[s].x[i];
-        }
+      for (int i = 0; i < 4; i++) {
+        int number = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
+        if (number < capacity) to[(out << shift) + number] = sums.x[i];
+      }
     }
     __syncthreads();
 #pragma unroll 1
@@ -366,12 +338,12 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
       int number, tile, out;
       if (!place(i, done, number, tile, out)) continue;
       if (done > 0 || i >= static_cast<int>(blockDim.x)) loaded = load(number, tile, out);
-      const float* from = sums_of_tiles + (((i >> (4 + shift)) * n_sums * 16 + out) << shift) + number;
+      const float* from = sums_of_tiles + (((i >> (4 + shift)) * per_tile * 16 + out) << shift) + number;
       float gate = 0.0f, sum = 0.0f;
 #pragma unroll 1
       for (int matrix = 0; matrix <= (paired ? 1 : 0); matrix++) {
         gate = sum, sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
         for (int segment = 0; segment < n_segments; segment++, from += 16 << shift) sum = __fadd_rn(sum, *from);
         sum = __fmul_rn(sum, scales[number]);
       }
@@ -380,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
         if (b_bias) sum = __fadd_rn(sum, loaded.y);
         sum = activation == SWIGLU ? swiglu(gate, sum) : swiglu_clamped(gate, sum);
       } else {
-        if (bias_of(matrix_of(tile, 0))) sum = __fadd_rn(sum, loaded.x);
+        if (bias_of(tile)) sum = __fadd_rn(sum, loaded.x);
         if (residual) sum = __fadd_rn(sum, loaded.y);
         if (activation == GELU) sum = gelu(sum);
       }

@@ -1,7 +1,7 @@
 // Normalisation over rows. Array code: refengine.ops.norm.rms_norm and layer_norm.
 //
-//   rms_norm_f32    y = x · 1/√(mean(x²) + eps) · weight
-//   layer_norm_f32  y = (x - mean) · 1/√(mean((x - mean)²) + eps) · weight + bias
+//   rms_norm_f32    y = x · weight · 1/√(mean(x²) + eps)
+//   layer_norm_f32  y = (x - mean) · weight · 1/√(mean((x - mean)²) + eps) + bias
 //   rms_norm_f16, layer_norm_f16  the same, then quantize_rows_f16 (quantize_rows.cu), for rows that products read; the
 //                   same bits as the two kernels one after another
 //

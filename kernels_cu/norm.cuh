@@ -25,12 +25,13 @@ __device__ __forceinline__ float sum_of_parts(const float* parts) {
   return total;
 }
 
-// Element x[i] becomes (x[i] - mean) · scale · weight[i] + bias[i]. An RMS norm has neither mean nor bias.
+// Element x[i] becomes (x[i] - mean) · weight[i] · scale + bias[i]. An RMS norm has neither mean nor bias. The scale comes last,
+// so that the largest magnitude without it gives the largest with it: rounding keeps the order.
 struct Moments {
   float mean, scale;
 };
 __device__ __forceinline__ float normed(float x, const Moments& of, float weight) {
-  return (x - of.mean) * of.scale * weight;
+  return (x - of.mean) * weight * of.scale;
 }
 
 // The sum over a row by a block of 256 threads. scratch (8,) may be reused after the next barrier.

@@ -20,12 +20,11 @@ from refengine.errors import KernelError
 
 FEW_ROWS = 8  # rows per block of threads
 SEGMENT = 256  # columns whose products are summed up before segments are added
-TOGETHER = 2  # segments whose sums a warp computes side by side
-STAGES = 2  # of a warp's ring, each with the weights of as many segments
+STAGES = 4  # of a warp's ring, each with the weights of a segment
 MOST_MATRICES = 3
 MOST_WARPS, LEAST_WARPS = 10, 4  # the registers of 10 warps fit half a multiprocessor
 PREPARING_WARPS = 8  # as many as a norm has parts of a sum
-BUSY = 20  # items for each multiprocessor from which two blocks are faster than one
+BUSY = 40  # items for each multiprocessor from which two blocks are faster than one
 HALF_SHARED = 113 << 10  # bytes for one block, so that a block of the next kernel fits on the multiprocessor as well
 LEAST_SHARED = 99 << 10  # bytes that a block may have on every supported device; sm_86 and sm_89 have no more
 NO_MATRIX = Struct(None, None, None, None)
@@ -179,8 +178,7 @@ def _launch(
 ) -> FewRowsLaunch:
     shift = max(0, n_rows - 1).bit_length()
     n_side_by_side = 2 if gated else 1
-    sums_each = n_side_by_side * -(-n_in // SEGMENT)
-    items_each = n_side_by_side * -(-n_in // (TOGETHER * SEGMENT))
+    items_each = n_side_by_side * -(-n_in // SEGMENT)
     n_tiles = -(-n_out // TILE_ROWS)
     # Small matrices: a block on each multiprocessor, beside one of the next kernel. Larger ones: two, to use all of it.
     large = n_tiles * items_each * n_groups > BUSY * n_multiprocessors
@@ -188,7 +186,7 @@ def _launch(
     blocks = max(1, min(n_tiles, -(-wanted // n_groups)))
     tiles_each = -(-n_tiles // blocks)
     blocks = -(-n_tiles // tiles_each)  # as many as are needed for this
-    chunk = max(1, min(tiles_each, (8 << 10) // (sums_each * 64 << shift)))
+    chunk = max(1, min(tiles_each, (8 << 10) // (items_each * 64 << shift)))
     warps = min(MOST_WARPS, max(tiles_each * items_each, PREPARING_WARPS if prepares else LEAST_WARPS))
     stage = stage_bytes(types)
 
@@ -209,7 +207,7 @@ def packed_bytes(kind: GGMLQuantizationType) -> int:
 
 def stage_bytes(types: tuple[GGMLQuantizationType, ...]) -> int:
     """The bytes of an item's weights, of whichever of these types has most."""
-    return TOGETHER * max(segment_bytes(kind) for kind in types)
+    return max(segment_bytes(kind) for kind in types)
 
 
 def shared_bytes(

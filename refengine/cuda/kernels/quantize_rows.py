@@ -12,7 +12,7 @@ from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 BLOCK = 32  # columns per stored sum
-PITCH = 512  # rows of halves are padded with zeros to a multiple of this
+PITCH = 256  # rows of halves are padded with zeros to a multiple of this
 
 
 def padded(n_in: int) -> int:
