@@ -1,14 +1,6 @@
 // Structs of kernel arguments that belong together, passed by value. Their members are pointers.
 // refengine/cuda/runtime/source.py reads the structs from this file; a launch gives an array, or null, for each member.
 
-// A matrix in the device's layout (refengine/cuda/layout.py): codes, upper bits of codes, scales, scales of scales.
-struct Matrix {
-  const unsigned char* low;
-  const unsigned char* high;
-  const unsigned char* scales;
-  const unsigned char* d;
-};
-
 // Rows of activations for products. x, sums and scale: in the form that products read, see quantize_rows.cu. If they are
 // null, the kernels of few_rows.cu make this form from the rows of floats, after an RMS norm with the weights `norm`, or a
 // layer norm that also has norm_bias, unless they are null.

@@ -511,7 +511,7 @@ __device__ __forceinline__ void norm_head(float (&x)[G], const float* weight, in
   float factor = 1.0f / sqrtf(total / static_cast<float>(n) + eps);
 #pragma unroll
   for (int j = 0; j < G; j++)
-    if (j * 32 + threadIdx.x % 32 < n) x[j] = x[j] * weight[j * 32 + threadIdx.x % 32] * factor;
+    if (j * 32 + threadIdx.x % 32 < n) x[j] = x[j] * factor * weight[j * 32 + threadIdx.x % 32];
 }
 
 // Rotates a head by one warp, through `row` in shared memory. cos, sin: for each column; those of a pair's first one are

@@ -8,13 +8,14 @@
 #include "quants.cuh"
 
 template <class Q>
-__device__ __forceinline__ void embed(const Planes& w, const int* ids, float* out, int n_in) {
+__device__ __forceinline__ void embed(const Tiles& w, const int* ids, float* out, int n_in) {
   int id = max(ids[blockIdx.x], 0), row = id % 16, block = blockIdx.y * 8 + threadIdx.x / 4, c = threadIdx.x % 4;
   long long tile = id / 16;
   if (block >= w.n_blocks) return;
   MmaA a[2];
-  Q::operands(Q::template load<InGlobal>(lane_of<Q>(w, tile * w.n_blocks + block, row % 8 * 4 + c), 0), a);
-  auto scales = Q::template scales<InGlobal>(w, tile * w.n_segments + block / SEGMENT, row);
+  Planes planes = planes_of<Q>(w, tile, block / SEGMENT);
+  Q::operands(Q::template load<InGlobal>(lane_of<Q>(planes, block % SEGMENT, row % 8 * 4 + c), 0), a);
+  auto scales = Q::template scales<InGlobal>(planes, row);
   float* to = out + static_cast<long long>(blockIdx.x) * n_in + block * 32;
   float minimum = Q::minimum(scales, block % SEGMENT);
 #pragma unroll
@@ -35,8 +36,8 @@ __device__ __forceinline__ void embed(const Planes& w, const int* ids, float* ou
 }
 
 #define EMBEDDING(name, Q)                                                                   \
-  extern "C" __global__ void name(Matrix w, const int* ids, float* out, int n_in) {          \
-    embed<Q>(planes_of(w, n_in), ids, out, n_in);                                            \
+  extern "C" __global__ void name(const unsigned char* w, const int* ids, float* out, int n_in) { \
+    embed<Q>(Tiles{w, n_in / 32}, ids, out, n_in);                                           \
   }
 EMBEDDING(embedding_q4_0, Q4_0)
 EMBEDDING(embedding_q4_1, Q4_1)

@@ -43,41 +43,37 @@ constexpr int STAGES = 4;          // of a warp's ring
 constexpr int MOST_THREADS = 320;  // they limit the registers; cuda/kernels/few_rows.py has the same
 constexpr int NONE = 0, SWIGLU = 1, SWIGLU_CLAMPED = 2, GELU = 3;
 
-// Copies segment `segment` of a tile with all lanes of a warp. What does not exist of its codes becomes zeros. bytes: LOW,
-// HIGH, SCALE_BYTES and D_BYTES of the type's struct, eight bits each.
-__device__ __forceinline__ void request_item(uint8_t* stage, const Planes& w, int bytes, uint32_t tile, int segment) {
-  uint32_t low = (bytes & 255) * 32, high = (bytes >> 8 & 255) * 32;               // of a block of 32 columns
-  uint32_t scales = (bytes >> 16 & 255) * 16, d = static_cast<unsigned>(bytes >> 24) * 16;  // of a segment
-  uint32_t block = tile * w.n_blocks + segment * SEGMENT, place = tile * w.n_segments + segment;
-  uint32_t n_blocks = min(w.n_blocks - segment * SEGMENT, SEGMENT), at = threadIdx.x % 32 * 16;
-  const uint8_t* from = w.low + static_cast<uint64_t>(block) * low + at;
+// Copies segment `segment` of a tile with all lanes of a warp, and zeros behind a segment that is not whole. bytes: those of a
+// block of 32 columns of a tile, and, 16 bits higher, of a segment's scales.
+__device__ __forceinline__ void request_item(uint8_t* stage, const Tiles& w, unsigned bytes, uint32_t tile, int segment) {
+  uint32_t of_block = bytes & 0xffff, of_scales = bytes >> 16, whole = SEGMENT * of_block + of_scales;
+  uint32_t of_tile = w.n_blocks * of_block + w.n_segments() * of_scales, at = threadIdx.x % 32 * 16;
+  uint32_t n_bytes = min(w.n_blocks - segment * SEGMENT, SEGMENT) * of_block + of_scales;
+  const uint8_t* from = w.data + static_cast<uint64_t>(tile) * of_tile + segment * whole + at;
   uint8_t* to = stage + at;
+  int exist = n_bytes - at;
+  constexpr int AT_ONCE = 2048;
 #pragma unroll 1
-  for (int i = 0; i < static_cast<int>(low * SEGMENT); i += 2048, from += 2048, to += 2048)
+  for (int i = whole / AT_ONCE; i > 0; i--, from += AT_ONCE, to += AT_ONCE, exist -= AT_ONCE)
 #pragma unroll
-    for (int k = 0; k < 2048; k += 512) copy16(to + k, from + k, i + k + at < n_blocks * low);
-  if (high) {
-    from = w.high + static_cast<uint64_t>(block) * high + at;
-    copy16(to, from, at < n_blocks * high);
-    if (high * SEGMENT > 512) copy16(to + 512, from + 512, 512 + at < n_blocks * high);
-    to += high * SEGMENT;
-  }
-  if (at < scales) copy16(to, w.scales + static_cast<uint64_t>(place) * scales + at);
-  to += scales;
-  if (at < d) copy16(to, w.d + static_cast<uint64_t>(place) * d + at);
+    for (int k = 0; k < AT_ONCE; k += 512) copy16(to + k, from + k, k < exist);
+#pragma unroll 1
+  for (int rest = whole % AT_ONCE - at; rest > 0; rest -= 512, from += 512, to += 512, exist -= 512)
+    copy16(to, from, exist > 0);
 }
 
-// The sums of an item. columns, block_sums: from the segment's start; zeros after the row's end.
+// The sums of an item, whose segment has n_blocks blocks. columns, block_sums: from the segment's start; zeros after the
+// row's end, which are multiplied with whatever is behind the codes.
 template <class Q>
-__device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* columns, const unsigned* block_sums, MmaD& sums) {
+__device__ __forceinline__ void item_sums(const uint8_t* stage, int n_blocks, const f16* columns, const unsigned* block_sums,
+                                          MmaD& sums) {
   constexpr int UNROLL = Q::LOW < 32 ? SEGMENT / 2 : 2;  // blocks whose products are computed side by side
   int lane = threadIdx.x % 32;
-  const uint8_t *high = stage + SEGMENT * 32 * Q::LOW, *of_scales = high + SEGMENT * 32 * Q::HIGH;
-  Planes w{stage, high, of_scales, of_scales + 16 * Q::SCALE_BYTES, SEGMENT, 1};
+  Planes w = planes_at<Q>(stage, n_blocks);
   Lanes at = lane_of<Q>(w, 0, lane);
   typename Q::Scales scales[2];
 #pragma unroll
-  for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, 0, lane / 4 + 8 * i);
+  for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, lane / 4 + 8 * i);
 #pragma unroll 1
   for (int half = 0; half < 2; half++) {
 #pragma unroll UNROLL
@@ -93,7 +89,7 @@ __device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* colum
   }
   // Read once more, since keeping them would take registers.
 #pragma unroll
-  for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, 0, lane / 4 + 8 * i);
+  for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, lane / 4 + 8 * i);
   MmaD one[1] = {sums};
   finish_segment<Q, 1>(scales, [&](int) { return block_sums; }, one);
   sums = one[0];
@@ -116,10 +112,13 @@ struct Prepared {
   __device__ __forceinline__ f16* row(int i) const { return reinterpret_cast<f16*>(halves + i * pitch); }
 };
 
+__device__ __forceinline__ int exponent_of(const Prepared& of, int row) {
+  return row_exponent(__uint_as_float(of.tops[row]));
+}
+
 // Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier. The floats are
-// read several times, after the first from the first-level cache. Barriers are what it waits for most, so the largest
-// magnitude is found together with the sum of squares: an RMS norm's scale multiplies every element last, and rounding keeps
-// their order.
+// read several times, after the first from the first-level cache. An RMS norm's scale becomes part of the row's, so the
+// largest magnitude is found together with the sum of squares, with one barrier less.
 __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in,
                                              const Prepared& to) {
   int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256;
@@ -162,13 +161,13 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
       int row = row_of(job), start = (job - row * n_segments) * SEGMENT;
       EightColumns values = next;
       if (n_jobs > n_warps) next = columns(job + n_warps < n_jobs ? job + n_warps : warp);
-      Moments of{0.0f, 1.0f};
-      if (x.norm_bias) of.mean = sum_of_parts(to.parts + 64 + row * 8) / n;
-      if (x.norm && (step == HALVES || x.norm_bias)) of.scale = 1.0f / sqrtf(sum_of_parts(to.parts + row * 8) / n + eps);
+      Moments of{};  // for a layer norm; an RMS norm's scale is part of the row's
+      if (x.norm_bias) of = {sum_of_parts(to.parts + 64 + row * 8) / n, rms_scale(to.parts + row * 8, n, eps)};
       if (x.norm && in_row(start, n_in)) {
         EightColumns weight = columns_of_row(to.norm, start, n_in);
 #pragma unroll
-        for (int i = 0; i < 8; i++) values.x[i] = normed(values.x[i], of, weight.x[i]);
+        for (int i = 0; i < 8; i++)
+          values.x[i] = x.norm_bias ? normed(values.x[i], of, weight.x[i]) : __fmul_rn(values.x[i], weight.x[i]);
         if (x.norm_bias) {
           EightColumns bias = columns_of_row(x.norm_bias, start, n_in);
 #pragma unroll
@@ -179,19 +178,22 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
         unsigned top = __reduce_max_sync(ALL_LANES, top_of(values));
         if (threadIdx.x % 32 == 0) atomicMax(to.tops + row, top);
       } else {
-        float top = __uint_as_float(to.tops[row]);  // of an RMS norm: without its scale
-        int e = row_exponent(x.norm && !x.norm_bias ? top * of.scale : top);
-        blocks_as_halves(values, e, start, to.row(row), to.sums + row * n_segments * SEGMENT);
-        if (start == 0 && threadIdx.x % 32 == 0) to.scale[row] = power_of_two(e);
+        blocks_as_halves(values, exponent_of(to, row), start, to.row(row), to.sums + row * n_segments * SEGMENT);
       }
     }
     __syncthreads();
   }
+  // The last warp has the fewest items. Read after the next barrier.
+  int row = threadIdx.x - (n_warps - 1) * 32;
+  if (row >= 0 && row < n_rows) {
+    float scale = power_of_two(exponent_of(to, row));
+    to.scale[row] = x.norm && !x.norm_bias ? __fmul_rn(scale, rms_scale(to.parts + row * 8, n, eps)) : scale;
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
-    few_rows(Matrix a, Matrix b, Matrix c, Activations x, Groups groups, const float* a_bias, const float* b_bias,
-             const float* c_bias, const float* residual, float* y, int a_type, int b_type, int c_type, int a_bytes,
+    few_rows(const unsigned char* a, const unsigned char* b, const unsigned char* c, Activations x, Groups groups,
+             const float* a_bias, const float* b_bias, const float* c_bias, const float* residual, float* y, int a_type, int b_type, int c_type, int a_bytes,
              int b_bytes, int c_bytes, int second, int third, int activation, int n_out, int n_in, int n_rows, int shift,
              int chunk, int stage_bytes, float eps) {
   DYNAMIC_SHARED(uint8_t, memory);
@@ -233,10 +235,8 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
   auto request = [&](int stage) {
     if (next.tile < my_tiles) {
       int tile = tile_of(next), matrix = matrix_of(tile, next.part);
-      Planes planes{one_of(matrix, a.low, b.low, c.low), one_of(matrix, a.high, b.high, c.high),
-                    one_of(matrix, a.scales, b.scales, c.scales), one_of(matrix, a.d, b.d, c.d), n_blocks, n_segments};
-      request_item(ring + stage * stage_bytes, planes, one_of(matrix, a_bytes, b_bytes, c_bytes),
-                   first_tile + within(tile), segment_of(next));
+      request_item(ring + stage * stage_bytes, Tiles{one_of(matrix, a, b, c), n_blocks},
+                   one_of(matrix, a_bytes, b_bytes, c_bytes), first_tile + within(tile), segment_of(next));
     }
     end_of_copies();
     advance(next);
@@ -319,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
       __syncwarp(ALL_LANES);
       MmaD sums = {};
       for_type(one_of(matrix, a_type, b_type, c_type), [&](auto q) {
-        item_sums<decltype(q)>(ring + stage * stage_bytes, columns + segment * SEGMENT * 32,
+        item_sums<decltype(q)>(ring + stage * stage_bytes, min(n_blocks - segment * SEGMENT, SEGMENT), columns + segment * SEGMENT * 32,
                                sums_of_blocks + segment * SEGMENT, sums);
       });
       __syncwarp(ALL_LANES);

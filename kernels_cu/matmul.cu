@@ -3,7 +3,7 @@
 //
 // Array code: refengine.ops.linear.linear and linear_experts. Activations come from `quantize_rows_f16` (quantize_rows.cu):
 // halves in the order of layout.activation_order, each row multiplied by a power of two 1 / x_scale[t]; x_sums[t, b] is
-// 1/32 of the sum of block b's 32 halves, as two halves whose sum it is. Weights are planes as in layout.py. y (n_rows,
+// 1/32 of the sum of block b's 32 halves, as two halves whose sum it is. Weights are as in layout.py. y (n_rows,
 // n_out) float32; bias (n_out,) and residual (n_rows, n_out) float32 or null.
 //
 // Order of additions, the same for every n_rows, every grouping of rows, and the kernels of few_rows.cu:
@@ -27,9 +27,9 @@
 
 #define ROWS64(name, Q)                                                                                            \
   extern "C" __global__ void __launch_bounds__(128, 1)                                                             \
-      name(Matrix w, Activations x, Groups groups, const float* bias, const float* residual, float* y, int n_out,  \
+      name(const unsigned char* w, Activations x, Groups groups, const float* bias, const float* residual, float* y, int n_out,  \
            int n_in, int n_rows) {                                                                                 \
-    rows64<Q>(planes_of(w, n_in), x, groups, n_rows, bias, residual, y, n_out, n_in);                              \
+    rows64<Q>(Tiles{w, n_in / 32}, x, groups, n_rows, bias, residual, y, n_out, n_in);                              \
   }
 ROWS64(rows64_q4_0, Q4_0)
 ROWS64(rows64_q4_1, Q4_1)

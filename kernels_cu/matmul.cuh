@@ -139,7 +139,7 @@ __device__ __forceinline__ void store(const Activations& x, const Rows& rows, in
 
 // Multiplies one tile per warp with up to 64 rows, segment after segment.
 template <class Q>
-__device__ __forceinline__ void rows64(const Planes& w, const Activations& x, const Groups& groups, int n_rows,
+__device__ __forceinline__ void rows64(const Tiles& w, const Activations& x, const Groups& groups, int n_rows,
                                        const float* bias, const float* residual, float* y, int n_out,
                                        int n_in) {
   Rows rows = rows_of(groups, n_rows, 64);
@@ -151,11 +151,11 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
 #pragma unroll
   for (int n = 0; n < 8; n++) row[n] = rows.of_x(min(8 * n + r, rows.count - 1));
   MmaD total[8] = {};
-  for (int segment = 0; segment < w.n_segments; segment++) {
+  for (int segment = 0; segment < w.n_segments(); segment++) {
     int start = segment * SEGMENT, end = min(SEGMENT, w.n_blocks - start);
-    typename Q::Scales scales[2] = {Q::template scales<InGlobal>(w, tile * w.n_segments + segment, r),
-                                    Q::template scales<InGlobal>(w, tile * w.n_segments + segment, r + 8)};
-    Lanes at = lane_of<Q>(w, tile * w.n_blocks + start, lane);
+    Planes planes = planes_of<Q>(w, tile, segment);
+    typename Q::Scales scales[2] = {Q::template scales<InGlobal>(planes, r), Q::template scales<InGlobal>(planes, r + 8)};
+    Lanes at = lane_of<Q>(planes, 0, lane);
     MmaD sums[8] = {};
 #pragma unroll 1
     for (int j = 0; j < end; j++) {

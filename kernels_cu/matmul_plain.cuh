@@ -1,4 +1,4 @@
-// The computation of matmul.cu, gate_up.cu and qkv.cu for one output and one row, as a plain loop. Read this file first.
+// The computation of matmul.cu and few_rows.cu for one output and one row, as a plain loop. Read this file first.
 //
 // The kernels add the same numbers in the same order, but divide the work among lanes, warps and blocks. No kernel
 // includes this file: tests/kernels/test_matmul.py compares its bits with theirs in the build for the CPU, where an mma
@@ -6,12 +6,13 @@
 
 // The sum over all columns, before the row's scale, the bias and the residual. x: see Activations.
 template <class Q>
-__device__ float plain_sum(const Planes& w, const Activations& x, int row, int out) {
+__device__ float plain_sum(const Tiles& w, const Activations& x, int row, int out) {
   int tile = out / 16, of_tile = out % 16, r = of_tile % 8, lower = of_tile / 8;
   float total = 0.0f;
-  for (int segment = 0; segment < w.n_segments; segment++) {
+  for (int segment = 0; segment < w.n_segments(); segment++) {
     int first = segment * SEGMENT, count = min(SEGMENT, w.n_blocks - first);
-    typename Q::Scales scale = Q::template scales<InGlobal>(w, static_cast<long long>(tile) * w.n_segments + segment, of_tile);
+    Planes planes = planes_of<Q>(w, tile, segment);
+    typename Q::Scales scale = Q::template scales<InGlobal>(planes, of_tile);
     typename Q::Scales scales[2] = {scale, scale};
     float sum = 0.0f;  // the sum of the segment
     for (int j = 0; j < count; j++) {
@@ -21,8 +22,7 @@ __device__ float plain_sum(const Planes& w, const Activations& x, int row, int o
         double exact = Q::SCALED ? sum : products;  // an mma rounds once here; on a GPU slightly differently
         for (int k = 0; k < 16; k++) {
           int c = k % 8 / 2, i = k % 2, second = k / 8;  // column 16 half + 4c + 2 second + i of the block
-          typename Q::Words words =
-              Q::template load<InGlobal>(lane_of<Q>(w, static_cast<long long>(tile) * w.n_blocks + first + j, 4 * r + c), 0);
+          typename Q::Words words = Q::template load<InGlobal>(lane_of<Q>(planes, j, 4 * r + c), 0);
           MmaA a[2];
           if constexpr (Q::SCALED)
             Q::scaled_operands(words, scales, j, a);

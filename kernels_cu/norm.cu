@@ -1,9 +1,10 @@
 // Normalisation over rows. Array code: refengine.ops.norm.rms_norm and layer_norm.
 //
-//   rms_norm_f32    y = x · weight · 1/√(mean(x²) + eps)
-//   layer_norm_f32  y = (x - mean) · weight · 1/√(mean((x - mean)²) + eps) + bias
-//   rms_norm_f16, layer_norm_f16  the same, then quantize_rows_f16 (quantize_rows.cu), for rows that products read; the
-//                   same bits as the two kernels one after another
+//   rms_norm_f32    y = x · 1/√(mean(x²) + eps) · weight
+//   layer_norm_f32  y = (x - mean) · 1/√(mean((x - mean)²) + eps) · weight + bias
+//   rms_norm_f16    the same and, for products, the rows as halves: quantize_rows_f16 (quantize_rows.cu) of x · weight, whose
+//                   scale is multiplied with 1/√(mean(x²) + eps), so that few_rows.cu can begin before that is known
+//   layer_norm_f16  the same, then quantize_rows_f16, with the bits of the two kernels one after another
 //
 // x, y (n_rows, n) float32; weight, bias (n,) float32. Grid: x rows; block: 256 threads, one row.
 // In the kernels *_f16, y may be null; out, scale and sums are as in quantize_rows.cu, or out is null. Dynamic shared
@@ -39,11 +40,11 @@ __device__ __forceinline__ void norm_f16(const float* x, const float* weight, co
   for (int i = threadIdx.x; i < n; i += NORM_THREADS) {
     float value = normed(row[i], of, weight, bias, i);
     if (y) y[static_cast<long long>(blockIdx.x) * n + i] = value;
-    row[i] = value;
+    row[i] = bias ? value : row[i] * weight[i];
   }
   if (!out) return;
   __syncthreads();
-  row_as_halves(row, blockIdx.x, out, scale, sums, n, tops);
+  row_as_halves(row, blockIdx.x, out, scale, sums, n, tops, bias ? 1.0f : of.scale);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

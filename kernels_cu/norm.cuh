@@ -25,13 +25,17 @@ __device__ __forceinline__ float sum_of_parts(const float* parts) {
   return total;
 }
 
-// Element x[i] becomes (x[i] - mean) · weight[i] · scale + bias[i]. An RMS norm has neither mean nor bias. The scale comes last,
-// so that the largest magnitude without it gives the largest with it: rounding keeps the order.
+// Element x[i] becomes (x[i] - mean) · scale · weight[i] + bias[i]. An RMS norm has neither mean nor bias; its halves are those of
+// x[i] · weight[i], and its scale becomes part of the row's.
 struct Moments {
   float mean, scale;
 };
 __device__ __forceinline__ float normed(float x, const Moments& of, float weight) {
-  return (x - of.mean) * weight * of.scale;
+  return (x - of.mean) * of.scale * weight;
+}
+
+__device__ __forceinline__ float rms_scale(const float* parts, float n, float eps) {
+  return 1.0f / sqrtf(sum_of_parts(parts) / n + eps);
 }
 
 // The sum over a row by a block of 256 threads. scratch (8,) may be reused after the next barrier.

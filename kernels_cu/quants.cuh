@@ -6,7 +6,7 @@
 //                                            codes; LOW and HIGH are its bytes in the planes of these names; M is where
 //                                            the weights are, InGlobal or InShared
 //   operands(words, a)                       the same as halves, the operands of two mma
-//   Scales scales<M>(planes, segment, row)   the scales of 256 columns of a row, not yet unpacked, because that would wait
+//   Scales scales<M>(planes, row)            the scales of 256 columns of a row, not yet unpacked, because that would wait
 //                                            for the load; SCALE_BYTES and D_BYTES are their bytes in the planes `scales`
 //                                            and `d`; a weight of block j is, with ggml's rounding,
 //     scale(scales, j, half) · code - minimum(scales, j)           half: columns 0-15 or 16-31, if SPLIT
@@ -21,7 +21,7 @@
 //   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums' small integers of blocks c and c + 4, twice each
 //   minimum_whole(scales)                    the factor of their products with the block sums
 //
-// segment = tile * n_segments + segment of 256; row is 0 to 15.
+// The planes are those of a segment of a tile; row is 0 to 15.
 
 constexpr int SEGMENT = 8;  // blocks of 32 columns
 
@@ -35,13 +35,32 @@ struct InShared {
   static __device__ __forceinline__ T load(const void* address) { return *static_cast<const T*>(address); }
 };
 
+// The planes of a segment of a tile.
 struct Planes {
   const uint8_t *low, *high, *scales, *d;
-  int n_blocks, n_segments;
 };
 
-__device__ __forceinline__ Planes planes_of(const Matrix& w, int n_in) {
-  return Planes{w.low, w.high, w.scales, w.d, n_in / 32, (n_in / 32 + SEGMENT - 1) / SEGMENT};
+// A matrix in the device's layout (refengine/cuda/layout.py), with rows of n_blocks blocks of 32 columns.
+struct Tiles {
+  const uint8_t* data;
+  int n_blocks;
+  __device__ __forceinline__ int n_segments() const { return (n_blocks + SEGMENT - 1) / SEGMENT; }
+};
+
+// The planes of a segment with n_blocks blocks that begins at `data`.
+template <class Q>
+__device__ __forceinline__ Planes planes_at(const uint8_t* data, int n_blocks) {
+  const uint8_t *high = data + n_blocks * 32 * Q::LOW, *scales = high + n_blocks * 32 * Q::HIGH;
+  return {data, high, scales, scales + 16 * Q::SCALE_BYTES};
+}
+
+// The planes of a segment of a tile.
+template <class Q>
+__device__ __forceinline__ Planes planes_of(const Tiles& w, long long tile, int segment) {
+  constexpr int OF_BLOCK = 32 * (Q::LOW + Q::HIGH), OF_SCALES = 16 * (Q::SCALE_BYTES + Q::D_BYTES);
+  long long of_tile = w.n_blocks * OF_BLOCK + w.n_segments() * OF_SCALES;
+  const uint8_t* data = w.data + tile * of_tile + segment * (SEGMENT * OF_BLOCK + OF_SCALES);
+  return planes_at<Q>(data, min(SEGMENT, w.n_blocks - segment * SEGMENT));
 }
 
 // Codes as halves, without conversion instructions: the code is put into the fraction of 1024, where the last bit counts
@@ -69,13 +88,13 @@ __device__ __forceinline__ Integers integers_times(f16x2 s) {
 // One half of a pair, twice.
 __device__ __forceinline__ f16x2 twice(f16x2 pair, int half) { return __byte_perm(pair, 0, half ? 0x3232 : 0x1010); }
 
-// The address of a lane's part of a tile. place = tile * n_blocks + block of 32 columns.
+// The address of a lane's part of a tile of 32 columns.
 struct Lanes {
   const uint8_t *low, *high;
 };
 template <class Q>
-__device__ __forceinline__ Lanes lane_of(const Planes& w, long long place, int lane) {
-  return {w.low + (place * 32 + lane) * Q::LOW, w.high + (place * 32 + lane) * Q::HIGH};
+__device__ __forceinline__ Lanes lane_of(const Planes& w, int block, int lane) {
+  return {w.low + (block * 32 + lane) * Q::LOW, w.high + (block * 32 + lane) * Q::HIGH};
 }
 
 // A lane's part of a tile in nibbles: a word of row r and one of row r + 8.
@@ -84,8 +103,8 @@ __device__ __forceinline__ uint2 nibble_words(const Lanes& at, int j) { return M
 
 // Four words of scales per row and segment.
 template <class M>
-__device__ __forceinline__ uint4 scale_words(const Planes& w, long long segment, int row) {
-  return M::template load<uint4>(w.scales + (segment * 16 + row) * 16);
+__device__ __forceinline__ uint4 scale_words(const Planes& w, int row) {
+  return M::template load<uint4>(w.scales + row * 16);
 }
 
 // The i-th pair of columns of rows r and r + 8 goes to a[i / 2].x[2 * (i % 2)] and the element after it.
@@ -142,8 +161,8 @@ struct EightD {
   static constexpr int SCALE_BYTES = 16, D_BYTES = 0;
   using Scales = uint4;
   template <class M>
-  static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return M::template load<uint4>(w.scales + (segment * 16 + row) * 16);
+  static __device__ __forceinline__ Scales scales(const Planes& w, int row) {
+    return M::template load<uint4>(w.scales + row * 16);
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return half_of(s, j); }
   static __device__ __forceinline__ float factor(const Scales& s, int j, int) { return half_of(s, j); }
@@ -159,8 +178,8 @@ struct EightDM {
     uint4 d, m;
   };
   template <class M>
-  static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    const uint8_t* words = w.scales + (segment * 16 + row) * 32;
+  static __device__ __forceinline__ Scales scales(const Planes& w, int row) {
+    const uint8_t* words = w.scales + row * 32;
     return {M::template load<uint4>(words), M::template load<uint4>(words + 16)};
   }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return half_of(s.d, j); }
@@ -184,8 +203,8 @@ struct SixBits : Codes {
     uint32_t d;
   };
   template <class M>
-  static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return {scale_words<M>(w, segment, row), M::template load<uint32_t>(w.d + (segment * 16 + row) * 4)};
+  static __device__ __forceinline__ Scales scales(const Planes& w, int row) {
+    return {scale_words<M>(w, row), M::template load<uint32_t>(w.d + row * 4)};
   }
   // A byte below 64 as a half, twice, by putting it into the fraction of 1024.
   static __device__ __forceinline__ f16x2 of_byte(uint32_t word, int i) {
@@ -266,8 +285,8 @@ struct Q6_K {
     f16 d;
   };
   template <class M>
-  static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return {scale_words<M>(w, segment, row), M::template load<f16>(w.d + (segment * 16 + row) * 2)};
+  static __device__ __forceinline__ Scales scales(const Planes& w, int row) {
+    return {scale_words<M>(w, row), M::template load<f16>(w.d + row * 2)};
   }
   // A byte in the fraction of 2^23 counts ones: exact, and without the conversion instruction, which is slow.
   static __device__ __forceinline__ float factor(const Scales& s, int j, int half) {
@@ -306,8 +325,8 @@ struct MXFP4 {
   }
   using Scales = uint2;
   template <class M>
-  static __device__ __forceinline__ Scales scales(const Planes& w, long long segment, int row) {
-    return M::template load<uint2>(w.scales + (segment * 16 + row) * 8);
+  static __device__ __forceinline__ Scales scales(const Planes& w, int row) {
+    return M::template load<uint2>(w.scales + row * 8);
   }
   static __device__ __forceinline__ float factor(const Scales& s, int j, int) {
     uint32_t word = (j < 4 ? s.x : s.y) + 0x0e0e0e0eu;  // times 2^14: none of the bytes reaches 255
@@ -338,7 +357,7 @@ struct F16 {
   }
   struct Scales {};
   template <class M>
-  static __device__ __forceinline__ Scales scales(const Planes&, long long, int) { return {}; }
+  static __device__ __forceinline__ Scales scales(const Planes&, int) { return {}; }
   static __device__ __forceinline__ void scaled_operands(const Words& words, const Scales (&)[2], int, MmaA (&a)[2]) {
     operands(words, a);
   }

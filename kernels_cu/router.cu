@@ -56,7 +56,7 @@ __device__ __forceinline__ bool last_to_score(Routing& space, unsigned char* sha
   if (norm) {
     float scale = moments(row, false, n_in, eps, space.scratch).scale;
     __syncthreads();
-    for (int i = threadIdx.x; i < n_in; i += THREADS) row[i] = row[i] * factors[i] * scale;
+    for (int i = threadIdx.x; i < n_in; i += THREADS) row[i] = row[i] * scale * factors[i];
     __syncthreads();
   }
   if (warp < own) {

@@ -58,8 +58,7 @@ def repeated_matrix(xp: Any, kind: str, n_out: int, n_in: int) -> PackedMatrix:
     n_bytes = 64 * n_in // fmt.block_size * fmt.block_bytes
     raw = np.random.default_rng(0).integers(0, 60, n_bytes, dtype=np.uint8)
     small = pack(np, Matrix("bench", fmt.type, (64, n_in), raw))
-    planes = {name: xp.tile(xp.asarray(plane), n_out // 64) for name, plane in small.planes.items()}
-    return PackedMatrix("bench", fmt.type, (n_out, n_in), planes)
+    return PackedMatrix("bench", fmt.type, (n_out, n_in), xp.tile(xp.asarray(small.data), n_out // 64))
 
 
 def seconds(xp: Any, run: Any, n: int, stream: Any = None, each: int = 1) -> list[float]:
@@ -114,7 +113,7 @@ def bench(xp: Any, kernels: Kernels, kind: str, n_out: int, n_in: int, n_rows: i
     n_copies = max(1, -(-COLD_BYTES // one.n_bytes)) if n_rows <= 64 else 2
     copies = [one]
     for _ in range(n_copies - 1):
-        copies.append(replace(one, planes={name: plane.copy() for name, plane in one.planes.items()}))
+        copies.append(replace(one, data=one.data.copy()))
     x = (xp.random.standard_normal((n_rows, padded(n_in))) * 1000).astype(xp.float16)
     x[:, n_in:] = 0
     sums, scale = xp.zeros((n_rows, padded(n_in) // 32), xp.uint32), xp.ones(n_rows, xp.float32)

@@ -28,7 +28,7 @@ import numpy as np
 from refengine.array import Array
 from refengine.cache.paged import CacheSequence
 from refengine.cuda.decode.prompt import PromptPass
-from refengine.cuda.layout import PackedMatrix, plane_bytes
+from refengine.cuda.layout import PackedMatrix, packed_bytes
 from refengine.cuda.memory import DeviceMemory
 from refengine.cuda.ops import KernelOps
 from refengine.cuda.runtime import driver
@@ -111,8 +111,7 @@ class Nowhere:
         return vector
 
     def matrix(self, w: Matrix, done: Any = None) -> PackedMatrix:
-        planes = {name: self._xp.empty((n,), np.uint8) for name, n in plane_bytes(w.type, w.shape).items()}
-        return PackedMatrix(w.name, w.type, tuple(w.shape), planes)
+        return PackedMatrix(w.name, w.type, tuple(w.shape), self._xp.empty((packed_bytes(w.type, w.shape),), np.uint8))
 
 
 def loaded(path: Path) -> Model:

@@ -2,9 +2,10 @@
 
 A matrix (n_out, n_in) is divided into tiles of 16 rows by 32 columns, which one warp multiplies in two
 `mma.sync.m16n8k16`. Lane 4·r + c has columns 4c … 4c + 3 and 16 + 4c … 16 + 4c + 3 of rows r and r + 8 of a tile: four
-for each mma. Activations have the same order (`activation_order`), so a lane's activations are 16 adjacent bytes. Each
-part of a block (low bits, high bits, scales) has its own plane, tile after tile along a row of tiles, so that a warp's
-loads are contiguous:
+for each mma. Activations have the same order (`activation_order`), so a lane's activations are 16 adjacent bytes. Eight
+tiles side by side, 256 columns, are a segment, which is contiguous in memory, so that a warp copies it at once; the
+segments of the same 16 rows follow one another, the last one with fewer tiles if the row ends in it. In a segment, each
+part of a block (low bits, high bits, scales) has its own plane, tile after tile, so that a warp's loads are contiguous:
 
     low   4-bit types: a word of 8 nibbles per row; the even columns in nibbles 0…3, the odd ones in 4…7
           MXFP4: columns 0…3 in bits 7 and 3-1 of one byte each, columns 4…7 in bits 0 and 6-4 of these bytes
@@ -17,7 +18,7 @@ loads are contiguous:
             Q6_K: the sixteen scales of one byte
     d       Q4_K, Q5_K: d and dmin, Q6_K: d, for 256 columns, 16 rows together
 
-Rows are padded with zeros to whole tiles, and their scales to whole 256 columns. F32 and BF16 matrices are unchanged,
+Rows are padded with zeros to whole tiles, and the scales to whole segments. F32 and BF16 matrices are unchanged,
 because their products do not use tensor cores.
 `pack` is array code and runs on the device that has the weights.
 """
@@ -33,7 +34,6 @@ from gguf import GGMLQuantizationType
 
 from refengine import quants
 from refengine.array import Array
-from refengine.cuda.runtime.source import Struct
 from refengine.errors import ModelError
 
 Type = GGMLQuantizationType
@@ -56,25 +56,20 @@ PACKING_BYTES = {
     **dict.fromkeys((Type.Q4_0, Type.Q4_1, Type.Q4_K), 5),
     **dict.fromkeys((Type.Q5_0, Type.Q5_1, Type.Q5_K), 9),
     Type.Q6_K: 13,
-    Type.Q8_0: 1,
+    Type.Q8_0: 2,
     Type.MXFP4: 3,
-    Type.F16: 2,
+    Type.F16: 4,
 }
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix on the device. shape: (n_out, n_in) or (n_expert, n_out, n_in). planes: name → bytes, u8."""
+    """A matrix on the device. shape: (n_out, n_in) or (n_expert, n_out, n_in). data: its bytes, u8."""
 
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
-    planes: dict[str, Array]
-
-    @cached_property
-    def struct(self) -> Struct:
-        """The struct `Matrix` of arguments.cuh: the planes as kernel arguments, null for those the type lacks."""
-        return Struct(*(self.planes.get(name) for name in ("low", "high", "scales", "d")))
+    data: Array
 
     @property
     def is_float(self) -> bool:
@@ -84,11 +79,11 @@ class PackedMatrix:
     @cached_property
     def float_rows(self) -> Array:
         """The rows of an F32 or BF16 matrix as an argument of its kernels."""
-        return self.planes["low"].view(np.float32 if self.type == Type.F32 else np.uint16)
+        return self.data.view(np.float32 if self.type == Type.F32 else np.uint16)
 
     @property
     def n_bytes(self) -> int:
-        return sum(int(plane.nbytes) for plane in self.planes.values())
+        return int(self.data.nbytes)
 
 
 def rows_of(w: PackedMatrix, start: int, stop: int) -> PackedMatrix:
@@ -99,43 +94,38 @@ def rows_of(w: PackedMatrix, start: int, stop: int) -> PackedMatrix:
     n_out, n_in = w.shape
     if not w.is_float and (start % TILE_ROWS or stop % TILE_ROWS):
         raise ModelError(f"{w.name}: outputs {start} to {stop} do not begin and end with a tile of {TILE_ROWS}")
-    n = n_out if w.is_float else -(-n_out // TILE_ROWS) * TILE_ROWS  # rows that the planes have
-    planes = {name: plane[len(plane) * start // n : len(plane) * stop // n] for name, plane in w.planes.items()}
-    return PackedMatrix(w.name, w.type, (stop - start, n_in), planes)
+    n = n_out if w.is_float else -(-n_out // TILE_ROWS) * TILE_ROWS  # rows that the data have
+    data = w.data[len(w.data) * start // n : len(w.data) * stop // n]
+    return PackedMatrix(w.name, w.type, (stop - start, n_in), data)
 
 
-def plane_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> dict[str, int]:
-    """The bytes of each plane of a matrix (n_out, n_in) or (n_expert, n_out, n_in), by name."""
+def packed_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
+    """The bytes of a matrix (n_out, n_in) or (n_expert, n_out, n_in)."""
     n_expert, (n_out, n_in) = int(np.prod(shape[:-2], dtype=np.int64)), shape[-2:]
     if kind in _UNTILED:
         fmt = quants.SUPPORTED[kind]
-        return {"low": n_expert * n_out * n_in // fmt.block_size * fmt.block_bytes}
-    tiles = n_expert * -(-n_out // TILE_ROWS)
-    blocks, segments = n_in // TILE_COLUMNS, -(-n_in // (TILE_COLUMNS * SEGMENT))
-    sizes = {"low": tiles * blocks * TILE_ROWS * TILE_COLUMNS * _LOW_BITS.get(kind, 4) // 8}
-    if kind in _HIGH_BITS:
-        sizes["high"] = tiles * blocks * TILE_ROWS * TILE_COLUMNS * _HIGH_BITS[kind] // 8
-    if kind in _SCALE_BYTES:
-        sizes["scales"] = tiles * segments * TILE_ROWS * _SCALE_BYTES[kind]
-    if kind in _D_BYTES:
-        sizes["d"] = tiles * segments * TILE_ROWS * _D_BYTES[kind]
-    return sizes
+        return n_expert * n_out * n_in // fmt.block_size * fmt.block_bytes
+    return n_expert * -(-n_out // TILE_ROWS) * _tile_row_bytes(kind, n_in)
 
 
-def lane_bytes(kind: GGMLQuantizationType) -> tuple[int, int, int, int]:
-    """LOW, HIGH, SCALE_BYTES and D_BYTES of a tiled type's struct in quants.cuh.
-
-    The bytes of the planes `low` and `high` for a lane and a tile, and of `scales` and `d` for a row and a segment.
-    """
-    of_bit = TILE_ROWS * TILE_COLUMNS // 8 // 32
-    low, high = _LOW_BITS.get(kind, 4) * of_bit, _HIGH_BITS.get(kind, 0) * of_bit
-    return low, high, _SCALE_BYTES.get(kind, 0), _D_BYTES.get(kind, 0)
+def tile_bytes(kind: GGMLQuantizationType) -> tuple[int, int]:
+    """The bytes of a tile's codes, and of the scales of a segment, of a tiled type."""
+    bits = _LOW_BITS.get(kind, 4) + _HIGH_BITS.get(kind, 0)
+    scales = _SCALE_BYTES.get(kind, 0) + _D_BYTES.get(kind, 0)
+    return TILE_ROWS * TILE_COLUMNS * bits // 8, TILE_ROWS * scales
 
 
 def segment_bytes(kind: GGMLQuantizationType) -> int:
-    """The bytes of 16 rows of 256 columns of a tiled type, with their scales."""
-    low, high, scales, d = lane_bytes(kind)
-    return 32 * SEGMENT * (low + high) + TILE_ROWS * (scales + d)
+    """The bytes of a whole segment of a tiled type: 16 rows of 256 columns, with their scales."""
+    codes, scales = tile_bytes(kind)
+    return SEGMENT * codes + scales
+
+
+def _tile_row_bytes(kind: GGMLQuantizationType, n_in: int) -> int:
+    """The bytes of 16 rows."""
+    codes, scales = tile_bytes(kind)
+    n_blocks = n_in // TILE_COLUMNS
+    return n_blocks * codes + -(-n_blocks // SEGMENT) * scales
 
 
 def pack(xp: Any, w: Any) -> PackedMatrix:
@@ -145,7 +135,7 @@ def pack(xp: Any, w: Any) -> PackedMatrix:
     """
     n_in = w.shape[-1]
     if w.type in _UNTILED:
-        return PackedMatrix(w.name, w.type, tuple(w.shape), {"low": w.data})
+        return PackedMatrix(w.name, w.type, tuple(w.shape), w.data)
     if n_in % TILE_COLUMNS:
         raise ModelError(f"{w.name}: rows of {n_in} are not a multiple of {TILE_COLUMNS}, which the kernels need")
     n_expert = int(np.prod(w.shape[:-2], dtype=np.int64))
@@ -161,22 +151,38 @@ def pack(xp: Any, w: Any) -> PackedMatrix:
         fields[name] = tiles[..., offset : offset + sub.itemsize]
     if "e" in fields and int(fields["e"].max()) > _LARGEST_E:
         raise ModelError(f"{w.name}: a scale of 2^{int(fields['e'].max()) - 127}; the kernels allow less than 2^114")
-    return PackedMatrix(w.name, w.type, tuple(w.shape), _codes(xp, w.type, tiles, fields) | _scales(xp, w.type, fields))
+    codes, scales = _codes(xp, w.type, tiles, fields), _scales(xp, w.type, fields)
+    return PackedMatrix(w.name, w.type, tuple(w.shape), _in_segments(xp, codes, scales, len(tiles), n_in // TILE_COLUMNS))
 
 
-def _scales(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> dict[str, Array]:
+def _in_segments(xp: Any, codes: list[Array], scales: list[Array], n_tiles: int, n_blocks: int) -> Array:
+    """Planes of a whole matrix, tile after tile or segment after segment → its data. n_tiles: rows of tiles."""
+    by_tile = [plane.reshape(n_tiles, n_blocks, -1) for plane in codes]
+    by_segment = [plane.reshape(n_tiles, -(-n_blocks // SEGMENT), -1) for plane in scales]
+    whole = n_blocks // SEGMENT  # segments
+    parts = []
+    for first, last in ((0, whole), (whole, -(-n_blocks // SEGMENT))):
+        if first < last:
+            blocks = slice(first * SEGMENT, last * SEGMENT)
+            planes = [plane[:, blocks].reshape(n_tiles, last - first, -1) for plane in by_tile]
+            planes += [plane[:, first:last] for plane in by_segment]
+            parts.append(xp.concatenate(planes, axis=2).reshape(n_tiles, -1))
+    return (parts[0] if len(parts) == 1 else xp.concatenate(parts, axis=1)).reshape(-1)
+
+
+def _scales(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> list[Array]:
     """The plane `scales` and, for Q4_K, Q5_K and Q6_K, `d`."""
     if kind == Type.F16:
-        return {}
+        return []
     if kind == Type.Q6_K:
-        return {name: _rows_together(xp, fields[name]) for name in ("scales", "d")}
+        return [_rows_together(xp, fields[name]) for name in ("scales", "d")]
     if kind in (Type.Q4_K, Type.Q5_K):
         both = xp.concatenate([fields["d"], fields["dmin"]], axis=-1)
         scales = xp.concatenate(quants.six_bit_scales(xp, fields["scales"].reshape(-1, 12)), axis=-1)
         scales = scales.reshape(*both.shape[:-1], 16)
-        return {"scales": _rows_together(xp, scales), "d": _rows_together(xp, both)}
+        return [_rows_together(xp, scales), _rows_together(xp, both)]
     together = [_segments(xp, fields[name]) for name in ("d", "m", "e") if name in fields]
-    return {"scales": _rows_together(xp, xp.concatenate(together, axis=-1))}
+    return [_rows_together(xp, xp.concatenate(together, axis=-1))]
 
 
 def _segments(xp: Any, field: Array) -> Array:
@@ -193,23 +199,23 @@ def _rows_together(xp: Any, field: Array) -> Array:
     return xp.ascontiguousarray(field.transpose(0, 2, 1, 3)).reshape(-1)
 
 
-def _codes(xp: Any, kind: GGMLQuantizationType, tiles: Array, fields: dict[str, Array]) -> dict[str, Array]:
+def _codes(xp: Any, kind: GGMLQuantizationType, tiles: Array, fields: dict[str, Array]) -> list[Array]:
     """The plane `low` and, if the type has it, `high`."""
     if kind == Type.F16:
-        return {"low": _in_lanes(xp, fields["x"], 2).reshape(-1)}
+        return [_in_lanes(xp, fields["x"], 2).reshape(-1)]
     if kind == Type.Q8_0:
-        return {"low": _in_lanes(xp, fields["qs"], 1).reshape(-1)}
+        return [_in_lanes(xp, fields["qs"], 1).reshape(-1)]
     natural = quants.codes(xp, tiles.reshape(-1, tiles.shape[-1]), kind).reshape(*tiles.shape[:2], -1)
     codes = _in_lanes(xp, natural, 1).reshape(len(tiles), -1, 32, 2, 8)  # (n_tiles, n_in / 32, lanes, rows, columns)
     if kind == Type.MXFP4:
         first, second = codes[..., :4], codes[..., 4:]  # sign, two bits of exponent, one of mantissa
         both = (first & 8) << 4 | (first & 7) << 1 | second >> 3 | (second & 7) << 4
-        return {"low": xp.ascontiguousarray(both.astype(xp.uint8)).reshape(-1)}
+        return [xp.ascontiguousarray(both.astype(xp.uint8)).reshape(-1)]
     ordered = codes[..., list(_NIBBLE_ORDER)]
     low = ordered & 15
-    planes = {"low": (low[..., 0::2] | (low[..., 1::2] << 4)).reshape(-1)}
+    planes = [(low[..., 0::2] | (low[..., 1::2] << 4)).reshape(-1)]
     if "qh" in fields:
-        planes["high"] = _high(xp, codes >> 4, kind == Type.Q6_K)
+        planes.append(_high(xp, codes >> 4, kind == Type.Q6_K))
     return planes
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refengine.array import Array
-from refengine.cuda.layout import TILE_ROWS, PackedMatrix, pack, plane_bytes
+from refengine.cuda.layout import TILE_ROWS, PackedMatrix, pack, packed_bytes
 from refengine.cuda.memory import ALIGNMENT, Arena, aligned
 from refengine.weights import CHUNK_BYTES, Matrix, read
 
@@ -21,8 +21,8 @@ SLAB_BYTES = 16 << 20  # how much of a matrix is reordered at a time
 
 def bytes_for(matrices: Iterable[tuple[Any, tuple[int, ...]]], vectors: Iterable[int]) -> int:
     """The bytes of an arena for matrices, given as (type, shape), and vectors, given by their bytes."""
-    planes = sum(aligned(n) for kind, shape in matrices for n in plane_bytes(kind, shape).values())
-    return planes + sum(aligned(n) for n in vectors)
+    packed = sum(aligned(packed_bytes(kind, shape)) for kind, shape in matrices)
+    return packed + sum(aligned(n) for n in vectors)
 
 
 def together(xp: Any, arrays: Sequence[np.ndarray]) -> list[Array]:
@@ -46,7 +46,7 @@ class Described:
         return values
 
     def matrix(self, w: Matrix, done: Callable[[int], None] = lambda n: None) -> PackedMatrix:
-        return PackedMatrix(w.name, w.type, tuple(w.shape), {"low": np.empty(0, np.uint8)})  # every type has this plane
+        return PackedMatrix(w.name, w.type, tuple(w.shape), np.empty(0, np.uint8))
 
 
 class Uploader:
@@ -63,9 +63,9 @@ class Uploader:
         return place
 
     def matrix(self, w: Matrix, done: Callable[[int], None] = lambda n: None) -> PackedMatrix:
-        """Copy a matrix, on the host or not yet read, to planes on the device. Raises the errors of `pack`."""
-        planes = {name: self._arena.take((n,), np.uint8) for name, n in plane_bytes(w.type, w.shape).items()}
-        filled = dict.fromkeys(planes, 0)
+        """Copy a matrix, on the host or not yet read, to the device. Raises the errors of `pack`."""
+        data = self._arena.take((packed_bytes(w.type, w.shape),), np.uint8)
+        filled = 0
         n_out = w.shape[-2]
         row_bytes = w.data.shape[0] // int(np.prod(w.shape[:-1]))
         step = max(1, SLAB_BYTES // (row_bytes * TILE_ROWS)) * TILE_ROWS
@@ -74,8 +74,7 @@ class Uploader:
                 stop = min(first + step, n_out)
                 raw = read(self._xp, w.rows(expert * n_out + first, expert * n_out + stop), self._chunk)
                 slab = pack(self._xp, Matrix(w.name, w.type, (stop - first, w.shape[-1]), raw))
-                for name, plane in slab.planes.items():
-                    planes[name][filled[name] : filled[name] + plane.nbytes] = plane
-                    filled[name] += plane.nbytes
+                data[filled : filled + slab.n_bytes] = slab.data
+                filled += slab.n_bytes
                 done(int(raw.nbytes))
-        return PackedMatrix(w.name, w.type, tuple(w.shape), planes)
+        return PackedMatrix(w.name, w.type, tuple(w.shape), data)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from refengine.cuda.kernels.few_rows import NO_MATRIX, Activation, packed_bytes, shared_bytes, stage_bytes
+from refengine.cuda.kernels.few_rows import Activation, item_bytes, shared_bytes, stage_bytes
 from refengine.cuda.kernels.moe import NO_GROUPS
 from refengine.cuda.kernels.quantize_rows import padded
 from refengine.cuda.layout import pack
@@ -45,7 +45,7 @@ def product(
     n_out, n_in = w.shape
     n_rows = len(given[0])
     y = np.full((n_rows, n_out), np.nan, np.float32)
-    arguments = [pack(np, w).struct, activations_of(given), NO_GROUPS, bias, residual, y, n_out, n_in, n_rows]
+    arguments = [pack(np, w).data, activations_of(given), NO_GROUPS, bias, residual, y, n_out, n_in, n_rows]
     grid = (-(-n_out // (16 * warps)), -(-n_rows // 64))
     module.launch(f"rows64_{w.type.name.lower()}", grid, (32 * warps,), arguments)
     return y
@@ -76,10 +76,10 @@ def few_rows(
     shift = min(n_rows - 1, 7).bit_length()
     stage = stage_bytes(tuple(w.type for w in matrices))
     shared = shared_bytes(stage, n_in, warps, chunk, shift, gated, prepares=prepares, norm=prepares)
-    structs = [pack(np, w).struct for w in matrices] + [NO_MATRIX] * missing
+    structs = [pack(np, w).data for w in matrices] + [None] * missing
     arrays = [*structs, activations_of(given), NO_GROUPS, *biases, *[None] * missing, residual, y]
     types = [int(w.type) for w in matrices] + [0] * missing
-    in_planes = [packed_bytes(w.type) for w in matrices] + [0] * missing
+    in_planes = [item_bytes(w.type) for w in matrices] + [0] * missing
     sizes = [*types, *in_planes, *begins, int(activation), n_out, n_in, n_rows, shift, chunk, stage, np.float32(eps)]
     grid = (blocks or max(1, tiles - warps + 1), -(-n_rows // 8))  # some have several tiles
     module.launch("few_rows", grid, (32 * warps,), [*arrays, *sizes], shared)

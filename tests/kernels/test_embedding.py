@@ -26,7 +26,7 @@ def test_every_value_is_bit_exact(kind: str, shape: tuple[int, int], module: Ker
     ids = np.random.default_rng(1).permutation(n_out).astype(np.int32)
     out = np.full((n_out, n_in), np.nan, np.float32)
     grid = (n_out, -(-(n_in // 32) // 8))
-    module.launch(f"embedding_{kind.lower()}", grid, (32,), [packed.struct, ids, out, n_in])
+    module.launch(f"embedding_{kind.lower()}", grid, (32,), [packed.data, ids, out, n_in])
     assert isinstance(w.data, np.ndarray)
     expected = quants.dequantize(np, w.data, w.type, shape)[ids]
     np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))

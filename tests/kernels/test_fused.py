@@ -48,6 +48,7 @@ def test_a_norm_and_its_halves(n_embd: int, with_bias: bool, there: OpsThere) ->
     n, kernels = 5, there.ops.kernels
     x = random(n, n_embd) * np.array([1, 1e6, 1e-6, 0, 1], np.float32)[:, None]
     x[4, 3] = np.nan
+    x[:, 0] = powers = np.array([1, 2.0**20, 2.0**-20, 2.0**-40, 1], np.float32)
     weight, bias = random(n_embd, seed=2), random(n_embd, seed=3)
     rows = empty_rows(there, n, n_embd, floats=True, halves=True)
     floats_only = empty_rows(there, n, n_embd, floats=True, halves=False)
@@ -60,9 +61,13 @@ def test_a_norm_and_its_halves(n_embd: int, with_bias: bool, there: OpsThere) ->
         assert given.floats is not None
         np.testing.assert_array_equal(to_numpy(given.floats), expected)
     alone = empty_rows(there, n, n_embd, floats=False, halves=True)
-    quantize_rows(kernels, there.put(expected), alone)
-    for name in ("halves", "sums", "scale"):
+    quantize_rows(kernels, there.put(expected if with_bias else x * weight), alone)
+    for name in ("halves", "sums"):
         np.testing.assert_array_equal(to_numpy(getattr(rows, name)), to_numpy(getattr(alone, name)))
+    scale = to_numpy(alone.scale)
+    if not with_bias:  # The norm's scale, exact where it multiplies a power of two, is part of the rows'.
+        scale = scale * (there.rms_norm(x, np.ones_like(weight), EPS)[:, 0] / powers)
+    np.testing.assert_array_equal(to_numpy(rows.scale), scale)
 
 
 # Positions of sequences, the new one included: at the ends of tiles of 64, of two of them, and of splits of 512.

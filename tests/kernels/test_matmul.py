@@ -115,24 +115,22 @@ def test_rows_that_the_product_prepares_are_the_same(
         if n_rows > 2:
             x[1, 5], x[2, 7] = np.nan, np.inf
             x[0] = 0.0
-        before = x
+        rows = prepared(activations, x)
         if norm != "none":
-            before = np.empty_like(x)
             vectors = [weight, bias] if norm == "layer" else [weight]
-            Kernels("norm", place).launch(
-                f"{norm}_norm_f32", (n_rows,), (256,), [x, *vectors, before, n_in, np.float32(eps)]
-            )
-        expected = product(few, w, prepared(activations, before), None)
+            arguments = [x, *vectors, None, rows[0], rows[2], rows[1], n_in, np.float32(eps)]
+            Kernels("norm", place).launch(f"{norm}_norm_f16", (n_rows,), (256,), arguments, 4 * n_in)
+        expected = product(few, w, rows, None)
         given = [None, None, None, x, weight if norm != "none" else None, bias if norm == "layer" else None]
         y = product(few, w, given, None, warps, eps=eps)
         np.testing.assert_array_equal(y, expected)
 
 
 PLAIN = """
-extern "C" __global__ void plain(Matrix w, Activations x, float* y, int n_out, int n_in) {
+extern "C" __global__ void plain(const unsigned char* w, Activations x, float* y, int n_out, int n_in) {
   int row = blockIdx.x;
   for (int out = threadIdx.x; out < n_out; out += blockDim.x)
-    y[row * n_out + out] = plain_sum<TYPE>(planes_of(w, n_in), x, row, out) * x.scale[row];
+    y[row * n_out + out] = plain_sum<TYPE>(Tiles{w, n_in / 32}, x, row, out) * x.scale[row];
 }
 """
 
@@ -149,5 +147,5 @@ def test_the_plain_loop_is_the_kernels_bit_for_bit(kind: str) -> None:
     given = prepared(Kernels("quantize_rows", "host"), x)
     expected = product(Kernels("few_rows", "host"), w, given, None)
     y = np.full((n_rows, n_out), np.nan, np.float32)
-    plain.launch("plain", (n_rows,), (8,), [pack(np, w).struct, activations_of(given), y, n_out, n_in])
+    plain.launch("plain", (n_rows,), (8,), [pack(np, w).data, activations_of(given), y, n_out, n_in])
     np.testing.assert_array_equal(y, expected)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import refengine
-from refengine.cuda.layout import pack, plane_bytes
+from refengine.cuda.layout import PackedMatrix, pack, packed_bytes
 from refengine.cuda.memory import ALIGNMENT, Arena, DeviceMemory
 from refengine.cuda.upload import Uploader, bytes_for
 from refengine.errors import DeviceError, ModelError
@@ -20,18 +20,16 @@ from tools.make_model import write_model
 
 
 @pytest.mark.parametrize("kind", [*TILED, "F32", "BF16"])
-def test_slabs_make_the_same_planes_as_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slabs_make_the_same_data_as_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("refengine.cuda.upload.SLAB_BYTES", 5000)
     w = random_matrix(kind, (3, 83, 512), 1)
     arena = Arena(np, "weights", bytes_for([(w.type, w.shape)], []))
     done: list[int] = []
     packed = Uploader(np, arena).matrix(w, done.append)
     whole = pack(np, w)
-    assert packed.planes.keys() == whole.planes.keys()
-    for name, plane in whole.planes.items():
-        np.testing.assert_array_equal(packed.planes[name], plane)
-        assert packed.planes[name].ctypes.data % ALIGNMENT == 0
-    assert plane_bytes(w.type, w.shape) == {name: plane.nbytes for name, plane in whole.planes.items()}
+    np.testing.assert_array_equal(packed.data, whole.data)
+    assert packed.data.ctypes.data % ALIGNMENT == 0
+    assert packed_bytes(w.type, w.shape) == whole.n_bytes
     assert arena.used == arena.n_bytes
     assert sum(done) == w.data.nbytes
     assert len(done) > 3
@@ -53,9 +51,9 @@ def test_an_arena_gives_what_it_has_and_no_more() -> None:
 @pytest.mark.parametrize("name", ["gpt-oss-mxfp4_moe", "qwen2-q4_k_m"])
 def test_weights_are_accounted_to_the_byte(name: str, tiny_model: ModelFiles) -> None:
     model = refengine.load(tiny_model(name), "host")
-    planes = [w for layer in model.weights.layers for w in vars(layer).values() if hasattr(w, "planes")]
-    assert planes
-    assert all(p.dtype == np.uint8 for w in planes for p in w.planes.values())
+    packed = [w for layer in model.weights.layers for w in vars(layer).values() if isinstance(w, PackedMatrix)]
+    assert packed
+    assert all(w.data.dtype == np.uint8 for w in packed)
     accounted = model.ops.memory.accounted()
     aligned_rest = ALIGNMENT * 4 * len(model.gguf.tensors)
     # Rows are filled up to whole tiles of 16 x 256: a quarter more in such small matrices.
@@ -83,7 +81,7 @@ def test_copies_to_a_device_are_as_large_as_was_said(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(OnDevice, "copies", [])
         packed = Uploader(xp, Arena(np, "weights", 4096), chunk).matrix(w)
         assert OnDevice.copies == expected
-        np.testing.assert_array_equal(packed.planes["low"], w.data)
+        np.testing.assert_array_equal(packed.data, w.data)
 
 
 def test_the_size_of_copies_reaches_the_uploader(tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:

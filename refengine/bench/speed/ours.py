@@ -16,7 +16,7 @@ from refengine.bench.speed.measure import Sample
 from refengine.bench.speed.profile import Profile, profiled
 from refengine.bench.speed.traffic import cache_bytes_read, copy_rates, free_memory, weight_bytes
 from refengine.cache.paged import BLOCK_SIZE, KVCache
-from refengine.cuda.layout import plane_bytes
+from refengine.cuda.layout import packed_bytes
 from refengine.engine.engine import Engine, EngineOptions
 from refengine.engine.generation import Generation
 from refengine.engine.sampling import SamplingParams
@@ -168,5 +168,5 @@ class Refengine:
         if is_vector(info):
             return 4 * n
         if hasattr(ops, "kernels"):
-            return sum(plane_bytes(info.type, info.shape).values())
+            return packed_bytes(info.type, info.shape)
         return n * np.dtype(ops.numerics.sum_dtype).itemsize if info.name in ops.cache else info.n_bytes

@@ -20,7 +20,7 @@ def embedding(kernels: Kernels, w: PackedMatrix, ids: Array, y: Array) -> None:
         threads, matrix = 128, w.float_rows
     else:
         grid = (len(ids), -(-n_in // 256))
-        threads, matrix = 32, w.struct
+        threads, matrix = 32, w.data
     kernels.launch("embedding", kernel, grid, threads, [matrix, ids, y, n_in], what=w.name)
 
 

@@ -13,9 +13,8 @@ from refengine.array import Array
 from refengine.cuda.kernels.moe import NO_GROUPS, Groups
 from refengine.cuda.kernels.quantize_rows import Rows, padded
 from refengine.cuda.kernels.shapes import check_shape
-from refengine.cuda.layout import TILE_ROWS, PackedMatrix, lane_bytes, segment_bytes
+from refengine.cuda.layout import TILE_ROWS, PackedMatrix, segment_bytes, tile_bytes
 from refengine.cuda.runtime.launch import Kernels
-from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 FEW_ROWS = 8  # rows per block of threads
@@ -27,7 +26,6 @@ PREPARING_WARPS = 8  # as many as a norm has parts of a sum
 BUSY = 40  # items for each multiprocessor from which two blocks are faster than one
 HALF_SHARED = 113 << 10  # bytes for one block, so that a block of the next kernel fits on the multiprocessor as well
 LEAST_SHARED = 99 << 10  # bytes that a block may have on every supported device; sm_86 and sm_89 have no more
-NO_MATRIX = Struct(None, None, None, None)
 
 
 class Activation(IntEnum):
@@ -94,8 +92,8 @@ def multiply(
     missing = MOST_MATRICES - n_matrices
     tiles = [sum(w.shape[-2] for w in matrices[:i]) // TILE_ROWS if i < n_matrices else -(-n_out // TILE_ROWS) for i in (1, 2)]
     arguments = [
-        *(w.struct for w in matrices),
-        *[NO_MATRIX] * missing,
+        *(w.data for w in matrices),
+        *[None] * missing,
         x.struct,
         groups.struct if groups else NO_GROUPS,
         *biases,
@@ -104,7 +102,7 @@ def multiply(
         y,
         *(int(w.type) for w in matrices),
         *[0] * missing,
-        *(packed_bytes(w.type) for w in matrices),
+        *(item_bytes(w.type) for w in matrices),
         *[0] * missing,
         *tiles,
         int(activation),
@@ -200,9 +198,10 @@ def _launch(
     return FewRowsLaunch(blocks, warps, shared(warps), (shift, chunk, stage))
 
 
-def packed_bytes(kind: GGMLQuantizationType) -> int:
-    """`lane_bytes` in eight bits each, from the lowest on."""
-    return int.from_bytes(bytes(lane_bytes(kind)), "little")
+def item_bytes(kind: GGMLQuantizationType) -> int:
+    """The numbers of `tile_bytes`, the second one 16 bits higher."""
+    codes, scales = tile_bytes(kind)
+    return codes | scales << 16
 
 
 def stage_bytes(types: tuple[GGMLQuantizationType, ...]) -> int:

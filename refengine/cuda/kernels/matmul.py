@@ -45,7 +45,7 @@ def linear(
         few_rows.multiply(kernels, x, (w,), (bias,), y, residual=residual, groups=groups)
         return
     struct = groups.struct if groups else NO_GROUPS
-    arguments: list[Any] = [w.struct, x.struct, struct, bias, residual, y, n_out, n_in, x.n]
+    arguments: list[Any] = [w.data, x.struct, struct, bias, residual, y, n_out, n_in, x.n]
     grid = (-(-n_out // (4 * TILE_ROWS)), len(groups.group) if groups else -(-x.n // MANY_ROWS))
     kernels.launch("matmul", f"rows64_{w.type.name.lower()}", grid, 128, arguments, what=w.name)
 
