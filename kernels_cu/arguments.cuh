@@ -2,15 +2,15 @@
 // refengine/cuda/runtime/source.py reads the structs from this file; a launch gives an array, or null, for each member.
 
 // Rows of activations for products. x, sums and scale: in the form that products read, see quantize_rows.cu. If they are
-// null, the kernels of few_rows.cu make this form from the rows of floats, after an RMS norm with the weights `norm`, or a
-// layer norm that also has norm_bias, unless they are null.
+// null, few_rows.cu makes this form from the rows of floats and their Stats (norm.cuh), after an RMS norm with the weights
+// `norm`, unless they are null.
 struct Activations {
   const f16* x;
   const unsigned* sums;
   const float* scale;
   const float* floats;
+  const float* stats;
   const float* norm;
-  const float* norm_bias;
 };
 
 // K or V of one layer in the cache, for kernels that read it. values (n_slots, n_head_kv, head_dim): each row divided by a

@@ -22,6 +22,7 @@
 // Dynamic shared memory: see Shared and StepShared. Reads the visible part of K and V once for every 16 rows (8 in a step).
 
 #include "arguments.cuh"
+#include "norm.cuh"
 
 constexpr int ROWS = 16, TILE = 64, WARPS = 8;
 constexpr float LOG2_E = 1.4426950408889634f, NOTHING = -1.0f;
@@ -502,13 +503,11 @@ __device__ __forceinline__ void load_head(float (&x)[G], const float* from, int 
   }
 }
 
-// rms_norm_f32 of a head by one warp, which computes the sums of a block's eight warps one after another.
+// rms_norm_f32 of a head by one warp.
 template <int G>
 __device__ __forceinline__ void norm_head(float (&x)[G], const float* weight, int n, float eps) {
-  float total = 0.0f;
-#pragma unroll
-  for (int j = 0; j < G; j++) total += warp_sum(__fmaf_rn(x[j], x[j], 0.0f));
-  float factor = 1.0f / sqrtf(total / static_cast<float>(n) + eps);
+  float squares = sum_by_warp<G>(n, [&](int j) { return __fmul_rn(x[j], x[j]); });
+  float factor = norm_scale(squares, static_cast<float>(n), eps);
 #pragma unroll
   for (int j = 0; j < G; j++)
     if (j * 32 + threadIdx.x % 32 < n) x[j] = x[j] * factor * weight[j * 32 + threadIdx.x % 32];

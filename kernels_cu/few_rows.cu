@@ -8,8 +8,8 @@
 //   SWIGLU_CLAMPED      likewise                                      swiglu_clamped(…)
 //
 // The order of additions is that of matmul.cu; the same bits as rows64_* followed by activation.cu. Matrices one below
-// another have tiles 0, second and third on, and may differ in type; b and c begin with a tile of 16 outputs. types: numbers
-// of ggml. Biases and residual (n_rows, n_out) float32, or null. Groups of experts as in matmul.cu, for one matrix or two
+// another begin with tiles 0, `second` and `third`, and may differ in type; b and c begin with a tile of 16 outputs. types: numbers
+// of ggml. Biases, residual (n_rows, n_out) float32, or null; stats (n_rows, n_out / 16, 2), of y, or null. Groups of experts as in matmul.cu, for one matrix or two
 // side by side.
 //
 // A block of threads computes tiles of 16 outputs, number blockIdx.x, blockIdx.x + gridDim.x, …. An item is a segment of one
@@ -21,9 +21,9 @@
 //   warp 1   copy items 1, W + 1 … |  prepare the rows               |  item 1, …             |             |  barrier; sums
 //   …                              |                                 |                        |             |  of tiles
 //
-// Rows are in the form that products read (Activations), or the block makes this form itself: norm, largest magnitude,
-// halves and their block sums, with the bits of norm.cu and quantize_rows.cu. Every block repeats that, which takes less
-// time than another kernel.
+// Rows are in the form that products read (Activations), or the block makes this form itself, from the rows and their Stats
+// (norm.cuh), with the bits of rms_norm_f16 or quantize_rows_f16. Every block repeats that, which takes less time than another
+// kernel.
 //
 // When a few tiles (`chunk`) are done, all threads add up the segments' sums, each for one output of one row, in order.
 //
@@ -100,100 +100,94 @@ struct Item {
   int tile, part;
 };
 
-// Space for a block's rows in shared memory. halves: `pitch` bytes a row; sums (rows, padded / 32) and scale as in
-// Activations. For making them: norm (n_in,), the norm's weights; parts (2, 8, 8), of sums; tops (8,), the largest magnitudes
-// as bits, zeros before.
+// Space for a block's rows in shared memory. halves: `pitch` bytes a row; sums (rows, padded / 32) and scale (8,) as in
+// Activations. For making them: norm (n_in,), the norm's weights, and norm_tops (n_warps,), the largest magnitudes of parts of
+// them, as bits.
 struct Prepared {
   uint8_t* halves;
   int pitch;
-  unsigned* sums;
-  float *scale, *norm, *parts;
-  unsigned* tops;
+  unsigned *sums, *norm_tops;
+  float *scale, *norm;
   __device__ __forceinline__ f16* row(int i) const { return reinterpret_cast<f16*>(halves + i * pitch); }
 };
 
-__device__ __forceinline__ int exponent_of(const Prepared& of, int row) {
-  return row_exponent(__uint_as_float(of.tops[row]));
-}
-
-// Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier. The floats are
-// read several times, after the first from the first-level cache. An RMS norm's scale becomes part of the row's, so the
-// largest magnitude is found together with the sum of squares, with one barrier less.
-__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in,
+// Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier, and waits for no
+// other: the rows' Stats give their exponents and, for a norm, their scales. capacity: a power of two, at least the rows.
+__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in, int capacity,
                                              const Prepared& to) {
-  int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256;
-  int n_rows = rows.count, n_jobs = n_rows * n_segments;  // a segment of a row each
-  float n = static_cast<float>(n_in);
-  auto floats_of = [&](int row) { return x.floats + static_cast<long long>(rows.of_x(row)) * n_in; };
+  constexpr int TOGETHER = 4;  // segments whose loads overlap
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256;
+  int n_rows = rows.count, n_jobs = n_rows * n_segments, of_row = n_in / GROUP;  // a job is a segment of a row
+  const float2* stats = reinterpret_cast<const float2*>(x.stats);
   auto row_of = [&](int job) {  // job / n_segments
     int row = 0;
 #pragma unroll 1
     for (job -= n_segments; job >= 0; job -= n_segments) row++;
     return row;
   };
-  auto columns = [&](int job) {
-    int row = row_of(job);
-    return job < n_jobs ? columns_of_row(floats_of(row), (job - row * n_segments) * SEGMENT, n_in) : EightColumns{};
+  unsigned norm_top = 0;
+  if (x.norm)
+    for (int i = 0; i < n_warps; i++) norm_top = max(norm_top, to.norm_tops[i]);
+  auto exponent_of = [&](unsigned top) {
+    return x.norm ? normed_exponent(top, norm_top) : row_exponent(__uint_as_float(top));
   };
-  EightColumns next = columns(warp);
-  // Steps: the mean (layer norm), the squares, the largest magnitudes, halves.
-  constexpr int MEAN = 0, SQUARES = 1, TOPS = 2, HALVES = 3;
+  // The exponent of every row: a part of the lanes for each, `share` of them.
+  int share = 32 / capacity, own_row = min(lane / share, n_rows - 1), exponent = 0;
+  bool is_first = true;
 #pragma unroll 1
-  for (int step = x.norm_bias ? MEAN : x.norm ? SQUARES : TOPS; step <= HALVES; step++) {
-    if (step <= SQUARES) {
-#pragma unroll 1
-      for (int job = warp; job < n_rows * 8; job += n_warps) {
-        int row = job / 8;
-        float mean = step == SQUARES && x.norm_bias ? sum_of_parts(to.parts + 64 + row * 8) / n : 0.0f;
-        to.parts[(step == MEAN ? 64 : 0) + job] = part_of_sum(floats_of(row), n_in, job % 8, [&](float sum, float value) {
-          float difference = value - mean;
-          return step == MEAN ? sum + value : __fmaf_rn(difference, difference, sum);
-        });
-      }
-      if (step == MEAN || x.norm_bias) {
-        __syncthreads();
-        continue;
-      }
-      step = TOPS;
+  for (int first = warp; first < n_jobs; first += TOGETHER * n_warps) {
+    EightColumns values[TOGETHER];
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++) {
+      int job = first + i * n_warps, row = row_of(job);
+      values[i] = {};
+      if (job < n_jobs)
+        values[i] = columns_of_row(x.floats + static_cast<long long>(rows.of_x(row)) * n_in,
+                                   (job - row * n_segments) * SEGMENT, n_in);
     }
+    if (is_first) {
+      unsigned top = 0;
+      const float2* own = stats + static_cast<long long>(rows.of_x(own_row)) * of_row;
+#pragma unroll 8
+      for (int g = lane % share; g < of_row; g += share) top = max(top, __float_as_uint(own[g].x));
 #pragma unroll 1
-    for (int job = warp; job < n_jobs; job += n_warps) {
+      for (int offset = share / 2; offset; offset /= 2) top = max(top, __shfl_xor_sync(ALL_LANES, top, offset));
+      exponent = exponent_of(top), is_first = false;
+    }
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++) {
+      int job = first + i * n_warps;
+      if (job >= n_jobs) break;
       int row = row_of(job), start = (job - row * n_segments) * SEGMENT;
-      EightColumns values = next;
-      if (n_jobs > n_warps) next = columns(job + n_warps < n_jobs ? job + n_warps : warp);
-      Moments of{};  // for a layer norm; an RMS norm's scale is part of the row's
-      if (x.norm_bias) of = {sum_of_parts(to.parts + 64 + row * 8) / n, rms_scale(to.parts + row * 8, n, eps)};
-      if (x.norm && in_row(start, n_in)) {
+      if (x.norm) {
         EightColumns weight = columns_of_row(to.norm, start, n_in);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-          values.x[i] = x.norm_bias ? normed(values.x[i], of, weight.x[i]) : __fmul_rn(values.x[i], weight.x[i]);
-        if (x.norm_bias) {
-          EightColumns bias = columns_of_row(x.norm_bias, start, n_in);
-#pragma unroll
-          for (int i = 0; i < 8; i++) values.x[i] = values.x[i] + bias.x[i];
-        }
+        for (int k = 0; k < 8; k++) values[i].x[k] = __fmul_rn(values[i].x[k], weight.x[k]);
       }
-      if (step == TOPS) {
-        unsigned top = __reduce_max_sync(ALL_LANES, top_of(values));
-        if (threadIdx.x % 32 == 0) atomicMax(to.tops + row, top);
-      } else {
-        blocks_as_halves(values, exponent_of(to, row), start, to.row(row), to.sums + row * n_segments * SEGMENT);
-      }
+      int e = __shfl_sync(ALL_LANES, exponent, row * share);
+      blocks_as_halves(values[i], e, start, to.row(row), to.sums + row * n_segments * SEGMENT);
     }
-    __syncthreads();
   }
-  // The last warp has the fewest items. Read after the next barrier.
-  int row = threadIdx.x - (n_warps - 1) * 32;
-  if (row >= 0 && row < n_rows) {
-    float scale = power_of_two(exponent_of(to, row));
-    to.scale[row] = x.norm && !x.norm_bias ? __fmul_rn(scale, rms_scale(to.parts + row * 8, n, eps)) : scale;
+  // The rows' scales, by the last warps, which have the fewest items.
+#pragma unroll 1
+  for (int row = n_warps - 1 - warp; row < n_rows; row += n_warps) {
+    const float2* own = stats + static_cast<long long>(rows.of_x(row)) * of_row;
+    unsigned top = 0;
+    float squares = sum_of_groups(of_row, [&](int g) {
+      top = max(top, __float_as_uint(own[g].x));
+      return own[g].y;
+    });
+    float scale = power_of_two(exponent_of(__reduce_max_sync(ALL_LANES, top)));
+    if (x.norm) scale = __fmul_rn(scale, norm_scale(squares, static_cast<float>(n_in), eps));
+    if (lane == 0) to.scale[row] = scale;
   }
+  __syncthreads();
 }
 
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     few_rows(const unsigned char* a, const unsigned char* b, const unsigned char* c, Activations x, Groups groups,
-             const float* a_bias, const float* b_bias, const float* c_bias, const float* residual, float* y, int a_type, int b_type, int c_type, int a_bytes,
+             const float* a_bias, const float* b_bias, const float* c_bias, const float* residual, float* y, float* stats,
+             int a_type, int b_type, int c_type, int a_bytes,
              int b_bytes, int c_bytes, int second, int third, int activation, int n_out, int n_in, int n_rows, int shift,
              int chunk, int stage_bytes, float eps) {
   DYNAMIC_SHARED(uint8_t, memory);
@@ -205,17 +199,16 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
 
   // Shared memory, in this order; cuda/kernels/few_rows.py has the same.
   uint8_t* ring = memory + warp * STAGES * stage_bytes;
-  float* parts = reinterpret_cast<float*>(memory + n_warps * STAGES * stage_bytes);  // (2, 8, 8)
-  unsigned* tops = reinterpret_cast<unsigned*>(parts + 128);                         // (8,)
-  float* scales = parts + 136;                                                       // (8,)
-  float* sums_of_items = scales + 8;                                                 // (2, chunk, per_tile, 16, capacity)
+  float* scales = reinterpret_cast<float*>(memory + n_warps * STAGES * stage_bytes);  // (8,)
+  unsigned* norm_tops = reinterpret_cast<unsigned*>(scales + 8);                      // (n_warps,), at most 16
+  float* sums_of_items = scales + 24;                                                 // (2, chunk, per_tile, 16, capacity)
   int half_of_sums = chunk * per_tile * 16 << shift;
   Prepared prepared;
   prepared.halves = reinterpret_cast<uint8_t*>(sums_of_items + 2 * half_of_sums);  // (capacity, pitch)
   prepared.pitch = 2 * pitch + 64;  // 64 bytes more, so that eight lanes that read two rows meet no bank twice
   prepared.sums = reinterpret_cast<unsigned*>(prepared.halves + capacity * prepared.pitch);  // (capacity, padded / 32)
   prepared.norm = reinterpret_cast<float*>(prepared.sums + capacity * pitch / 32);           // (n_in,)
-  prepared.scale = scales, prepared.parts = parts, prepared.tops = tops;
+  prepared.scale = scales, prepared.norm_tops = norm_tops;
 
   // The matrix of a tile, or of an item of a tile of two side by side; and what belongs to it.
   auto matrix_of = [&](int tile, int part) { return paired ? part >= n_segments : (tile >= second) + (tile >= third); };
@@ -243,7 +236,6 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
   };
 
   let_next_begin();
-  if (threadIdx.x < 8) tops[threadIdx.x] = 0;
   if (x.norm)
     for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) copy16(prepared.norm + i * 4, x.norm + i * 4);
   end_of_copies();
@@ -270,6 +262,16 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
         wait_for_copies<0>();
       else
         wait_for_copies<STAGES>();  // of the norm's weights
+      if (x.norm) {
+        unsigned top = 0;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) {  // those that the thread has copied
+          float4 four = *reinterpret_cast<const float4*>(prepared.norm + i * 4);
+          top = max(max(top, magnitude(four.x)), max(magnitude(four.y), max(magnitude(four.z), magnitude(four.w))));
+        }
+        top = __reduce_max_sync(ALL_LANES, top);
+        if (lane == 0) norm_tops[warp] = top;
+      }
       __syncthreads();
     }
   }
@@ -301,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     columns = x.x + row * pitch, sums_of_blocks = x.sums;
     if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
   } else {
-    prepare_rows(x, rows, eps, n_in, prepared);
+    prepare_rows(x, rows, eps, n_in, capacity, prepared);
     columns = prepared.row(static_cast<int>(row)), sums_of_blocks = prepared.sums;
   }
   columns += lane % 4 * 8, sums_of_blocks += row * (pitch / 32);
@@ -357,6 +359,8 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
         if (activation == GELU) sum = gelu(sum);
       }
       y[place_of(rows, number, tile * 16 + out, n_out)] = sum;
+      if (stats)  // then n_out is a multiple of 16, so that all lanes of a group are here
+        put_stats(stats, rows.of_y(number), tile * 16 + out, n_out, sum, 0xffffu << (lane & 16));
     }
   }
 }

@@ -19,6 +19,7 @@
 // route, combine and group_experts may be launched to overlap with the previous kernel. router.cu does the work of route
 // and group_experts for few rows.
 #include "moe.cuh"
+#include "norm.cuh"
 
 // Finds the n_used best of a row with one warp; calls take(k, index, score) in every lane, k ascending.
 template <class Take>
@@ -70,18 +71,21 @@ extern "C" __global__ void __launch_bounds__(32)
   if (threadIdx.x < n_used) shares[row * n_used + threadIdx.x] = soft_max(taken, n_used, threadIdx.x);
 }
 
-extern "C" __global__ void combine_f32(const float* x, const float* shares, const float* residual, float* y, int n_used,
-                                       int n) {
+extern "C" __global__ void combine_f32(const float* x, const float* shares, const float* residual, float* y, float* stats,
+                                       int n_used, int n) {
   let_next_begin();
   wait_for_previous();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= n) return;
-  const float *from = x + static_cast<long long>(blockIdx.y) * n_used * n + i, *share = shares + blockIdx.y * n_used;
-  float total = __fmul_rn(from[0], share[0]);
-  for (int rank = 1; rank < n_used; rank++)
-    total = __fadd_rn(total, __fmul_rn(from[static_cast<long long>(rank) * n], share[rank]));
-  long long at = static_cast<long long>(blockIdx.y) * n + i;
-  y[at] = __fadd_rn(total, residual[at]);
+  float total = 0.0f;
+  if (i < n) {
+    const float *from = x + static_cast<long long>(blockIdx.y) * n_used * n + i, *share = shares + blockIdx.y * n_used;
+    total = __fmul_rn(from[0], share[0]);
+    for (int rank = 1; rank < n_used; rank++)
+      total = __fadd_rn(total, __fmul_rn(from[static_cast<long long>(rank) * n], share[rank]));
+    long long at = static_cast<long long>(blockIdx.y) * n + i;
+    y[at] = total = __fadd_rn(total, residual[at]);
+  }
+  if (stats) put_stats(stats, blockIdx.y, i, n, total, ALL_LANES);
 }
 
 extern "C" __global__ void sum_experts_f32(const float* x, float* y, int n_used, int n, long long n_elements) {

@@ -6,12 +6,14 @@
 //                   scale is multiplied with 1/√(mean(x²) + eps), so that few_rows.cu can begin before that is known
 //   layer_norm_f16  the same, then quantize_rows_f16, with the bits of the two kernels one after another
 //
-// x, y (n_rows, n) float32; weight, bias (n,) float32. Grid: x rows; block: 256 threads, one row.
-// In the kernels *_f16, y may be null; out, scale and sums are as in quantize_rows.cu, or out is null. Dynamic shared
-// memory: 4 n bytes. They may be launched to overlap with the previous kernel, and read a row once.
-// The order of additions depends on n only: thread t adds elements t, t + 256, … in float32, then block_sum. The kernels
-// *_f32 read the row twice (layer_norm: three times), after the first time from cache; they write 4 bytes per element.
-// NaN or infinity in a row does not affect other rows.
+//   row_stats_f32   Stats of rows, n a multiple of 16, from any kernel that does not give them
+//
+// x, y (n_rows, n) float32; weight, bias (n,) float32. Grid: x rows, row_stats_f32: y blocks of 256 columns; block: 256 threads,
+// one row. Dynamic shared memory: the sums of 2 · n_groups(n) groups; in the kernels *_f16, n floats before them.
+// In the kernels *_f16, y may be null; out, scale and sums are as in quantize_rows.cu, or out is null. They may be launched
+// to overlap with the previous kernel, and read a row once.
+// The order of additions depends on n only: see norm.cuh. The kernels *_f32 read the row twice (layer_norm: three times),
+// after the first time from cache; they write 4 bytes per element. NaN or infinity in a row does not affect other rows.
 #include "norm.cuh"
 #include "quantize_rows.cuh"
 
@@ -20,56 +22,74 @@ __device__ __forceinline__ float normed(float x, Moments of, const float* weight
   return bias ? value + bias[i] : value;
 }
 
-__device__ __forceinline__ void norm_f32(const float* x, const float* weight, const float* bias, float* y, int n,
-                                         float eps, float* scratch) {
+__device__ __forceinline__ void norm_f32(const float* x, const float* weight, const float* bias, float* y, int n, float eps) {
+  DYNAMIC_SHARED(float, groups);
   const float* row = x + static_cast<long long>(blockIdx.x) * n;
   float* out = y + static_cast<long long>(blockIdx.x) * n;
-  Moments of = moments(row, bias, n, eps, scratch);
+  Moments of = moments(row, bias, n, eps, groups);
   for (int i = threadIdx.x; i < n; i += NORM_THREADS) out[i] = normed(row[i], of, weight, bias, i);
 }
 
+// The halves of an RMS norm have the exponent that follows from the largest magnitudes of x and of the weights, as in
+// few_rows.cu, which knows them before it has the products.
 __device__ __forceinline__ void norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out,
-                                         float* scale, unsigned* sums, int n, float eps, float* scratch, unsigned* tops) {
+                                         float* scale, unsigned* sums, int n, float eps) {
   DYNAMIC_SHARED(float, row);
+  __shared__ unsigned tops[2 * NORM_THREADS / 32];
   let_next_begin();
   wait_for_previous();
+  unsigned top = 0, weight_top = 0;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < n; i += NORM_THREADS) row[i] = x[static_cast<long long>(blockIdx.x) * n + i];
+  for (int i = threadIdx.x; i < n; i += NORM_THREADS) {
+    row[i] = x[static_cast<long long>(blockIdx.x) * n + i];
+    top = max(top, magnitude(row[i])), weight_top = max(weight_top, magnitude(weight[i]));
+  }
   // Until the next barrier but one, only thread i uses elements i, i + 256, ….
-  Moments of = moments(row, bias, n, eps, scratch);
+  Moments of = moments(row, bias, n, eps, row + n);
   for (int i = threadIdx.x; i < n; i += NORM_THREADS) {
     float value = normed(row[i], of, weight, bias, i);
     if (y) y[static_cast<long long>(blockIdx.x) * n + i] = value;
-    row[i] = bias ? value : row[i] * weight[i];
+    row[i] = bias ? value : __fmul_rn(row[i], weight[i]);
   }
   if (!out) return;
+  if (bias) {
+    __syncthreads();
+    row_as_halves(row, blockIdx.x, out, scale, sums, n, tops);
+    return;
+  }
+  top = __reduce_max_sync(ALL_LANES, top), weight_top = __reduce_max_sync(ALL_LANES, weight_top);
+  int warp = threadIdx.x / 32, n_warps = NORM_THREADS / 32;
+  if (threadIdx.x % 32 == 0) tops[warp] = top, tops[n_warps + warp] = weight_top;
   __syncthreads();
-  row_as_halves(row, blockIdx.x, out, scale, sums, n, tops, bias ? 1.0f : of.scale);
+  for (int i = 0; i < n_warps; i++) top = max(top, tops[i]), weight_top = max(weight_top, tops[n_warps + i]);
+  write_halves(row, blockIdx.x, normed_exponent(top, weight_top), out, scale, sums, n, of.scale);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     rms_norm_f32(const float* x, const float* weight, float* y, int n, float eps) {
-  __shared__ float scratch[16];
-  norm_f32(x, weight, nullptr, y, n, eps, scratch);
+  norm_f32(x, weight, nullptr, y, n, eps);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     layer_norm_f32(const float* x, const float* weight, const float* bias, float* y, int n, float eps) {
-  __shared__ float scratch[16];
-  norm_f32(x, weight, bias, y, n, eps, scratch);
+  norm_f32(x, weight, bias, y, n, eps);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     rms_norm_f16(const float* x, const float* weight, float* y, f16* out, float* scale, unsigned* sums, int n, float eps) {
-  __shared__ float scratch[16];
-  __shared__ unsigned tops[PARTS];
-  norm_f16(x, weight, nullptr, y, out, scale, sums, n, eps, scratch, tops);
+  norm_f16(x, weight, nullptr, y, out, scale, sums, n, eps);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     layer_norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out, float* scale, unsigned* sums,
                    int n, float eps) {
-  __shared__ float scratch[16];
-  __shared__ unsigned tops[PARTS];
-  norm_f16(x, weight, bias, y, out, scale, sums, n, eps, scratch, tops);
+  norm_f16(x, weight, bias, y, out, scale, sums, n, eps);
+}
+
+extern "C" __global__ void __launch_bounds__(256) row_stats_f32(const float* x, float* stats, int n) {
+  let_next_begin();
+  wait_for_previous();
+  int i = blockIdx.y * blockDim.x + threadIdx.x;
+  float value = i < n ? x[static_cast<long long>(blockIdx.x) * n + i] : 0.0f;
+  put_stats(stats, blockIdx.x, i, n, value, ALL_LANES);
 }

@@ -1,29 +1,52 @@
-// Sums over a row in the order of a block of 256 threads, for a block of any number of warps: number t adds elements t,
-// t + 256, …, then 32 numbers each are added by warp_sum, then these eight parts one after another.
-constexpr int NORM_THREADS = 256, PARTS = NORM_THREADS / 32;
+// Norms and the sums over a row that they need.
+//
+// The order of additions, for any number of threads: 16 elements each, a group, are added by a butterfly; lane l of a warp
+// adds groups l, l + 32, …, and the lanes are added by warp_sum. A kernel that makes rows can leave the groups' sums of squares
+// to the kernels that read them: see put_stats.
+constexpr int GROUP = 16;
 
-// Part `part` of a sum over row (n,), the same in all lanes of the warp that computes it. add(sum so far, element): the sum
-// with the element.
-template <class Add>
-__device__ __forceinline__ float part_of_sum(const float* row, int n, int part, const Add& add) {
-  constexpr int TOGETHER = 8;  // loads that overlap
-  float sum = 0.0f;
-  for (int first = part * 32 + threadIdx.x % 32; first < n; first += TOGETHER * NORM_THREADS) {
-    float values[TOGETHER];
+// Stats are what is known of a group: its largest magnitude, and its sum of squares. Arrays of it are (n_rows, n / 16, 2). A
+// largest magnitude is found by the bits, which are in the order of magnitudes, with NaN above all.
+
+// The sum of 16 values, one in each of 16 adjacent lanes. lanes: those that take part, whole groups.
+__device__ __forceinline__ float group_sum(float x, unsigned lanes = ALL_LANES) {
 #pragma unroll
-    for (int k = 0; k < TOGETHER; k++)
-      if (first + k * NORM_THREADS < n) values[k] = row[first + k * NORM_THREADS];
-#pragma unroll
-    for (int k = 0; k < TOGETHER; k++)
-      if (first + k * NORM_THREADS < n) sum = add(sum, values[k]);
-  }
-  return warp_sum(sum);
+  for (int offset = GROUP / 2; offset; offset /= 2) x += __shfl_xor_sync(lanes, x, offset);
+  return x;
 }
-__device__ __forceinline__ float sum_of_parts(const float* parts) {
+__device__ __forceinline__ unsigned magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+// Writes the Stats of the group of column i of a row of n, of which each lane has a column. lanes: as in group_sum.
+__device__ __forceinline__ void put_stats(float* stats, long long row, int i, int n, float value, unsigned lanes) {
+  unsigned top = magnitude(value);
+#pragma unroll
+  for (int offset = GROUP / 2; offset; offset /= 2) top = max(top, __shfl_xor_sync(lanes, top, offset));
+  float squares = group_sum(__fmul_rn(value, value), lanes);
+  if (i % GROUP == 0 && i < n)
+    reinterpret_cast<float2*>(stats)[(row * n + i) / GROUP] = make_float2(__uint_as_float(top), squares);
+}
+// The sum of n groups by a warp, in all its lanes. sum_of(g): that of a group.
+template <class SumOf>
+__device__ __forceinline__ float sum_of_groups(int n, const SumOf& sum_of) {
   float total = 0.0f;
-  for (int part = 0; part < PARTS; part++) total += parts[part];
-  return total;
+#pragma unroll 4
+  for (int g = threadIdx.x % 32; g < n; g += 32) total += sum_of(g);
+  return warp_sum(total);
 }
+// The sum over a row of n ≤ 32 J elements by a warp, in all its lanes. element(j): number 32 j + lane.
+template <int J, class Element>
+__device__ __forceinline__ float sum_by_warp(int n, const Element& element) {
+  int lane = threadIdx.x % 32;
+  float mine = 0.0f;  // of group `lane`
+#pragma unroll
+  for (int j = 0; j < J; j++) {
+    float sum = __shfl_sync(ALL_LANES, group_sum(j * 32 + lane < n ? element(j) : 0.0f), lane % 2 * GROUP);
+    if (lane / 2 == j) mine = sum;
+  }
+  return warp_sum(mine);
+}
+
+constexpr int NORM_THREADS = 256;
+__device__ __forceinline__ int n_groups(int n) { return (n + GROUP - 1) / GROUP; }
 
 // Element x[i] becomes (x[i] - mean) · scale · weight[i] + bias[i]. An RMS norm has neither mean nor bias; its halves are those of
 // x[i] · weight[i], and its scale becomes part of the row's.
@@ -33,25 +56,26 @@ struct Moments {
 __device__ __forceinline__ float normed(float x, const Moments& of, float weight) {
   return (x - of.mean) * of.scale * weight;
 }
+__device__ __forceinline__ float norm_scale(float squares, float n, float eps) { return 1.0f / sqrtf(squares / n + eps); }
 
-__device__ __forceinline__ float rms_scale(const float* parts, float n, float eps) {
-  return 1.0f / sqrtf(sum_of_parts(parts) / n + eps);
-}
-
-// The sum over a row by a block of 256 threads. scratch (8,) may be reused after the next barrier.
-template <class Add>
-__device__ __forceinline__ float row_sum(const float* row, int n, float* scratch, const Add& add) {
-  float sum = part_of_sum(row, n, threadIdx.x / 32, add);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
+// The sum over a row by a block of threads, in all of them. groups (n_groups(n),), in shared memory.
+template <class Element>
+__device__ __forceinline__ float row_sum(int n, float* groups, const Element& element) {
+#pragma unroll 2
+  for (int first = 0; first < n; first += blockDim.x) {
+    int i = first + threadIdx.x;
+    float sum = group_sum(i < n ? element(i) : 0.0f);
+    if (i < n && i % GROUP == 0) groups[i / GROUP] = sum;
+  }
   __syncthreads();
-  return sum_of_parts(scratch);
+  return sum_of_groups(n_groups(n), [&](int g) { return groups[g]; });
 }
 
-// scratch: (16,)
-__device__ __forceinline__ Moments moments(const float* row, bool centred, int n, float eps, float* scratch) {
+// groups: (2 · n_groups(n),)
+__device__ __forceinline__ Moments moments(const float* row, bool centred, int n, float eps, float* groups) {
   float mean = 0.0f;
   if (centred)
-    mean = row_sum(row, n, scratch + 8, [](float sum, float x) { return sum + x; }) / static_cast<float>(n);
-  float squares = row_sum(row, n, scratch, [&](float sum, float x) { return __fmaf_rn(x - mean, x - mean, sum); });
-  return {mean, 1.0f / sqrtf(squares / static_cast<float>(n) + eps)};
+    mean = row_sum(n, groups + n_groups(n), [&](int i) { return row[i]; }) / static_cast<float>(n);
+  float squares = row_sum(n, groups, [&](int i) { return __fmul_rn(row[i] - mean, row[i] - mean); });
+  return {mean, norm_scale(squares, static_cast<float>(n), eps)};
 }

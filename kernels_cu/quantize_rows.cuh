@@ -43,10 +43,25 @@ __device__ __forceinline__ void blocks_as_halves(const EightColumns& x, int e, i
   if (c == 0) sums[block] = pack_f16x2(most, rest);
 }
 
-// Writes row `out_row` of halves, sums and scale from n_in floats, with all threads of a block. The row is `factor` times
-// these floats. tops: one number per warp.
+// Writes row `out_row` of halves x · 2^-e, sums and scale from n_in floats x, with all threads of a block. The row is `factor`
+// times these floats.
+__device__ __forceinline__ void write_halves(const float* row, int out_row, int e, f16* out, float* scale, unsigned* sums,
+                                             int n_in, float factor) {
+  int n_blocks = padded(n_in) / 32, first = threadIdx.x / 32 * 8, n_warps = blockDim.x / 32;
+  for (int start = first; start < n_blocks; start += n_warps * 8)
+    blocks_as_halves(columns_of_row(row, start, n_in), e, start, out + static_cast<long long>(out_row) * n_blocks * 32,
+                     sums + static_cast<long long>(out_row) * n_blocks);
+  if (threadIdx.x == 0) scale[out_row] = __fmul_rn(power_of_two(e), factor);
+}
+
+// The exponent for the products of elements and weights with these largest magnitudes, as bits.
+__device__ __forceinline__ int normed_exponent(unsigned top, unsigned weight_top) {
+  return row_exponent(__fmul_rn(__uint_as_float(top), __uint_as_float(weight_top)));
+}
+
+// The same with the exponent for the largest magnitude. tops: one number per warp.
 __device__ __forceinline__ void row_as_halves(const float* row, int out_row, f16* out, float* scale, unsigned* sums,
-                                              int n_in, unsigned* tops, float factor = 1.0f) {
+                                              int n_in, unsigned* tops) {
   int n_blocks = padded(n_in) / 32, first = threadIdx.x / 32 * 8, n_warps = blockDim.x / 32;
   unsigned top = 0;
   for (int start = first; start < n_blocks; start += n_warps * 8) top = max(top, top_of(columns_of_row(row, start, n_in)));
@@ -54,9 +69,5 @@ __device__ __forceinline__ void row_as_halves(const float* row, int out_row, f16
   if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
   __syncthreads();
   for (int i = 0; i < n_warps; i++) top = max(top, tops[i]);
-  int e = row_exponent(__uint_as_float(top));
-  for (int start = first; start < n_blocks; start += n_warps * 8)
-    blocks_as_halves(columns_of_row(row, start, n_in), e, start, out + static_cast<long long>(out_row) * n_blocks * 32,
-                     sums + static_cast<long long>(out_row) * n_blocks);
-  if (threadIdx.x == 0) scale[out_row] = __fmul_rn(power_of_two(e), factor);
+  write_halves(row, out_row, row_exponent(__uint_as_float(top)), out, scale, sums, n_in, 1.0f);
 }

@@ -17,6 +17,7 @@
 // Q, K and V one after another; block: 32 threads. Precondition: head_dim is at most 128. May be launched to overlap with
 // the previous kernel.
 #include "arguments.cuh"
+#include "norm.cuh"
 
 template <bool NEOX>
 __device__ __forceinline__ void rotate(const float* x, const float* cos, const float* sin, float* y, int half,
@@ -44,14 +45,13 @@ extern "C" __global__ void rope_norm_f32(const float* x, const float* cos, const
 
 constexpr int MOST_HEAD_DIM = 128;
 
-// rms_norm_f32 of a head by one warp, which computes the sums of a block's eight warps one after another.
+// rms_norm_f32 of a head by one warp.
 __device__ __forceinline__ void norm_head(float* row, const float* weight, int n, float eps) {
-  float total = 0.0f;
-  for (int first = 0; first < n; first += 32) {
-    int i = first + threadIdx.x;
-    total += warp_sum(i < n ? __fmaf_rn(row[i], row[i], 0.0f) : 0.0f);
-  }
-  float factor = 1.0f / sqrtf(total / static_cast<float>(n) + eps);
+  float squares = sum_by_warp<MOST_HEAD_DIM / 32>(n, [&](int j) {
+    float x = row[j * 32 + threadIdx.x];
+    return __fmul_rn(x, x);
+  });
+  float factor = norm_scale(squares, static_cast<float>(n), eps);
   for (int i = threadIdx.x; i < n; i += 32) row[i] = row[i] * factor * weight[i];
 }
 

@@ -12,7 +12,7 @@
 // Grid: x groups of `each` ≤ 8 experts, y rows; block: 256 threads. A block begins to copy its experts' weights before it
 // waits for the previous kernel, norms its row, and computes one score with each warp. The last block of the grid that
 // arrives at the counter does the rest, and sets the counter to zero, as it must be before.
-// Dynamic shared memory, the larger of: each · n_in weights and 2 · n_in floats; n_rows · n_expert floats. Rows of W are
+// Dynamic shared memory, the larger of: each · n_in weights, 2 · n_in and 2 · n_groups(n_in) floats; n_rows · n_expert floats. Rows of W are
 // multiples of 16 bytes, and n_in is a multiple of 4. Reads W once for each row; may overlap with the previous kernel.
 #include "floats.cuh"
 #include "moe.cuh"
@@ -21,7 +21,6 @@
 constexpr int THREADS = NORM_THREADS, MOST_PAIRS = 128, WARPS = THREADS / 32;
 
 struct Routing {
-  float scratch[2 * PARTS];
   int arrived;
   int exists[MOST_PAIRS];  // whether there is a sequence, for each row
   int expert[MOST_PAIRS];  // of each pair; -1 for rows without a sequence
@@ -43,8 +42,8 @@ __device__ __forceinline__ bool last_to_score(Routing& space, unsigned char* sha
   let_next_begin();
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * each, own = min(each, n_expert - first);
   int n_bytes = n_in * static_cast<int>(sizeof(float));
-  float *row = reinterpret_cast<float*>(shared), *factors = row + n_in;
-  W* weights = reinterpret_cast<W*>(factors + n_in);
+  float *row = reinterpret_cast<float*>(shared), *factors = row + n_in, *groups = factors + n_in;
+  W* weights = reinterpret_cast<W*>(groups + (n_groups(n_in) + 1) / 2 * 4);  // a multiple of 16 bytes further
   copy_all(weights, w + static_cast<long long>(first) * n_in, own * n_in * static_cast<int>(sizeof(W)));
   if (norm) copy_all(factors, norm, n_bytes);
   float added = bias && warp < own ? bias[first + warp] : 0.0f;
@@ -54,7 +53,7 @@ __device__ __forceinline__ bool last_to_score(Routing& space, unsigned char* sha
   wait_for_copies<0>();
   __syncthreads();
   if (norm) {
-    float scale = moments(row, false, n_in, eps, space.scratch).scale;
+    float scale = moments(row, false, n_in, eps, groups).scale;
     __syncthreads();
     for (int i = threadIdx.x; i < n_in; i += THREADS) row[i] = row[i] * scale * factors[i];
     __syncthreads();

@@ -23,7 +23,7 @@ def prepared(module: Kernels, x: np.ndarray, warps: int = 4, order: int = 0) -> 
 
 
 def activations_of(given: list[Any]) -> Struct:
-    """The struct `Activations`: halves, sums and scales of rows; or None for each, floats, a norm's weight and bias."""
+    """The struct `Activations`: halves, sums and scales of rows; or None for each, floats, stats, a norm's weight."""
     return Struct(*given, *[None] * (6 - len(given)))
 
 
@@ -63,6 +63,7 @@ def few_rows(
     chunk: int = 2,
     residual: np.ndarray | None = None,
     eps: float = 0.0,
+    stats: np.ndarray | None = None,
 ) -> np.ndarray:
     """`few_rows.multiply` with other launches than it chooses. given: see `activations_of`. eps: of the norm."""
     n_in = matrices[0].shape[1]
@@ -77,7 +78,7 @@ def few_rows(
     stage = stage_bytes(tuple(w.type for w in matrices))
     shared = shared_bytes(stage, n_in, warps, chunk, shift, gated, prepares=prepares, norm=prepares)
     structs = [pack(np, w).data for w in matrices] + [None] * missing
-    arrays = [*structs, activations_of(given), NO_GROUPS, *biases, *[None] * missing, residual, y]
+    arrays = [*structs, activations_of(given), NO_GROUPS, *biases, *[None] * missing, residual, y, stats]
     types = [int(w.type) for w in matrices] + [0] * missing
     in_planes = [item_bytes(w.type) for w in matrices] + [0] * missing
     sizes = [*types, *in_planes, *begins, int(activation), n_out, n_in, n_rows, shift, chunk, stage, np.float32(eps)]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from refengine import quants
+from refengine.cuda.kernels.norm import norm_bytes
 from refengine.cuda.layout import activation_order, pack
 from refengine.cuda.runtime.host import HostModule
 from refengine.cuda.runtime.source import folder, source_of
@@ -100,28 +101,30 @@ def test_every_grouping_of_rows_gives_the_same_bits(
             np.testing.assert_array_equal(alone, whole[rows])
 
 
-@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_0", "Q6_K", "MXFP4", "F16"])
 def test_rows_that_the_product_prepares_are_the_same(
-    kind: str, norm: str, activations: Kernels, few: Kernels, place: str
+    kind: str, norm: bool, activations: Kernels, few: Kernels, place: str
 ) -> None:
     """Norm and conversion to halves in front of a product with few rows: the bits of their own kernels."""
     rng = np.random.default_rng(12)
     n_out, n_in, eps = 21, 1280 if kind.endswith("_K") else 1120, 1e-5
     w = random_matrix(kind, (n_out, n_in), 13)
-    weight, bias = rng.standard_normal((2, n_in)).astype(np.float32)
+    weight = rng.standard_normal(n_in).astype(np.float32)
+    norms = Kernels("norm", place)
     for n_rows, warps in ((1, 5), (2, 3), (5, 4), (11, 2)):
         x = (rng.standard_normal((n_rows, n_in)) * np.exp(rng.standard_normal((n_rows, 1)) * 9)).astype(np.float32)
         if n_rows > 2:
             x[1, 5], x[2, 7] = np.nan, np.inf
             x[0] = 0.0
         rows = prepared(activations, x)
-        if norm != "none":
-            vectors = [weight, bias] if norm == "layer" else [weight]
-            arguments = [x, *vectors, None, rows[0], rows[2], rows[1], n_in, np.float32(eps)]
-            Kernels("norm", place).launch(f"{norm}_norm_f16", (n_rows,), (256,), arguments, 4 * n_in)
+        if norm:
+            arguments = [x, weight, None, rows[0], rows[2], rows[1], n_in, np.float32(eps)]
+            norms.launch("rms_norm_f16", (n_rows,), (256,), arguments, 4 * n_in + norm_bytes(n_in))
         expected = product(few, w, rows, None)
-        given = [None, None, None, x, weight if norm != "none" else None, bias if norm == "layer" else None]
+        stats = np.empty((n_rows, n_in // 16, 2), np.float32)
+        norms.launch("row_stats_f32", (n_rows, -(-n_in // 256)), (256,), [x, stats, n_in])
+        given = [None, None, None, x, stats, weight if norm else None]
         y = product(few, w, given, None, warps, eps=eps)
         np.testing.assert_array_equal(y, expected)
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refengine.cuda.kernels.norm import norm_bytes
 from refengine.ops import norm
 from tests.kernels.runner import Kernels
 
@@ -29,7 +30,7 @@ def run_norm(
     given = [x, weight, y] if bias is None else [x, weight, bias, y]
     kernel = "rms_norm_f32" if bias is None else "layer_norm_f32"
     sizes = [np.int32(x.shape[1]), np.float32(eps)]
-    norms.launch(kernel, (len(x),), (256,), [*given, *sizes], order=order)
+    norms.launch(kernel, (len(x),), (256,), [*given, *sizes], norm_bytes(x.shape[1]), order=order)
     return y
 
 

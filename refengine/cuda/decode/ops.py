@@ -24,7 +24,8 @@ from refengine.cuda.kernels import activation, embedding, few_rows, matmul, moe,
 from refengine.cuda.kernels.attention import SPLIT, PagedRows, Projections, Rotation, attention_step
 from refengine.cuda.kernels.few_rows import FEW_ROWS, Activation, can_prepare
 from refengine.cuda.kernels.moe import Groups
-from refengine.cuda.kernels.quantize_rows import BLOCK, RowNorm, Rows, padded
+from refengine.cuda.kernels.norm import row_stats
+from refengine.cuda.kernels.quantize_rows import BLOCK, GROUP, RowNorm, Rows, padded
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, rows_of
 from refengine.cuda.runtime.launch import Kernels
 
@@ -105,7 +106,7 @@ class StepOps:
     def add(self, a: Value, b: Value) -> Value:
         for first, second in ((a, b), (b, a)):
             if isinstance(first, Product) and first.buffer is None and first.choice is None:
-                return Value(first.n_rows, first.width, self._multiply(first, residual=second))
+                return Value(first.n_rows, first.width, *self._multiply(first, residual=second))
             if isinstance(first, ExpertSum):
                 return self._combine(first, second)
         return self._elements(activation.add, a, b)
@@ -135,11 +136,11 @@ class StepOps:
         groups, of_groups = self._groups(gate, gate.x)  # first, because the router also needs the norm's floats
         rows, of_rows = self._rows(gate.x, gate.w, up.w)
         self._use(*of_rows, *of_groups)
-        y = self._new(gate.n_rows, gate.width)
+        y, stats = self._new(gate.n_rows, gate.width), self._new_stats(gate.n_rows, gate.width)
         matrices, biases = (gate.w, up.w), (gate.bias, up.bias)
         kind = Activation.SWIGLU_CLAMPED if clamped else Activation.SWIGLU
-        self._launch(few_rows.multiply, rows, matrices, biases, y.array, activation=kind, groups=groups)
-        return Value(gate.n_rows, gate.width, y)
+        self._launch(few_rows.multiply, rows, matrices, biases, y.array, activation=kind, groups=groups, stats=_array(stats))
+        return Value(gate.n_rows, gate.width, y, stats)
 
     def _gate_up_fits(self, gate: Product, up: Product) -> bool:
         assert gate.w is not None
@@ -157,9 +158,10 @@ class StepOps:
             return self._elements(activation.gelu, x)
         rows, of_rows = self._rows(x.x, x.w)
         self._use(*of_rows)
-        y = self._new(x.n_rows, x.width)
-        self._launch(few_rows.multiply, rows, (x.w,), (x.bias,), y.array, activation=Activation.GELU)
-        return Value(x.n_rows, x.width, y)
+        y, stats = self._new(x.n_rows, x.width), self._new_stats(x.n_rows, x.width)
+        options = {"activation": Activation.GELU, "stats": _array(stats)}
+        self._launch(few_rows.multiply, rows, (x.w,), (x.bias,), y.array, **options)
+        return Value(x.n_rows, x.width, y, stats)
 
     def _elements(self, binding: Callable[..., None], *values: Value) -> Value:
         arrays = self._arrays(*values)
@@ -280,9 +282,9 @@ class StepOps:
         down, added = self._arrays(total.experts, residual)
         shares = self._shares(total.shares.choice)
         self._use(shares)
-        y = self._new(total.n_rows, total.width)
-        self._launch(moe.combine, down, shares.array, added, y.array)
-        return Value(total.n_rows, total.width, y)
+        y, stats = self._new(total.n_rows, total.width), self._new_stats(total.n_rows, total.width)
+        self._launch(moe.combine, down, shares.array, added, y.array, _array(stats))
+        return Value(total.n_rows, total.width, y, stats)
 
     def _shares(self, choice: Choice) -> Buffer:
         """The shares of each row's experts."""
@@ -374,24 +376,27 @@ class StepOps:
 
     def _computed(self, value: Value) -> Buffer:
         if isinstance(value, Product):
-            return self._multiply(value)
+            return self._multiply(value)[0]
         if isinstance(value, Norm):
             y = self._normed(value, floats=True, halves=False)[0].floats
             assert value.buffer is not None, y
             return value.buffer
         raise NoFusedStep(f"decode: there is no kernel that computes a {type(value).__name__} alone")
 
-    def _multiply(self, product: Product, residual: Value | None = None) -> Buffer:
+    def _multiply(self, product: Product, residual: Value | None = None) -> tuple[Buffer, Buffer | None]:
+        """The rows of a product and, of sums with a residual, their stats."""
         assert product.x is not None
         assert product.w is not None
         groups, of_groups = self._groups(product, product.x)
         rows, of_rows = self._rows(product.x, product.w)
         added = None if residual is None else self._arrays(residual)[0]
         self._use(*of_rows, *of_groups)
-        y = self._new(product.n_rows, product.width)
-        options = {"bias": product.bias, "residual": added, "groups": groups, "overlap": True}
+        y, stats = self._new(product.n_rows, product.width), None
+        if residual is not None and not product.w.is_float:  # other products are no rows of products
+            stats = self._new_stats(product.n_rows, product.width)
+        options = {"bias": product.bias, "residual": added, "groups": groups, "overlap": True, "stats": _array(stats)}
         self._launch(matmul.linear, rows, product.w, y.array, **options)
-        return y
+        return y, stats
 
     def _rows(self, x: Value, *matrices: PackedMatrix) -> tuple[Rows, tuple[Buffer, ...]]:
         """The rows in a form that a product with these matrices reads, and their buffers."""
@@ -401,7 +406,7 @@ class StepOps:
                 return rows, buffers
         deferred = _deferred_norm(x)
         few = not w.is_float and self._n <= ROWS_IN_PRODUCT
-        if few and can_prepare(matrices, self._n, norm=deferred is not None, gated=len(matrices) == 2):
+        if few and (deferred is None or deferred.bias is None) and can_prepare(matrices, self._n, norm=deferred is not None, gated=len(matrices) == 2):
             return self._unprepared(x)
         if deferred is not None:
             return self._normed(deferred, floats=w.is_float, halves=not w.is_float or x.width % BLOCK == 0)
@@ -423,10 +428,14 @@ class StepOps:
         if deferred is not None:
             assert deferred.x is not None
             assert deferred.weight is not None
-            norm, source = RowNorm(deferred.weight, deferred.bias, deferred.eps), deferred.x
+            norm, source = RowNorm(deferred.weight, deferred.eps), deferred.x
         (floats,) = self._arrays(source)
         assert source.buffer is not None
-        return Rows(x.n_rows, floats, norm=norm), (source.buffer,)
+        if source.stats is None:
+            source.stats = self._stats_of(source.n_rows, source.width)
+            self._launch(row_stats, floats, source.stats.array)
+        self._use(source.buffer)
+        return Rows(x.n_rows, floats, norm=norm, stats=source.stats.array), (source.buffer, source.stats)
 
     def _normed(self, x: Norm, *, floats: bool, halves: bool) -> tuple[Rows, tuple[Buffer, ...]]:
         assert x.x is not None
@@ -452,6 +461,13 @@ class StepOps:
     def _new(self, n_rows: int, width: int) -> Buffer:
         return self._b.new((n_rows, width), np.float32)
 
+    def _new_stats(self, n_rows: int, width: int) -> Buffer | None:
+        """A buffer for the stats of new rows, if products may read them."""
+        return None if self._n > ROWS_IN_PRODUCT or width % BLOCK else self._stats_of(n_rows, width)
+
+    def _stats_of(self, n_rows: int, width: int) -> Buffer:
+        return self._b.new((n_rows, width // GROUP, 2), np.float32)
+
     def _use(self, *buffers: Buffer) -> None:
         for buffer in buffers:
             self._b.use(buffer)
@@ -459,6 +475,10 @@ class StepOps:
     def _launch(self, binding: Callable[..., None], *arguments: Any, **named: Any) -> None:
         binding(self._kernels, *arguments, **named)
         self._b.launched()
+
+
+def _array(buffer: Buffer | None) -> Array | None:
+    return None if buffer is None else buffer.array
 
 
 def _deferred_norm(x: Value) -> Norm | None:

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 
 from refengine.array import Array
 from refengine.cuda.kernels.moe import NO_GROUPS, Groups
-from refengine.cuda.kernels.quantize_rows import Rows, padded
+from refengine.cuda.kernels.quantize_rows import GROUP, Rows, padded
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, segment_bytes, tile_bytes
 from refengine.cuda.runtime.launch import Kernels
@@ -22,7 +22,7 @@ SEGMENT = 256  # columns whose products are summed up before segments are added
 STAGES = 4  # of a warp's ring, each with the weights of a segment
 MOST_MATRICES = 3
 MOST_WARPS, LEAST_WARPS = 10, 4  # the registers of 10 warps fit half a multiprocessor
-PREPARING_WARPS = 8  # as many as a norm has parts of a sum
+PREPARING_WARPS = 8  # of a block that converts its rows
 BUSY = 40  # items for each multiprocessor from which two blocks are faster than one
 HALF_SHARED = 113 << 10  # bytes for one block, so that a block of the next kernel fits on the multiprocessor as well
 LEAST_SHARED = 99 << 10  # bytes that a block may have on every supported device; sm_86 and sm_89 have no more
@@ -66,6 +66,7 @@ def multiply(
     activation: Activation = Activation.NONE,
     residual: Array | None = None,
     groups: Groups | None = None,
+    stats: Array | None = None,
 ) -> None:
     """y = activation(x wᵀ + bias) + residual for one matrix; with groups, each row uses the matrix of its expert.
 
@@ -73,7 +74,8 @@ def multiply(
     activation: y = activation(x gateᵀ + bias, x upᵀ + bias). Overlaps with the previous kernel.
 
     w: (n_out, n_in), or (n_expert, n_out, n_in) with groups. y, residual: (n_rows, n_out) float32; with groups, y has a
-    row for each pair. biases: (n_out,), or (n_expert, n_out), each or None. Raises KernelError for what does not fit.
+    row for each pair. biases: (n_out,), or (n_expert, n_out), each or None. stats: is filled with those of y, if n_out is
+    a multiple of 16; see `Rows`. Raises KernelError for what does not fit.
     """
     first = matrices[0]
     n_in = first.shape[-1]
@@ -85,6 +87,9 @@ def multiply(
     x.check(first.name, n_in, floats=False, few=True)
     check_shape(first.name, "the output", y, (len(groups.y_rows) if groups else x.n, n_out))
     check_shape(first.name, "the residual", residual, y.shape)
+    check_shape(first.name, "the stats' array", stats, (len(y), n_out // GROUP, 2))
+    if stats is not None and n_out % GROUP:
+        raise KernelError(f"{first.name}: {n_out} outputs are not a multiple of {GROUP}, so they have no stats")
     for w, bias in zip(matrices, biases, strict=True):
         check_shape(w.name, "the bias", bias, w.shape[:-1])
     n_groups = len(groups.group) if groups else 1
@@ -100,6 +105,7 @@ def multiply(
         *[None] * missing,
         residual,
         y,
+        stats,
         *(int(w.type) for w in matrices),
         *[0] * missing,
         *(item_bytes(w.type) for w in matrices),
@@ -217,4 +223,4 @@ def shared_bytes(
     ring = warps * STAGES * stage
     sums = 2 * chunk * (2 if gated else 1) * -(-n_in // SEGMENT) * 64 << shift
     rows = (2 * padded(n_in) + 64 + padded(n_in) // 8 << shift) + 4 * n_in * norm if prepares else 0
-    return ring + 576 + sums + rows
+    return ring + 96 + sums + rows

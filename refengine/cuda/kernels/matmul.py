@@ -26,11 +26,13 @@ def linear(
     residual: Array | None = None,
     groups: Groups | None = None,
     overlap: bool = False,
+    stats: Array | None = None,
 ) -> None:
     """y = x wᵀ + bias + residual; with groups, each row is multiplied with the matrix of its expert.
 
     x: in the form that w's type needs. w: (n_out, n_in), or (n_expert, n_out, n_in) with groups. y, residual: (n_rows,
-    n_out) float32; bias: (n_out,), or (n_expert, n_out). The sums do not depend on the number of rows or the grouping.
+    n_out) float32; bias: (n_out,), or (n_expert, n_out). stats: see `few_rows.multiply`; for few rows of quantised
+    matrices only. The sums do not depend on the number of rows or the grouping.
     """
     n_out, n_in = w.shape[-2:]
     few = (groups.size if groups else x.n) <= FEW_ROWS
@@ -42,7 +44,7 @@ def linear(
         matmul_f32.linear(kernels, x, w, y, bias=bias, residual=residual, groups=groups, overlap=overlap)
         return
     if few:
-        few_rows.multiply(kernels, x, (w,), (bias,), y, residual=residual, groups=groups)
+        few_rows.multiply(kernels, x, (w,), (bias,), y, residual=residual, groups=groups, stats=stats)
         return
     struct = groups.struct if groups else NO_GROUPS
     arguments: list[Any] = [w.data, x.struct, struct, bias, residual, y, n_out, n_in, x.n]

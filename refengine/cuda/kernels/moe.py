@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from refengine.array import Array
+from refengine.cuda.kernels.quantize_rows import GROUP
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
@@ -108,11 +109,17 @@ def sum_experts(kernels: Kernels, experts: Array, y: Array) -> None:
     kernels.launch("moe", "sum_experts_f32", (-(-n_elements // 256),), 256, [experts, y, n_used, n, n_elements])
 
 
-def combine(kernels: Kernels, down: Array, shares: Array, residual: Array, y: Array) -> None:
-    """y (n, width) = the sum over ranks of down (n · n_used, width) times shares (n, n_used), + residual. Overlaps."""
+def combine(
+    kernels: Kernels, down: Array, shares: Array, residual: Array, y: Array, stats: Array | None = None
+) -> None:
+    """y (n, width) = the sum over ranks of down (n · n_used, width) times shares (n, n_used), + residual. Overlaps.
+
+    stats: is filled with those of y; see `quantize_rows.Rows`.
+    """
     n, width = y.shape
     check_shape("combine", "the array of outputs", down, (n * shares.shape[1], width))
     check_shape("combine", "the shares' array", shares, (n, shares.shape[1]))
     check_shape("combine", "the residual", residual, y.shape)
-    arguments = [down, shares, residual, y, shares.shape[1], width]
+    check_shape("combine", "the stats' array", stats, (n, width // GROUP, 2))
+    arguments = [down, shares, residual, y, stats, shares.shape[1], width]
     kernels.launch("moe", "combine_f32", (-(-width // 256), n), 256, arguments, overlap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refengine.array import Array
-from refengine.cuda.kernels.quantize_rows import BLOCK, Rows, padded
+from refengine.cuda.kernels.quantize_rows import BLOCK, GROUP, Rows, padded
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
@@ -24,7 +24,7 @@ def layer_norm(kernels: Kernels, x: Array, weight: Array, bias: Array, eps: floa
 def _norm(kernels: Kernels, kernel: str, x: Array, vectors: list[Array], eps: float, y: Array) -> None:
     n = _width(kernel, x, vectors)
     check_shape(kernel, "the output", y, x.shape)
-    kernels.launch("norm", kernel, (int(x.size) // n,), THREADS, [x, *vectors, y, n, float(eps)])
+    kernels.launch("norm", kernel, (int(x.size) // n,), THREADS, [x, *vectors, y, n, float(eps)], norm_bytes(n))
 
 
 def rms_norm_rows(kernels: Kernels, x: Array, weight: Array, eps: float, rows: Rows) -> None:
@@ -45,7 +45,19 @@ def _norm_rows(kernels: Kernels, kernel: str, x: Array, vectors: list[Array], ep
         check_shape(kernel, "the sums' array", rows.sums, (len(x), padded(n) // BLOCK))
         check_shape(kernel, "the scales' array", rows.scale, (len(x),))
     arguments = [x, *vectors, rows.floats, rows.halves, rows.scale, rows.sums, n, float(eps)]
-    kernels.launch("norm", kernel, (len(x),), THREADS, arguments, 4 * n, overlap=True)
+    kernels.launch("norm", kernel, (len(x),), THREADS, arguments, 4 * n + norm_bytes(n), overlap=True)
+
+
+def row_stats(kernels: Kernels, x: Array, stats: Array) -> None:
+    """The largest magnitudes and sums of squares of the groups of rows x (n_rows, n); stats: see `Rows`. Overlaps."""
+    n = _width("row_stats_f32", x, [])
+    check_shape("row_stats_f32", "the stats' array", stats, (len(x), n // GROUP, 2))
+    kernels.launch("norm", "row_stats_f32", (len(x), -(-n // THREADS)), THREADS, [x, stats, n], overlap=True)
+
+
+def norm_bytes(n: int) -> int:
+    """The bytes of shared memory for the moments of a row of n: sums of its groups, aligned for what is behind them."""
+    return 8 * (-(-n // GROUP) + 1)
 
 
 def _width(kernel: str, x: Array, vectors: list[Array]) -> int:

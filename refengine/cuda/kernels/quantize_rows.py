@@ -12,6 +12,7 @@ from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 BLOCK = 32  # columns per stored sum
+GROUP = 16  # columns of which a row's stats are known
 PITCH = 256  # rows of halves are padded with zeros to a multiple of this
 
 
@@ -22,10 +23,9 @@ def padded(n_in: int) -> int:
 
 @dataclass(frozen=True)
 class RowNorm:
-    """A norm that is still to be applied to rows: weight, and for a layer norm also bias, (n_in,) float32."""
+    """An RMS norm that is still to be applied to rows. weight: (n_in,) float32."""
 
     weight: Array
-    bias: Array | None
     eps: float
 
 
@@ -38,6 +38,8 @@ class Rows:
     block sums (n, padded(n_in) / 32), and scales (n,) float32. Products with few rows make this form themselves if
     there are only floats.
     norm: what these products apply to the floats before; the floats alone are then not the rows.
+    stats: what they need for that: (n, n_in / 16, 2) float32, the largest magnitude, and the sum of squares, of each
+    group of 16 floats.
     """
 
     n: int
@@ -46,14 +48,14 @@ class Rows:
     sums: Array | None = None
     scale: Array | None = None
     norm: RowNorm | None = field(default=None, kw_only=True)
+    stats: Array | None = field(default=None, kw_only=True)
 
     @cached_property
     def struct(self) -> Struct:
         """The struct `Activations` of arguments.cuh."""
         if self.halves is not None:
             return Struct(self.halves, self.sums, self.scale, None, None, None)
-        norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
-        return Struct(None, None, None, self.floats, *norm)
+        return Struct(None, None, None, self.floats, self.stats, None if self.norm is None else self.norm.weight)
 
     @property
     def eps(self) -> float:
@@ -66,6 +68,9 @@ class Rows:
         few: rows that the product itself converts are also right.
         """
         if few and self.halves is None and self.floats is not None and self.floats.shape == (self.n, n_in):
+            if self.stats is None:
+                raise KernelError(f"{tensor}: the product reads the stats of rows that it converts, found none")
+            check_shape(tensor, "the rows' stats", self.stats, (self.n, n_in // GROUP, 2))
             return
         array, width = ((None if self.norm else self.floats), n_in) if floats else (self.halves, padded(n_in))
         if array is None or array.shape != (self.n, width):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from refengine.array import Array
 from refengine.cuda.kernels.moe import MOST_USED, Groups, most_groups
 from refengine.cuda.kernels.norm import THREADS
+from refengine.cuda.kernels.norm import norm_bytes
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
@@ -81,4 +82,4 @@ def _item_bytes(w: PackedMatrix) -> int:
 def _shared_bytes(w: PackedMatrix, n_rows: int, each: int) -> int:
     """The shared memory of a block: its experts' weights, a row and the norm; later the scores of all rows."""
     n_expert, n_in = w.shape
-    return max(each * n_in * _item_bytes(w) + 8 * n_in, 4 * n_rows * n_expert)
+    return max(each * n_in * _item_bytes(w) + 8 * n_in + norm_bytes(n_in), 4 * n_rows * n_expert)
