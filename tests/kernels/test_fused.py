@@ -138,7 +138,8 @@ def check_attention_of_a_step(
     found_q, appended = to_numpy(rotated).copy(), [to_numpy(array).copy() for array in cached]
     assert not found_q[n].any()
     fill_cache()
-    partial = xp.full((n + 1, n_head, -(-N_POSITIONS // attention.SPLIT), head_dim + 2), xp.nan, xp.float32)
+    division = attention.step_division(n + 1, n_head, cache.k[0], tables, window)
+    partial = xp.full((n + 1, n_head, division.n_entries, head_dim + 2), xp.nan, xp.float32)
     y, arrived = xp.zeros((n + 1, n_q), xp.float32), xp.zeros(attention.counters_of(n + 1, n_head), xp.int32)
     attention.attention_step(
         there.ops.kernels,
