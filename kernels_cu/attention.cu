@@ -364,12 +364,15 @@ extern "C" __global__ void kv_append_f16(const float* x, const long long* slots,
 //
 // Rows of Q, K and V begin at qkv; their distances are q_stride, k_stride and v_stride floats. q_norm, k_norm (head_dim,).
 // cos, sin (n_positions, half) float32, by position. tables (n_rows, table_stride). positions (n_rows,) int32: below zero
-// there is no row, and nothing is written. y (n_rows, n_head * head_dim). partial (n_rows, n_head, most_splits, head_dim + 2):
-// o, m, l of splits, counted from the first one that a row sees. arrived: a counter for each (x, y) of the grid, zeros; they
-// are zeros again at the end.
-// Grid: x rows · ⌈group / 8⌉, y KV heads, z any number Z: block z takes splits z, z + Z, … from the first one on; 256 threads.
-// If a row sees several splits, the last block to arrive folds them, in order. The block that has the last split computes the
-// new K and V, and has them from its own shared memory; they are written for the next step.
+// there is no row, and nothing is written. y (n_rows, n_head * head_dim). partial (n_rows, n_head, n_entries, head_dim + 2):
+// o, m, l of tiles or splits, counted from the first ones that a row sees. arrived: a counter for each (x, y) of the grid,
+// zeros; they are zeros again at the end.
+// Grid: x rows · ⌈group / 8⌉, y KV heads, z any number Z; 256 threads. The unit of work is a pair of tiles, from a multiple of
+// 128, for rows that see at most most_pairs of them: one pass of a block, so many blocks share a short row's work. For other
+// rows it is a split, which has fewer entries to write and to fold. Block z takes units z, z + Z, … from the first one on. A
+// row that sees one unit is finished by its block. Otherwise o, m, l of both tiles of a pair, or of a split, are written to
+// `partial`, and the last block to arrive folds them in the order above, with a warp for each row. The block that has the last
+// unit computes the new K and V, and has them from its own shared memory; they are written for the next step.
 // Two tiles at once: a warp computes scores of 8 positions of each, then P of a row, then 16 columns of o. The next two tiles
 // are requested as soon as registers are free. Instructions are seldom in the caches when they are needed first, so all of
 // this is one loop, with every kind of work in one place.
@@ -394,9 +397,9 @@ struct alignas(16) StepShared {
   float norms[2][G * 32], cos[G * 32], sin[G * 32];  // weights for Q and K; of the position, for each column
   float factors[STEP_ROWS], sinks[STEP_ROWS];        // of scores: q scale · scale · log2(e)
   unsigned char new_exponents[2];
-  // What is seldom needed: the first row, where to write K and V (below zero: nowhere), the unit and how many of it the row
-  // sees, the tile or split that the first entry is of, and whether this block is the last one.
-  int row, new_slot, unit, n_units, first, is_last;
+  // What is seldom needed: the first row, the number of rows, where to write K and V (below zero: nowhere), the unit and how
+  // many of it the rows see, the tile or split that the first entry is of, and whether this block is the last one.
+  int row, n_rows, new_slot, unit, n_units, first, is_last;
 };
 
 // What a lane, 4 · r + c, has requested of the tiles. K: position r of the warp's 8, columns 8c … 8c + 7 of each group. V:
@@ -575,20 +578,26 @@ __device__ __forceinline__ void fold_entries(const float* entries, const float* 
   int lane = threadIdx.x % 32, own = lane % TOGETHER;
   bool of_tiles = n_before != WHOLE_SPLITS;
   float m = minus_infinity(), l = 0.0f, total_m = minus_infinity(), total_l = 0.0f, o[G] = {}, total[G] = {};
+  float2 sums = make_float2(minus_infinity(), 0.0f);  // m and l of the lane's own entry of those that are folded next
+  float others[TOGETHER][G] = {};
+  // While entries are on their way, those before them are folded; at first there are none, which are left out.
 #pragma unroll 1
-  for (int first = of_tiles ? -n_before : 0; first < n; first += TOGETHER) {
-    const float* from = entries + static_cast<long long>(first) * (head_dim + 2);
-    float2 sums = make_float2(minus_infinity(), 0.0f);
-    if (first + own >= 0 && first + own < n) sums = *reinterpret_cast<const float2*>(from + own * (head_dim + 2) + head_dim);
-    float others[TOGETHER][G];
+  for (int first = of_tiles ? -n_before : 0; first < n + TOGETHER; first += TOGETHER) {
+    float2 next_sums = make_float2(minus_infinity(), 0.0f);
+    if (static_cast<unsigned>(first + own) < static_cast<unsigned>(n))
+      next_sums = *reinterpret_cast<const float2*>(entries + (first + own) * (head_dim + 2) + head_dim);
+    float next[TOGETHER][G];
 #pragma unroll
-    for (int i = 0; i < TOGETHER; i++)
+    for (int i = 0; i < TOGETHER; i++) {
+      const float* from = computed_once(entries + (first + i) * (head_dim + 2) + lane);
+      bool exists = static_cast<unsigned>(first + i) < static_cast<unsigned>(n);
 #pragma unroll
       for (int j = 0; j < G; j++) {
-        others[i][j] = 0.0f;
-        bool exists = first + i >= 0 && first + i < n && (j < G - 1 || j * 32 + lane < head_dim);
-        if (exists) others[i][j] = from[i * (head_dim + 2) + j * 32 + lane];
+        next[i][j] = 0.0f;
+        if (exists && (j < G - 1 || j * 32 + lane < head_dim)) next[i][j] = from[j * 32];
       }
+    }
+
     // A lane has the factors for one entry. The m of all entries before it is a maximum, so it needs no order.
     float top = sums.x;
 #pragma unroll
@@ -603,17 +612,22 @@ __device__ __forceinline__ void fold_entries(const float* entries, const float* 
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
       float of_i = __shfl_sync(ALL_LANES, add, i), keep_i = __shfl_sync(ALL_LANES, keep, i);
-      float l_i = __shfl_sync(ALL_LANES, sums.y, i);
-      if (of_i == NOTHING) continue;
-      l = folded(l, l_i, keep_i, of_i);
+      float of_l = folded(l, __shfl_sync(ALL_LANES, sums.y, i), keep_i, of_i);
+      l = of_i == NOTHING ? l : of_l;
 #pragma unroll
-      for (int j = 0; j < G; j++) o[j] = folded(o[j], others[i][j], keep_i, of_i);
+      for (int j = 0; j < G; j++) o[j] = of_i == NOTHING ? o[j] : folded(o[j], others[i][j], keep_i, of_i);
     }
-    if (!of_tiles) continue;
-    fold(total_m, total_l, m, l, keep, add);
+    if (of_tiles) {
+      fold(total_m, total_l, m, l, keep, add);
 #pragma unroll
-    for (int j = 0; j < G; j++) total[j] = add == NOTHING ? total[j] : folded(total[j], o[j], keep, add), o[j] = 0.0f;
-    m = minus_infinity(), l = 0.0f;
+      for (int j = 0; j < G; j++) total[j] = add == NOTHING ? total[j] : folded(total[j], o[j], keep, add), o[j] = 0.0f;
+      m = minus_infinity(), l = 0.0f;
+    }
+    sums = next_sums;
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++)
+#pragma unroll
+      for (int j = 0; j < G; j++) others[i][j] = next[i][j];
   }
   float factor = of_tiles ? finish(total_m, total_l, sinks, row) : finish(m, l, sinks, row);
 #pragma unroll
@@ -654,7 +668,8 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   bool has_new = static_cast<unsigned>(n_units - 1) % gridDim.z == blockIdx.z;
   if (threadIdx.x == 0) {
     shared.row = (token * n_head_kv + head) * group + first_row;
-    shared.unit = unit, shared.n_units = n_units, shared.first = by_splits ? first_unit : first_unit * AT_ONCE;
+    shared.n_rows = n_rows, shared.unit = unit, shared.n_units = n_units;
+    shared.first = by_splits ? first_unit : first_unit * AT_ONCE;
     shared.new_slot = has_new && first_row == 0 ? slot_of(cache, at) : -1;
   }
   int i = threadIdx.x % 128;  // half of the threads for Q and cos, half for K and sin
@@ -817,14 +832,14 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
     int unit = shared.unit;
     bool is_alone = shared.n_units == 1, is_apart = unit == PAIR && !is_alone;
     int d = warp * 16 + c * 4;
-    long long row = shared.row + r, at_entry = row * n_entries + start / (unit == PAIR ? TILE : SPLIT) - shared.first;
+    long long row = shared.row + r, at_entry = row * n_entries + (unit == PAIR ? start / TILE : start / SPLIT) - shared.first;
     auto write = [&](long long at_entry, const float (&o)[2][2], float m, float l) {
       float* entry = partial + at_entry * (head_dim + 2);
       *reinterpret_cast<float2*>(entry + d) = make_float2(o[0][0], o[1][0]);
       *reinterpret_cast<float2*>(entry + d + 2) = make_float2(o[0][1], o[1][1]);
       if (d == 0) *reinterpret_cast<float2*>(entry + head_dim) = make_float2(m, l);
     };
-    bool exists = r < n_rows && d < head_dim;
+    bool exists = r < shared.n_rows && d < head_dim;
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++) {
       float4 of_row = shared.of_rows[t][r];
@@ -872,7 +887,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
     if (shared.is_last) *counter = 0;
   }
   __syncthreads();
-  if (!shared.is_last || warp >= n_rows) return;
+  if (!shared.is_last || warp >= shared.n_rows) return;
   long long own = shared.row + warp;
   fold_entries<G>(partial + own * n_entries * (head_dim + 2), sinks ? shared.sinks : nullptr, y + own * head_dim, warp,
                   head_dim, of_tiles ? n_seen * AT_ONCE : n_seen, of_tiles ? shared.first % WARPS : WHOLE_SPLITS);

@@ -50,7 +50,6 @@ class StepArrays:
     k: Sequence[PagedRows]
     v: Sequence[PagedRows]
     n_ctx: int
-    n_positions: int
     angles: Callable[[int, Any, Array | None], Angles]
 
 

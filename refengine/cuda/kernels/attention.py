@@ -103,7 +103,7 @@ def step_shared_bytes(width: int) -> int:
     rows, warps, tiles = STEP_ROWS, SPLIT // TILE, 2
     halves = 2 * (2 * rows + 2) * width
     of_tile = 2 * 2 * rows * TILE + 4 * rows * (TILE + 8 + 4) + 2 * TILE
-    return -(-(halves + tiles * of_tile + 4 * ((warps + 4) * width + 2 * rows) + 4 + 6 * 4) // 16) * 16
+    return -(-(halves + tiles * of_tile + 4 * ((warps + 4) * width + 2 * rows) + 4 + 7 * 4) // 16) * 16
 
 
 def check_cache(n_head: int, head_dim: int, k_cache: PagedRows) -> None:
