@@ -808,7 +808,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
     }
     __syncthreads();
 
-    // Sums: a warp has 16 columns; sum [j][i] is of column d + 2 · i + j.
+    // Sums: a warp has 16 columns; sums[t][j][i], as o[j][i], is of column d + 2 · i + j.
     float sums[AT_ONCE][2][2];
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++) {
@@ -828,8 +828,8 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
       for (int i = 0; i < 4; i++) sums[t][i / 2][i % 2] = __fmul_rn(of_columns[i / 2].x[i % 2], down);
       if (next <= at) request_v(requested, cache, places, head, next, oldest, t);
     }
-    // The tiles of a pair stay apart, if the row sees others.
-    int unit = shared.unit;
+    // The tiles of a pair stay apart if the row sees other pairs.
+    int unit = shared.unit;  // read anew, as other numbers here, because there are no registers to keep it
     bool is_alone = shared.n_units == 1, is_apart = unit == PAIR && !is_alone;
     int d = warp * 16 + c * 4;
     long long row = shared.row + r, at_entry = row * n_entries + (unit == PAIR ? start / TILE : start / SPLIT) - shared.first;

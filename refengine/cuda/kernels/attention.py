@@ -221,11 +221,12 @@ class StepDivision:
 
 
 def step_division(n: int, n_head: int, k_cache: PagedRows, tables: Array, window: int) -> StepDivision:
-    """The division for n rows. tables: (n or more, n_blocks), of which the shape is used.
+    """The division for n rows. tables: (n or more, n_blocks), the block tables; only the shape is used.
 
-    The blocks fit on a large GPU together. A block takes at most two pairs of a row, since a split takes the time of
-    four; and the more tiles there are, the longer it takes to fold them: after MOST_PAIRS, splits alone are enough
-    blocks. Both bound the work space. Where all rows together are enough blocks, nothing is gained by pairs.
+    All blocks fit on a large GPU together. Pairs spread a row over more blocks than splits, but each adds two entries
+    to write and to fold. So they are used while a block takes at most two of them, where it would take the time of four
+    for a split, and up to MOST_PAIRS, after which splits alone are enough blocks. Both limits bound the work space. If
+    there is one block for the same rows, pairs gain nothing.
     """
 
     def seen(unit: int) -> int:
