@@ -365,12 +365,15 @@ extern "C" __global__ void kv_append_f16(const float* x, const long long* slots,
 //
 // Rows of Q, K and V begin at qkv; their distances are q_stride, k_stride and v_stride floats. q_norm, k_norm (head_dim,).
 // cos, sin (n_positions, half) float32, by position. tables (n_rows, table_stride). positions (n_rows,) int32: below zero
-// there is no row, and nothing is written. y (n_rows, n_head * head_dim). partial (n_rows, n_head, most_splits, head_dim + 2):
-// o, m, l of splits, counted from the first one that a row sees. arrived: a counter for each (x, y) of the grid, zeros; they
-// are zeros again at the end.
-// Grid: x rows · ⌈group / 8⌉, y KV heads, z any number Z: block z takes splits z, z + Z, … from the first one on; 256 threads.
-// If a row sees several splits, the last block to arrive folds them, in order. The block that has the last split computes the
-// new K and V, and has them from its own shared memory; they are written for the next step.
+// there is no row, and nothing is written. y (n_rows, n_head * head_dim). partial (n_rows, n_head, n_entries, head_dim + 2):
+// o, m, l of tiles or splits, counted from the first ones that a row sees. arrived: a counter for each (x, y) of the grid,
+// zeros; they are zeros again at the end.
+// Grid: x rows · ⌈group / 8⌉, y KV heads, z any number Z; 256 threads. The unit of work is a pair of tiles, from a multiple of
+// 128, for rows that see at most most_pairs of them: one pass of a block, so many blocks share a short row's work. For other
+// rows it is a split, which has fewer entries to write and to fold. Block z takes units z, z + Z, … from the first one on. A
+// row that sees one unit is finished by its block. Otherwise o, m, l of both tiles of a pair, or of a split, are written to
+// `partial`, and the last block to arrive folds them in the order above, with a warp for each row. The block that has the last
+// unit computes the new K and V, and has them from its own shared memory; they are written for the next step.
 // Two tiles at once: a warp computes scores of 8 positions of each, then P of a row, then 16 columns of o. The next two tiles
 // are requested as soon as registers are free. Instructions are seldom in the caches when they are needed first, so all of
 // this is one loop, with every kind of work in one place.
@@ -381,22 +384,23 @@ extern "C" __global__ void kv_append_f16(const float* x, const long long* slots,
 
 constexpr int SPLIT = TILE * WARPS;
 constexpr int AT_ONCE = 2;    // tiles that a block computes together: of each, a warp has 8 positions, then 16 columns
+constexpr int PAIR = AT_ONCE * TILE;
 constexpr int STEP_ROWS = 8;  // rows of a block: half of what the tensor cores multiply, to save registers
 
 template <int G>
 struct alignas(16) StepShared {
   MmaA q[G * 2][32], p[AT_ONCE][4][32];  // operands of products, as lanes hold them
+  float4 of_rows[AT_ONCE][STEP_ROWS];    // m, l and 2^-e of P
   f16 new_k[G * 32], new_v[G * 32];
-  float scores[AT_ONCE][STEP_ROWS][TILE + 8], weights[AT_ONCE][STEP_ROWS][TILE + 8];  // + 8: lanes meet no bank twice
-  float2 of_rows[AT_ONCE][STEP_ROWS];                                                 // m, and 2^-e of P
-  unsigned char exponents[AT_ONCE][2 * TILE];                                         // K, V, K, V, …
+  float scores[AT_ONCE][STEP_ROWS][TILE + 8];  // + 8: lanes meet no bank twice
+  unsigned char exponents[AT_ONCE][2 * TILE];  // K, V, K, V, …
   float heads[WARPS][G * 32];
   float norms[2][G * 32], cos[G * 32], sin[G * 32];  // weights for Q and K; of the position, for each column
-  float q_scale[STEP_ROWS], sinks[STEP_ROWS];
+  float factors[STEP_ROWS], sinks[STEP_ROWS];        // of scores: q scale · scale · log2(e)
   unsigned char new_exponents[2];
-  // What is needed at the end only: the first row, the number of splits, where to write K and V (below zero: nowhere), and
-  // whether this block is the last one.
-  int row, n_splits, new_slot, is_last;
+  // What is seldom needed: the first row, the number of rows, where to write K and V (below zero: nowhere), the unit and how
+  // many of it the rows see, the tile or split that the first entry is of, and whether this block is the last one.
+  int row, n_rows, new_slot, unit, n_units, first, is_last;
 };
 
 // What a lane, 4 · r + c, has requested of the tiles. K: position r of the warp's 8, columns 8c … 8c + 7 of each group. V:
@@ -563,35 +567,71 @@ __device__ __forceinline__ void put_new(Requested<G>& requested, const StepShare
   }
 }
 
-// Folds the splits of n_rows rows, in order, and writes y. By all threads of a block.
-__device__ __forceinline__ void fold_splits(const float* partial, const float* sinks, float* y, int n_rows, int head_dim,
-                                            int n_splits, int most_splits) {
-  constexpr int TOGETHER = 4;
-  int pairs = head_dim / 2;
-  for (int i = threadIdx.x; i < n_rows * pairs; i += blockDim.x) {
-    int row = i / pairs, d = i % pairs * 2;
-    const float* from = partial + static_cast<long long>(row) * most_splits * (head_dim + 2);
-    float m = minus_infinity(), l = 0.0f, o[2] = {};
-    for (int first = 0; first < n_splits; first += TOGETHER) {
-      float2 sums[TOGETHER], others[TOGETHER];
+// Folds n entries of a row in order, and writes y, by a warp. n_before: if the entries are tiles, how many tiles of their
+// split are before the first one; WHOLE_SPLITS if they are splits.
+constexpr int WHOLE_SPLITS = -1;
+template <int G>
+__device__ __forceinline__ void fold_entries(const float* entries, const float* sinks, float* y, int row, int head_dim, int n,
+                                             int n_before) {
+  constexpr int TOGETHER = WARPS;  // the tiles of a split
+  int lane = threadIdx.x % 32, own = lane % TOGETHER;
+  bool of_tiles = n_before != WHOLE_SPLITS;
+  float m = minus_infinity(), l = 0.0f, total_m = minus_infinity(), total_l = 0.0f, o[G] = {}, total[G] = {};
+  float2 sums = make_float2(minus_infinity(), 0.0f);  // m and l of the lane's own entry of those that are folded next
+  float others[TOGETHER][G] = {};
+  // While entries are on their way, those before them are folded; at first there are none, which are left out.
+#pragma unroll 1
+  for (int first = of_tiles ? -n_before : 0; first < n + TOGETHER; first += TOGETHER) {
+    float2 next_sums = make_float2(minus_infinity(), 0.0f);
+    if (static_cast<unsigned>(first + own) < static_cast<unsigned>(n))
+      next_sums = *reinterpret_cast<const float2*>(entries + (first + own) * (head_dim + 2) + head_dim);
+    float next[TOGETHER][G];
 #pragma unroll
-      for (int s = 0; s < TOGETHER; s++) {
-        sums[s] = make_float2(minus_infinity(), 0.0f), others[s] = make_float2(0.0f, 0.0f);
-        if (first + s >= n_splits) continue;
-        const float* split = from + static_cast<long long>(first + s) * (head_dim + 2);
-        sums[s] = *reinterpret_cast<const float2*>(split + head_dim);
-        others[s] = *reinterpret_cast<const float2*>(split + d);
-      }
+    for (int i = 0; i < TOGETHER; i++) {
+      const float* from = computed_once(entries + (first + i) * (head_dim + 2) + lane);
+      bool exists = static_cast<unsigned>(first + i) < static_cast<unsigned>(n);
 #pragma unroll
-      for (int s = 0; s < TOGETHER; s++) {
-        float keep, add;
-        fold(m, l, sums[s].x, sums[s].y, keep, add);
-        if (add != NOTHING) o[0] = folded(o[0], others[s].x, keep, add), o[1] = folded(o[1], others[s].y, keep, add);
+      for (int j = 0; j < G; j++) {
+        next[i][j] = 0.0f;
+        if (exists && (j < G - 1 || j * 32 + lane < head_dim)) next[i][j] = from[j * 32];
       }
     }
-    float factor = finish(m, l, sinks, row);
-    *reinterpret_cast<float2*>(y + row * head_dim + d) = make_float2(__fmul_rn(o[0], factor), __fmul_rn(o[1], factor));
+
+    // A lane has the factors for one entry. The m of all entries before it is a maximum, so it needs no order.
+    float top = sums.x;
+#pragma unroll
+    for (int distance = 1; distance < TOGETHER; distance *= 2) {
+      float other = __shfl_up_sync(ALL_LANES, top, distance);
+      if (own >= distance) top = fmaxf(top, other);
+    }
+    float before = __shfl_up_sync(ALL_LANES, top, 1), keep, add, unused = 0.0f;
+    before = own ? fmaxf(m, before) : m;
+    fold(before, unused, sums.x, sums.y, keep, add);
+    m = __shfl_sync(ALL_LANES, before, TOGETHER - 1);
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++) {
+      float of_i = __shfl_sync(ALL_LANES, add, i), keep_i = __shfl_sync(ALL_LANES, keep, i);
+      float of_l = folded(l, __shfl_sync(ALL_LANES, sums.y, i), keep_i, of_i);
+      l = of_i == NOTHING ? l : of_l;
+#pragma unroll
+      for (int j = 0; j < G; j++) o[j] = of_i == NOTHING ? o[j] : folded(o[j], others[i][j], keep_i, of_i);
+    }
+    if (of_tiles) {
+      fold(total_m, total_l, m, l, keep, add);
+#pragma unroll
+      for (int j = 0; j < G; j++) total[j] = add == NOTHING ? total[j] : folded(total[j], o[j], keep, add), o[j] = 0.0f;
+      m = minus_infinity(), l = 0.0f;
+    }
+    sums = next_sums;
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++)
+#pragma unroll
+      for (int j = 0; j < G; j++) others[i][j] = next[i][j];
   }
+  float factor = of_tiles ? finish(total_m, total_l, sinks, row) : finish(m, l, sinks, row);
+#pragma unroll
+  for (int j = 0; j < G; j++)
+    if (j * 32 + lane < head_dim) y[j * 32 + lane] = __fmul_rn(of_tiles ? total[j] : o[j], factor);
 }
 
 template <int G>
@@ -601,7 +641,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
                                                const float* sinks, float* partial, int* arrived, float* y, int q_stride,
                                                int k_stride, int v_stride, int group, int n_head_kv, int head_dim,
                                                int half, int neox, int block_size, int window, int table_stride,
-                                               int most_splits, float eps, float q_factor, float scale) {
+                                               int n_entries, int most_pairs, float eps, float q_factor, float scale) {
   DYNAMIC_SHARED(unsigned char, memory);
   auto& shared = *reinterpret_cast<StepShared<G>*>(memory);
   let_next_begin();
@@ -609,9 +649,11 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   int n_parts = (group + STEP_ROWS - 1) / STEP_ROWS;
   int token = blockIdx.x / n_parts, first_row = blockIdx.x % n_parts * STEP_ROWS;
   int n_rows = min(group - first_row, STEP_ROWS);
-  int at = load_latest<int>(&positions[token]), oldest = window ? max(at - window + 1, 0) : 0, first_split = oldest / SPLIT;
-  int n_splits = at / SPLIT + 1 - first_split, z = blockIdx.z, n_blocks = gridDim.z;
-  if (at < 0 || z >= n_splits) {
+  int at = load_latest<int>(&positions[token]), oldest = window ? max(at - window + 1, 0) : 0;
+  int n_pairs = at / PAIR + 1 - oldest / PAIR, z = blockIdx.z, n_blocks = gridDim.z;
+  bool by_splits = n_pairs > most_pairs;
+  int unit = by_splits ? SPLIT : PAIR, first_unit = oldest / unit, n_units = at / unit + 1 - first_unit;
+  if (at < 0 || z >= n_units) {
     if (z == 0) wait_for_previous();  // so that this kernel does not end before the previous one
     return;
   }
@@ -619,12 +661,14 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   // Until the wait: what the previous kernels of a step do not write.
   Cache cache{k_cache.values, v_cache.values, k_cache.exponents, v_cache.exponents,
               tables + static_cast<long long>(token) * table_stride, block_size, n_head_kv, head_dim, at};
-  int start = max((first_split + z) * SPLIT, oldest / (AT_ONCE * TILE) * (AT_ONCE * TILE)), next = start;
+  int start = max((first_unit + z) * unit, oldest / PAIR * PAIR), next = start;
   Places places;
   request_places(places, cache, next, oldest);
-  bool has_new = static_cast<unsigned>(n_splits - 1) % gridDim.z == blockIdx.z;
+  bool has_new = static_cast<unsigned>(n_units - 1) % gridDim.z == blockIdx.z;
   if (threadIdx.x == 0) {
-    shared.row = (token * n_head_kv + head) * group + first_row, shared.n_splits = n_splits;
+    shared.row = (token * n_head_kv + head) * group + first_row;
+    shared.n_rows = n_rows, shared.unit = unit, shared.n_units = n_units;
+    shared.first = by_splits ? first_unit : first_unit * AT_ONCE;
     shared.new_slot = has_new && first_row == 0 ? slot_of(cache, at) : -1;
   }
   int i = threadIdx.x % 128;  // half of the threads for Q and cos, half for K and sin
@@ -639,9 +683,9 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   if (sinks && threadIdx.x < n_rows) shared.sinks[threadIdx.x] = sinks[query_head + threadIdx.x];
   // Rows that do not exist are zeros. Word i % 4 of a lane's operand is of row lane / 4 + i % 2 * 8.
 #pragma unroll 1
-  for (int i = threadIdx.x; i < (G * 2 + AT_ONCE * 4) * 32 * 4; i += blockDim.x)
-    if (i / 16 % 8 + i % 2 * 8 >= n_rows) reinterpret_cast<f16x2*>(memory)[i] = 0;  // of q and p
-  if (threadIdx.x >= n_rows && threadIdx.x < STEP_ROWS) shared.q_scale[threadIdx.x] = 1.0f;
+  for (int i = threadIdx.x; i < G * 2 * 32 * 4; i += blockDim.x)
+    if (i / 16 % 8 + i % 2 * 8 >= n_rows) reinterpret_cast<f16x2*>(shared.q)[i] = 0;
+  if (threadIdx.x >= n_rows && threadIdx.x < STEP_ROWS) shared.factors[threadIdx.x] = 1.0f;
   __syncthreads();
 
   int n_jobs = n_rows + (has_new ? 2 : 0);  // heads of Q, then K and V: one or two for a warp
@@ -653,7 +697,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
     heads[n] = (of_q ? qkv.q : of_k ? qkv.k : qkv.v) + (of_q ? query_head + job : head) * head_dim + lane +
                static_cast<long long>(token) * (of_q ? q_stride : of_k ? k_stride : v_stride);
   }
-  float m_all = minus_infinity(), l_all = 0.0f, o[2][2] = {};  // of the split so far
+  float m_all = minus_infinity(), l_all = 0.0f, o[2][2] = {};  // of the unit so far
   Requested<G> requested = {};
   // Each pass computes the tiles from `start` on and requests those from `next` on. Pass 0, before the wait, requests the first
   // tiles; what it computes, of zeros, is a rehearsal: it fetches the instructions, which takes longer than to execute them.
@@ -681,7 +725,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
 #pragma unroll
         for (int j = 0; j < G; j++) to[j * stride] = halves[j];
         if (of_q) {
-          if (lane == 0) shared.q_scale[job] = power_of_two(e);
+          if (lane == 0) shared.factors[job] = __fmul_rn(power_of_two(e), __fmul_rn(scale, LOG2_E));
         } else {
           unsigned char exponent = static_cast<unsigned char>(e + 127);
           if (lane == 0) shared.new_exponents[of_k ? 0 : 1] = exponent;
@@ -701,7 +745,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
     }
 
     // Scores: a warp has 8 positions of each tile.
-    if (has_new && (!pass || start + AT_ONCE * TILE > at)) put_new<G>(requested, shared, start, at);
+    if (has_new && (!pass || start + PAIR > at)) put_new<G>(requested, shared, start, at);
     shared.exponents[lane / 16][warp * 16 + lane % 16] = requested.exponent;
     MmaD s[AT_ONCE] = {};
 #pragma unroll
@@ -720,20 +764,25 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
     if (next <= at) request_k(requested, cache, places, head, next, oldest);
     __syncthreads();
 
-    // Weights: a warp has a row, half of its lanes each tile, a lane 4 positions.
+    // Weights: a warp has a row, half of its lanes each tile. A lane has what it gives to a product: of 16 positions, 2c,
+    // 2c + 1, 2c + 8 and 2c + 9.
     {
-      int t = lane / 16, first = lane % 16 * 4, position = start + t * TILE + first;
-      float4 scores = *reinterpret_cast<const float4*>(&shared.scores[t][warp][first]);
-      uint2 exponents = *reinterpret_cast<const uint2*>(&shared.exponents[t][2 * first]);
-      float p[4] = {scores.x, scores.y, scores.z, scores.w}, scaled[4];
-      float factor = __fmul_rn(shared.q_scale[warp], __fmul_rn(scale, LOG2_E)), m = minus_infinity(), top = 0.0f;
+      int t = lane / 16, kk = lane / 4 % 4, first = kk * 16 + 2 * c, position = start + t * TILE + first;
+      float2 low = *reinterpret_cast<const float2*>(&shared.scores[t][warp][first]);
+      float2 high = *reinterpret_cast<const float2*>(&shared.scores[t][warp][first + 8]);
+      uint32_t exponents[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        exponents[i] = *reinterpret_cast<const uint32_t*>(&shared.exponents[t][2 * (first + 8 * i)]);
+      float p[4] = {low.x, low.y, high.x, high.y}, scaled[4];
+      float factor = shared.factors[warp], m = minus_infinity(), top = 0.0f, l = 0.0f;
       auto cache_scale = [&](int i, int of_v) {
-        return __uint_as_float(((i / 2 ? exponents.y : exponents.x) >> (i % 2 * 16 + of_v * 8) & 255) << 23);
+        return __uint_as_float((exponents[i / 2] >> (i % 2 * 16 + of_v * 8) & 255) << 23);
       };
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        p[i] = position + i > at || position + i < oldest ? minus_infinity()
-                                                          : __fmul_rn(__fmul_rn(p[i], factor), cache_scale(i, 0));
+        int of_i = position + i / 2 * 8 + i % 2;
+        p[i] = of_i > at || of_i < oldest ? minus_infinity() : __fmul_rn(__fmul_rn(p[i], factor), cache_scale(i, 0));
         m = fmaxf(m, p[i]);
       }
       m = largest_of_sixteen(m);
@@ -744,23 +793,25 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
         scaled[i] = __fmul_rn(p[i], cache_scale(i, 1));
         top = fmaxf(top, scaled[i]);
       }
-      *reinterpret_cast<float4*>(&shared.weights[t][warp][first]) = make_float4(p[0], p[1], p[2], p[3]);
       uint32_t field = __float_as_uint(largest_of_sixteen(top)) >> 23;
       field = min(max(field, 15u), 254u);
-      float up = __uint_as_float((268u - field) << 23);
-      MmaA* to = &shared.p[t][first / 16][warp * 4 + first / 2 % 4];
+      float up = __uint_as_float((268u - field) << 23), down = __uint_as_float((field - 14u) << 23);
+      *reinterpret_cast<uint4*>(&shared.p[t][kk][warp * 4 + c]) =
+          make_uint4(f32_to_f16x2(__fmul_rn(scaled[0], up), __fmul_rn(scaled[1], up)), 0,
+                     f32_to_f16x2(__fmul_rn(scaled[2], up), __fmul_rn(scaled[3], up)), 0);
+      // l: 16 numbers ascending, handed on by the four lanes that have them.
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        to[i].x[first / 8 % 2 * 2] = f32_to_f16x2(__fmul_rn(scaled[2 * i], up), __fmul_rn(scaled[2 * i + 1], up));
-      if (first == 0) shared.of_rows[t][warp] = make_float2(m, __uint_as_float((field - 14u) << 23));
+      for (int i = 0; i < 4; i++) l = __shfl_sync(ALL_LANES, l + p[0] + p[1] + p[2] + p[3], t * 16 + i * 4 + c);
+      l = sum_of_four(l);
+      if (lane % 16 == 0) shared.of_rows[t][warp] = make_float4(m, l, down, 0.0f);
     }
     __syncthreads();
 
-    // Sums: a warp has 16 columns.
-    float sums[AT_ONCE][4];
+    // Sums: a warp has 16 columns; sums[t][j][i], as o[j][i], is of column d + 2 · i + j.
+    float sums[AT_ONCE][2][2];
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++) {
-      MmaD d[2] = {};
+      MmaD of_columns[2] = {};
 #pragma unroll
       for (int kk = 0; kk < 4; kk++) {
         MmaA p = operand(shared.p[t][kk][lane]);
@@ -768,74 +819,77 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
 #pragma unroll
         for (int j = 0; j < 2; j++) {
           unsigned selector = j ? 0x7632 : 0x5410;
-          mma_m16n8k16(d[j], p, {{__byte_perm(v[0], v[1], selector), __byte_perm(v[2], v[3], selector)}});
+          mma_m16n8k16(of_columns[j], p, {{__byte_perm(v[0], v[1], selector), __byte_perm(v[2], v[3], selector)}});
         }
       }
+      float down = shared.of_rows[t][r].z;
 #pragma unroll
-      for (int i = 0; i < 4; i++) sums[t][i] = d[i / 2].x[i % 2];
+      for (int i = 0; i < 4; i++) sums[t][i / 2][i % 2] = __fmul_rn(of_columns[i / 2].x[i % 2], down);
       if (next <= at) request_v(requested, cache, places, head, next, oldest, t);
     }
-#pragma unroll 1
-    for (int t = 0; t < AT_ONCE; t++) {
-      float l = 0.0f, keep, add;
+    // The tiles of a pair stay apart if the row sees other pairs.
+    int unit = shared.unit;  // read anew, as other numbers here, because there are no registers to keep it
+    bool is_alone = shared.n_units == 1, is_apart = unit == PAIR && !is_alone;
+    int d = warp * 16 + c * 4;
+    long long row = shared.row + r, at_entry = row * n_entries + (unit == PAIR ? start / TILE : start / SPLIT) - shared.first;
+    auto write = [&](long long at_entry, const float (&o)[2][2], float m, float l) {
+      float* entry = partial + at_entry * (head_dim + 2);
+      *reinterpret_cast<float2*>(entry + d) = make_float2(o[0][0], o[1][0]);
+      *reinterpret_cast<float2*>(entry + d + 2) = make_float2(o[0][1], o[1][1]);
+      if (d == 0) *reinterpret_cast<float2*>(entry + head_dim) = make_float2(m, l);
+    };
+    bool exists = r < shared.n_rows && d < head_dim;
 #pragma unroll
-      for (int n = 0; n < TILE / 8; n++) {
-        float2 p = *reinterpret_cast<const float2*>(&shared.weights[t][r][n * 8 + 2 * c]);
-        l += p.x, l += p.y;
+    for (int t = 0; t < AT_ONCE; t++) {
+      float4 of_row = shared.of_rows[t][r];
+      if (is_apart) {
+        if (pass && exists) write(at_entry + t, sums[t], of_row.x, of_row.y);
+        continue;
       }
-      float2 of_row = shared.of_rows[t][r];
-      fold(m_all, l_all, of_row.x, sum_of_four(l), keep, add);
+      float keep, add;
+      fold(m_all, l_all, of_row.x, of_row.y, keep, add);
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        float sum = folded(o[i / 2][i % 2], __fmul_rn(t ? sums[1][i] : sums[0][i], of_row.y), keep, add);
+        float sum = folded(o[i / 2][i % 2], sums[t][i / 2][i % 2], keep, add);
         o[i / 2][i % 2] = add == NOTHING ? o[i / 2][i % 2] : sum;
       }
     }
-
-    if (!pass || next % SPLIT == 0 || next > at) {  // the end of the split
-      int d = warp * 16 + c * 4;
-      if (r < n_rows && d < head_dim) {
-        // Sum o[j][i] is of column d + 2 · i + j. Adding 0 is what folding into nothing does.
-        float four[4];
+    if (!is_apart && (!pass || next % unit == 0 || next > at)) {  // the end of the unit
 #pragma unroll
-        for (int i = 0; i < 4; i++) four[i] = __fadd_rn(o[i % 2][i / 2], 0.0f);
-        long long row = shared.row + r;
-        if (shared.n_splits == 1) {
-          float by = finish(m_all, l_all, sinks ? shared.sinks : nullptr, r);
-          if (pass)
-            *reinterpret_cast<float4*>(y + row * head_dim + d) =
-                make_float4(__fmul_rn(four[0], by), __fmul_rn(four[1], by), __fmul_rn(four[2], by), __fmul_rn(four[3], by));
-        } else if (pass) {
-          float* to = partial + (row * most_splits + start / SPLIT - oldest / SPLIT) * (head_dim + 2);
-          *reinterpret_cast<float2*>(to + d) = make_float2(four[0], four[1]);
-          *reinterpret_cast<float2*>(to + d + 2) = make_float2(four[2], four[3]);
-          if (d == 0) *reinterpret_cast<float2*>(to + head_dim) = make_float2(m_all, l_all);
-        }
+      for (int i = 0; i < 4; i++) o[i / 2][i % 2] = __fadd_rn(o[i / 2][i % 2], 0.0f);  // as folding into nothing does
+      if (exists && is_alone) {
+        float by = finish(m_all, l_all, sinks ? shared.sinks : nullptr, r);
+        if (pass)
+          *reinterpret_cast<float4*>(y + row * head_dim + d) = make_float4(
+              __fmul_rn(o[0][0], by), __fmul_rn(o[1][0], by), __fmul_rn(o[0][1], by), __fmul_rn(o[1][1], by));
+      } else if (exists && pass) {
+        write(at_entry, o, m_all, l_all);
       }
       m_all = minus_infinity(), l_all = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 4; i++) o[i % 2][i / 2] = 0.0f;
+      for (int i = 0; i < 4; i++) o[i / 2][i % 2] = 0.0f;
     }
     if (pass && next > at) break;
-    start = next, next += AT_ONCE * TILE;
-    if (next % SPLIT == 0) next += (n_blocks - 1) * SPLIT;
+    start = next, next += PAIR;
+    if (next % unit == 0) next += (n_blocks - 1) * unit;
     request_places(places, cache, next, oldest);
   }
-  int n_splits_seen = shared.n_splits;
-  if (n_splits_seen == 1) return;
+  int n_seen = shared.n_units;
+  if (n_seen == 1) return;
+  bool of_tiles = shared.unit == PAIR;
 
-  // The block that is last of those with the same rows folds all their splits.
+  // The block that is last of those with the same rows folds all their entries.
   __syncthreads();
   if (threadIdx.x == 0) {
     int* counter = arrived + blockIdx.x * gridDim.y + blockIdx.y;
-    shared.is_last = arrive(counter) == min(n_splits_seen, n_blocks) - 1;
+    shared.is_last = arrive(counter) == min(n_seen, n_blocks) - 1;
     if (shared.is_last) *counter = 0;
   }
   __syncthreads();
-  if (!shared.is_last) return;
-  long long row = shared.row;
-  fold_splits(partial + row * most_splits * (head_dim + 2), sinks ? shared.sinks : nullptr, y + row * head_dim, n_rows,
-              head_dim, n_splits_seen, most_splits);
+  if (!shared.is_last || warp >= shared.n_rows) return;
+  long long own = shared.row + warp;
+  fold_entries<G>(partial + own * n_entries * (head_dim + 2), sinks ? shared.sinks : nullptr, y + own * head_dim, warp,
+                  head_dim, of_tiles ? n_seen * AT_ONCE : n_seen, of_tiles ? shared.first % WARPS : WHOLE_SPLITS);
 }
 
 #define ATTENTION_STEP(name, G)                                                                                        \
@@ -843,11 +897,11 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
       name(Projections qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin, NewRows k,   \
            NewRows v, const int* tables, const int* positions, const float* sinks, float* partial, int* arrived,       \
            float* y, int q_stride, int k_stride, int v_stride, int group, int n_head_kv, int head_dim, int half,       \
-           int neox, int block_size, int window, int table_stride, int most_splits, float eps, float q_factor,         \
-           float scale) {                                                                                              \
+           int neox, int block_size, int window, int table_stride, int n_entries, int most_pairs, float eps,           \
+           float q_factor, float scale) {                                                                              \
     attention_step<G>(qkv, q_norm, k_norm, cos, sin, k, v, tables, positions, sinks, partial, arrived, y, q_stride,    \
                       k_stride, v_stride, group, n_head_kv, head_dim, half, neox, block_size, window, table_stride,   \
-                      most_splits, eps, q_factor, scale);                                                              \
+                      n_entries, most_pairs, eps, q_factor, scale);                                                    \
   }
 ATTENTION_STEP(attention_step_32, 1)
 ATTENTION_STEP(attention_step_64, 2)

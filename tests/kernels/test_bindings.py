@@ -71,7 +71,7 @@ def step(
 ) -> tuple[Any, ...]:
     """Arguments of `attention_step`, all but one of which fit."""
     caches = (of_cache or cache(), of_cache or cache())
-    space = f32(N, 2, 1, 34) if partial is None else partial
+    space = f32(N, 2, 2, 34) if partial is None else partial
     given = (i32(N), i32(N, 2) if tables is None else tables, *caches, space, i32(N) if arrived is None else arrived)
     return (parts, Rotation(None, None, True), *given, Y)
 
@@ -109,8 +109,8 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
                          "rope_append: 3 rows of 1 heads of 32, 64 floats apart, do not fit 96"),
     "another cache": (attention.attention_step, step(of_cache=cache(64)), STEP,
                       "2 heads of 32 over a cache of 1 of 64"),
-    "splits": (attention.attention_step, step(partial=f32(N, 2, 1, 32)), STEP,
-               r"the space for splits has the shape \(3, 2, 1, 32\), expected \(3, 2, 1, 34\)"),
+    "entries": (attention.attention_step, step(partial=f32(N, 2, 1, 34)), STEP,
+                r"the work space has the shape \(3, 2, 1, 34\), expected \(3, 2, 2, 34\)"),
     "tables": (attention.attention_step, step(tables=i32(2, 2)), STEP,
                r"the tables' array has the shape \(2, 2\), expected \(3, 2\)"),
     "counters": (attention.attention_step, step(arrived=i32(2)), STEP, "2 counters, 3 are needed"),

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 from refengine.cache.paged import CacheSequence
 from refengine.config import RopeConfig
 from refengine.cuda.kernels import attention, matmul, moe, norm
-from refengine.cuda.kernels.attention import Projections, Rotation
+from refengine.cuda.kernels.attention import PagedRows, Projections, Rotation
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.quantize_rows import Rows, padded, quantize_rows
 from refengine.cuda.kernels.rope import rope_append
@@ -75,6 +75,7 @@ def test_a_norm_and_its_halves(n_embd: int, with_bias: bool, there: OpsThere) ->
 
 # Positions of sequences, the new one included: at the ends of tiles of 64, of two of them, and of splits of 512.
 MIXED, SHORT, LONG = (1, 700, 64, 1100, 513), (1, 2, 63, 64, 65, 128, 129, 200), (511, 512, 513, 1024, 1025)
+PAIRS, LIMITS = (256, 128, 129, 257, 320, 1), (512, 513, 640, 641, 768, 769, 1536)
 
 
 def check_attention_of_a_step(
@@ -146,7 +147,8 @@ def check_attention_of_a_step(
     found_q, appended = to_numpy(rotated).copy(), [to_numpy(array).copy() for array in cached]
     assert not found_q[n].any()
     fill_cache()
-    partial = xp.full((n + 1, n_head, -(-N_POSITIONS // attention.SPLIT), head_dim + 2), xp.nan, xp.float32)
+    division = attention.step_division(n + 1, n_head, cache.k[0], tables, window)
+    partial = xp.full((n + 1, n_head, division.n_entries, head_dim + 2), xp.nan, xp.float32)
     y, arrived = xp.zeros((n + 1, n_q), xp.float32), xp.zeros(attention.counters_of(n + 1, n_head), xp.int32)
     attention.attention_step(
         there.ops.kernels,
@@ -204,20 +206,64 @@ def check_attention_of_a_step(
         ((8, 1, 128), LONG, {"nan": True}),
         ((1, 1, 8), LONG, {"rope": None, "norms": True, "sinks": True, "window": 513}),
         ((2, 1, 48), (1500, 1536), {"rope": "norm"}),
+        ((7, 1, 64), PAIRS, {"nan": True, "sinks": True}),
+        ((9, 3, 72), PAIRS, {"window": 129}),
+        ((2, 1, 64), PAIRS, {"window": 1}),
+        ((3, 1, 128), LIMITS, {"sinks": True}),
+        ((1, 1, 96), LIMITS, {"window": 300}),
+        ((8, 1, 32), LIMITS, {"window": 640, "nan": True}),
+        ((5, 1, 64), LIMITS, {"window": 1300, "sinks": True}),
     ],
 )
-@pytest.mark.parametrize("busy", [1, 20, 264])
+@pytest.mark.parametrize(("share", "most_pairs"), [(1, 32), (2, 32), (3, 32), (99, 32), (99, 5)])
 def test_attention_of_a_step(
     heads: tuple[int, int, int],
     lengths: tuple[int, ...],
     options: dict[str, Any],
-    busy: int,
+    share: int,
+    most_pairs: int,
     there: OpsThere,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """busy: how many blocks there are to be, and so whether one takes several splits."""
-    monkeypatch.setattr(attention, "BUSY", busy)
+    """share: how many blocks there may be for the same rows. Rows of up to 2 · share and most_pairs pairs of tiles are
+    divided into them, unless share is 1; longer ones into splits."""
+    n_head, n_head_kv, _ = heads
+    n_blocks = (len(lengths) + 1) * n_head_kv * attention.step_blocks(n_head // n_head_kv)
+    monkeypatch.setattr(attention, "BUSY", share * n_blocks)
+    monkeypatch.setattr(attention, "MOST_PAIRS", most_pairs)
     check_attention_of_a_step(there, heads, lengths, **options)
+
+
+@pytest.mark.parametrize("block_size", [64, 256])
+def test_how_a_step_divides_positions(block_size: int) -> None:
+    cache = PagedRows(np.zeros((1, block_size, 2, 64), np.float16), np.zeros((1, block_size, 2), np.uint8))
+
+    def division(n: int, n_positions: int, window: int = 0) -> tuple[int, int, int]:
+        found = attention.step_division(n, 14, cache, np.zeros((n, n_positions // block_size), np.int32), window)
+        return found.at_once, found.most_pairs, found.n_entries
+
+    assert division(1, 256) == (2, 2, 4)
+    assert division(1, 1024) == (8, 8, 16)
+    assert division(1, 8192) == (32, 32, 64)
+    assert division(1, 131072) == (132, 32, 256)
+    assert division(8, 8192) == (16, 32, 64)
+    assert division(33, 8192) == (4, 8, 16)
+    assert division(33, 512) == (4, 4, 8)
+    assert division(66, 8192) == (2, 4, 16)
+    assert division(67, 8192) == (1, 0, 16)
+    assert division(67, 256) == (1, 0, 1)
+    assert division(1, 131072, window=128) == (2, 2, 4)
+    assert division(1, 131072, window=130) == (3, 3, 6)
+    assert division(1, 131072, window=1) == (1, 1, 2)
+    assert division(67, 131072, window=513) == (1, 0, 2)
+    most = 0
+    for n in range(1, 133):  # up to so many rows, pairs are divided; the work space is bounded for any number
+        for n_positions in (256, 4096, 131072):
+            at_once, most_pairs, n_entries = division(n, n_positions)
+            assert 2 * n * at_once <= attention.BUSY
+            assert n_entries == max(2 * most_pairs, n_positions // attention.SPLIT or 1)
+            most = max(most, n * 2 * most_pairs)
+    assert most <= 2 * attention.BUSY
 
 
 @pytest.mark.parametrize("order", [1, 5])
@@ -227,6 +273,8 @@ def test_attention_of_a_step_with_threads_in_another_order(order: int, monkeypat
     monkeypatch.setattr(module, "launch", functools.partial(module.launch, order=order))
     check_attention_of_a_step(there, (10, 1, 64), MIXED, norms=True, sinks=True)
     check_attention_of_a_step(there, (2, 2, 96), SHORT, window=100)
+    monkeypatch.setattr(attention, "MOST_PAIRS", 5)
+    check_attention_of_a_step(there, (2, 1, 64), LIMITS, window=700)
 
 
 def test_experts_of_rows_that_are_there(there: OpsThere) -> None:

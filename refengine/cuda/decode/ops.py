@@ -21,7 +21,7 @@ from refengine.array import Array
 from refengine.cuda.decode.buffers import Buffer, Buffers
 from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, NoFusedStep, Norm, Product, Shares, Value
 from refengine.cuda.kernels import activation, embedding, few_rows, matmul, moe, norm, quantize_rows, router
-from refengine.cuda.kernels.attention import SPLIT, PagedRows, Projections, Rotation, attention_step
+from refengine.cuda.kernels.attention import PagedRows, Projections, Rotation, attention_step, step_division
 from refengine.cuda.kernels.few_rows import FEW_ROWS, Activation, can_prepare
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.norm import row_stats
@@ -51,7 +51,6 @@ class StepArrays:
     k: Sequence[PagedRows]
     v: Sequence[PagedRows]
     n_ctx: int
-    n_positions: int
     angles: Callable[[int, Any, Array | None], Angles]
 
 
@@ -204,8 +203,8 @@ class StepOps:
         assert a.arrived is not None
         head_dim = q.x.width // n_head
         projections, rotation, of_heads = self._projected(q, k, v)
-        n_splits = -(-a.n_positions // SPLIT)
-        partial = self._b.new((n, n_head, n_splits, head_dim + 2), np.float32)
+        division = step_division(n, n_head, a.k[il], a.tables, window)
+        partial = self._b.new((n, n_head, division.n_entries, head_dim + 2), np.float32)
         y = self._new(n, n_head * head_dim)
         given = (projections, rotation, a.positions[:n], a.tables[:n], a.k[il], a.v[il], partial.array, a.arrived)
         self._launch(attention_step, *given, y.array, scale=scale, window=window, sinks=sinks, **of_heads)

@@ -242,7 +242,7 @@ class PromptPass:
     ) -> tuple[PromptOps, Array | None]:
         """Give `kernels` all launches of a pass. Returns the operations, and the array of the logits."""
         kv, rows = self._kv, (inputs.ids[:n], inputs.positions[:n], inputs.tables[:n])
-        arrays = StepArrays(*rows, None, inputs.routed, kv.k, kv.v, kv.n_ctx, self._n_positions, self._angles)
+        arrays = StepArrays(*rows, None, inputs.routed, kv.k, kv.v, kv.n_ctx, self._angles)
         wanted = inputs.wanted[:n_wanted]
         ops = PromptOps(self._ops, kernels, arrays, buffers, n, wanted, self._split_space)
         logits = self._decode(self._cfg, self._weights, ops, no_trace)

@@ -107,7 +107,7 @@ class StepPlan:
             return table, table
 
         on_device = {name: shaped(shape, dtype) for name, (shape, dtype) in rows.items()}
-        arrays = StepArrays(**on_device, k=cache, v=cache, n_ctx=n_ctx, n_positions=n_positions, angles=note_angles)
+        arrays = StepArrays(**on_device, k=cache, v=cache, n_ctx=n_ctx, angles=note_angles)
         plans: dict[int, Plan] = {}
         for bucket in buckets_for(max_batch):
             recorder = Recorder()
@@ -203,9 +203,7 @@ class DecodeStep:
         self._filled: set[int] = set()
         # The counters arrived and routed are zeros, as everything in a new arena.
         rows = {name: self._b[name] for name in ("ids", "positions", "tables", "arrived", "routed")}
-        self._arrays = StepArrays(
-            **rows, k=kv.k, v=kv.v, n_ctx=kv.n_ctx, n_positions=self.n_positions, angles=self.angles
-        )
+        self._arrays = StepArrays(**rows, k=kv.k, v=kv.v, n_ctx=kv.n_ctx, angles=self.angles)
         self._sampler = Sampler(ops.kernels, cfg.n_vocab, self.n_positions + 1)
         self.state = DecodeState(ops.xp, self._b, cfg.n_vocab, self.n_positions, kv.block_size)
 

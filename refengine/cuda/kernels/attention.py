@@ -13,7 +13,8 @@ from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 BLOCK_ROWS, TILE, SPLIT = 16, 64, 512  # rows per block of threads; positions per tile and per split
-STEP_ROWS = 8  # rows per block of threads in `attention_step`
+STEP_ROWS, PAIR = 8, 128  # rows per block of threads in `attention_step`, and positions that it computes together
+MOST_PAIRS = 32  # a row of `attention_step` that sees more pairs of tiles is divided into splits, see `step_division`
 HEAD_DIMS = (32, 64, 96, 128)  # the head widths of the compiled kernels; narrower heads are padded
 BUSY = 264  # blocks of threads that keep a large GPU busy; with fewer blocks, positions are divided into splits
 PARTIAL_BYTES = 64 << 20  # the most work space for splits that have their own blocks of threads
@@ -101,8 +102,8 @@ def step_shared_bytes(width: int) -> int:
     """The bytes of the struct `StepShared` in kernels_cu/attention.cu."""
     rows, warps, tiles = STEP_ROWS, SPLIT // TILE, 2
     halves = 2 * (2 * rows + 2) * width
-    of_tile = 2 * 2 * rows * TILE + 4 * rows * (2 * (TILE + 8) + 2) + 2 * TILE
-    return -(-(halves + tiles * of_tile + 4 * ((warps + 4) * width + 2 * rows) + 4 + 4 * 4) // 16) * 16
+    of_tile = 2 * 2 * rows * TILE + 4 * rows * (TILE + 8 + 4) + 2 * TILE
+    return -(-(halves + tiles * of_tile + 4 * ((warps + 4) * width + 2 * rows) + 4 + 7 * 4) // 16) * 16
 
 
 def check_cache(n_head: int, head_dim: int, k_cache: PagedRows) -> None:
@@ -201,6 +202,45 @@ def attention(
         kernels.launch("attention", "attention_merge", (n_tokens, n_head), head_dim, arguments)
 
 
+def step_blocks(group: int) -> int:
+    """How many blocks of threads `attention_step` has for the query heads of a KV head."""
+    return -(-group // STEP_ROWS)
+
+
+@dataclass(frozen=True)
+class StepDivision:
+    """How `attention_step` divides the positions that a row sees among blocks of threads.
+
+    at_once: the number of blocks for the same rows. most_pairs: a row that sees more pairs of tiles is divided into
+    splits, any other into pairs. n_entries: the most tiles or splits of a row that are written to the work space.
+    """
+
+    at_once: int
+    most_pairs: int
+    n_entries: int
+
+
+def step_division(n: int, n_head: int, k_cache: PagedRows, tables: Array, window: int) -> StepDivision:
+    """The division for n rows. tables: (n or more, n_blocks), the block tables; only the shape is used.
+
+    All blocks fit on a large GPU together. Pairs spread a row over more blocks than splits, but each adds two entries
+    to write and to fold. So they are used while a block takes at most two of them, where it would take the time of four
+    for a split, and up to MOST_PAIRS, after which splits alone are enough blocks. Both limits bound the work space. If
+    there is one block for the same rows, pairs gain nothing.
+    """
+
+    def seen(unit: int) -> int:
+        in_window = -(-(window - 1) // unit) + 1 if window else n_positions
+        return min(-(-n_positions // unit), in_window)
+
+    _, block_size, n_head_kv, _ = k_cache.values.shape
+    n_positions = tables.shape[1] * block_size
+    n_blocks = n * step_blocks(n_head // n_head_kv) * n_head_kv
+    share = max(1, BUSY // n_blocks)
+    most_pairs = min(seen(PAIR), MOST_PAIRS, 2 * share) if share > 1 else 0
+    return StepDivision(min(share, max(most_pairs, seen(SPLIT))), most_pairs, max(2 * most_pairs, seen(SPLIT)))
+
+
 def counters_of(n: int, n_head: int) -> int:
     """How many counters `attention_step` may need for n rows: one for each row and 8 query heads of a KV head."""
     return n * n_head
@@ -230,28 +270,27 @@ def attention_step(
     has ended, so it must have been written before a kernel began that did not overlap.
 
     positions: (n,) int32, below zero for rows without a sequence. tables: (n, n_blocks) int32. partial: work space
-    (n, n_head, most_splits, head_dim + 2) float32. arrived: `counters_of(n, n_head)` int32 or more, zeros before and
-    after. y: (n, n_head · head_dim) float32.
+    (n, n_head, n_entries, head_dim + 2) float32, see `step_division`. arrived: `counters_of(n, n_head)` int32 or more,
+    zeros before and after. y: (n, n_head · head_dim) float32.
     """
-    n, n_head, most_splits, _ = partial.shape
+    n, n_head = partial.shape[:2]
     _, block_size, n_head_kv, head_dim = k_cache.values.shape
     kernel = "attention_step"
     check_projections(kernel, qkv, (n, n_head, y.shape[-1] // n_head), positions, tables, (k_cache, v_cache), norms)
     check_shape(kernel, "the output", y, (n, n_head * head_dim))
     check_shape(kernel, "the sinks' array", sinks, (n_head,))
-    check_shape(kernel, "the space for splits", partial, (n, n_head, most_splits, head_dim + 2))
+    division = step_division(n, n_head, k_cache, tables, window)
+    check_shape(kernel, "the work space", partial, (n, n_head, division.n_entries, head_dim + 2))
     group = n_head // n_head_kv
-    tiles = -(-group // STEP_ROWS) * n
+    tiles = step_blocks(group) * n
     if arrived.size < tiles * n_head_kv:
         raise KernelError(f"{kernel}: {arrived.size} counters, {tiles * n_head_kv} are needed")
-    seen = min(most_splits, -(-window // SPLIT) + 1) if window else most_splits  # splits in which a row sees positions
-    at_once = min(seen, max(1, -(-BUSY // (tiles * n_head_kv))))
     width = head_width(head_dim)
     arrays = [qkv.struct, *norms, rotation.cos, rotation.sin, k_cache.struct, v_cache.struct, tables, positions]
     sizes = [group, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, window, tables.shape[1]]
-    numbers = [*qkv.strides, *sizes, most_splits, float(eps), float(q_factor), float(scale)]
+    numbers = [*qkv.strides, *sizes, division.n_entries, division.most_pairs, float(eps), float(q_factor), float(scale)]
     arguments = [*arrays, sinks, partial, arrived, y, *numbers]
-    grid, shared = (tiles, n_head_kv, at_once), step_shared_bytes(width)
+    grid, shared = (tiles, n_head_kv, division.at_once), step_shared_bytes(width)
     kernels.launch("attention", f"{kernel}_{width}", grid, 256, arguments, shared, overlap=True)
 
 
