@@ -571,8 +571,8 @@ __device__ __forceinline__ void put_new(Requested<G>& requested, const StepShare
 // split are before the first one; WHOLE_SPLITS if they are splits.
 constexpr int WHOLE_SPLITS = -1;
 template <int G>
-__device__ __forceinline__ void fold_entries(const float* entries, const float* sinks, float* y, int row, int head_dim, int n,
-                                             int n_before) {
+__device__ __forceinline__ void fold_entries(const float* entries, const float* sinks, float* y, float* stats, int row, int head_dim,
+                                             int n, int n_before) {
   constexpr int TOGETHER = WARPS;  // the tiles of a split
   int lane = threadIdx.x % 32, own = lane % TOGETHER;
   bool of_tiles = n_before != WHOLE_SPLITS;
@@ -630,16 +630,20 @@ __device__ __forceinline__ void fold_entries(const float* entries, const float* 
   }
   float factor = of_tiles ? finish(total_m, total_l, sinks, row) : finish(m, l, sinks, row);
 #pragma unroll
-  for (int j = 0; j < G; j++)
-    if (j * 32 + lane < head_dim) y[j * 32 + lane] = __fmul_rn(of_tiles ? total[j] : o[j], factor);
+  for (int j = 0; j < G; j++) {
+    int d = j * 32 + lane;
+    float value = __fmul_rn(of_tiles ? total[j] : o[j], factor);
+    if (d < head_dim) y[d] = value;
+    if (stats) put_stats(stats, 0, d, head_dim, value, ALL_LANES);
+  }
 }
 
 template <int G>
 __device__ __forceinline__ void attention_step(const Projections& qkv, const float* q_norm, const float* k_norm,
                                                const float* cos, const float* sin, const NewRows& k_cache,
                                                const NewRows& v_cache, const int* tables, const int* positions,
-                                               const float* sinks, float* partial, int* arrived, float* y, int q_stride,
-                                               int k_stride, int v_stride, int group, int n_head_kv, int head_dim,
+                                               const float* sinks, float* partial, int* arrived, float* y, float* stats,
+                                               int q_stride, int k_stride, int v_stride, int group, int n_head_kv, int head_dim,
                                                int half, int neox, int block_size, int window, int table_stride,
                                                int n_entries, int most_pairs, float eps, float q_factor, float scale) {
   DYNAMIC_SHARED(unsigned char, memory);
@@ -859,9 +863,12 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
       for (int i = 0; i < 4; i++) o[i / 2][i % 2] = __fadd_rn(o[i / 2][i % 2], 0.0f);  // as folding into nothing does
       if (exists && is_alone) {
         float by = finish(m_all, l_all, sinks ? shared.sinks : nullptr, r);
-        if (pass)
-          *reinterpret_cast<float4*>(y + row * head_dim + d) = make_float4(
-              __fmul_rn(o[0][0], by), __fmul_rn(o[1][0], by), __fmul_rn(o[0][1], by), __fmul_rn(o[1][1], by));
+        if (pass) {
+          float4 four = make_float4(__fmul_rn(o[0][0], by), __fmul_rn(o[1][0], by), __fmul_rn(o[0][1], by),
+                                    __fmul_rn(o[1][1], by));
+          *reinterpret_cast<float4*>(y + row * head_dim + d) = four;
+          if (stats) put_stats_of_four(stats + (row * head_dim + d) / GROUP * 2, four);
+        }
       } else if (exists && pass) {
         write(at_entry, o, m_all, l_all);
       }
@@ -888,18 +895,18 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   __syncthreads();
   if (!shared.is_last || warp >= shared.n_rows) return;
   long long own = shared.row + warp;
-  fold_entries<G>(partial + own * n_entries * (head_dim + 2), sinks ? shared.sinks : nullptr, y + own * head_dim, warp,
-                  head_dim, of_tiles ? n_seen * AT_ONCE : n_seen, of_tiles ? shared.first % WARPS : WHOLE_SPLITS);
+  fold_entries<G>(partial + own * n_entries * (head_dim + 2), sinks ? shared.sinks : nullptr, y + own * head_dim,
+                  stats ? stats + own * (head_dim / GROUP * 2) : nullptr, warp, head_dim, of_tiles ? n_seen * AT_ONCE : n_seen, of_tiles ? shared.first % WARPS : WHOLE_SPLITS);
 }
 
 #define ATTENTION_STEP(name, G)                                                                                        \
   extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
       name(Projections qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin, NewRows k,   \
            NewRows v, const int* tables, const int* positions, const float* sinks, float* partial, int* arrived,       \
-           float* y, int q_stride, int k_stride, int v_stride, int group, int n_head_kv, int head_dim, int half,       \
+           float* y, float* stats, int q_stride, int k_stride, int v_stride, int group, int n_head_kv, int head_dim, int half,       \
            int neox, int block_size, int window, int table_stride, int n_entries, int most_pairs, float eps,           \
            float q_factor, float scale) {                                                                              \
-    attention_step<G>(qkv, q_norm, k_norm, cos, sin, k, v, tables, positions, sinks, partial, arrived, y, q_stride,    \
+    attention_step<G>(qkv, q_norm, k_norm, cos, sin, k, v, tables, positions, sinks, partial, arrived, y, stats, q_stride,    \
                       k_stride, v_stride, group, n_head_kv, head_dim, half, neox, block_size, window, table_stride,   \
                       n_entries, most_pairs, eps, q_factor, scale);                                                    \
   }

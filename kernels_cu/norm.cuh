@@ -24,6 +24,21 @@ __device__ __forceinline__ void put_stats(float* stats, long long row, int i, in
   if (i % GROUP == 0 && i < n)
     reinterpret_cast<float2*>(stats)[(row * n + i) / GROUP] = make_float2(__uint_as_float(top), squares);
 }
+// The same for a group of which each of four adjacent lanes has four adjacent columns. stats: the group's.
+__device__ __forceinline__ void put_stats_of_four(float* stats, const float4& four) {
+  unsigned lanes = 0xfu << (threadIdx.x & 28);
+  unsigned top = max(max(magnitude(four.x), magnitude(four.y)), max(magnitude(four.z), magnitude(four.w)));
+  float squares[4] = {__fmul_rn(four.x, four.x), __fmul_rn(four.y, four.y), __fmul_rn(four.z, four.z),
+                      __fmul_rn(four.w, four.w)};
+#pragma unroll
+  for (int offset = 2; offset; offset /= 2) {
+    top = max(top, __shfl_xor_sync(lanes, top, offset));
+#pragma unroll
+    for (int i = 0; i < 4; i++) squares[i] += __shfl_xor_sync(lanes, squares[i], offset);
+  }
+  float sum = (squares[0] + squares[2]) + (squares[1] + squares[3]);
+  if (threadIdx.x % 4 == 0) *reinterpret_cast<float2*>(stats) = make_float2(__uint_as_float(top), sum);
+}
 // The sum of n groups by a warp, in all its lanes. sum_of(g): that of a group.
 template <class SumOf>
 __device__ __forceinline__ float sum_of_groups(int n, const SumOf& sum_of) {

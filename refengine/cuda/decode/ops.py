@@ -206,9 +206,11 @@ class StepOps:
         division = step_division(n, n_head, a.k[il], a.tables, window)
         partial = self._b.new((n, n_head, division.n_entries, head_dim + 2), np.float32)
         y = self._new(n, n_head * head_dim)
+        stats = None if head_dim % GROUP else self._new_stats(n, n_head * head_dim)
+        of_heads["stats"] = _array(stats)
         given = (projections, rotation, a.positions[:n], a.tables[:n], a.k[il], a.v[il], partial.array, a.arrived)
         self._launch(attention_step, *given, y.array, scale=scale, window=window, sinks=sinks, **of_heads)
-        return Value(n, n_head * head_dim, y)
+        return Value(n, n_head * head_dim, y, stats)
 
     def _projected(self, q: Heads, k: Heads, v: Heads) -> tuple[Projections, Rotation, dict[str, Any]]:
         """Q, K and V for the next launch, their rotation, and what else it does to heads. Raises NoFusedStep."""

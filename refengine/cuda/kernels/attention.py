@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from refengine.array import Array
+from refengine.cuda.kernels.quantize_rows import GROUP
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.memory import Arena
 from refengine.cuda.runtime.launch import Kernels
@@ -264,6 +265,7 @@ def attention_step(
     norms: tuple[Array | None, Array | None] = (None, None),
     eps: float = 0.0,
     q_factor: float = 1.0,
+    stats: Array | None = None,
 ) -> None:
     """Attention of one new token for each of n sequences: RMS norm of the heads (with weights `norms`), RoPE, Q times
     q_factor; K and V are written to the cache. Overlaps: everything but Q, K and V is read before the previous kernel
@@ -271,7 +273,8 @@ def attention_step(
 
     positions: (n,) int32, below zero for rows without a sequence. tables: (n, n_blocks) int32. partial: work space
     (n, n_head, n_entries, head_dim + 2) float32, see `step_division`. arrived: `counters_of(n, n_head)` int32 or more,
-    zeros before and after. y: (n, n_head · head_dim) float32.
+    zeros before and after. y: (n, n_head · head_dim) float32. stats: is filled with those of y, if heads are multiples of
+    16 wide; see `quantize_rows.Rows`.
     """
     n, n_head = partial.shape[:2]
     _, block_size, n_head_kv, head_dim = k_cache.values.shape
@@ -279,6 +282,9 @@ def attention_step(
     check_projections(kernel, qkv, (n, n_head, y.shape[-1] // n_head), positions, tables, (k_cache, v_cache), norms)
     check_shape(kernel, "the output", y, (n, n_head * head_dim))
     check_shape(kernel, "the sinks' array", sinks, (n_head,))
+    check_shape(kernel, "the stats' array", stats, (n, n_head * head_dim // GROUP, 2))
+    if stats is not None and head_dim % GROUP:
+        raise KernelError(f"{kernel}: heads of {head_dim} are not a multiple of {GROUP}, so they have no stats")
     division = step_division(n, n_head, k_cache, tables, window)
     check_shape(kernel, "the work space", partial, (n, n_head, division.n_entries, head_dim + 2))
     group = n_head // n_head_kv
@@ -289,7 +295,7 @@ def attention_step(
     arrays = [qkv.struct, *norms, rotation.cos, rotation.sin, k_cache.struct, v_cache.struct, tables, positions]
     sizes = [group, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, window, tables.shape[1]]
     numbers = [*qkv.strides, *sizes, division.n_entries, division.most_pairs, float(eps), float(q_factor), float(scale)]
-    arguments = [*arrays, sinks, partial, arrived, y, *numbers]
+    arguments = [*arrays, sinks, partial, arrived, y, stats, *numbers]
     grid, shared = (tiles, n_head_kv, division.at_once), step_shared_bytes(width)
     kernels.launch("attention", f"{kernel}_{width}", grid, 256, arguments, shared, overlap=True)
 
