@@ -117,70 +117,66 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
                                              const Prepared& to) {
   constexpr int TOGETHER = 4;  // segments whose loads overlap
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256;
-  int n_rows = rows.count, n_jobs = n_rows * n_segments, of_row = n_in / GROUP;  // a job is a segment of a row
+  int n_rows = rows.count, of_row = n_in / GROUP;
   const float2* stats = reinterpret_cast<const float2*>(x.stats);
-  auto row_of = [&](int job) {  // job / n_segments
-    int row = 0;
+  // A job is a segment of a row; a warp has jobs number warp, warp + n_warps, ….
+  int row = 0, segment = warp;
+  auto settle = [&] {
 #pragma unroll 1
-    for (job -= n_segments; job >= 0; job -= n_segments) row++;
-    return row;
+    for (; segment >= n_segments; segment -= n_segments) row++;
   };
-  unsigned norm_top = 0;
-  if (x.norm)
-    for (int i = 0; i < n_warps; i++) norm_top = max(norm_top, to.norm_tops[i]);
-  auto exponent_of = [&](unsigned top) {
-    return x.norm ? normed_exponent(top, norm_top) : row_exponent(__uint_as_float(top));
-  };
-  // The exponent of every row: a part of the lanes for each, `share` of them.
-  int share = 32 / capacity, own_row = min(lane / share, n_rows - 1), exponent = 0;
+  settle();
+  int share = 32 / capacity, exponent = 0;  // of the row that a part of the lanes has, `share` of them
   bool is_first = true;
 #pragma unroll 1
-  for (int first = warp; first < n_jobs; first += TOGETHER * n_warps) {
+  do {
     EightColumns values[TOGETHER];
+    int row_of[TOGETHER], start_of[TOGETHER];
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
-      int job = first + i * n_warps, row = row_of(job);
-      values[i] = {};
-      if (job < n_jobs)
-        values[i] = columns_of_row(x.floats + static_cast<long long>(rows.of_x(row)) * n_in,
-                                   (job - row * n_segments) * SEGMENT, n_in);
+      row_of[i] = row, start_of[i] = segment * SEGMENT, values[i] = {};
+      if (row < n_rows)
+        values[i] = columns_of_row(x.floats + static_cast<long long>(rows.of_x(row)) * n_in, start_of[i], n_in);
+      segment += n_warps;
+      settle();
     }
     if (is_first) {
-      unsigned top = 0;
-      const float2* own = stats + static_cast<long long>(rows.of_x(own_row)) * of_row;
-#pragma unroll 8
-      for (int g = lane % share; g < of_row; g += share) top = max(top, __float_as_uint(own[g].x));
+      unsigned top = 0, norm_top = 0;
+      const float2* own = stats + static_cast<long long>(rows.of_x(min(lane / share, n_rows - 1))) * of_row;
+      for_each<unsigned>(
+          lane % share, of_row, share, [&](int g) { return __float_as_uint(own[g].x); },
+          [&](unsigned of_group) { top = max(top, of_group); });
+      if (x.norm)
+        for (int i = 0; i < n_warps; i++) norm_top = max(norm_top, to.norm_tops[i]);
+      if (capacity == 1) top = __reduce_max_sync(ALL_LANES, top);
 #pragma unroll 1
-      for (int offset = share / 2; offset; offset /= 2) top = max(top, __shfl_xor_sync(ALL_LANES, top, offset));
-      exponent = exponent_of(top), is_first = false;
+      for (int offset = capacity == 1 ? 0 : share / 2; offset; offset /= 2)
+        top = max(top, __shfl_xor_sync(ALL_LANES, top, offset));
+      exponent = x.norm ? normed_exponent(top, norm_top) : row_exponent(__uint_as_float(top)), is_first = false;
+      // The rows' scales, by the last warps, which have the fewest items.
+#pragma unroll 1
+      for (int i = n_warps - 1 - warp; i < n_rows; i += n_warps) {
+        float scale = power_of_two(__shfl_sync(ALL_LANES, exponent, i * share));
+        if (x.norm) {
+          own = stats + static_cast<long long>(rows.of_x(i)) * of_row;
+          float squares = sum_of_groups(of_row, [&](int g) { return own[g].y; });
+          scale = __fmul_rn(scale, norm_scale(squares, static_cast<float>(n_in), eps));
+        }
+        if (lane == 0) to.scale[i] = scale;
+      }
     }
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
-      int job = first + i * n_warps;
-      if (job >= n_jobs) break;
-      int row = row_of(job), start = (job - row * n_segments) * SEGMENT;
+      if (row_of[i] >= n_rows) break;
       if (x.norm) {
-        EightColumns weight = columns_of_row(to.norm, start, n_in);
+        EightColumns weight = columns_of_row(to.norm, start_of[i], n_in);
 #pragma unroll
         for (int k = 0; k < 8; k++) values[i].x[k] = __fmul_rn(values[i].x[k], weight.x[k]);
       }
-      int e = __shfl_sync(ALL_LANES, exponent, row * share);
-      blocks_as_halves(values[i], e, start, to.row(row), to.sums + row * n_segments * SEGMENT);
+      int e = __shfl_sync(ALL_LANES, exponent, row_of[i] * share);
+      blocks_as_halves(values[i], e, start_of[i], to.row(row_of[i]), to.sums + row_of[i] * n_segments * SEGMENT);
     }
-  }
-  // The rows' scales, by the last warps, which have the fewest items.
-#pragma unroll 1
-  for (int row = n_warps - 1 - warp; row < n_rows; row += n_warps) {
-    const float2* own = stats + static_cast<long long>(rows.of_x(row)) * of_row;
-    unsigned top = 0;
-    float squares = sum_of_groups(of_row, [&](int g) {
-      top = max(top, __float_as_uint(own[g].x));
-      return own[g].y;
-    });
-    float scale = power_of_two(exponent_of(__reduce_max_sync(ALL_LANES, top)));
-    if (x.norm) scale = __fmul_rn(scale, norm_scale(squares, static_cast<float>(n_in), eps));
-    if (lane == 0) to.scale[row] = scale;
-  }
+  } while (row < n_rows);
   __syncthreads();
 }
 
@@ -345,9 +341,9 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
 #pragma unroll 1
       for (int matrix = 0; matrix <= (paired ? 1 : 0); matrix++) {
         gate = sum, sum = 0.0f;
-#pragma unroll 8
-        for (int segment = 0; segment < n_segments; segment++, from += 16 << shift) sum = __fadd_rn(sum, *from);
-        sum = __fmul_rn(sum, scales[number]);
+        for_each<float>(0, n_segments, 1, [&](int segment) { return from[segment * 16 << shift]; },
+                        [&](float of_segment) { sum = __fadd_rn(sum, of_segment); });
+        sum = __fmul_rn(sum, scales[number]), from += n_segments * 16 << shift;
       }
       if (paired) {
         if (a_bias) gate = __fadd_rn(gate, loaded.x);

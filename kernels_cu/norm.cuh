@@ -39,12 +39,28 @@ __device__ __forceinline__ void put_stats_of_four(float* stats, const float4& fo
   float sum = (squares[0] + squares[2]) + (squares[1] + squares[3]);
   if (threadIdx.x % 4 == 0) *reinterpret_cast<float2*>(stats) = make_float2(__uint_as_float(top), sum);
 }
-// The sum of n groups by a warp, in all its lanes. sum_of(g): that of a group.
+// Calls take(element(i)) for i = first, first + step, … below n, in this order. The calls of element overlap, eight at a time, also
+// the last ones; take gets what T{} is in place of elements that do not exist.
+template <class T, class Element, class Take>
+__device__ __forceinline__ void for_each(int first, int n, int step, const Element& element, const Take& take) {
+  constexpr int TOGETHER = 8;
+#pragma unroll 1
+  for (; first < n; first += TOGETHER * step) {
+    T elements[TOGETHER];
+#pragma unroll
+    for (int k = 0; k < TOGETHER; k++) {
+      elements[k] = T{};
+      if (first + k * step < n) elements[k] = element(first + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < TOGETHER; k++) take(elements[k]);
+  }
+}
+// The sum of n groups by a warp, in all its lanes. sum_of(g): that of a group. Adding zero changes no sum of squares.
 template <class SumOf>
 __device__ __forceinline__ float sum_of_groups(int n, const SumOf& sum_of) {
   float total = 0.0f;
-#pragma unroll 4
-  for (int g = threadIdx.x % 32; g < n; g += 32) total += sum_of(g);
+  for_each<float>(threadIdx.x % 32, n, 32, sum_of, [&](float sum) { total += sum; });
   return warp_sum(total);
 }
 // The sum over a row of n ≤ 32 J elements by a warp, in all its lanes. element(j): number 32 j + lane.

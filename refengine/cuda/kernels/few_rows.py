@@ -188,8 +188,7 @@ def _launch(
     large = n_tiles * items_each * n_groups > BUSY * n_multiprocessors
     wanted = n_multiprocessors * (2 if large else 1)
     blocks = max(1, min(n_tiles, -(-wanted // n_groups)))
-    tiles_each = -(-n_tiles // blocks)
-    blocks = -(-n_tiles // tiles_each)  # as many as are needed for this
+    tiles_each = -(-n_tiles // blocks)  # at most
     chunk = max(1, min(tiles_each, (8 << 10) // (items_each * 64 << shift)))
     warps = min(MOST_WARPS, max(tiles_each * items_each, PREPARING_WARPS if prepares else LEAST_WARPS))
     stage = stage_bytes(types)
