@@ -78,13 +78,14 @@ __device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* colum
   typename Q::Scales scales[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, 0, lane / 4 + 8 * i);
+  BlockSums<Q> of_blocks{};
 #pragma unroll 1
   for (int half = 0; half < 2; half++) {
 #pragma unroll UNROLL
     for (int j = 0; j < SEGMENT / 2; j++) {
       MmaA a[2];
       block_operands<Q>(Q::template load<InShared>(at, j), scales, j, a);
-      add_block<Q>(a, scales, j, *reinterpret_cast<const uint4*>(columns + j * 32), sums);
+      add_block<Q>(a, scales, j, *reinterpret_cast<const uint4*>(columns + j * 32), of_blocks);
     }
     columns += SEGMENT / 2 * 32;
     at = {at.low + SEGMENT / 2 * 32 * Q::LOW, at.high + SEGMENT / 2 * 32 * Q::HIGH};
@@ -94,9 +95,9 @@ __device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* colum
   // Read once more, since keeping them would take registers.
 #pragma unroll
   for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, 0, lane / 4 + 8 * i);
-  MmaD one[1] = {sums};
-  finish_segment<Q, 1>(scales, [&](int) { return block_sums; }, one);
-  sums = one[0];
+  MmaD part = part_of_sums<Q>(scales, block_sums);
+#pragma unroll
+  for (int i = 0; i < 4; i++) sums.x[i] = segment_sum<Q>(scales, of_blocks, part, i);
 }
 
 // An item of a block: the number of its tile among the block's tiles, and its place among the items of that tile.
