@@ -95,7 +95,7 @@ __device__ __forceinline__ void item_sums(const uint8_t* stage, const f16* colum
   // Read once more, since keeping them would take registers.
 #pragma unroll
   for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, 0, lane / 4 + 8 * i);
-  MmaD part = part_of_sums<Q>(scales, block_sums);
+  MmaD part = minimums_part<Q>(scales, block_sums);
 #pragma unroll
   for (int i = 0; i < 4; i++) sums.x[i] = segment_sum<Q>(scales, of_blocks, part, i);
 }

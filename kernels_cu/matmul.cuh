@@ -53,7 +53,8 @@ __device__ __forceinline__ const f16* columns_of(const Activations& x, int row, 
   return x.x + static_cast<long long>(row) * padded(n_in) + start * 32 + threadIdx.x % 4 * 8;
 }
 
-// The sums of a segment, with 8 rows of activations. SCALED: of the two mma of its blocks.
+// A lane's sums of a segment's blocks, with 8 rows of activations. SCALED: those of columns 0-15 and of columns 16-31 are
+// separate, so that an mma waits only for every second one before it.
 template <class Q>
 struct BlockSums {
   MmaD x[Q::SCALED ? 2 : 1];
@@ -94,26 +95,25 @@ __device__ __forceinline__ void block_operands(const typename Q::Words& words, c
 __device__ __forceinline__ long long place_of(const Rows& rows, int number, int out, int n_out) {
   return static_cast<long long>(rows.of_y(number)) * n_out + out;
 }
-// SUMS: the part of the minimums or of the codes' offset in the sums of a segment. of_blocks: the segment's block sums of
-// the lane's row.
+// HAS_MINIMUM: the minimums' part of a lane's sums of a segment. of_blocks: the segment's block sums in its row.
 template <class Q>
-__device__ __forceinline__ MmaD part_of_sums(const typename Q::Scales (&scales)[2], const unsigned* of_blocks) {
+__device__ __forceinline__ MmaD minimums_part(const typename Q::Scales (&scales)[2], const unsigned* of_blocks) {
   MmaD part{};
-  if constexpr (Q::SUMS) {
+  if constexpr (Q::HAS_MINIMUM) {
     int c = threadIdx.x % 4;
     f16x2 of_row[2][2];
-    Q::sums_operand(scales[0], c, of_row[0]);
-    Q::sums_operand(scales[1], c, of_row[1]);
+    Q::minimum_operand(scales[0], c, of_row[0]);
+    Q::minimum_operand(scales[1], c, of_row[1]);
     MmaA a = {{of_row[0][0], of_row[1][0], of_row[0][1], of_row[1][1]}};
     MmaB b = {{of_blocks[c], of_blocks[c + 4]}};
     mma_m16n8k16(part, a, b);
 #pragma unroll
-    for (int i = 0; i < 4; i++) part.x[i] = __fmul_rn(Q::sums_factor(scales[i / 2]), part.x[i]);
+    for (int i = 0; i < 4; i++) part.x[i] = __fmul_rn(Q::minimum_whole(scales[i / 2]), part.x[i]);
   }
   return part;
 }
 
-// The complete sum number i of a segment.
+// A lane's sum number i of a whole segment.
 template <class Q>
 __device__ __forceinline__ float segment_sum(const typename Q::Scales (&scales)[2], const BlockSums<Q>& sums,
                                              const MmaD& part, int i) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ float segment_sum(const typename Q::Scales (&scales)[
   if constexpr (Q::SCALED) s = __fadd_rn(s, sums.x[1].x[i]);
   if constexpr (Q::WHOLE) {
     float whole = Q::whole(scales[i / 2]);
-    return Q::SUMS ? __fmaf_rn(whole, s, part.x[i]) : __fmul_rn(whole, s);
+    return Q::HAS_MINIMUM ? __fmaf_rn(whole, s, part.x[i]) : __fmul_rn(whole, s);
   }
   return s;
 }
@@ -157,7 +157,10 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
   int row[8];
   const f16* columns[8];
 #pragma unroll
-  for (int n = 0; n < 8; n++) row[n] = rows.of_x(min(8 * n + r, rows.count - 1)), columns[n] = columns_of(x, row[n], 0, n_in);
+  for (int n = 0; n < 8; n++) {
+    row[n] = rows.of_x(min(8 * n + r, rows.count - 1));
+    columns[n] = columns_of(x, row[n], 0, n_in);
+  }
   MmaD total[8] = {};
   for (int segment = 0; segment < w.n_segments; segment++) {
     int start = segment * SEGMENT, end = min(SEGMENT, w.n_blocks - start);
@@ -181,12 +184,13 @@ __device__ __forceinline__ void rows64(const Planes& w, const Activations& x, co
 #pragma unroll
       for (int i = 0; i < 2; i++) Q::second_half(scales[i]);
     }
+    // Minimums are read once more, since keeping them would take registers.
 #pragma unroll
     for (int i = 0; i < 2; i++)
-      if constexpr (Q::SUMS) scales[i] = Q::template scales<InGlobal>(w, tile * w.n_segments + segment, r + 8 * i);
+      if constexpr (Q::HAS_MINIMUM) scales[i] = Q::template scales<InGlobal>(w, tile * w.n_segments + segment, r + 8 * i);
 #pragma unroll
     for (int n = 0; n < 8; n++) {
-      MmaD part = part_of_sums<Q>(scales, x.sums + static_cast<long long>(row[n]) * (padded(n_in) / 32) + start);
+      MmaD part = minimums_part<Q>(scales, x.sums + static_cast<long long>(row[n]) * (padded(n_in) / 32) + start);
 #pragma unroll
       for (int i = 0; i < 4; i++) total[n].x[i] = __fadd_rn(total[n].x[i], segment_sum<Q>(scales, sums[n], part, i));
     }

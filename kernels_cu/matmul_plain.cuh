@@ -37,24 +37,24 @@ __device__ float plain_sum(const Planes& w, const Activations& x, int row, int o
           }
       }
     }
-    float part = 0.0f;  // of the minimums, or of the codes' offset
-    if constexpr (Q::SUMS) {
-      double exact = 0.0;  // Σ over blocks of the minimum or d times 1/32 of the block's sum of activations
+    float part = 0.0f;  // of the minimums
+    if constexpr (Q::HAS_MINIMUM) {
+      double exact = 0.0;  // Σ over blocks of the minimum times 1/32 of the block's sum of activations
       for (int second = 0; second < 2; second++)
         for (int c = 0; c < 4; c++) {
           int j = 4 * second + c;
           if (j >= count) continue;
-          f16x2 of_blocks[2];  // of blocks c and c + 4, twice each
-          Q::sums_operand(scale, c, of_blocks);
+          f16x2 minimums[2];  // of blocks c and c + 4, twice each
+          Q::minimum_operand(scale, c, minimums);
           f16x2 parts = x.sums[static_cast<long long>(row) * (padded(32 * w.n_blocks) / 32) + first + j];
           for (int i = 0; i < 2; i++)
-            exact += static_cast<double>(f16_to_f32(static_cast<f16>(of_blocks[second] >> 16 * i))) *
+            exact += static_cast<double>(f16_to_f32(static_cast<f16>(minimums[second] >> 16 * i))) *
                      f16_to_f32(static_cast<f16>(parts >> 16 * i));
         }
-      part = __fmul_rn(Q::sums_factor(scale), static_cast<float>(exact));
+      part = __fmul_rn(Q::minimum_whole(scale), static_cast<float>(exact));
     }
     float sum = Q::SCALED ? __fadd_rn(sums[0], sums[1]) : sums[0];
-    if constexpr (Q::WHOLE) sum = Q::SUMS ? __fmaf_rn(Q::whole(scale), sum, part) : __fmul_rn(Q::whole(scale), sum);
+    if constexpr (Q::WHOLE) sum = Q::HAS_MINIMUM ? __fmaf_rn(Q::whole(scale), sum, part) : __fmul_rn(Q::whole(scale), sum);
     total = __fadd_rn(total, sum);
   }
   return total;

@@ -5,7 +5,7 @@
 //   Words load<M>(lane's, j)                 a lane's part of the tile of 16 x 32 that is j further on: two rows of 8
 //                                            codes; LOW and HIGH are its bytes in the planes of these names; M is where
 //                                            the weights are, InGlobal or InShared
-//   operands(words, a)                       the same as halves, the operands of two mma
+//   operands(words, a)                       the same as halves, the operands of two mma: codes / UNITS
 //   Scales scales<M>(planes, segment, row)   the scales of 256 columns of a row, not yet unpacked, because that would wait
 //                                            for the load; SCALE_BYTES and D_BYTES are their bytes in the planes `scales`
 //                                            and `d`; a weight of block j is, with ggml's rounding,
@@ -13,12 +13,13 @@
 //
 // and for products, which do as much as possible once per segment, exactly:
 //
-//   SCALED                                   scaled_operands(words, scales of rows r and r + 8, j, a): codes times a small
-//                                            integer of block j, so that sums need no scale before the segment's end
+//   SCALED                                   scaled_operands(words, scales of rows r and r + 8, j, a): codes / UNITS times a
+//                                            small integer of block j, so that sums need no scale before the segment's end
 //   factor(scales, j, half)                  otherwise: the factor of the products of a block (SPLIT: of half a block)
 //   second_half(scales)                      moves the scales of blocks 4 to 7 to the place of those of blocks 0 to 3
 //   whole(scales)                            WHOLE: the factor of the segment's sum
-//   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums' small integers of blocks c and c + 4, twice each
+//   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums of blocks c and c + 4, twice each, as integers (in
+//                                            units) or halves
 //   minimum_whole(scales)                    the factor of their products with the block sums
 //
 // segment = tile * n_segments + segment of 256; row is 0 to 15.
@@ -44,18 +45,21 @@ __device__ __forceinline__ Planes planes_of(const Matrix& w, int n_in) {
   return Planes{w.low, w.high, w.scales, w.d, n_in / 32, (n_in / 32 + SEGMENT - 1) / SEGMENT};
 }
 
-// Codes as halves, without conversion instructions: a half whose bits are a code c below 1024 is c · 2^-24, a subnormal
-// number, which tensor cores and arithmetic multiply exactly and at full speed. So a mask is all it takes, for codes in
-// bits 0-4 of a half; and for codes in bits 4-8 one that gives 16 times as much.
+// Codes as halves, without conversion instructions, exactly, in one of two ways:
+//   units   a half whose bits are a code c below 1024 is c · 2^-24, a subnormal number, which tensor cores and arithmetic
+//           multiply exactly and at full speed. A mask is all it takes, or for codes four bits higher one that gives 16
+//           times as much
+//   ones    the code is put into the fraction of 1024, where the last bit counts one, or four bits higher into that of 64;
+//           then 1024 (or 64) and the type's offset are subtracted
 constexpr float UNITS_IN_ONE = 0x1p24f;
-constexpr f16x2 SIXTEENTH = 0x2c002c00u;  // twice
+constexpr f16x2 SIXTEENTH = 0x2c002c00u, OF_1024 = 0x64006400u, OF_64 = 0x54005400u;  // 1/16, 1024 and 64, twice
+constexpr f16x2 NEGATIVE = 0x80008000u;
 __device__ __forceinline__ f16x2 times(f16x2 a, f16x2 b) { return fma_f16x2(a, b, 0u); }
-
-// Two adjacent bytes of a word as halves, exactly, by putting them into the fraction of 1024, where the last bit counts
-// one. They are 1024 too large.
+// Two adjacent bytes of a word, plus 1024.
 __device__ __forceinline__ f16x2 two_bytes(uint32_t word, int first) {
   return __byte_perm(word, 0x64646464u, first ? 0x4342 : 0x4140);
 }
+
 // The address of a lane's part of a tile. place = tile * n_blocks + block of 32 columns.
 struct Lanes {
   const uint8_t *low, *high;
@@ -75,33 +79,35 @@ __device__ __forceinline__ uint4 scale_words(const Planes& w, long long segment,
   return M::template load<uint4>(w.scales + (segment * 16 + row) * 16);
 }
 
-// The i-th pair of columns of rows r and r + 8 goes to a[i / 2].x[2 * (i % 2)] and the element after it.
+// The i-th pair of columns of rows r and r + 8 goes to a[i / 2].x[2 * (i % 2)] and the element after it. Pairs 0 and 2 are
+// in bits 0-3 of both halves of a word and of the word shifted by eight; pairs 1 and 3 four bits higher.
 //
-// `pairs`: those of codes in words of nibbles, in the places of scaled_operands before the scale: pairs 0 and 2 in units
-// (a[0].x[0], x[1] and a[1].x[0], x[1]), pairs 1 and 3 in 16 units.
-struct FourBitPairs {
+// `pairs` puts pairs 0 and 2 into the fraction of `low`, pairs 1 and 3, 16 times as much, into that of `high`; with zeros,
+// codes are in units.
+struct FourBits {
   static constexpr bool SPLIT = false;
   static constexpr int LOW = 8, HIGH = 0;
-  static constexpr float UNITS = UNITS_IN_ONE;
   using Words = uint2;
   template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
     return nibble_words<M>(at, j);
   }
-  static __device__ __forceinline__ void pairs(const Words& words, MmaA (&a)[2]) {
-    uint32_t x = words.x, y = words.y, x8 = x >> 8, y8 = y >> 8, low = 0x000f000fu, high = 0x00f000f0u;
-    a[0] = {{x & low, y & low, x & high, y & high}};
-    a[1] = {{x8 & low, y8 & low, x8 & high, y8 & high}};
+  static __device__ __forceinline__ void pairs(const Words& words, f16x2 low, f16x2 high, MmaA (&a)[2]) {
+    uint32_t of[4] = {words.x, words.y, words.x >> 8, words.y >> 8};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      a[i / 2].x[i % 2] = select_or(of[i], 0x000f000fu, low);
+      a[i / 2].x[2 + i % 2] = select_or(of[i], 0x00f000f0u, high);
+    }
   }
 };
 
-// The fifth bits of a lane: two bytes, moved to bits 4-11 and 20-27. There, bits 4 and 20 belong to the pair in a word's
-// bits 0-3, bits 8 and 24 to that in its bits 4-7; shifted by one, the pairs of the word shifted by eight; by two and
-// three, those of row r + 8.
-struct FiveBitPairs {
+// The fifth bits of a lane: two bytes, moved to bits 0-7 and 16-23. Shifted by four, bits 4 and 20 belong to the pair in a
+// word's bits 0-3, bits 8 and 24 to that in its bits 4-7; shifted by one less, to the pairs of the word shifted by eight;
+// by two and three less, to those of row r + 8.
+struct FiveBits {
   static constexpr bool SPLIT = false;
   static constexpr int LOW = 8, HIGH = 2;
-  static constexpr float UNITS = UNITS_IN_ONE;
   struct Words {
     uint2 low;
     uint32_t high;
@@ -110,36 +116,69 @@ struct FiveBitPairs {
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
     return {nibble_words<M>(at, j), M::template load<uint16_t>(at.high + j * 64)};
   }
-  static __device__ __forceinline__ void pairs(const Words& words, MmaA (&a)[2]) {
-    FourBitPairs::pairs(words.low, a);
-    uint32_t h = __byte_perm(words.high, 0, 0x4140) << 4;
+  static __device__ __forceinline__ void pairs(const Words& words, f16x2 low, f16x2 high, MmaA (&a)[2]) {
+    FourBits::pairs(words.low, low, high, a);
+    uint32_t h = __byte_perm(words.high, 0, 0x4140);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      uint32_t bits = h >> (i % 2 * 2 + i / 2);
+      uint32_t bits = h << (4 - i / 2 - i % 2 * 2);
       a[i / 2].x[i % 2] |= bits & 0x00100010u, a[i / 2].x[2 + i % 2] |= bits & 0x01000100u;
     }
   }
 };
 
-// All pairs in units.
-template <class Pairs>
-struct Codes : Pairs {
-  static __device__ __forceinline__ void operands(const typename Pairs::Words& words, MmaA (&a)[2]) {
-    Pairs::pairs(words, a);
+// The fifth and sixth bits of a lane, likewise: bits 4-5, 8-9, 20-21, 24-25, those two higher, and both again eight bits
+// higher (around the end of the word) for row r + 8.
+struct SixBits {
+  static constexpr bool SPLIT = true;
+  static constexpr int LOW = 8, HIGH = 4;
+  struct Words {
+    uint2 low;
+    uint32_t high;
+  };
+  template <class M>
+  static __device__ __forceinline__ Words load(const Lanes& at, int j) {
+    return {nibble_words<M>(at, j), M::template load<uint32_t>(at.high + j * 128)};
+  }
+  static __device__ __forceinline__ void pairs(const Words& words, f16x2 low, f16x2 high, MmaA (&a)[2]) {
+    FourBits::pairs(words.low, low, high, a);
+    uint32_t h = words.high, g = h >> 8 | h << 24;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      uint32_t bits = (i % 2 ? g : h) >> i / 2 * 2;
+      a[i / 2].x[i % 2] |= bits & 0x00300030u, a[i / 2].x[2 + i % 2] |= bits & 0x03000300u;
+    }
+  }
+};
+
+// Codes minus an offset of 8, 16 or 32, in ones. Not by the block sums, as the minimums: that would take as many
+// instructions, and cancellation would double the error.
+template <class Bits, int OFFSET>
+struct InOnes : Bits {
+  static constexpr float UNITS = 1.0f;
+  static __device__ __forceinline__ void operands(const typename Bits::Words& words, MmaA (&a)[2]) {
+    Bits::pairs(words, OF_1024, OF_64, a);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      a[i / 2].x[i % 2] = add_f16x2(a[i / 2].x[i % 2], (OF_1024 | NEGATIVE) + OFFSET * 0x10001u);
+      a[i / 2].x[2 + i % 2] = add_f16x2(a[i / 2].x[2 + i % 2], (OF_64 | NEGATIVE) + OFFSET * 0x100010u);
+    }
+  }
+};
+
+template <class Bits>
+struct InUnits : Bits {
+  static constexpr float UNITS = UNITS_IN_ONE;
+  static __device__ __forceinline__ void operands(const typename Bits::Words& words, MmaA (&a)[2]) {
+    Bits::pairs(words, 0, 0, a);
 #pragma unroll
     for (int i = 0; i < 4; i++) a[i / 2].x[2 + i % 2] = times(a[i / 2].x[2 + i % 2], SIXTEENTH);
   }
 };
 
-// A lane's halves c and c + 4 of eight, twice each.
-__device__ __forceinline__ void two_of_eight(const uint4& halves, int c, f16x2 (&two)[2]) {
-  uint32_t selector = 0x1010u + c * 0x2222u;
-  two[0] = __byte_perm(halves.x, halves.y, selector), two[1] = __byte_perm(halves.z, halves.w, selector);
-}
-
 // Eight d of blocks of 32.
 struct EightD {
-  static constexpr bool HAS_MINIMUM = false, SCALED = false;
+  static constexpr bool HAS_MINIMUM = false, SCALED = false, WHOLE = false;
   static constexpr int SCALE_BYTES = 16, D_BYTES = 0;
   using Scales = uint4;
   template <class M>
@@ -152,21 +191,10 @@ struct EightD {
   static __device__ __forceinline__ void second_half(Scales& s) { s.x = s.z, s.y = s.w; }
 };
 
-// The same, if codes have an offset.
-template <int LESS>
-struct EightDOffset : EightD {
-  static constexpr bool WHOLE = true, SUMS = true;
-  static constexpr float OFFSET = LESS;
-  static __device__ __forceinline__ float whole(const Scales&) { return UNITS_IN_ONE; }
-  static __device__ __forceinline__ void sums_operand(const Scales& s, int c, f16x2 (&d)[2]) { two_of_eight(s, c, d); }
-  static __device__ __forceinline__ float sums_factor(const Scales&) { return -32.0f * OFFSET; }
-};
-
 // Eight d, then eight m. m is added, so the minimum, which is subtracted, is -m.
 struct EightDM {
-  static constexpr bool HAS_MINIMUM = true, SCALED = false, WHOLE = true, SUMS = true;
+  static constexpr bool HAS_MINIMUM = true, SCALED = false, WHOLE = true;
   static constexpr int SCALE_BYTES = 32, D_BYTES = 0;
-  static constexpr float OFFSET = 0.0f;
   struct Scales {
     uint4 d, m;
   };
@@ -179,17 +207,19 @@ struct EightDM {
   static __device__ __forceinline__ float factor(const Scales& s, int j, int) { return half_of(s.d, j); }
   static __device__ __forceinline__ float minimum(const Scales& s, int j) { return -half_of(s.m, j); }
   static __device__ __forceinline__ float whole(const Scales&) { return UNITS_IN_ONE; }
-  static __device__ __forceinline__ void sums_operand(const Scales& s, int c, f16x2 (&m)[2]) { two_of_eight(s.m, c, m); }
-  static __device__ __forceinline__ float sums_factor(const Scales&) { return 32.0f; }
+  static __device__ __forceinline__ void minimum_operand(const Scales& s, int c, f16x2 (&m)[2]) {
+    uint32_t selector = 0x1010u + c * 0x2222u;
+    m[0] = __byte_perm(s.m.x, s.m.y, selector), m[1] = __byte_perm(s.m.z, s.m.w, selector);
+  }
+  static __device__ __forceinline__ float minimum_whole(const Scales&) { return 32.0f; }
   static __device__ __forceinline__ void second_half(Scales& s) { s.d.x = s.d.z, s.d.y = s.d.w; }
 };
 
 // Eight scales and eight minimums of six bits, one byte each; d and dmin.
-template <class Pairs>
-struct SixBitScales : Codes<Pairs> {
-  static constexpr bool HAS_MINIMUM = true, SCALED = true, WHOLE = true, SUMS = true;
+template <class Bits>
+struct SixBitScales : InUnits<Bits> {
+  static constexpr bool HAS_MINIMUM = true, SCALED = true, WHOLE = true;
   static constexpr int SCALE_BYTES = 16, D_BYTES = 4;
-  static constexpr float OFFSET = 0.0f;
   struct Scales {
     uint4 bytes;
     uint32_t d;
@@ -212,13 +242,13 @@ struct SixBitScales : Codes<Pairs> {
     f16x2 m = of_byte(j < 4 ? s.bytes.z : s.bytes.w, j % 4);
     return __fmul_rn(f16_to_f32(static_cast<f16>(s.d >> 16)), f16_to_f32(static_cast<f16>(m)));
   }
-  static __device__ __forceinline__ void scaled_operands(const typename Pairs::Words& words, const Scales (&s)[2], int j,
+  static __device__ __forceinline__ void scaled_operands(const typename Bits::Words& words, const Scales (&s)[2], int j,
                                                          MmaA (&a)[2]) {
-    Pairs::pairs(words, a);
+    Bits::pairs(words, 0, 0, a);
 #pragma unroll
     for (int row = 0; row < 2; row++) {
       // Of two blocks at once. Codes below 32 times integers below 64 are below 2048: exact.
-      f16x2 two = add_f16x2(two_bytes(j < 4 ? s[row].bytes.x : s[row].bytes.y, j % 4 / 2), 0xe400e400u);
+      f16x2 two = add_f16x2(two_bytes(j < 4 ? s[row].bytes.x : s[row].bytes.y, j % 4 / 2), OF_1024 | NEGATIVE);
       f16x2 scale = twice(two, j % 2), sixteenth = twice(times(two, SIXTEENTH), j % 2);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -230,27 +260,27 @@ struct SixBitScales : Codes<Pairs> {
   static __device__ __forceinline__ float whole(const Scales& s) {
     return __fmul_rn(f16_to_f32(static_cast<f16>(s.d)), UNITS_IN_ONE);
   }
-  static __device__ __forceinline__ void sums_operand(const Scales& s, int c, f16x2 (&m)[2]) {
+  static __device__ __forceinline__ void minimum_operand(const Scales& s, int c, f16x2 (&m)[2]) {
     uint32_t selector = 0x4040u + c * 0x101u;
     m[0] = __byte_perm(s.bytes.z, 0, selector), m[1] = __byte_perm(s.bytes.w, 0, selector);
   }
-  static __device__ __forceinline__ float sums_factor(const Scales& s) {
+  static __device__ __forceinline__ float minimum_whole(const Scales& s) {
     return __fmul_rn(f16_to_f32(static_cast<f16>(s.d >> 16)), -32.0f * UNITS_IN_ONE);
   }
   static __device__ __forceinline__ void second_half(Scales& s) { s.bytes.x = s.bytes.y; }
 };
 
-struct Q4_0 : Codes<FourBitPairs>, EightDOffset<8> {};
-struct Q4_1 : Codes<FourBitPairs>, EightDM {};
-struct Q5_0 : Codes<FiveBitPairs>, EightDOffset<16> {};
-struct Q5_1 : Codes<FiveBitPairs>, EightDM {};
-struct Q4_K : SixBitScales<FourBitPairs> {};
-struct Q5_K : SixBitScales<FiveBitPairs> {};
+struct Q4_0 : InOnes<FourBits, 8>, EightD {};
+struct Q4_1 : InUnits<FourBits>, EightDM {};
+struct Q5_0 : InOnes<FiveBits, 16>, EightD {};
+struct Q5_1 : InUnits<FiveBits>, EightDM {};
+struct Q4_K : SixBitScales<FourBits> {};
+struct Q5_K : SixBitScales<FiveBits> {};
 
 struct Q8_0 : EightD {
-  static constexpr bool SPLIT = false, WHOLE = false, SUMS = false;
+  static constexpr bool SPLIT = false;
   static constexpr int LOW = 16, HIGH = 0;
-  static constexpr float UNITS = 1.0f, OFFSET = 0.0f;
+  static constexpr float UNITS = 1.0f;
   using Words = uint4;  // row r: columns of the first and of the second mma; then the same for row r + 8
   template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
@@ -267,31 +297,9 @@ struct Q8_0 : EightD {
   }
 };
 
-struct Q6_K {
-  static constexpr bool SPLIT = true, HAS_MINIMUM = false, SCALED = false, WHOLE = true, SUMS = false;
-  static constexpr int LOW = 8, HIGH = 4, SCALE_BYTES = 16, D_BYTES = 2;
-  static constexpr float UNITS = UNITS_IN_ONE, OFFSET = 0.0f;
-  struct Words {
-    uint2 low;
-    uint32_t high;
-  };
-  template <class M>
-  static __device__ __forceinline__ Words load(const Lanes& at, int j) {
-    return {nibble_words<M>(at, j), M::template load<uint32_t>(at.high + j * 128)};
-  }
-  // As FiveBitPairs, with two bits each: bits 4-5, 8-9, 20-21, 24-25, those two higher, and both again eight bits higher
-  // (around the end of the word) for row r + 8. 32 is subtracted here, because there are no sums of 16 columns.
-  static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-    FourBitPairs::pairs(words.low, a);
-    uint32_t h = words.high, g = h >> 8 | h << 24;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      uint32_t bits = (i % 2 ? g : h) >> i / 2 * 2;
-      f16x2 &low = a[i / 2].x[i % 2], &high = a[i / 2].x[2 + i % 2];
-      low = add_f16x2(low | (bits & 0x00300030u), 0x80208020u);
-      high = fma_f16x2(high | (bits & 0x03000300u), SIXTEENTH, 0x80208020u);
-    }
-  }
+struct Q6_K : InOnes<SixBits, 32> {
+  static constexpr bool HAS_MINIMUM = false, SCALED = false, WHOLE = true;
+  static constexpr int SCALE_BYTES = 16, D_BYTES = 2;
   struct Scales {
     uint4 factors;  // sixteen signed bytes
     f16 d;
@@ -306,7 +314,7 @@ struct Q6_K {
     f16x2 two = add_f16x2(two_bytes(word ^ 0x80808080u, j % 2), 0xe480e480u);  // 128 added, 1152 subtracted
     return f16_to_f32(static_cast<f16>(half ? two >> 16 : two));
   }
-  static __device__ __forceinline__ float whole(const Scales& s) { return __fmul_rn(f16_to_f32(s.d), UNITS_IN_ONE); }
+  static __device__ __forceinline__ float whole(const Scales& s) { return f16_to_f32(s.d); }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int half) {
     return __fmul_rn(f16_to_f32(s.d), factor(s, j, half));
   }
@@ -318,9 +326,9 @@ struct Q6_K {
 // value. ggml doubles the values and halves the scale, which gives the same product. Scales are below 2^(241 - 127)
 // (layout.py).
 struct MXFP4 {
-  static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = false, WHOLE = false, SUMS = false;
+  static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = false, WHOLE = false;
   static constexpr int LOW = 8, HIGH = 0, SCALE_BYTES = 8, D_BYTES = 0;
-  static constexpr float UNITS = 1.0f, OFFSET = 0.0f;
+  static constexpr float UNITS = 1.0f;
   using Words = uint2;
   template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
@@ -351,9 +359,9 @@ struct MXFP4 {
 };
 
 struct F16 {
-  static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = true, WHOLE = false, SUMS = false;
+  static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = true, WHOLE = false;
   static constexpr int LOW = 32, HIGH = 0, SCALE_BYTES = 0, D_BYTES = 0;
-  static constexpr float UNITS = 1.0f, OFFSET = 0.0f;
+  static constexpr float UNITS = 1.0f;
   struct Words {
     uint4 row[2];
   };
