@@ -233,6 +233,14 @@ __device__ __forceinline__ T* computed_once(T* address) {
   return address;
 }
 
+// The same number, unknown to the compiler: what is loaded with it is loaded here, even if it was loaded before.
+__device__ __forceinline__ int computed_anew(int number) {
+#ifndef HOSTCUDA
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
 // Requests the line of an address for the second-level cache. Only a hint.
 __device__ __forceinline__ void prefetch(const void* address) {
 #ifndef HOSTCUDA
