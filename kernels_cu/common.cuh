@@ -63,6 +63,9 @@ inline f16x2 fma_f16x2(f16x2 a, f16x2 b, f16x2 c) {
   };
   return pack_f16x2(one(a & 0xffff, b & 0xffff, c & 0xffff), one(a >> 16, b >> 16, c >> 16));
 }
+inline f16x2 add_f16x2(f16x2 a, f16x2 b) { return fma_f16x2(a, 0x3c003c00u, b); }
+// One half of a pair, twice.
+inline f16x2 twice(f16x2 pair, int half) { return (half ? pair >> 16 : pair & 0xffffu) * 0x10001u; }
 #else
 __device__ __forceinline__ float f16_to_f32(f16 bits) {
   float x;
@@ -83,6 +86,19 @@ __device__ __forceinline__ f16x2 f32_to_f16x2(float low, float high) {
 __device__ __forceinline__ f16x2 fma_f16x2(f16x2 a, f16x2 b, f16x2 c) {
   f16x2 result;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+__device__ __forceinline__ f16x2 add_f16x2(f16x2 a, f16x2 b) {
+  f16x2 result;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+// In this form, the compiler makes it part of the arithmetic that uses it.
+__device__ __forceinline__ f16x2 twice(f16x2 pair, int half) {
+  f16 low, high;
+  f16x2 result;
+  asm("mov.b32 {%0, %1}, %2;" : "=h"(low), "=h"(high) : "r"(pair));
+  asm("mov.b32 %0, {%1, %1};" : "=r"(result) : "h"(half ? high : low));
   return result;
 }
 #endif
@@ -215,6 +231,14 @@ __device__ __forceinline__ T* computed_once(T* address) {
   asm("" : "+l"(address));
 #endif
   return address;
+}
+
+// The same number, unknown to the compiler: what is loaded with it is loaded here, even if it was loaded before.
+__device__ __forceinline__ int computed_anew(int number) {
+#ifndef HOSTCUDA
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
 }
 
 // Requests the line of an address for the second-level cache. Only a hint.

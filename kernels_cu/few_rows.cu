@@ -40,7 +40,7 @@
 #include "quantize_rows.cuh"
 
 constexpr int STAGES = 4;          // of a warp's ring
-constexpr int MOST_THREADS = 320;  // they limit the registers; cuda/kernels/few_rows.py has the same
+constexpr int MOST_THREADS = 256;  // they limit the registers; cuda/kernels/few_rows.py has the same
 constexpr int NONE = 0, SWIGLU = 1, SWIGLU_CLAMPED = 2, GELU = 3;
 
 // Copies segment `segment` of a tile with all lanes of a warp, and zeros behind a segment that is not whole. bytes: those of a
@@ -67,32 +67,32 @@ __device__ __forceinline__ void request_item(uint8_t* stage, const Tiles& w, uns
 template <class Q>
 __device__ __forceinline__ void item_sums(const uint8_t* stage, int n_blocks, const f16* columns, const unsigned* block_sums,
                                           MmaD& sums) {
-  constexpr int UNROLL = Q::LOW < 32 ? SEGMENT / 2 : 2;  // blocks whose products are computed side by side
   int lane = threadIdx.x % 32;
   Planes w = planes_at<Q>(stage, n_blocks);
   Lanes at = lane_of<Q>(w, 0, lane);
   typename Q::Scales scales[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, lane / 4 + 8 * i);
-#pragma unroll 1
+  BlockSums<Q> of_blocks{};
+#pragma unroll  // without a loop, a tenth fewer instructions
   for (int half = 0; half < 2; half++) {
-#pragma unroll UNROLL
+#pragma unroll
     for (int j = 0; j < SEGMENT / 2; j++) {
       MmaA a[2];
       block_operands<Q>(Q::template load<InShared>(at, j), scales, j, a);
-      add_block<Q>(a, scales, j, *reinterpret_cast<const uint4*>(columns + j * 32), sums);
+      add_block<Q>(a, scales, j, *reinterpret_cast<const uint4*>(columns + j * 32), of_blocks);
     }
     columns += SEGMENT / 2 * 32;
     at = {at.low + SEGMENT / 2 * 32 * Q::LOW, at.high + SEGMENT / 2 * 32 * Q::HIGH};
 #pragma unroll
     for (int i = 0; i < 2; i++) Q::second_half(scales[i]);
   }
-  // Read once more, since keeping them would take registers.
+  int row = computed_anew(lane / 4);  // once more, since keeping them would take registers
 #pragma unroll
-  for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, lane / 4 + 8 * i);
-  MmaD one[1] = {sums};
-  finish_segment<Q, 1>(scales, [&](int) { return block_sums; }, one);
-  sums = one[0];
+  for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, row + 8 * i);
+  MmaD part = minimums_part<Q>(scales, block_sums);
+#pragma unroll
+  for (int i = 0; i < 4; i++) sums.x[i] = segment_sum<Q>(scales, of_blocks, part, i);
 }
 
 // An item of a block: the number of its tile among the block's tiles, and its place among the items of that tile.

@@ -8,12 +8,14 @@
 //
 // Order of additions, the same for every n_rows, every grouping of rows, and the kernels of few_rows.cu:
 //   block of 32 columns   two mma.sync.m16n8k16, columns 0-15 then 16-31
-//   segment of 256        SCALED types (codes · small scales are exact halves): the mma of all blocks, one after another,
-//                         into one sum from zero. Others: p = mma, mma from zero (Q6_K: two of one mma each), then s =
-//                         fma(factor, p, s), blocks ascending. WHOLE: then s · d. With minimums: s = fma(32 dmin, one mma
-//                         of the eight minimums with both halves of the eight block sums, s)
+//   segment of 256        SCALED types (codes · small scales are exact halves): the mma of columns 0-15 of all blocks, one
+//                         after another, into one sum from zero; those of columns 16-31 likewise; s = the first sum + the
+//                         second. Others: p = mma, mma from zero (Q6_K: two of one mma each), then s = fma(factor, p, s),
+//                         blocks ascending. WHOLE: then s · d. With minimums, instead: s = fma(d, s, m), where m is
+//                         32 dmin · one mma of the eight minimums with both halves of the eight block sums
 //   row                   y = (((s0 + s1) + s2) + …) · x_scale, then + bias, then + residual
-// The integers of a block are exact in half precision, so only the activations are rounded.
+// The integers of a block are exact in half precision, so only the activations are rounded. For some types they are in units
+// of 2^-24 (quants.cuh), which d and dmin make good; powers of two change no rounding.
 //
 // rows64_*: 64 rows per warp. Grid: x groups of n_warps tiles, y groups of 64 rows; a warp takes all segments of its tile.
 // Weights are read once for 64 rows. Up to 8 rows: few_rows.cu, with the same bits.

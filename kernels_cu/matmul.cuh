@@ -53,26 +53,33 @@ __device__ __forceinline__ const f16* columns_of(const Activations& x, int row, 
   return x.x + static_cast<long long>(row) * padded(n_in) + start * 32 + threadIdx.x % 4 * 8;
 }
 
-// Adds the products of one block of 32 columns with 8 rows of activations to the segment's sums. four: the lane's columns
-// of its row.
+// A lane's sums of a segment's blocks, with 8 rows of activations. SCALED: those of columns 0-15 and of columns 16-31 are
+// separate, so that an mma waits only for every second one before it.
+template <class Q>
+struct BlockSums {
+  MmaD x[Q::SCALED ? 2 : 1];
+};
+
+// Adds the products of one block of 32 columns. four: the lane's columns of its row.
 template <class Q>
 __device__ __forceinline__ void add_block(const MmaA (&a)[2], const typename Q::Scales (&scales)[2], int j,
-                                          const uint4& four, MmaD& sums) {
+                                          const uint4& four, BlockSums<Q>& sums) {
   MmaB b[2] = {{{four.x, four.y}}, {{four.z, four.w}}};
   if constexpr (Q::SCALED) {
-    mma_m16n8k16(sums, a[0], b[0]);
-    mma_m16n8k16(sums, a[1], b[1]);
+    mma_m16n8k16(sums.x[0], a[0], b[0]);
+    mma_m16n8k16(sums.x[1], a[1], b[1]);
   } else {
+    float* s = sums.x[0].x;
     MmaD p{};
     mma_m16n8k16(p, a[0], b[0]);
     if (Q::SPLIT) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) sums.x[i] = __fmaf_rn(Q::factor(scales[i / 2], j, 0), p.x[i], sums.x[i]);
+      for (int i = 0; i < 4; i++) s[i] = __fmaf_rn(Q::factor(scales[i / 2], j, 0), p.x[i], s[i]);
       p = MmaD{};
     }
     mma_m16n8k16(p, a[1], b[1]);
 #pragma unroll
-    for (int i = 0; i < 4; i++) sums.x[i] = __fmaf_rn(Q::factor(scales[i / 2], j, 1), p.x[i], sums.x[i]);
+    for (int i = 0; i < 4; i++) s[i] = __fmaf_rn(Q::factor(scales[i / 2], j, 1), p.x[i], s[i]);
   }
 }
 
@@ -88,35 +95,35 @@ __device__ __forceinline__ void block_operands(const typename Q::Words& words, c
 __device__ __forceinline__ long long place_of(const Rows& rows, int number, int out, int n_out) {
   return static_cast<long long>(rows.of_y(number)) * n_out + out;
 }
-// Completes the sums of a segment: multiplies by the scale of the whole segment, and subtracts the minimums' part.
-// sums_of(n): the address of its block sums in row n.
-template <class Q, int N, class SumsOf>
-__device__ __forceinline__ void finish_segment(const typename Q::Scales (&scales)[2], const SumsOf& sums_of,
-                                               MmaD (&sums)[N]) {
-  int c = threadIdx.x % 4;
-  if constexpr (Q::WHOLE) {
-    float d[2] = {Q::whole(scales[0]), Q::whole(scales[1])};
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) sums[n].x[i] = __fmul_rn(sums[n].x[i], d[i / 2]);
-  }
+// HAS_MINIMUM: the minimums' part of a lane's sums of a segment. of_blocks: the segment's block sums in its row.
+template <class Q>
+__device__ __forceinline__ MmaD minimums_part(const typename Q::Scales (&scales)[2], const unsigned* of_blocks) {
+  MmaD part{};
   if constexpr (Q::HAS_MINIMUM) {
+    int c = threadIdx.x % 4;
     f16x2 of_row[2][2];
     Q::minimum_operand(scales[0], c, of_row[0]);
     Q::minimum_operand(scales[1], c, of_row[1]);
     MmaA a = {{of_row[0][0], of_row[1][0], of_row[0][1], of_row[1][1]}};
-    float whole[2] = {32.0f * Q::minimum_whole(scales[0]), 32.0f * Q::minimum_whole(scales[1])};
+    MmaB b = {{of_blocks[c], of_blocks[c + 4]}};
+    mma_m16n8k16(part, a, b);
 #pragma unroll
-    for (int n = 0; n < N; n++) {
-      const unsigned* of_blocks = sums_of(n);
-      MmaB b = {{of_blocks[c], of_blocks[c + 4]}};
-      MmaD m{};
-      mma_m16n8k16(m, a, b);
-#pragma unroll
-      for (int i = 0; i < 4; i++) sums[n].x[i] = __fmaf_rn(whole[i / 2], m.x[i], sums[n].x[i]);
-    }
+    for (int i = 0; i < 4; i++) part.x[i] = __fmul_rn(Q::minimum_whole(scales[i / 2]), part.x[i]);
   }
+  return part;
+}
+
+// A lane's sum number i of a whole segment.
+template <class Q>
+__device__ __forceinline__ float segment_sum(const typename Q::Scales (&scales)[2], const BlockSums<Q>& sums,
+                                             const MmaD& part, int i) {
+  float s = sums.x[0].x[i];
+  if constexpr (Q::SCALED) s = __fadd_rn(s, sums.x[1].x[i]);
+  if constexpr (Q::WHOLE) {
+    float whole = Q::whole(scales[i / 2]);
+    return Q::HAS_MINIMUM ? __fmaf_rn(whole, s, part.x[i]) : __fmul_rn(whole, s);
+  }
+  return s;
 }
 
 // Stores a lane's sums.
@@ -148,29 +155,45 @@ __device__ __forceinline__ void rows64(const Tiles& w, const Activations& x, con
   if (out_tile >= n_tiles || !rows.count) return;
   long long tile = static_cast<long long>(rows.expert) * n_tiles + out_tile;
   int row[8];
+  const f16* columns[8];
 #pragma unroll
-  for (int n = 0; n < 8; n++) row[n] = rows.of_x(min(8 * n + r, rows.count - 1));
+  for (int n = 0; n < 8; n++) {
+    row[n] = rows.of_x(min(8 * n + r, rows.count - 1));
+    columns[n] = columns_of(x, row[n], 0, n_in);
+  }
   MmaD total[8] = {};
   for (int segment = 0; segment < w.n_segments(); segment++) {
     int start = segment * SEGMENT, end = min(SEGMENT, w.n_blocks - start);
     Planes planes = planes_of<Q>(w, tile, segment);
     typename Q::Scales scales[2] = {Q::template scales<InGlobal>(planes, r), Q::template scales<InGlobal>(planes, r + 8)};
     Lanes at = lane_of<Q>(planes, 0, lane);
-    MmaD sums[8] = {};
+    BlockSums<Q> sums[8] = {};
 #pragma unroll 1
-    for (int j = 0; j < end; j++) {
-      MmaA a[2];
-      block_operands<Q>(Q::template load<InGlobal>(at, j), scales, j, a);
+    for (int half = 0; half < end; half += SEGMENT / 2) {
 #pragma unroll
-      for (int n = 0; n < 8; n++)
-        add_block<Q>(a, scales, j, load_words<uint4>(columns_of(x, row[n], start + j, n_in)), sums[n]);
+      for (int j = 0; j < SEGMENT / 2; j++) {
+        if (half + j >= end) break;
+        MmaA a[2];
+        block_operands<Q>(Q::template load<InGlobal>(at, j), scales, j, a);
+#pragma unroll
+        for (int n = 0; n < 8; n++) add_block<Q>(a, scales, j, load_words<uint4>(columns[n] + j * 32), sums[n]);
+      }
+      at = {at.low + SEGMENT / 2 * 32 * Q::LOW, at.high + SEGMENT / 2 * 32 * Q::HIGH};
+#pragma unroll
+      for (int n = 0; n < 8; n++) columns[n] += SEGMENT / 2 * 32;
+#pragma unroll
+      for (int i = 0; i < 2; i++) Q::second_half(scales[i]);
     }
-    auto sums_of = [&](int n) { return x.sums + static_cast<long long>(row[n]) * (padded(n_in) / 32) + start; };
-    finish_segment<Q, 8>(scales, sums_of, sums);
+    // Minimums are read once more, since keeping them would take registers.
 #pragma unroll
-    for (int n = 0; n < 8; n++)
+    for (int i = 0; i < 2; i++)
+      if constexpr (Q::HAS_MINIMUM) scales[i] = Q::template scales<InGlobal>(planes, r + 8 * i);
 #pragma unroll
-      for (int i = 0; i < 4; i++) total[n].x[i] = __fadd_rn(total[n].x[i], sums[n].x[i]);
+    for (int n = 0; n < 8; n++) {
+      MmaD part = minimums_part<Q>(scales, x.sums + static_cast<long long>(row[n]) * (padded(n_in) / 32) + start);
+#pragma unroll
+      for (int i = 0; i < 4; i++) total[n].x[i] = __fadd_rn(total[n].x[i], segment_sum<Q>(scales, sums[n], part, i));
+    }
   }
   store<8>(x, rows, out_tile, total, bias, residual, y, n_out);
 }

@@ -14,33 +14,30 @@ __device__ float plain_sum(const Tiles& w, const Activations& x, int row, int ou
     Planes planes = planes_of<Q>(w, tile, segment);
     typename Q::Scales scale = Q::template scales<InGlobal>(planes, of_tile);
     typename Q::Scales scales[2] = {scale, scale};
-    float sum = 0.0f;  // the sum of the segment
+    float sums[2] = {};  // of the segment; SCALED: of the two halves of its blocks
     for (int j = 0; j < count; j++) {
       const f16* columns = x.x + static_cast<long long>(row) * padded(32 * w.n_blocks) + (first + j) * 32;
       float products = 0.0f;  // of the block, or of half of it, if its scale is not part of the operand
       for (int half = 0; half < 2; half++) {
-        double exact = Q::SCALED ? sum : products;  // an mma rounds once here; on a GPU slightly differently
+        double exact = Q::SCALED ? sums[half] : products;  // an mma rounds once here; on a GPU slightly differently
         for (int k = 0; k < 16; k++) {
           int c = k % 8 / 2, i = k % 2, second = k / 8;  // column 16 half + 4c + 2 second + i of the block
           typename Q::Words words = Q::template load<InGlobal>(lane_of<Q>(planes, j, 4 * r + c), 0);
           MmaA a[2];
-          if constexpr (Q::SCALED)
-            Q::scaled_operands(words, scales, j, a);
-          else
-            Q::operands(words, a);
+          block_operands<Q>(words, scales, j, a);
           f16 weight = static_cast<f16>(a[half].x[2 * second + lower] >> 16 * i);
           f16 value = columns[8 * c + 4 * half + 2 * second + i];
           exact += static_cast<double>(f16_to_f32(weight)) * f16_to_f32(value);
         }
-        (Q::SCALED ? sum : products) = static_cast<float>(exact);
+        (Q::SCALED ? sums[half] : products) = static_cast<float>(exact);
         if constexpr (!Q::SCALED)
           if (half == 1 || Q::SPLIT) {
-            sum = __fmaf_rn(Q::factor(scale, j, half), products, sum);
+            sums[0] = __fmaf_rn(Q::factor(scale, j, half), products, sums[0]);
             products = 0.0f;
           }
       }
     }
-    if constexpr (Q::WHOLE) sum = __fmul_rn(sum, Q::whole(scale));
+    float part = 0.0f;  // of the minimums
     if constexpr (Q::HAS_MINIMUM) {
       double exact = 0.0;  // Σ over blocks of the minimum times 1/32 of the block's sum of activations
       for (int second = 0; second < 2; second++)
@@ -54,8 +51,10 @@ __device__ float plain_sum(const Tiles& w, const Activations& x, int row, int ou
             exact += static_cast<double>(f16_to_f32(static_cast<f16>(minimums[second] >> 16 * i))) *
                      f16_to_f32(static_cast<f16>(parts >> 16 * i));
         }
-      sum = __fmaf_rn(32.0f * Q::minimum_whole(scale), static_cast<float>(exact), sum);
+      part = __fmul_rn(Q::minimum_whole(scale), static_cast<float>(exact));
     }
+    float sum = Q::SCALED ? __fadd_rn(sums[0], sums[1]) : sums[0];
+    if constexpr (Q::WHOLE) sum = Q::HAS_MINIMUM ? __fmaf_rn(Q::whole(scale), sum, part) : __fmul_rn(Q::whole(scale), sum);
     total = __fadd_rn(total, sum);
   }
   return total;

@@ -5,7 +5,7 @@
 //   Words load<M>(lane's, j)                 a lane's part of the tile of 16 x 32 that is j further on: two rows of 8
 //                                            codes; LOW and HIGH are its bytes in the planes of these names; M is where
 //                                            the weights are, InGlobal or InShared
-//   operands(words, a)                       the same as halves, the operands of two mma
+//   operands(words, a)                       the same as halves, the operands of two mma: codes / UNITS
 //   Scales scales<M>(planes, row)            the scales of 256 columns of a row, not yet unpacked, because that would wait
 //                                            for the load; SCALE_BYTES and D_BYTES are their bytes in the planes `scales`
 //                                            and `d`; a weight of block j is, with ggml's rounding,
@@ -13,12 +13,13 @@
 //
 // and for products, which do as much as possible once per segment, exactly:
 //
-//   SCALED                                   scaled_operands(words, scales of rows r and r + 8, j, a): codes times a small
-//                                            integer of block j, so that sums need no scale before the segment's end
+//   SCALED                                   scaled_operands(words, scales of rows r and r + 8, j, a): codes / UNITS times a
+//                                            small integer of block j, so that sums need no scale before the segment's end
 //   factor(scales, j, half)                  otherwise: the factor of the products of a block (SPLIT: of half a block)
 //   second_half(scales)                      moves the scales of blocks 4 to 7 to the place of those of blocks 0 to 3
 //   whole(scales)                            WHOLE: the factor of the segment's sum
-//   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums' small integers of blocks c and c + 4, twice each
+//   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums of blocks c and c + 4, twice each, as integers (in
+//                                            units) or halves
 //   minimum_whole(scales)                    the factor of their products with the block sums
 //
 // The planes are those of a segment of a tile; row is 0 to 15.
@@ -63,30 +64,20 @@ __device__ __forceinline__ Planes planes_of(const Tiles& w, long long tile, int 
   return planes_at<Q>(data, min(SEGMENT, w.n_blocks - segment * SEGMENT));
 }
 
-// Codes as halves, without conversion instructions: the code is put into the fraction of 1024, where the last bit counts
-// one, or four bits higher into that of 64; then 1024 (or 64) and the type's offset are subtracted. All of it is exact.
-struct Integers {
-  f16x2 one, less, less_64;  // for both halves: s, -(1024 + offset) s, -(64 + offset) s
-  // The codes in bits 0-3 (with `more`, up to 0-5) of both halves of a word.
-  __device__ __forceinline__ f16x2 low(uint32_t word, uint32_t more = 0) const {
-    return fma_f16x2(select_or(word, 0x000f000fu, 0x64006400u) | more, one, less);
-  }
-  // The codes in bits 4-7 (with `more`, up to 4-9).
-  __device__ __forceinline__ f16x2 high(uint32_t word, uint32_t more = 0) const {
-    return fma_f16x2(select_or(word, 0x00f000f0u, 0x54005400u) | more, one, less_64);
-  }
-};
-// Codes minus an offset of 0, 8, 16 or 32.
-template <int OFFSET>
-__device__ __forceinline__ Integers integers() {
-  return {0x3c003c00u, (0xe400u + OFFSET) * 0x10001u, (0xd400u + OFFSET * 16) * 0x10001u};
+// Codes as halves, without conversion instructions, exactly, in one of two ways:
+//   units   a half whose bits are a code c below 1024 is c · 2^-24, a subnormal number, which tensor cores and arithmetic
+//           multiply exactly and at full speed. A mask is all it takes, or for codes four bits higher one that gives 16
+//           times as much
+//   ones    the code is put into the fraction of 1024, where the last bit counts one, or four bits higher into that of 64;
+//           then 1024 (or 64) and the type's offset are subtracted
+constexpr float UNITS_IN_ONE = 0x1p24f;
+constexpr f16x2 SIXTEENTH = 0x2c002c00u, OF_1024 = 0x64006400u, OF_64 = 0x54005400u;  // 1/16, 1024 and 64, twice
+constexpr f16x2 NEGATIVE = 0x80008000u;
+__device__ __forceinline__ f16x2 times(f16x2 a, f16x2 b) { return fma_f16x2(a, b, 0u); }
+// Two adjacent bytes of a word, plus 1024.
+__device__ __forceinline__ f16x2 two_bytes(uint32_t word, int first) {
+  return __byte_perm(word, 0x64646464u, first ? 0x4342 : 0x4140);
 }
-// Codes below 32 times an integer up to 63, given twice: below 2048, so every intermediate value is exact in half precision.
-__device__ __forceinline__ Integers integers_times(f16x2 s) {
-  return {s, fma_f16x2(s, 0xe400e400u, 0u), fma_f16x2(s, 0xd400d400u, 0u)};
-}
-// One half of a pair, twice.
-__device__ __forceinline__ f16x2 twice(f16x2 pair, int half) { return __byte_perm(pair, 0, half ? 0x3232 : 0x1010); }
 
 // The address of a lane's part of a tile of 32 columns.
 struct Lanes {
@@ -107,8 +98,11 @@ __device__ __forceinline__ uint4 scale_words(const Planes& w, int row) {
   return M::template load<uint4>(w.scales + row * 16);
 }
 
-// The i-th pair of columns of rows r and r + 8 goes to a[i / 2].x[2 * (i % 2)] and the element after it.
-template <int OFFSET>
+// The i-th pair of columns of rows r and r + 8 goes to a[i / 2].x[2 * (i % 2)] and the element after it. Pairs 0 and 2 are
+// in bits 0-3 of both halves of a word and of the word shifted by eight; pairs 1 and 3 four bits higher.
+//
+// `pairs` puts pairs 0 and 2 into the fraction of `low`, pairs 1 and 3, 16 times as much, into that of `high`; with zeros,
+// codes are in units.
 struct FourBits {
   static constexpr bool SPLIT = false;
   static constexpr int LOW = 8, HIGH = 0;
@@ -117,20 +111,19 @@ struct FourBits {
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
     return nibble_words<M>(at, j);
   }
-  static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-    codes(words, integers<OFFSET>(), integers<OFFSET>(), a);
-  }
-  static __device__ __forceinline__ void codes(const Words& words, const Integers& first, const Integers& second,
-                                               MmaA (&a)[2]) {
-    a[0] = {{first.low(words.x), second.low(words.y), first.high(words.x), second.high(words.y)}};
-    a[1] = {{first.low(words.x >> 8), second.low(words.y >> 8), first.high(words.x >> 8), second.high(words.y >> 8)}};
+  static __device__ __forceinline__ void pairs(const Words& words, f16x2 low, f16x2 high, MmaA (&a)[2]) {
+    uint32_t of[4] = {words.x, words.y, words.x >> 8, words.y >> 8};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      a[i / 2].x[i % 2] = select_or(of[i], 0x000f000fu, low);
+      a[i / 2].x[2 + i % 2] = select_or(of[i], 0x00f000f0u, high);
+    }
   }
 };
 
-// The fifth bits of a lane: two bytes, moved to bits 4-11 and 20-27. There, bits 4 and 20 belong to the pair in a word's
-// bits 0-3, bits 8 and 24 to that in its bits 4-7; shifted by one, the pairs of the word shifted by eight; by two and
-// three, those of row r + 8.
-template <int OFFSET>
+// The fifth bits of a lane: two bytes, moved to bits 0-7 and 16-23. Shifted by four, bits 4 and 20 belong to the pair in a
+// word's bits 0-3, bits 8 and 24 to that in its bits 4-7; shifted by one less, to the pairs of the word shifted by eight;
+// by two and three less, to those of row r + 8.
 struct FiveBits {
   static constexpr bool SPLIT = false;
   static constexpr int LOW = 8, HIGH = 2;
@@ -142,16 +135,63 @@ struct FiveBits {
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
     return {nibble_words<M>(at, j), M::template load<uint16_t>(at.high + j * 64)};
   }
-  static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-    codes(words, integers<OFFSET>(), integers<OFFSET>(), a);
+  static __device__ __forceinline__ void pairs(const Words& words, f16x2 low, f16x2 high, MmaA (&a)[2]) {
+    FourBits::pairs(words.low, low, high, a);
+    uint32_t h = __byte_perm(words.high, 0, 0x4140);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      uint32_t bits = h << (4 - i / 2 - i % 2 * 2);
+      a[i / 2].x[i % 2] |= bits & 0x00100010u, a[i / 2].x[2 + i % 2] |= bits & 0x01000100u;
+    }
   }
-  static __device__ __forceinline__ void codes(const Words& words, const Integers& first, const Integers& second,
-                                               MmaA (&a)[2]) {
-    uint32_t x = words.low.x, y = words.low.y, h = __byte_perm(words.high, 0, 0x4140) << 4;
-    a[0] = {{first.low(x, h & 0x00100010u), second.low(y, h >> 2 & 0x00100010u), first.high(x, h & 0x01000100u),
-             second.high(y, h >> 2 & 0x01000100u)}};
-    a[1] = {{first.low(x >> 8, h >> 1 & 0x00100010u), second.low(y >> 8, h >> 3 & 0x00100010u),
-             first.high(x >> 8, h >> 1 & 0x01000100u), second.high(y >> 8, h >> 3 & 0x01000100u)}};
+};
+
+// The fifth and sixth bits of a lane, likewise: bits 4-5, 8-9, 20-21, 24-25, those two higher, and both again eight bits
+// higher (around the end of the word) for row r + 8.
+struct SixBits {
+  static constexpr bool SPLIT = true;
+  static constexpr int LOW = 8, HIGH = 4;
+  struct Words {
+    uint2 low;
+    uint32_t high;
+  };
+  template <class M>
+  static __device__ __forceinline__ Words load(const Lanes& at, int j) {
+    return {nibble_words<M>(at, j), M::template load<uint32_t>(at.high + j * 128)};
+  }
+  static __device__ __forceinline__ void pairs(const Words& words, f16x2 low, f16x2 high, MmaA (&a)[2]) {
+    FourBits::pairs(words.low, low, high, a);
+    uint32_t h = words.high, g = h >> 8 | h << 24;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      uint32_t bits = (i % 2 ? g : h) >> i / 2 * 2;
+      a[i / 2].x[i % 2] |= bits & 0x00300030u, a[i / 2].x[2 + i % 2] |= bits & 0x03000300u;
+    }
+  }
+};
+
+// Codes minus an offset of 8, 16 or 32, in ones. Not by the block sums, as the minimums: that would take as many
+// instructions, and cancellation would double the error.
+template <class Bits, int OFFSET>
+struct InOnes : Bits {
+  static constexpr float UNITS = 1.0f;
+  static __device__ __forceinline__ void operands(const typename Bits::Words& words, MmaA (&a)[2]) {
+    Bits::pairs(words, OF_1024, OF_64, a);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      a[i / 2].x[i % 2] = add_f16x2(a[i / 2].x[i % 2], (OF_1024 | NEGATIVE) + OFFSET * 0x10001u);
+      a[i / 2].x[2 + i % 2] = add_f16x2(a[i / 2].x[2 + i % 2], (OF_64 | NEGATIVE) + OFFSET * 0x100010u);
+    }
+  }
+};
+
+template <class Bits>
+struct InUnits : Bits {
+  static constexpr float UNITS = UNITS_IN_ONE;
+  static __device__ __forceinline__ void operands(const typename Bits::Words& words, MmaA (&a)[2]) {
+    Bits::pairs(words, 0, 0, a);
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i / 2].x[2 + i % 2] = times(a[i / 2].x[2 + i % 2], SIXTEENTH);
   }
 };
 
@@ -172,7 +212,7 @@ struct EightD {
 
 // Eight d, then eight m. m is added, so the minimum, which is subtracted, is -m.
 struct EightDM {
-  static constexpr bool HAS_MINIMUM = true, SCALED = false, WHOLE = false;
+  static constexpr bool HAS_MINIMUM = true, SCALED = false, WHOLE = true;
   static constexpr int SCALE_BYTES = 32, D_BYTES = 0;
   struct Scales {
     uint4 d, m;
@@ -185,17 +225,18 @@ struct EightDM {
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return half_of(s.d, j); }
   static __device__ __forceinline__ float factor(const Scales& s, int j, int) { return half_of(s.d, j); }
   static __device__ __forceinline__ float minimum(const Scales& s, int j) { return -half_of(s.m, j); }
+  static __device__ __forceinline__ float whole(const Scales&) { return UNITS_IN_ONE; }
   static __device__ __forceinline__ void minimum_operand(const Scales& s, int c, f16x2 (&m)[2]) {
-    m[0] = twice(c / 2 ? s.m.y : s.m.x, c % 2);
-    m[1] = twice(c / 2 ? s.m.w : s.m.z, c % 2);
+    uint32_t selector = 0x1010u + c * 0x2222u;
+    m[0] = __byte_perm(s.m.x, s.m.y, selector), m[1] = __byte_perm(s.m.z, s.m.w, selector);
   }
-  static __device__ __forceinline__ float minimum_whole(const Scales&) { return 1.0f; }
+  static __device__ __forceinline__ float minimum_whole(const Scales&) { return 32.0f; }
   static __device__ __forceinline__ void second_half(Scales& s) { s.d.x = s.d.z, s.d.y = s.d.w; }
 };
 
 // Eight scales and eight minimums of six bits, one byte each; d and dmin.
-template <class Codes>
-struct SixBits : Codes {
+template <class Bits>
+struct SixBitScales : InUnits<Bits> {
   static constexpr bool HAS_MINIMUM = true, SCALED = true, WHOLE = true;
   static constexpr int SCALE_BYTES = 16, D_BYTES = 4;
   struct Scales {
@@ -213,73 +254,71 @@ struct SixBits : Codes {
   static __device__ __forceinline__ f16x2 scale_twice(const Scales& s, int j) {
     return of_byte(j < 4 ? s.bytes.x : s.bytes.y, j % 4);
   }
-  static __device__ __forceinline__ float whole(const Scales& s) { return f16_to_f32(static_cast<f16>(s.d)); }
-  static __device__ __forceinline__ float minimum_whole(const Scales& s) {
-    return -f16_to_f32(static_cast<f16>(s.d >> 16));
-  }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) {
-    return __fmul_rn(whole(s), f16_to_f32(static_cast<f16>(scale_twice(s, j))));
+    return __fmul_rn(f16_to_f32(static_cast<f16>(s.d)), f16_to_f32(static_cast<f16>(scale_twice(s, j))));
   }
   static __device__ __forceinline__ float minimum(const Scales& s, int j) {
     f16x2 m = of_byte(j < 4 ? s.bytes.z : s.bytes.w, j % 4);
-    return __fmul_rn(-minimum_whole(s), f16_to_f32(static_cast<f16>(m)));
+    return __fmul_rn(f16_to_f32(static_cast<f16>(s.d >> 16)), f16_to_f32(static_cast<f16>(m)));
+  }
+  static __device__ __forceinline__ void scaled_operands(const typename Bits::Words& words, const Scales (&s)[2], int j,
+                                                         MmaA (&a)[2]) {
+    Bits::pairs(words, 0, 0, a);
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      // Of two blocks at once. Codes below 32 times integers below 64 are below 2048: exact.
+      f16x2 two = add_f16x2(two_bytes(j < 4 ? s[row].bytes.x : s[row].bytes.y, j % 4 / 2), OF_1024 | NEGATIVE);
+      f16x2 scale = twice(two, j % 2), sixteenth = twice(times(two, SIXTEENTH), j % 2);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        a[half].x[row] = times(a[half].x[row], scale);
+        a[half].x[2 + row] = times(a[half].x[2 + row], sixteenth);
+      }
+    }
+  }
+  static __device__ __forceinline__ float whole(const Scales& s) {
+    return __fmul_rn(f16_to_f32(static_cast<f16>(s.d)), UNITS_IN_ONE);
   }
   static __device__ __forceinline__ void minimum_operand(const Scales& s, int c, f16x2 (&m)[2]) {
-    m[0] = of_byte(s.bytes.z, c);
-    m[1] = of_byte(s.bytes.w, c);
+    uint32_t selector = 0x4040u + c * 0x101u;
+    m[0] = __byte_perm(s.bytes.z, 0, selector), m[1] = __byte_perm(s.bytes.w, 0, selector);
   }
-  static __device__ __forceinline__ void scaled_operands(const typename Codes::Words& words, const Scales (&s)[2], int j,
-                                                         MmaA (&a)[2]) {
-    Codes::codes(words, integers_times(scale_twice(s[0], j)), integers_times(scale_twice(s[1], j)), a);
+  static __device__ __forceinline__ float minimum_whole(const Scales& s) {
+    return __fmul_rn(f16_to_f32(static_cast<f16>(s.d >> 16)), -32.0f * UNITS_IN_ONE);
   }
   static __device__ __forceinline__ void second_half(Scales& s) { s.bytes.x = s.bytes.y; }
 };
 
-struct Q4_0 : FourBits<8>, EightD {};
-struct Q4_1 : FourBits<0>, EightDM {};
-struct Q5_0 : FiveBits<16>, EightD {};
-struct Q5_1 : FiveBits<0>, EightDM {};
-struct Q4_K : SixBits<FourBits<0>> {};
-struct Q5_K : SixBits<FiveBits<0>> {};
+struct Q4_0 : InOnes<FourBits, 8>, EightD {};
+struct Q4_1 : InUnits<FourBits>, EightDM {};
+struct Q5_0 : InOnes<FiveBits, 16>, EightD {};
+struct Q5_1 : InUnits<FiveBits>, EightDM {};
+struct Q4_K : SixBitScales<FourBits> {};
+struct Q5_K : SixBitScales<FiveBits> {};
 
 struct Q8_0 : EightD {
   static constexpr bool SPLIT = false;
   static constexpr int LOW = 16, HIGH = 0;
+  static constexpr float UNITS = 1.0f;
   using Words = uint4;  // row r: columns of the first and of the second mma; then the same for row r + 8
   template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
     return M::template load<uint4>(at.low + j * 512);
   }
-  static __device__ __forceinline__ f16x2 two(uint32_t word, uint32_t selector) {
-    return fma_f16x2(__byte_perm(word ^ 0x80808080u, 0x64646464u, selector), 0x3c003c00u, 0xe480e480u);  // - 1152
-  }
   static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-    a[0] = {{two(words.x, 0x4140), two(words.z, 0x4140), two(words.x, 0x4342), two(words.z, 0x4342)}};
-    a[1] = {{two(words.y, 0x4140), two(words.w, 0x4140), two(words.y, 0x4342), two(words.w, 0x4342)}};
+    uint32_t of[4] = {words.x, words.z, words.y, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      uint32_t codes = of[i] ^ 0x80808080u;  // 128 added, then 1024; 1152 subtracted
+      a[i / 2].x[i % 2] = add_f16x2(two_bytes(codes, 0), 0xe480e480u);
+      a[i / 2].x[2 + i % 2] = add_f16x2(two_bytes(codes, 1), 0xe480e480u);
+    }
   }
 };
 
-struct Q6_K {
-  static constexpr bool SPLIT = true, HAS_MINIMUM = false, SCALED = false, WHOLE = true;
-  static constexpr int LOW = 8, HIGH = 4, SCALE_BYTES = 16, D_BYTES = 2;
-  struct Words {
-    uint2 low;
-    uint32_t high;
-  };
-  template <class M>
-  static __device__ __forceinline__ Words load(const Lanes& at, int j) {
-    return {nibble_words<M>(at, j), M::template load<uint32_t>(at.high + j * 128)};
-  }
-  // As FiveBits, with two bits each: bits 4-5, 8-9, 20-21, 24-25, those two higher, and both again eight bits higher
-  // (around the end of the word) for row r + 8.
-  static __device__ __forceinline__ void operands(const Words& words, MmaA (&a)[2]) {
-    const Integers n = integers<32>();
-    uint32_t x = words.low.x, y = words.low.y, h = words.high, g = h >> 8 | h << 24;
-    a[0] = {{n.low(x, h & 0x00300030u), n.low(y, g & 0x00300030u), n.high(x, h & 0x03000300u),
-             n.high(y, g & 0x03000300u)}};
-    a[1] = {{n.low(x >> 8, h >> 2 & 0x00300030u), n.low(y >> 8, g >> 2 & 0x00300030u),
-             n.high(x >> 8, h >> 2 & 0x03000300u), n.high(y >> 8, g >> 2 & 0x03000300u)}};
-  }
+struct Q6_K : InOnes<SixBits, 32> {
+  static constexpr bool HAS_MINIMUM = false, SCALED = false, WHOLE = true;
+  static constexpr int SCALE_BYTES = 16, D_BYTES = 2;
   struct Scales {
     uint4 factors;  // sixteen signed bytes
     f16 d;
@@ -288,15 +327,15 @@ struct Q6_K {
   static __device__ __forceinline__ Scales scales(const Planes& w, int row) {
     return {scale_words<M>(w, row), M::template load<f16>(w.d + row * 2)};
   }
-  // A byte in the fraction of 2^23 counts ones: exact, and without the conversion instruction, which is slow.
+  // Two factors together become halves, without the conversion instruction for integers, which is slow.
   static __device__ __forceinline__ float factor(const Scales& s, int j, int half) {
     uint32_t word = j < 2 ? s.factors.x : j < 4 ? s.factors.y : j < 6 ? s.factors.z : s.factors.w;
-    word ^= 0x80808080u;  // 128 added
-    return __fadd_rn(__uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u + j % 2 * 2 + half)), -8388736.0f);
+    f16x2 two = add_f16x2(two_bytes(word ^ 0x80808080u, j % 2), 0xe480e480u);  // 128 added, 1152 subtracted
+    return f16_to_f32(static_cast<f16>(half ? two >> 16 : two));
   }
   static __device__ __forceinline__ float whole(const Scales& s) { return f16_to_f32(s.d); }
   static __device__ __forceinline__ float scale(const Scales& s, int j, int half) {
-    return __fmul_rn(whole(s), factor(s, j, half));
+    return __fmul_rn(f16_to_f32(s.d), factor(s, j, half));
   }
   static __device__ __forceinline__ float minimum(const Scales&, int) { return 0.0f; }
   static __device__ __forceinline__ void second_half(Scales& s) { s.factors.x = s.factors.z, s.factors.y = s.factors.w; }
@@ -308,6 +347,7 @@ struct Q6_K {
 struct MXFP4 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = false, WHOLE = false;
   static constexpr int LOW = 8, HIGH = 0, SCALE_BYTES = 8, D_BYTES = 0;
+  static constexpr float UNITS = 1.0f;
   using Words = uint2;
   template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
@@ -340,6 +380,7 @@ struct MXFP4 {
 struct F16 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = true, WHOLE = false;
   static constexpr int LOW = 32, HIGH = 0, SCALE_BYTES = 0, D_BYTES = 0;
+  static constexpr float UNITS = 1.0f;
   struct Words {
     uint4 row[2];
   };
