@@ -39,7 +39,7 @@
 #include "norm.cuh"
 #include "quantize_rows.cuh"
 
-constexpr int STAGES = 3;          // of a warp's ring
+constexpr int STAGES = 4;          // of a warp's ring
 constexpr int MOST_THREADS = 256;  // they limit the registers; cuda/kernels/few_rows.py has the same
 constexpr int NONE = 0, SWIGLU = 1, SWIGLU_CLAMPED = 2, GELU = 3;
 
@@ -209,7 +209,6 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
   // The matrix of a tile, or of an item of a tile of two side by side; and what belongs to it.
   auto matrix_of = [&](int tile, int part) { return paired ? part >= n_segments : (tile >= second) + (tile >= third); };
   auto one_of = [](int matrix, auto of_a, auto of_b, auto of_c) { return matrix == 0 ? of_a : matrix == 1 ? of_b : of_c; };
-  bool is_one_type = (paired || second < n_tiles ? a_type == b_type : true) && (paired || third >= n_tiles || a_type == c_type);
   auto within = [&](int tile) { return tile - (paired || tile < second ? 0 : tile >= third ? third : second); };
   auto bias_of = [&](int tile) { return one_of(matrix_of(tile, 0), a_bias, b_bias, c_bias); };
 
@@ -232,6 +231,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     advance(next);
   };
 
+  let_next_begin();
   if (x.norm)
     for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) copy16(prepared.norm + i * 4, x.norm + i * 4);
   end_of_copies();
@@ -241,7 +241,6 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
   for (int waited = 0; waited < 2; waited++) {
     if (waited) {
       wait_for_previous();
-      let_next_begin();  // now, so that its copies do not delay this kernel's own
       rows = rows_of(groups, n_rows, 8);
       if (!rows.count) return;
       first_tile = rows.expert * n_tiles;
@@ -292,50 +291,44 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     if (place(threadIdx.x, 0, number, tile, out)) loaded = load(number, tile, out);
   }
 
-  if (!x.x)
+  const f16* columns;  // the lane's, of its row
+  const unsigned* sums_of_blocks;
+  long long row = min(lane / 4, rows.count - 1);
+  if (x.x) {
+    row = rows.of_x(static_cast<int>(row));
+    columns = x.x + row * pitch, sums_of_blocks = x.sums;
+    if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
+  } else {
     prepare_rows(x, rows, eps, n_in, capacity, prepared);
-  else if (static_cast<int>(threadIdx.x) < rows.count)
-    scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
+    columns = prepared.row(static_cast<int>(row)), sums_of_blocks = prepared.sums;
+  }
+  columns += lane % 4 * 8, sums_of_blocks += row * (pitch / 32);
 
-  int row = min(lane / 4, rows.count - 1), stage = 0, half = 0;  // threads may still read the other half of sums_of_items
+  int stage = 0, half = 0;  // threads may still read the other half of sums_of_items
 #pragma unroll 1
   for (int done = 0; done < my_tiles; done += chunk) {
     int end = min(done + chunk, my_tiles);
     float* sums_of_tiles = sums_of_items + half;
     half = half_of_sums - half;
 #pragma unroll 1
-    while (now.tile < end) {
-      // Items of one type, until a tile has another one. halves, block_sums: the lane's row.
-      int type = one_of(matrix_of(tile_of(now), now.part), a_type, b_type, c_type);
-      auto multiply = [&](auto q, const f16* halves, const unsigned* block_sums) {
-        halves += lane % 4 * 8;
-        do {
-          int segment = segment_of(now);
-          wait_for_copies<STAGES - 1>();
-          __syncwarp(ALL_LANES);
-          MmaD sums = {};
-          item_sums<decltype(q)>(ring + stage * stage_bytes, min(n_blocks - segment * SEGMENT, SEGMENT),
-                                 halves + segment * SEGMENT * 32, block_sums + segment * SEGMENT, sums);
-          __syncwarp(ALL_LANES);
-          request(stage);
-          stage = stage + 1 == STAGES ? 0 : stage + 1;
-          float* to = sums_of_tiles + (((now.tile - done) * per_tile + now.part) * 16 << shift);
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            int number = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
-            if (number < capacity) to[(out << shift) + number] = sums.x[i];
-          }
-          advance(now);
-        } while (now.tile < end &&
-                 (is_one_type || one_of(matrix_of(tile_of(now), now.part), a_type, b_type, c_type) == type));
-      };
-      for_type(type, [&](auto q) {
-        if (x.x)
-          multiply(q, x.x + static_cast<long long>(rows.of_x(row)) * pitch,
-                   x.sums + static_cast<long long>(rows.of_x(row)) * (pitch / 32));
-        else  // the compiler sees that these are in shared memory
-          multiply(q, prepared.row(row), prepared.sums + row * (pitch / 32));
+    for (; now.tile < end; advance(now)) {
+      int segment = segment_of(now), matrix = matrix_of(tile_of(now), now.part);
+      wait_for_copies<STAGES - 1>();
+      __syncwarp(ALL_LANES);
+      MmaD sums = {};
+      for_type(one_of(matrix, a_type, b_type, c_type), [&](auto q) {
+        item_sums<decltype(q)>(ring + stage * stage_bytes, min(n_blocks - segment * SEGMENT, SEGMENT), columns + segment * SEGMENT * 32,
+                               sums_of_blocks + segment * SEGMENT, sums);
       });
+      __syncwarp(ALL_LANES);
+      request(stage);
+      stage = (stage + 1) % STAGES;
+      float* to = sums_of_tiles + (((now.tile - done) * per_tile + now.part) * 16 << shift);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int number = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
+        if (number < capacity) to[(out << shift) + number] = sums.x[i];
+      }
     }
     __syncthreads();
 #pragma unroll 1
