@@ -39,7 +39,7 @@
 #include "norm.cuh"
 #include "quantize_rows.cuh"
 
-constexpr int STAGES = 4;          // of a warp's ring
+constexpr int STAGES = 3;          // of a warp's ring
 constexpr int MOST_THREADS = 256;  // they limit the registers; cuda/kernels/few_rows.py has the same
 constexpr int NONE = 0, SWIGLU = 1, SWIGLU_CLAMPED = 2, GELU = 3;
 
@@ -322,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
       });
       __syncwarp(ALL_LANES);
       request(stage);
-      stage = (stage + 1) % STAGES;
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
       float* to = sums_of_tiles + (((now.tile - done) * per_tile + now.part) * 16 << shift);
 #pragma unroll
       for (int i = 0; i < 4; i++) {

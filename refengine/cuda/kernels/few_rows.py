@@ -19,11 +19,11 @@ from refengine.errors import KernelError
 
 FEW_ROWS = 8  # rows per block of threads
 SEGMENT = 256  # columns whose products are summed up before segments are added
-STAGES = 4  # of a warp's ring, each with the weights of a segment
+STAGES = 3  # of a warp's ring, each with the weights of a segment
 MOST_MATRICES = 3
 MOST_WARPS, LEAST_WARPS = 8, 4  # the registers of 8 warps fit half a multiprocessor
 PREPARING_WARPS = 8  # of a block that converts its rows
-BUSY = 40  # items for each multiprocessor from which two blocks are faster than one
+BUSY = 10  # items for each multiprocessor from which two blocks are faster than one
 HALF_SHARED = 113 << 10  # bytes for one block, so that a block of the next kernel fits on the multiprocessor as well
 LEAST_SHARED = 99 << 10  # bytes that a block may have on every supported device; sm_86 and sm_89 have no more
 
