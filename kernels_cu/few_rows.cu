@@ -112,8 +112,8 @@ struct Prepared {
 };
 
 // Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier, and waits for no
-// other: the rows' Stats give their exponents and, for a norm, their scales. capacity: a power of two, at least the rows.
-__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in, int capacity,
+// other: the rows' Stats give their exponents and, for a norm, its scale.
+__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in,
                                              const Prepared& to) {
   constexpr int TOGETHER = 4;  // segments whose loads overlap
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256;
@@ -126,7 +126,8 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
     for (; segment >= n_segments; segment -= n_segments) row++;
   };
   settle();
-  int share = 32 / capacity, exponent = 0;  // of the row that a part of the lanes has, `share` of them
+  int exponent = 0;  // of row `lane`
+  float factor = 1.0f;
   bool is_first = true;
 #pragma unroll 1
   do {
@@ -141,39 +142,35 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
       settle();
     }
     if (is_first) {
-      unsigned top = 0, norm_top = 0;
-      const float2* own = stats + static_cast<long long>(rows.of_x(min(lane / share, n_rows - 1))) * of_row;
-      for_each<unsigned>(
-          lane % share, of_row, share, [&](int g) { return __float_as_uint(own[g].x); },
-          [&](unsigned of_group) { top = max(top, of_group); });
+      is_first = false;
+      unsigned norm_top = 0;
       if (x.norm)
         for (int i = 0; i < n_warps; i++) norm_top = max(norm_top, to.norm_tops[i]);
-      if (capacity == 1) top = __reduce_max_sync(ALL_LANES, top);
 #pragma unroll 1
-      for (int offset = capacity == 1 ? 0 : share / 2; offset; offset /= 2)
-        top = max(top, __shfl_xor_sync(ALL_LANES, top, offset));
-      exponent = x.norm ? normed_exponent(top, norm_top) : row_exponent(__uint_as_float(top)), is_first = false;
-      // The rows' scales, by the last warps, which have the fewest items.
-#pragma unroll 1
-      for (int i = n_warps - 1 - warp; i < n_rows; i += n_warps) {
-        float scale = power_of_two(__shfl_sync(ALL_LANES, exponent, i * share));
-        if (x.norm) {
-          own = stats + static_cast<long long>(rows.of_x(i)) * of_row;
-          float squares = sum_of_groups(of_row, [&](int g) { return own[g].y; });
-          scale = __fmul_rn(scale, norm_scale(squares, static_cast<float>(n_in), eps));
-        }
-        if (lane == 0) to.scale[i] = scale;
+      for (int i = 0; i < n_rows; i++) {
+        const float2* own = stats + static_cast<long long>(rows.of_x(i)) * of_row;
+        unsigned top = 0;
+        float squares = 0.0f, scale = 1.0f;
+        for_each<float2>(
+            lane, of_row, 32, [&](int g) { return own[g]; },
+            [&](const float2& of_group) { top = max(top, __float_as_uint(of_group.x)), squares += of_group.y; });
+        top = __reduce_max_sync(ALL_LANES, top);
+        if (x.norm) scale = norm_scale(warp_sum(squares), static_cast<float>(n_in), eps);
+        int e = x.norm ? normed_exponent(top, norm_top, scale) : row_exponent(__uint_as_float(top));
+        if (lane == i) exponent = e, factor = scale;
+        if (threadIdx.x == 0) to.scale[i] = power_of_two(e);
       }
     }
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
       if (row_of[i] >= n_rows) break;
       if (x.norm) {
+        float of = __shfl_sync(ALL_LANES, factor, row_of[i]);
         EightColumns weight = columns_of_row(to.norm, start_of[i], n_in);
 #pragma unroll
-        for (int k = 0; k < 8; k++) values[i].x[k] = __fmul_rn(values[i].x[k], weight.x[k]);
+        for (int k = 0; k < 8; k++) values[i].x[k] = normed(values[i].x[k], {0.0f, of}, weight.x[k]);
       }
-      int e = __shfl_sync(ALL_LANES, exponent, row_of[i] * share);
+      int e = __shfl_sync(ALL_LANES, exponent, row_of[i]);
       blocks_as_halves(values[i], e, start_of[i], to.row(row_of[i]), to.sums + row_of[i] * n_segments * SEGMENT);
     }
   } while (row < n_rows);
@@ -299,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     columns = x.x + row * pitch, sums_of_blocks = x.sums;
     if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
   } else {
-    prepare_rows(x, rows, eps, n_in, capacity, prepared);
+    prepare_rows(x, rows, eps, n_in, prepared);
     columns = prepared.row(static_cast<int>(row)), sums_of_blocks = prepared.sums;
   }
   columns += lane % 4 * 8, sums_of_blocks += row * (pitch / 32);

@@ -2,9 +2,8 @@
 //
 //   rms_norm_f32    y = x · 1/√(mean(x²) + eps) · weight
 //   layer_norm_f32  y = (x - mean) · 1/√(mean((x - mean)²) + eps) · weight + bias
-//   rms_norm_f16    the same and, for products, the rows as halves: quantize_rows_f16 (quantize_rows.cu) of x · weight, whose
-//                   scale is multiplied with 1/√(mean(x²) + eps), so that few_rows.cu can begin before that is known
-//   layer_norm_f16  the same, then quantize_rows_f16, with the bits of the two kernels one after another
+//   rms_norm_f16, layer_norm_f16  the same, then quantize_rows_f16 (quantize_rows.cu), for rows that products read; with the
+//                   bits of the two kernels one after another, but that an RMS norm's rows have another power of two
 //
 //   row_stats_f32   Stats of rows, n a multiple of 16, from any kernel that does not give them
 //
@@ -30,8 +29,7 @@ __device__ __forceinline__ void norm_f32(const float* x, const float* weight, co
   for (int i = threadIdx.x; i < n; i += NORM_THREADS) out[i] = normed(row[i], of, weight, bias, i);
 }
 
-// The halves of an RMS norm have the exponent that follows from the largest magnitudes of x and of the weights, as in
-// few_rows.cu, which knows them before it has the products.
+// The halves of an RMS norm have the exponent that few_rows.cu knows before it has normed an element.
 __device__ __forceinline__ void norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out,
                                          float* scale, unsigned* sums, int n, float eps) {
   DYNAMIC_SHARED(float, row);
@@ -49,7 +47,7 @@ __device__ __forceinline__ void norm_f16(const float* x, const float* weight, co
   for (int i = threadIdx.x; i < n; i += NORM_THREADS) {
     float value = normed(row[i], of, weight, bias, i);
     if (y) y[static_cast<long long>(blockIdx.x) * n + i] = value;
-    row[i] = bias ? value : __fmul_rn(row[i], weight[i]);
+    row[i] = value;
   }
   if (!out) return;
   if (bias) {
@@ -62,7 +60,7 @@ __device__ __forceinline__ void norm_f16(const float* x, const float* weight, co
   if (threadIdx.x % 32 == 0) tops[warp] = top, tops[n_warps + warp] = weight_top;
   __syncthreads();
   for (int i = 0; i < n_warps; i++) top = max(top, tops[i]), weight_top = max(weight_top, tops[n_warps + i]);
-  write_halves(row, blockIdx.x, normed_exponent(top, weight_top), out, scale, sums, n, of.scale);
+  write_halves(row, blockIdx.x, normed_exponent(top, weight_top, of.scale), out, scale, sums, n);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -79,8 +79,7 @@ __device__ __forceinline__ float sum_by_warp(int n, const Element& element) {
 constexpr int NORM_THREADS = 256;
 __device__ __forceinline__ int n_groups(int n) { return (n + GROUP - 1) / GROUP; }
 
-// Element x[i] becomes (x[i] - mean) · scale · weight[i] + bias[i]. An RMS norm has neither mean nor bias; its halves are those of
-// x[i] · weight[i], and its scale becomes part of the row's.
+// Element x[i] becomes (x[i] - mean) · scale · weight[i] + bias[i]. An RMS norm has neither mean nor bias.
 struct Moments {
   float mean, scale;
 };

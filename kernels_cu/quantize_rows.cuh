@@ -43,20 +43,21 @@ __device__ __forceinline__ void blocks_as_halves(const EightColumns& x, int e, i
   if (c == 0) sums[block] = pack_f16x2(most, rest);
 }
 
-// Writes row `out_row` of halves x · 2^-e, sums and scale from n_in floats x, with all threads of a block. The row is `factor`
-// times these floats.
+// Writes row `out_row` of halves x · 2^-e, sums and scale from n_in floats x, with all threads of a block.
 __device__ __forceinline__ void write_halves(const float* row, int out_row, int e, f16* out, float* scale, unsigned* sums,
-                                             int n_in, float factor) {
+                                             int n_in) {
   int n_blocks = padded(n_in) / 32, first = threadIdx.x / 32 * 8, n_warps = blockDim.x / 32;
   for (int start = first; start < n_blocks; start += n_warps * 8)
     blocks_as_halves(columns_of_row(row, start, n_in), e, start, out + static_cast<long long>(out_row) * n_blocks * 32,
                      sums + static_cast<long long>(out_row) * n_blocks);
-  if (threadIdx.x == 0) scale[out_row] = __fmul_rn(power_of_two(e), factor);
+  if (threadIdx.x == 0) scale[out_row] = power_of_two(e);
 }
 
-// The exponent for the products of elements and weights with these largest magnitudes, as bits.
-__device__ __forceinline__ int normed_exponent(unsigned top, unsigned weight_top) {
-  return row_exponent(__fmul_rn(__uint_as_float(top), __uint_as_float(weight_top)));
+// An exponent for a row after an RMS norm, from the largest magnitudes, as bits, of the row before it and of the weights, and
+// the norm's scale: no element is larger than what a norm makes of both of them, because rounding keeps the order. The exponent
+// may be larger than that of the largest element, which takes nothing from the precision of halves, but from their range.
+__device__ __forceinline__ int normed_exponent(unsigned top, unsigned weight_top, float scale) {
+  return row_exponent(__fmul_rn(__fmul_rn(__uint_as_float(top), scale), __uint_as_float(weight_top)));
 }
 
 // The same with the exponent for the largest magnitude. tops: one number per warp.
@@ -69,5 +70,5 @@ __device__ __forceinline__ void row_as_halves(const float* row, int out_row, f16
   if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
   __syncthreads();
   for (int i = 0; i < n_warps; i++) top = max(top, tops[i]);
-  write_halves(row, out_row, row_exponent(__uint_as_float(top)), out, scale, sums, n_in, 1.0f);
+  write_halves(row, out_row, row_exponent(__uint_as_float(top)), out, scale, sums, n_in);
 }

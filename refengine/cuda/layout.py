@@ -152,7 +152,8 @@ def pack(xp: Any, w: Any) -> PackedMatrix:
     if "e" in fields and int(fields["e"].max()) > _LARGEST_E:
         raise ModelError(f"{w.name}: a scale of 2^{int(fields['e'].max()) - 127}; the kernels allow less than 2^114")
     codes, scales = _codes(xp, w.type, tiles, fields), _scales(xp, w.type, fields)
-    return PackedMatrix(w.name, w.type, tuple(w.shape), _in_segments(xp, codes, scales, len(tiles), n_in // TILE_COLUMNS))
+    data = _in_segments(xp, codes, scales, len(tiles), n_in // TILE_COLUMNS)
+    return PackedMatrix(w.name, w.type, tuple(w.shape), data)
 
 
 def _in_segments(xp: Any, codes: list[Array], scales: list[Array], n_tiles: int, n_blocks: int) -> Array:

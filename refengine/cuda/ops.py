@@ -147,7 +147,7 @@ class KernelOps:
     # --- Norms and RoPE ---
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """The norm; of rows, also the form that products read, whose bits are not those of the norm's floats."""
+        """The norm; of rows, also the form that products read, with the exponents of all kernels for norms."""
         y = self._empty(*x.shape)
         if x.ndim > 2 or x.shape[-1] % quantize_rows.BLOCK:
             norm.rms_norm(self.kernels, self._floats(x), weight, eps, y)

@@ -49,7 +49,7 @@ def i32(*shape: int) -> np.ndarray:
 
 
 def matrix(*shape: int, kind: str = "Q8_0") -> PackedMatrix:
-    return PackedMatrix("blk.0.w", GGMLQuantizationType[kind], shape or (N_OUT, N_IN), {})
+    return PackedMatrix("blk.0.w", GGMLQuantizationType[kind], shape or (N_OUT, N_IN), np.empty(0, np.uint8))
 
 
 def rows(n: int = N, n_in: int = N_IN) -> Rows:
@@ -91,12 +91,13 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
     "experts": (matmul.linear, (rows(), matrix(4, N_OUT, N_IN), f32(N, N_OUT)),
                 {"groups": GROUPS, "bias": f32(N_OUT)}, r"the bias has the shape \(32,\), expected \(4, 32\)"),
     "gate and up": (few_rows.multiply, (rows(), [matrix(), matrix(48, N_IN)], [None, None], f32(N, N_OUT)),
-                    {"activation": Activation.SWIGLU}, r"SWIGLU do not support 3 rows, Q8_0 \(32, 64\), Q8_0 \(48, 64\)"),
-    "many rows": (few_rows.multiply, (rows(9), [matrix()], [None], f32(9, N_OUT)), {}, "do not support 9 rows"),
+                    {"activation": Activation.SWIGLU},
+                    r"SWIGLU does not support 3 rows, Q8_0 \(32, 64\), Q8_0 \(48, 64\)"),
+    "many rows": (few_rows.multiply, (rows(9), [matrix()], [None], f32(9, N_OUT)), {}, "does not support 9 rows"),
     "gelu": (few_rows.multiply, (rows(), [matrix(kind="F32")], [None], f32(N, N_OUT)),
-             {"activation": Activation.GELU}, r"GELU do not support 3 rows, F32 \(32, 64\)"),
+             {"activation": Activation.GELU}, r"GELU does not support 3 rows, F32 \(32, 64\)"),
     "part of a tile": (few_rows.multiply, (rows(), [matrix(24, N_IN), matrix()], [None, None], f32(N, 24 + N_OUT)), {},
-                       r"blk\.0\.w: products of few rows with NONE do not support 3 rows, Q8_0 \(24, 64\), Q8_0"),
+                       r"blk\.0\.w: NONE does not support 3 rows, Q8_0 \(24, 64\), Q8_0"),
     "part of a block": (quantize_rows.quantize_rows, (f32(N, 48), rows(n_in=64)), {}, "rows of 48 are not a multiple"),
     "sums": (quantize_rows.quantize_rows, (f32(N, 64), Rows(N, None, rows().halves, f32(N, 1), f32(N))), {},
              r"the sums' array has the shape \(3, 1\), expected \(3, 8\)"),

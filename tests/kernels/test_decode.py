@@ -303,7 +303,7 @@ def test_a_step_of_any_rows_of_a_wide_matrix_fits_every_device(
     kind: str, n_in: int, most: int, shared_limit: int
 ) -> None:
     """most: the most rows that the product prepares itself."""
-    w = PackedMatrix("ffn_down", GGMLQuantizationType[kind], (8192, n_in), {})
+    w = PackedMatrix("ffn_down", GGMLQuantizationType[kind], (8192, n_in), np.empty(0, np.uint8))
     kernels = NoLaunches("cuda")
     kernels.shared_limit = shared_limit
     assert [can_prepare([w], n, norm=False) for n in (1, 2)] == [most >= 1, most >= 2]

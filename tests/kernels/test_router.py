@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType
 
 from refengine.cuda.kernels import matmul, moe, norm, router
 from refengine.cuda.kernels.moe import Groups, most_groups
+from refengine.cuda.kernels.norm import norm_bytes
 from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.trace import to_numpy
@@ -160,7 +161,9 @@ def test_the_order_of_threads_does_not_matter(order: int, place: str) -> None:
         scores, shares = np.zeros((n, n_expert), np.float32), np.zeros((n, n_used), np.float32)
         given = [w, x, weight, bias, np.array([0, -1, 1], np.int32), scores, integers[0], shares, integers[1], *slots]
         sizes = [n_in, n_expert, n_used, n_groups, SIZE, each, EPS]
-        module.launch("router_f32", (9, n), (256,), [*given, *sizes], 4 * n_in * (each + 2), order=turn)
+        module.launch(
+            "router_f32", (9, n), (256,), [*given, *sizes], 4 * n_in * (each + 2) + norm_bytes(n_in), order=turn
+        )
         assert not integers[0].any()
         found.append((scores, shares, integers[1], *slots))
     for first, second in zip(*found, strict=True):
@@ -181,5 +184,5 @@ def test_the_order_of_threads_does_not_matter(order: int, place: str) -> None:
     ],
 )
 def test_what_the_router_supports(kind: str, n_in: int, n_rows: int, n_used: int, fits: bool) -> None:
-    w = PackedMatrix("router", GGMLQuantizationType[kind], (64, n_in), {})
+    w = PackedMatrix("router", GGMLQuantizationType[kind], (64, n_in), np.empty(0, np.uint8))
     assert router.fits(w, n_rows, n_used) == fits

@@ -138,7 +138,8 @@ class StepOps:
         y, stats = self._new(gate.n_rows, gate.width), self._new_stats(gate.n_rows, gate.width)
         matrices, biases = (gate.w, up.w), (gate.bias, up.bias)
         kind = Activation.SWIGLU_CLAMPED if clamped else Activation.SWIGLU
-        self._launch(few_rows.multiply, rows, matrices, biases, y.array, activation=kind, groups=groups, stats=_array(stats))
+        options = {"activation": kind, "groups": groups, "stats": _array(stats)}
+        self._launch(few_rows.multiply, rows, matrices, biases, y.array, **options)
         return Value(gate.n_rows, gate.width, y, stats)
 
     def _gate_up_fits(self, gate: Product, up: Product) -> bool:
@@ -406,8 +407,8 @@ class StepOps:
             if (rows.floats if w.is_float else rows.halves) is not None:
                 return rows, buffers
         deferred = _deferred_norm(x)
-        few = not w.is_float and self._n <= ROWS_IN_PRODUCT
-        if few and (deferred is None or deferred.bias is None) and can_prepare(matrices, self._n, norm=deferred is not None, gated=len(matrices) == 2):
+        few = not w.is_float and self._n <= ROWS_IN_PRODUCT and (deferred is None or deferred.bias is None)
+        if few and can_prepare(matrices, self._n, norm=deferred is not None):
             return self._unprepared(x)
         if deferred is not None:
             return self._normed(deferred, floats=w.is_float, halves=not w.is_float or x.width % BLOCK == 0)

@@ -44,7 +44,7 @@ class Activation(IntEnum):
 
 @dataclass(frozen=True)
 class FewRowsLaunch:
-    """Blocks for each group of rows, warps per block, bytes of shared memory, and the kernel's arguments of the same."""
+    """Blocks for each group of rows, warps per block, bytes of shared memory, and what the kernel is told of it."""
 
     blocks: int
     warps: int
@@ -74,8 +74,8 @@ def multiply(
     activation: y = activation(x gateᵀ + bias, x upᵀ + bias). Overlaps with the previous kernel.
 
     w: (n_out, n_in), or (n_expert, n_out, n_in) with groups. y, residual: (n_rows, n_out) float32; with groups, y has a
-    row for each pair. biases: (n_out,), or (n_expert, n_out), each or None. stats: is filled with those of y, if n_out is
-    a multiple of 16; see `Rows`. Raises KernelError for what does not fit.
+    row for each pair. biases: (n_out,), or (n_expert, n_out), each or None. stats: is filled with those of y, if n_out
+    is a multiple of 16; see `Rows`. Raises KernelError for what does not fit.
     """
     first = matrices[0]
     n_in = first.shape[-1]
@@ -83,7 +83,10 @@ def multiply(
     n_out = first.shape[-2] if activation.gated else sum(w.shape[-2] for w in matrices)
     if not fits(matrices, groups.size if groups else x.n, activation, grouped=groups is not None):
         found = ", ".join(f"{w.type.name} {w.shape}" for w in matrices)
-        raise KernelError(f"{first.name}: products of few rows with {activation.name} do not support {x.n} rows, {found}")
+        rows = f"{x.n} rows" if groups is None else f"groups of {groups.size} rows"
+        raise KernelError(
+            f"{first.name}: a product of few rows with {activation.name} does not support {rows}, {found}"
+        )
     x.check(first.name, n_in, floats=False, few=True)
     check_shape(first.name, "the output", y, (len(groups.y_rows) if groups else x.n, n_out))
     check_shape(first.name, "the residual", residual, y.shape)
@@ -95,7 +98,8 @@ def multiply(
     n_groups = len(groups.group) if groups else 1
     launch = few_rows_launch(kernels, matrices, n_out, x, groups.most if groups else x.n, n_groups, activation.gated)
     missing = MOST_MATRICES - n_matrices
-    tiles = [sum(w.shape[-2] for w in matrices[:i]) // TILE_ROWS if i < n_matrices else -(-n_out // TILE_ROWS) for i in (1, 2)]
+    begins = [sum(w.shape[-2] for w in matrices[:i]) // TILE_ROWS for i in range(1, n_matrices)]
+    begins += [-(-n_out // TILE_ROWS)] * missing
     arguments = [
         *(w.data for w in matrices),
         *[None] * missing,
@@ -110,7 +114,7 @@ def multiply(
         *[0] * missing,
         *(item_bytes(w.type) for w in matrices),
         *[0] * missing,
-        *tiles,
+        *begins[: MOST_MATRICES - 1],
         int(activation),
         *(n_out, n_in, len(y) if groups else x.n, *launch.arguments, x.eps),
     ]
@@ -159,12 +163,12 @@ def few_rows_launch(
     return launch
 
 
-def can_prepare(matrices: Sequence[PackedMatrix], n_rows: int, *, norm: bool, gated: bool = False) -> bool:
+def can_prepare(matrices: Sequence[PackedMatrix], n_rows: int, *, norm: bool) -> bool:
     """Whether a block of threads has room to convert its rows, up to n_rows, after a norm or not, for a product with
-    these matrices. The same on all devices, because it decides which buffers a step has."""
+    these matrices, even if it is gated. The same on all devices, because it decides which buffers a step has."""
     shift = max(0, n_rows - 1).bit_length()
     stage = stage_bytes(tuple(w.type for w in matrices))
-    return shared_bytes(stage, matrices[0].shape[-1], 1, 1, shift, gated, prepares=True, norm=norm) <= LEAST_SHARED
+    return shared_bytes(stage, matrices[0].shape[-1], 1, 1, shift, True, prepares=True, norm=norm) <= LEAST_SHARED
 
 
 @lru_cache(maxsize=4096)
@@ -217,8 +221,8 @@ def stage_bytes(types: tuple[GGMLQuantizationType, ...]) -> int:
 def shared_bytes(
     stage: int, n_in: int, warps: int, chunk: int, shift: int, gated: bool = False, *, prepares: bool, norm: bool
 ) -> int:
-    """The bytes of shared memory of a block. stage: `stage_bytes`. prepares: it converts its rows to halves; norm: after
-    a norm."""
+    """The bytes of shared memory of a block. stage: `stage_bytes`. prepares: it converts its rows to halves; norm:
+    after a norm."""
     ring = warps * STAGES * stage
     sums = 2 * chunk * (2 if gated else 1) * -(-n_in // SEGMENT) * 64 << shift
     rows = (2 * padded(n_in) + 64 + padded(n_in) // 8 << shift) + 4 * n_in * norm if prepares else 0

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from refengine.array import Array
 from refengine.cuda.kernels.moe import MOST_USED, Groups, most_groups
-from refengine.cuda.kernels.norm import THREADS
-from refengine.cuda.kernels.norm import norm_bytes
+from refengine.cuda.kernels.norm import THREADS, norm_bytes
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
