@@ -29,11 +29,12 @@ __device__ __forceinline__ void norm_f32(const float* x, const float* weight, co
   for (int i = threadIdx.x; i < n; i += NORM_THREADS) out[i] = normed(row[i], of, weight, bias, i);
 }
 
+constexpr int N_TOPS = 2 * NORM_THREADS / 32;  // of the row and of the weights, one for each warp
+
 // The halves of an RMS norm have the exponent that few_rows.cu knows before it has normed an element.
 __device__ __forceinline__ void norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out,
-                                         float* scale, unsigned* sums, int n, float eps) {
+                                         float* scale, unsigned* sums, int n, float eps, unsigned* tops) {
   DYNAMIC_SHARED(float, row);
-  __shared__ unsigned tops[2 * NORM_THREADS / 32];
   let_next_begin();
   wait_for_previous();
   unsigned top = 0, weight_top = 0;
@@ -75,13 +76,15 @@ extern "C" __global__ void __launch_bounds__(256)
 
 extern "C" __global__ void __launch_bounds__(256)
     rms_norm_f16(const float* x, const float* weight, float* y, f16* out, float* scale, unsigned* sums, int n, float eps) {
-  norm_f16(x, weight, nullptr, y, out, scale, sums, n, eps);
+  __shared__ unsigned tops[N_TOPS];
+  norm_f16(x, weight, nullptr, y, out, scale, sums, n, eps, tops);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     layer_norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out, float* scale, unsigned* sums,
                    int n, float eps) {
-  norm_f16(x, weight, bias, y, out, scale, sums, n, eps);
+  __shared__ unsigned tops[N_TOPS];
+  norm_f16(x, weight, bias, y, out, scale, sums, n, eps, tops);
 }
 
 extern "C" __global__ void __launch_bounds__(256) row_stats_f32(const float* x, float* stats, int n) {
