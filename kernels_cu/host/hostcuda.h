@@ -21,7 +21,8 @@
 #define __device__
 #define __host__
 #define __constant__ static
-#define __forceinline__ inline
+// Hidden, so that another loaded build of the same function does not share its static variables, such as shared memory.
+#define __forceinline__ inline __attribute__((visibility("hidden")))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
