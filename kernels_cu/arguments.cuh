@@ -13,8 +13,9 @@ struct Activations {
   const float* norm;
 };
 
-// K or V of one layer in the cache, for kernels that read it. values (n_slots, n_head_kv, head_dim): each row divided by a
-// power of two; exponents (n_slots, n_head_kv): that power's exponent + 127.
+// K or V of one layer in the cache, for kernels that read it. values (n_blocks, n_head_kv, block_size, head_dim): each row
+// divided by a power of two; exponents (n_blocks, n_head_kv, block_size): that power's exponent + 127. So the positions of a
+// head in a block are adjacent.
 struct CachedRows {
   const f16* values;
   const unsigned char* exponents;
@@ -25,6 +26,11 @@ struct NewRows {
   f16* values;
   unsigned char* exponents;
 };
+
+// The row of a head in the cache, at an offset in a block.
+__device__ __forceinline__ long long cached_row(int block, int n_head_kv, int head, int block_size, int offset) {
+  return (static_cast<long long>(block) * n_head_kv + head) * block_size + offset;
+}
 
 // The addresses of Q, K and V of the first row; there is one new token per row.
 struct Projections {

@@ -101,18 +101,17 @@ template <int G>
 __device__ __forceinline__ void attend_tile(Shared<G>& shared, const Cache& cache, int head, int start, const int (&position)[2],
                                             int window, float scale) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
-  long long slot = static_cast<long long>(cache.table[start / cache.block_size]) * cache.block_size +
-                   start % cache.block_size;
-  long long stride = static_cast<long long>(cache.n_head_kv) * cache.head_dim;
-  const f16 *k = cache.k + slot * stride + head * cache.head_dim, *v = cache.v + slot * stride + head * cache.head_dim;
+  int block = cache.table[start / cache.block_size];
+  long long row = cached_row(block, cache.n_head_kv, head, cache.block_size, start % cache.block_size);
+  const f16 *k = cache.k + row * cache.head_dim, *v = cache.v + row * cache.head_dim;
   // The exponents of positions 2 · lane and 2 · lane + 1: K, V, K, V in a word. 0 for positions that do not exist.
+  int n_left = cache.n_kv - start - 2 * lane;
   uint32_t exponents = 0;
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-    if (start + 2 * lane + i < cache.n_kv) {
-      long long at = (slot + 2 * lane + i) * cache.n_head_kv + head;
-      exponents |= (cache.k_exponents[at] | static_cast<uint32_t>(cache.v_exponents[at]) << 8) << 16 * i;
-    }
+  if (n_left > 0) {
+    uint16_t of_k = load_constant<uint16_t>(cache.k_exponents + row + 2 * lane);
+    uint16_t of_v = load_constant<uint16_t>(cache.v_exponents + row + 2 * lane);
+    exponents = __byte_perm(of_k, of_v, n_left > 1 ? 0x5140 : 0x2240);
+  }
 
   float s[8][4] = {};
 #pragma unroll 1
@@ -127,7 +126,7 @@ __device__ __forceinline__ void attend_tile(Shared<G>& shared, const Cache& cach
     for (int n = 0; n < 8; n++) {
       uint4 four = make_uint4(0, 0, 0, 0);
       if (start + n * 8 + r < cache.n_kv && g * 32 + c * 8 < cache.head_dim)
-        four = load_constant<uint4>(k + (n * 8 + r) * stride + g * 32 + c * 8);
+        four = load_constant<uint4>(k + (n * 8 + r) * cache.head_dim + g * 32 + c * 8);
       MmaD d = {{s[n][0], s[n][1], s[n][2], s[n][3]}};
       mma_m16n8k16(d, a[0], {{four.x, four.y}});
       mma_m16n8k16(d, a[1], {{four.z, four.w}});
@@ -190,7 +189,7 @@ __device__ __forceinline__ void attend_tile(Shared<G>& shared, const Cache& cach
         int at = kk * 16 + 2 * c + i % 2 + 8 * (i / 2);
         rows[i] = make_uint2(0, 0);
         if (start + at < cache.n_kv && g * 32 + r * 4 < cache.head_dim)
-          rows[i] = load_constant<uint2>(v + at * stride + g * 32 + r * 4);
+          rows[i] = load_constant<uint2>(v + at * cache.head_dim + g * 32 + r * 4);
       }
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -346,12 +345,14 @@ extern "C" __global__ void attention_merge(const float* partial, const float* si
   y[row * head_dim + d] = __fmul_rn(o, finish(m, l, sinks, blockIdx.y));
 }
 
-// Writes rows of K or V to the cache: values[slots[t], h] = half(x[t, h] · 2^-e), exponents[slots[t], h] = e + 127.
-// x (n_tokens, n_head_kv, head_dim) float32. Grid: x tokens, y KV heads; 32 threads.
+// Writes rows of K or V to the cache: half(x[t, h] · 2^-e) and e + 127 for head h of slot slots[t]. A slot is
+// block · block_size + offset. x (n_tokens, n_head_kv, head_dim) float32. Grid: x tokens, y KV heads; 32 threads.
 // Precondition: the slots differ and are inside the cache.
-extern "C" __global__ void kv_append_f16(const float* x, const long long* slots, NewRows cache, int head_dim) {
+extern "C" __global__ void kv_append_f16(const float* x, const long long* slots, NewRows cache, int head_dim,
+                                         int block_size) {
   const float* row = x + (static_cast<long long>(blockIdx.x) * gridDim.y + blockIdx.y) * head_dim;
-  long long at = slots[blockIdx.x] * gridDim.y + blockIdx.y;
+  int slot = static_cast<int>(slots[blockIdx.x]);
+  long long at = cached_row(slot / block_size, gridDim.y, blockIdx.y, block_size, slot % block_size);
   int e = row_exponent(row_top(row, head_dim));
   for (int i = threadIdx.x; i < head_dim; i += 32) cache.values[at * head_dim + i] = f32_to_f16(times_power(row[i], e));
   if (threadIdx.x == 0) cache.exponents[at] = static_cast<unsigned char>(e + 127);
@@ -398,9 +399,11 @@ struct alignas(16) StepShared {
   float norms[2][G * 32], cos[G * 32], sin[G * 32];  // weights for Q and K; of the position, for each column
   float factors[STEP_ROWS], sinks[STEP_ROWS];        // of scores: q scale · scale · log2(e)
   unsigned char new_exponents[2];
-  // What is seldom needed: the first row, the number of rows, where to write K and V (below zero: nowhere), the unit and how
-  // many of it the rows see, the tile or split that the first entry is of, and whether this block is the last one.
-  int row, n_rows, new_slot, unit, n_units, first, is_last;
+  // What is seldom needed: the first row, the number of rows, the row of the cache for the new K and V (below zero: they are
+  // not written), the unit and how many of it the rows see, the tile or split that the first entry is of, and whether this
+  // block is the last one.
+  long long new_row;
+  int row, n_rows, unit, n_units, first, is_last;
 };
 
 // What a lane, 4 · r + c, has requested of the tiles. K: position r of the warp's 8, columns 8c … 8c + 7 of each group. V:
@@ -419,9 +422,9 @@ __device__ __forceinline__ MmaA operand(const MmaA& from) {
   return MmaA{{four.x, four.y, four.z, four.w}};
 }
 
-// Where tiles are in the cache: their blocks, and their offsets in them.
+// Where a head's tiles are in the cache: their blocks, and their first rows in them.
 struct Places {
-  int block[AT_ONCE], offset[AT_ONCE];
+  int block[AT_ONCE], row[AT_ONCE];
 };
 
 // How many positions of the tile from `start` on are in the cache, if above zero. oldest: the first one that the row sees.
@@ -429,41 +432,47 @@ __device__ __forceinline__ int positions_in(const Cache& cache, int start, int o
   return start + TILE > oldest ? cache.n_kv - start : 0;
 }
 
-// The row of a slot in an array with rows of `width`, a multiple of 8. Cheaper than a product of 64 bits.
-__device__ __forceinline__ const f16* row_of(const f16* rows, int slot, int width) {
-  return computed_once(
-      rows + 8 * static_cast<unsigned long long>(static_cast<unsigned>(slot) * static_cast<unsigned>(width / 8)));
+// The row of tile t of a head.
+__device__ __forceinline__ unsigned row_of_tile(const Cache& cache, const Places& places, int t) {
+  return static_cast<unsigned>(places.block[t]) * static_cast<unsigned>(cache.n_head_kv * cache.block_size) +
+         places.row[t];
 }
 
-__device__ __forceinline__ int slot_of(const Cache& cache, int position) {
+// Where a row begins in an array with rows of `width`, a multiple of 8. Cheaper than a product of 64 bits.
+__device__ __forceinline__ const f16* begin_of(const f16* rows, unsigned row, int width) {
+  return computed_once(rows + 8 * static_cast<unsigned long long>(row * static_cast<unsigned>(width / 8)));
+}
+
+// The row of a head at a position.
+__device__ __forceinline__ long long row_of(const Cache& cache, int head, int position) {
   int at = static_cast<unsigned>(position) / static_cast<unsigned>(cache.block_size);
-  return load_latest<int>(&cache.table[at]) * cache.block_size + position - at * cache.block_size;
+  return cached_row(load_latest<int>(&cache.table[at]), cache.n_head_kv, head, cache.block_size,
+                    position - at * cache.block_size);
 }
 
 // Of the tiles from `start` on.
-__device__ __forceinline__ void request_places(Places& places, const Cache& cache, int start, int oldest) {
+__device__ __forceinline__ void request_places(Places& places, const Cache& cache, int head, int start, int oldest) {
   int at = static_cast<unsigned>(start) / static_cast<unsigned>(cache.block_size);
   int offset = start - at * cache.block_size;
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
     places.block[t] = positions_in(cache, start + t * TILE, oldest) > 0 ? load_latest<int>(&cache.table[at]) : 0;
-    places.offset[t] = offset;
+    places.row[t] = head * cache.block_size + offset;
     offset += TILE;
     if (offset == cache.block_size) offset = 0, at++;
   }
 }
 
 template <int G>
-__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const Places& places, int head,
-                                          int start, int oldest) {
-  int own = threadIdx.x / 4, column = threadIdx.x % 4 * 8, width = cache.n_head_kv * cache.head_dim;
-  const f16* k = cache.k + head * cache.head_dim + column;
-  int slot[AT_ONCE], n[AT_ONCE];
+__device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& cache, const Places& places, int start,
+                                          int oldest) {
+  int own = threadIdx.x / 4, column = threadIdx.x % 4 * 8, n[AT_ONCE];
+  unsigned rows[AT_ONCE];
 #pragma unroll
   for (int t = 0; t < AT_ONCE; t++) {
-    slot[t] = places.block[t] * cache.block_size + places.offset[t];
+    rows[t] = row_of_tile(cache, places, t);
     n[t] = positions_in(cache, start + t * TILE, oldest);
-    const f16* row = row_of(k, slot[t] + own, width);
+    const f16* row = begin_of(cache.k + column, rows[t] + own, cache.head_dim);
 #pragma unroll
     for (int g = 0; g < G; g++) {
       requested.k[t][g] = make_uint4(0, 0, 0, 0);
@@ -473,27 +482,25 @@ __device__ __forceinline__ void request_k(Requested<G>& requested, const Cache& 
   }
   bool of_second = threadIdx.x % 32 >= 16;
   own = threadIdx.x / 32 * 8 + threadIdx.x % 16 / 2;
-  const unsigned char* exponents = (threadIdx.x % 2 ? cache.v_exponents : cache.k_exponents) + head;
-  exponents += static_cast<unsigned>((of_second ? slot[1] : slot[0]) + own) * static_cast<unsigned>(cache.n_head_kv);
+  const unsigned char* exponents = threadIdx.x % 2 ? cache.v_exponents : cache.k_exponents;
+  unsigned row = (of_second ? rows[1] : rows[0]) + own;
   requested.exponent = 0;
-  if (own < (of_second ? n[1] : n[0])) requested.exponent = load_latest<unsigned char>(exponents);
+  if (own < (of_second ? n[1] : n[0])) requested.exponent = load_latest<unsigned char>(exponents + row);
 }
 
 // The position in a tile of element i of Requested::v, for c = 0.
 __device__ __forceinline__ constexpr int position_in(int i) { return i / 4 * 16 + i % 2 + i / 2 % 2 * 8; }
 
 template <int G>
-__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const Places& places, int head,
-                                          int start, int oldest, int t) {
+__device__ __forceinline__ void request_v(Requested<G>& requested, const Cache& cache, const Places& places, int start,
+                                          int oldest, int t) {
   int column = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2, own = threadIdx.x % 4 * 2;
-  int width = cache.n_head_kv * cache.head_dim, slot = places.block[t] * cache.block_size + places.offset[t] + own;
-  const f16* v = row_of(cache.v + head * cache.head_dim + column, slot, width);
-  unsigned long long row = static_cast<unsigned>(width);
+  const f16* v = begin_of(cache.v + column, row_of_tile(cache, places, t) + own, cache.head_dim);
   int left = column < cache.head_dim ? positions_in(cache, start + t * TILE, oldest) - own : 0;
 #pragma unroll
   for (int i = 0; i < 16; i++) {
     requested.v[t][i] = 0;
-    if (position_in(i) < left) requested.v[t][i] = load_latest<uint32_t>(v + row * position_in(i));
+    if (position_in(i) < left) requested.v[t][i] = load_latest<uint32_t>(v + cache.head_dim * position_in(i));
   }
 }
 
@@ -667,13 +674,13 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
               tables + static_cast<long long>(token) * table_stride, block_size, n_head_kv, head_dim, at};
   int start = max((first_unit + z) * unit, oldest / PAIR * PAIR), next = start;
   Places places;
-  request_places(places, cache, next, oldest);
+  request_places(places, cache, head, next, oldest);
   bool has_new = static_cast<unsigned>(n_units - 1) % gridDim.z == blockIdx.z;
   if (threadIdx.x == 0) {
     shared.row = (token * n_head_kv + head) * group + first_row;
     shared.n_rows = n_rows, shared.unit = unit, shared.n_units = n_units;
     shared.first = by_splits ? first_unit : first_unit * AT_ONCE;
-    shared.new_slot = has_new && first_row == 0 ? slot_of(cache, at) : -1;
+    shared.new_row = has_new && first_row == 0 ? row_of(cache, head, at) : -1;
   }
   int i = threadIdx.x % 128;  // half of the threads for Q and cos, half for K and sin
   const float *norm = threadIdx.x < 128 ? q_norm : k_norm, *angles = threadIdx.x < 128 ? cos : sin;
@@ -733,13 +740,12 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
         } else {
           unsigned char exponent = static_cast<unsigned char>(e + 127);
           if (lane == 0) shared.new_exponents[of_k ? 0 : 1] = exponent;
-          if (pass && shared.new_slot >= 0) {
-            long long place = static_cast<long long>(shared.new_slot) * n_head_kv + head;
-            f16* values = (of_k ? k_cache.values : v_cache.values) + place * head_dim + lane;
+          if (pass && shared.new_row >= 0) {
+            f16* values = (of_k ? k_cache.values : v_cache.values) + shared.new_row * head_dim + lane;
 #pragma unroll
             for (int j = 0; j < G; j++)
               if (j * 32 + lane < head_dim) values[j * 32] = halves[j];
-            if (lane == 0) (of_k ? k_cache.exponents : v_cache.exponents)[place] = exponent;
+            if (lane == 0) (of_k ? k_cache.exponents : v_cache.exponents)[shared.new_row] = exponent;
           }
         }
 #pragma unroll
@@ -765,7 +771,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
 #pragma unroll
     for (int t = 0; t < AT_ONCE; t++)
       *reinterpret_cast<float2*>(&shared.scores[t][r][warp * 8 + 2 * c]) = make_float2(s[t].x[0], s[t].x[1]);
-    if (next <= at) request_k(requested, cache, places, head, next, oldest);
+    if (next <= at) request_k(requested, cache, places, next, oldest);
     __syncthreads();
 
     // Weights: a warp has a row, half of its lanes each tile. A lane has what it gives to a product: of 16 positions, 2c,
@@ -829,7 +835,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
       float down = shared.of_rows[t][r].z;
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[t][i / 2][i % 2] = __fmul_rn(of_columns[i / 2].x[i % 2], down);
-      if (next <= at) request_v(requested, cache, places, head, next, oldest, t);
+      if (next <= at) request_v(requested, cache, places, next, oldest, t);
     }
     // The tiles of a pair stay apart if the row sees other pairs.
     int unit = shared.unit;  // read anew, as other numbers here, because there are no registers to keep it
@@ -879,7 +885,7 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
     if (pass && next > at) break;
     start = next, next += PAIR;
     if (next % unit == 0) next += (n_blocks - 1) * unit;
-    request_places(places, cache, next, oldest);
+    request_places(places, cache, head, next, oldest);
   }
   int n_seen = shared.n_units;
   if (n_seen == 1) return;

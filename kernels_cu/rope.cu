@@ -88,10 +88,8 @@ extern "C" __global__ void __launch_bounds__(32)
     for (int i = lane; i < head_dim; i += 32) to[i] = q_factor == 1.0f ? row[i] : __fmul_rn(row[i], q_factor);
     return;
   }
-  long long slot = static_cast<long long>(tables[static_cast<long long>(token) * table_stride + position / block_size]) *
-                       block_size +
-                   position % block_size;
-  long long at = slot * n_head_kv + head;
+  int block = tables[static_cast<long long>(token) * table_stride + position / block_size];
+  long long at = cached_row(block, n_head_kv, head, block_size, position % block_size);
   float top = 0.0f;
   for (int i = lane; i < head_dim; i += 32) top = larger_or_nan(top, fabsf(row[i]));
   int e = row_exponent(warp_top(top));

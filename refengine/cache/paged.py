@@ -124,7 +124,7 @@ class Span:
 class Batch:
     """Tokens of one or more sequences that go through the model together.
 
-    ids, positions, slots: (n_tokens,) int64; a slot is block * block_size + offset, the row of the flat cache.
+    ids, positions, slots: (n_tokens,) int64; a slot is block * block_size + offset.
     rows: (n_out,) int64, the batch rows whose logits are needed.
     """
 
@@ -136,7 +136,7 @@ class Batch:
 
 
 class KVCache:
-    """K and V of all layers: for each layer an array (n_blocks, block_size, n_head_kv, head_dim) in the ops' format."""
+    """K and V of all layers, (n_blocks, block_size, n_head_kv, head_dim) for each; the ops choose type and order."""
 
     def __init__(
         self,

@@ -185,16 +185,16 @@ class KernelOps:
     # --- Attention ---
 
     def kv_arrays(self, n: int, shape: tuple[int, ...]) -> list[PagedRows]:
-        """The `n` parts of a KV cache, all in one arena. Raises DeviceError if they do not fit."""
+        """The `n` parts of a KV cache, all in one arena. shape: as in `Ops`. Raises DeviceError if they do not fit."""
         arena = self.memory.arena("kv", kv_bytes(n, shape))
-        return [PagedRows(arena.take(shape, np.float16), arena.take(shape[:-1], np.uint8), arena) for _ in range(n)]
+        return [PagedRows.of(arena.take, shape, arena) for _ in range(n)]
 
     def kv_append(self, cache: PagedRows, new: Array, slots: np.ndarray) -> None:
         if self.memo.slots is None or self.memo.slots[0] is not slots:
             bounds = (int(slots.min()), int(slots.max())) if len(slots) else (0, 0)
             self.memo.slots = (slots, bounds, self.xp.asarray(slots))
         _, (lowest, highest), on_device = self.memo.slots
-        n_blocks, block_size, _, _ = cache.values.shape
+        n_blocks, _, block_size, _ = cache.values.shape
         if not 0 <= lowest <= highest < n_blocks * block_size:
             raise KernelError(f"kv_append: slots {lowest} to {highest} of {n_blocks * block_size}")
         attending.kv_append(self.kernels, self._floats(new), on_device, cache)
@@ -222,7 +222,7 @@ class KernelOps:
                 self.xp, Qcur, k_cache, v_cache, batch, scale=scale, window=window, sinks=sinks, probe=probe
             )
         n_tokens, n_head, head_dim = Qcur.shape
-        n_head_kv = k_cache.values.shape[2]
+        n_head_kv = k_cache.values.shape[1]
         attending.check_cache(n_head, head_dim, k_cache)
         layout = self._layout(batch, n_head // n_head_kv)
         cut = attending.splits_of(layout, Qcur.shape, n_head_kv, window, splits)

@@ -64,7 +64,7 @@ def attention(
 def _values(xp: Any, cache: Any, blocks: Any) -> Any:
     """Blocks of a cache as float32, (n, block_size, n_head_kv, head_dim)."""
     powers = xp.ldexp(np.float32(1), cache.exponents[blocks].astype(np.int32) - 127)
-    return cache.values[blocks].astype(np.float32) * powers[..., None]
+    return (cache.values[blocks].astype(np.float32) * powers[..., None]).swapaxes(1, 2)
 
 
 def block_sums(halves: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 from refengine.cache.paged import CacheSequence, KVCache
 from refengine.errors import KernelError
 from refengine.ops.halves import to_halves
+from refengine.trace import to_numpy
 from tests.kernels.op_twins import OpsThere
 
 HALF = 2.0**-11  # float16: half a unit in the last place, relative
@@ -41,14 +42,20 @@ class Text:
         self.sinks = rng.standard_normal(n_head).astype(np.float32) * 2
 
     def run(
-        self, there: OpsThere, steps: list[list[int]], blocks: Any = None, splits: bool | None = None, **options: Any
+        self,
+        there: OpsThere,
+        steps: list[list[int]],
+        blocks: Any = None,
+        splits: bool | None = None,
+        block_size: int = 64,
+        **options: Any,
     ) -> list[np.ndarray]:
         """Outputs (n, n_head * head_dim) of every sequence; steps[i][j] tokens of sequence j in the i-th call.
 
         blocks: which blocks of the cache are taken, in order.
         """
-        n_blocks = sum(-(-n // 64) for n in self.lengths)
-        cache = there.cache(self.n_head_kv, self.head_dim, 2 * n_blocks + 1)
+        n_blocks = sum(-(-n // block_size) for n in self.lengths)
+        cache = there.cache(self.n_head_kv, self.head_dim, 2 * n_blocks + 1, block_size)
         if blocks is not None:
             take = iter(np.random.default_rng(blocks).permutation(2 * n_blocks + 1).tolist())
             cache.pool.allocate = lambda n: [next(take) for _ in range(n)]  # type: ignore[method-assign]
@@ -137,6 +144,7 @@ def test_every_way_to_run_it_gives_the_same_bits(window: int, there: OpsThere) -
         "together": text.run(there, [text.lengths], **options),
         "together, cut up": text.run(there, [text.lengths], splits=True, **options),
         "shuffled": text.run(there, [text.lengths], blocks=3, **options),
+        "blocks of 128": text.run(there, [text.lengths], blocks=3, block_size=128, **options),
         "chunks": text.run(there, [[100, 1, 0], [7, 39, 64], [43, 0, 26]], blocks=4, **options),
         "one by one": text.run(there, [[149, 39, 89], [1, 1, 1]], **options),
         "one by one, cut up": text.run(there, [[149, 39, 89], [1, 1, 1]], splits=True, blocks=5, **options),
@@ -198,14 +206,11 @@ def test_kv_append_is_its_twin(there: OpsThere) -> None:
     slots = np.array([7, 2, 11, 3, 0], np.int64)
     there.kv_append(cache.k[0], x, slots)
     halves, exponents = to_halves(np, x)
-    values = np.asarray(cache.k[0].values.get() if place_is_gpu(there) else cache.k[0].values).reshape(12, 2, 24)
-    stored = np.asarray(cache.k[0].exponents.get() if place_is_gpu(there) else cache.k[0].exponents).reshape(12, 2)
-    np.testing.assert_array_equal(values[slots].view(np.uint16), halves.view(np.uint16))
-    np.testing.assert_array_equal(stored[slots], exponents[..., 0] + 127)
-
-
-def place_is_gpu(there: OpsThere) -> bool:
-    return there.xp is not np
+    at = slots // 4, slice(None), slots % 4  # blocks, heads, offsets
+    values, stored = to_numpy(cache.k[0].values), to_numpy(cache.k[0].exponents)
+    assert values.shape == (3, 2, 4, 24)
+    np.testing.assert_array_equal(values[at].view(np.uint16), halves.view(np.uint16))
+    np.testing.assert_array_equal(stored[at], exponents[..., 0] + 127)
 
 
 def test_what_does_not_fit_is_refused_before_the_launch(there: OpsThere) -> None:

@@ -57,7 +57,7 @@ def rows(n: int = N, n_in: int = N_IN) -> Rows:
 
 
 def cache(head_dim: int = 32) -> PagedRows:
-    return PagedRows(np.zeros((2, 64, 1, head_dim), np.float16), np.zeros((2, 64, 1), np.uint8))
+    return PagedRows(np.zeros((2, 1, 64, head_dim), np.float16), np.zeros((2, 1, 64), np.uint8))
 
 
 Q, Y = f32(N, 2, 32), f32(N, 64)

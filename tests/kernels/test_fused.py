@@ -93,6 +93,7 @@ def check_attention_of_a_step(
     q_factor: float = 1.0,
     fused: bool = False,
     nan: bool = False,
+    block_size: int = 64,
 ) -> None:
     """`attention_step` and `rope_append` against the operations one by one; heads: n_head, n_head_kv, head_dim.
 
@@ -100,15 +101,15 @@ def check_attention_of_a_step(
     """
     n_head, n_head_kv, head_dim = heads
     n, rng, xp = len(lengths), np.random.default_rng(head_dim), there.xp
-    n_blocks = sum(-(-length // 64) for length in lengths)
-    cache = there.cache(n_head_kv, head_dim, n_blocks)
+    n_blocks = sum(-(-length // block_size) for length in lengths)
+    cache = there.cache(n_head_kv, head_dim, n_blocks, block_size)
     take = iter(rng.permutation(n_blocks).tolist())
     cache.pool.allocate = lambda n: [next(take) for _ in range(n)]  # type: ignore[method-assign]
     sequences = [CacheSequence() for _ in lengths]
     cache.batch([(s, [0] * length) for s, length in zip(sequences, lengths, strict=True)])
     for s, length in zip(sequences, lengths, strict=True):
         s.length = length - 1
-    tables = np.zeros((n + 1, N_POSITIONS // 64), np.int32)  # the last row is not there
+    tables = np.zeros((n + 1, N_POSITIONS // block_size), np.int32)  # the last row is not there
     for i, s in enumerate(sequences):
         tables[i, : len(s.block_table)] = s.block_table
     positions = np.array([*(s.length for s in sequences), -1], np.int32)
@@ -118,7 +119,7 @@ def check_attention_of_a_step(
     if nan:
         q[0, 0, 1] = k[1, 0, 2] = v[2, 0, 3] = np.nan
         for part, row in zip(values, (3, 4), strict=True):
-            part[tables[row, 0], 5, 0, 4] = np.inf
+            part[tables[row, 0], 0, 5, 4] = np.inf
     before = [values[0], values[1], *(rng.integers(120, 134, values[0].shape[:-1]).astype(np.uint8) for _ in range(2))]
     cached = [cache.k[0].values, cache.v[0].values, cache.k[0].exponents, cache.v[0].exponents]
 
@@ -204,13 +205,13 @@ def check_attention_of_a_step(
         ((2, 1, 128), MIXED, {"norms": True, "fused": True}),
         ((2, 2, 64), MIXED, {"rope": None, "fused": True}),
         ((7, 1, 64), SHORT, {"nan": True}),
-        ((2, 2, 96), SHORT, {"q_factor": 0.1}),
+        ((2, 2, 96), SHORT, {"q_factor": 0.1, "block_size": 128}),
         ((20, 1, 80), SHORT, {"rope": "norm", "norms": True, "sinks": True, "window": 65}),
         ((8, 1, 128), LONG, {"nan": True}),
         ((1, 1, 8), LONG, {"rope": None, "norms": True, "sinks": True, "window": 513}),
         ((2, 1, 48), (1500, 1536), {"rope": "norm"}),
         ((7, 1, 64), PAIRS, {"nan": True, "sinks": True}),
-        ((9, 3, 72), PAIRS, {"window": 129}),
+        ((9, 3, 72), PAIRS, {"window": 129, "block_size": 256}),
         ((2, 1, 64), PAIRS, {"window": 1}),
         ((3, 1, 128), LIMITS, {"sinks": True}),
         ((1, 1, 96), LIMITS, {"window": 300}),
@@ -239,7 +240,7 @@ def test_attention_of_a_step(
 
 @pytest.mark.parametrize("block_size", [64, 256])
 def test_how_a_step_divides_positions(block_size: int) -> None:
-    cache = PagedRows(np.zeros((1, block_size, 2, 64), np.float16), np.zeros((1, block_size, 2), np.uint8))
+    cache = PagedRows(np.zeros((1, 2, block_size, 64), np.float16), np.zeros((1, 2, block_size), np.uint8))
 
     def division(n: int, n_positions: int, window: int = 0) -> tuple[int, int, int]:
         found = attention.step_division(n, 14, cache, np.zeros((n, n_positions // block_size), np.int32), window)

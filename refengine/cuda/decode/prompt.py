@@ -143,7 +143,7 @@ class PromptOps(StepOps):
     def _attend_now(self, q: Array, k: Any, v: Any, y: Array, options: dict[str, Any]) -> None:
         assert self.layout is not None
         n, n_head, head_dim = q.shape
-        splits = attention.splits_of(self.layout, q.shape, k.values.shape[2], options["window"], None)
+        splits = attention.splits_of(self.layout, q.shape, k.values.shape[1], options["window"], None)
         partial = self._split_space((n, n_head, splits[1], head_dim + 2)) if splits[2] else None
         attention.attention(self._ops.kernels, q, k, v, self.layout, y, splits=splits, partial=partial, **options)
 
@@ -290,7 +290,7 @@ class PromptPass:
             raise NoFusedStep(f"the model file of {cfg.arch} has no decode()")
 
         def cache(n: int, shape: tuple[int, ...]) -> list[PagedRows]:
-            return [PagedRows(shaped(shape, np.float16), shaped(shape[:-1], np.uint8))] * n
+            return [PagedRows.of(shaped, shape)] * n
 
         def angles(number: int, constants: Any, freq_factors: Array | None) -> Angles:
             table = shaped((n_positions, constants.n_rot // 2), np.float32)

@@ -90,8 +90,7 @@ class StepPlan:
             raise NoFusedStep(f"{cfg.n_expert_used} experts a token; kernels take up to {MOST_USED}")
         n_blocks = -(-n_positions // block_size)
         shape = (n_blocks, block_size, cfg.n_head_kv, cfg.head_dim)
-        values, exponents = shaped(shape, np.float16), shaped(shape[:-1], np.uint8)
-        cache = [PagedRows(values, exponents)] * cfg.n_layer
+        cache = [PagedRows.of(shaped, shape)] * cfg.n_layer
         rows: Shapes = {
             "ids": ((max_batch,), np.int32),
             "positions": ((max_batch,), np.int32),

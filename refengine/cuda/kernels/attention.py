@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from refengine.array import Array
 from refengine.cuda.kernels.quantize_rows import GROUP
@@ -23,14 +27,27 @@ PARTIAL_BYTES = 64 << 20  # the most work space for splits that have their own b
 
 @dataclass(frozen=True)
 class PagedRows:
-    """K or V of a layer. values: (n_blocks, block_size, n_head_kv, head_dim) float16, each row times 2^-e.
+    """K or V of a layer. values: (n_blocks, n_head_kv, block_size, head_dim) float16, each row times 2^-e.
 
-    exponents: (n_blocks, block_size, n_head_kv) uint8, e + 127. arena: the arena that has both, kept alive.
+    exponents: (n_blocks, n_head_kv, block_size) uint8, e + 127. arena: the arena that has both, kept alive.
+    The positions of a head in a block are adjacent, because a block of threads reads one KV head.
     """
 
     values: Array
     exponents: Array
     arena: Arena | None = None
+
+    @staticmethod
+    def of(
+        make: Callable[[tuple[int, ...], Any], Array], shape: tuple[int, ...], arena: Arena | None = None
+    ) -> PagedRows:
+        """Rows of arrays that `make` makes, given their shape and type.
+
+        shape: (n_blocks, block_size, n_head_kv, head_dim), as caches have it (`Ops.kv_arrays`).
+        """
+        n_blocks, block_size, n_head_kv, head_dim = shape
+        rows = (n_blocks, n_head_kv, block_size)
+        return PagedRows(make((*rows, head_dim), np.float16), make(rows, np.uint8), arena)
 
     @cached_property
     def struct(self) -> Struct:
@@ -104,12 +121,12 @@ def step_shared_bytes(width: int) -> int:
     rows, warps, tiles = STEP_ROWS, SPLIT // TILE, 2
     halves = 2 * (2 * rows + 2) * width
     of_tile = 2 * 2 * rows * TILE + 4 * rows * (TILE + 8 + 4) + 2 * TILE
-    return -(-(halves + tiles * of_tile + 4 * ((warps + 4) * width + 2 * rows) + 4 + 7 * 4) // 16) * 16
+    return -(-(halves + tiles * of_tile + 4 * ((warps + 4) * width + 2 * rows) + 8 + 8 + 6 * 4) // 16) * 16
 
 
 def check_cache(n_head: int, head_dim: int, k_cache: PagedRows) -> None:
     """Raises KernelError if the kernels do not support these heads with this cache."""
-    _, block_size, n_head_kv, cached_dim = k_cache.values.shape
+    _, n_head_kv, block_size, cached_dim = k_cache.values.shape
     if head_dim != cached_dim or n_head % n_head_kv or head_dim % 8 or head_dim > HEAD_DIMS[-1]:
         raise KernelError(
             f"attention: {n_head} heads of {head_dim} over a cache of {n_head_kv} of {cached_dim}; kernels support "
@@ -132,7 +149,7 @@ def check_projections(
     n, n_head, head_dim = heads
     k_cache, v_cache = caches
     check_cache(n_head, head_dim, k_cache)
-    n_head_kv = k_cache.values.shape[2]
+    n_head_kv = k_cache.values.shape[1]
     check_shape(kernel, "the V cache", v_cache.values, k_cache.values.shape)
     check_shape(kernel, "the positions' array", positions, (n,))
     check_shape(kernel, "the tables' array", tables, (n, tables.shape[-1]))
@@ -185,7 +202,7 @@ def attention(
     partial: if splits have their own blocks, work space (n_tokens, n_head, n_splits, head_dim + 2) float32.
     """
     n_tokens, n_head, head_dim = q.shape
-    _, block_size, n_head_kv, _ = k_cache.values.shape
+    _, n_head_kv, block_size, _ = k_cache.values.shape
     first, n_splits, separate = splits
     width = head_width(head_dim)
     check_shape("attention", "the output", y, (n_tokens, n_head * head_dim))
@@ -234,7 +251,7 @@ def step_division(n: int, n_head: int, k_cache: PagedRows, tables: Array, window
         in_window = -(-(window - 1) // unit) + 1 if window else n_positions
         return min(-(-n_positions // unit), in_window)
 
-    _, block_size, n_head_kv, _ = k_cache.values.shape
+    _, n_head_kv, block_size, _ = k_cache.values.shape
     n_positions = tables.shape[1] * block_size
     n_blocks = n * step_blocks(n_head // n_head_kv) * n_head_kv
     share = max(1, BUSY // n_blocks)
@@ -273,11 +290,16 @@ def attention_step(
 
     positions: (n,) int32, below zero for rows without a sequence. tables: (n, n_blocks) int32. partial: work space
     (n, n_head, n_entries, head_dim + 2) float32, see `step_division`. arrived: `counters_of(n, n_head)` int32 or more,
+<<<<<<< HEAD
     zeros before and after. y: (n, n_head · head_dim) float32. stats: is filled with those of y, if heads have
     a multiple of 16 columns; see `quantize_rows.Rows`.
+=======
+    zeros before and after. y: (n, n_head · head_dim) float32. stats: is filled with those of y, if heads are multiples
+    of 16 wide; see `quantize_rows.Rows`.
+>>>>>>> heads
     """
     n, n_head = partial.shape[:2]
-    _, block_size, n_head_kv, head_dim = k_cache.values.shape
+    _, n_head_kv, block_size, head_dim = k_cache.values.shape
     kernel = "attention_step"
     check_projections(kernel, qkv, (n, n_head, y.shape[-1] // n_head), positions, tables, (k_cache, v_cache), norms)
     check_shape(kernel, "the output", y, (n, n_head * head_dim))
@@ -301,8 +323,9 @@ def attention_step(
 
 
 def kv_append(kernels: Kernels, rows: Array, slots: Array, cache: PagedRows) -> None:
-    """Write rows (n_tokens, n_head_kv, head_dim) float32 to the cache at slots (n_tokens,) int64."""
+    """Write rows (n_tokens, n_head_kv, head_dim) float32 to the cache at slots (n_tokens,) int64, see `Batch`."""
     n_tokens, n_head_kv, head_dim = rows.shape
-    check_shape("kv_append", "the new rows' array", rows, (len(slots), *cache.values.shape[2:]))
-    arguments = [rows, slots, cache.struct, head_dim]
+    _, cached_heads, block_size, cached_dim = cache.values.shape
+    check_shape("kv_append", "the new rows' array", rows, (len(slots), cached_heads, cached_dim))
+    arguments = [rows, slots, cache.struct, head_dim, block_size]
     kernels.launch("attention", "kv_append_f16", (n_tokens, n_head_kv), 32, arguments)

@@ -23,7 +23,8 @@ STAGES = 3  # of a warp's ring, each with the weights of a segment
 MOST_MATRICES = 3
 MOST_WARPS, LEAST_WARPS = 8, 4  # the registers of 8 warps fit half a multiprocessor
 PREPARING_WARPS = 8  # of a block that converts its rows
-BUSY = 10  # items for each multiprocessor from which two blocks are faster than one
+BLOCKS_EACH = 2  # of a multiprocessor; the kernel's launch bounds have the same
+BUSY = 10  # items for each multiprocessor from which so many blocks are faster than one
 HALF_SHARED = 113 << 10  # bytes for one block, so that a block of the next kernel fits on the multiprocessor as well
 LEAST_SHARED = 99 << 10  # bytes that a block may have on every supported device; sm_86 and sm_89 have no more
 
@@ -190,7 +191,7 @@ def _launch(
     n_tiles = -(-n_out // TILE_ROWS)
     # Small matrices: a block on each multiprocessor, beside one of the next kernel. Larger ones: two, to use all of it.
     large = n_tiles * items_each * n_groups > BUSY * n_multiprocessors
-    wanted = n_multiprocessors * (2 if large else 1)
+    wanted = n_multiprocessors * (BLOCKS_EACH if large else 1)
     blocks = max(1, min(n_tiles, -(-wanted // n_groups)))
     tiles_each = -(-n_tiles // blocks)  # at most
     chunk = max(1, min(tiles_each, (8 << 10) // (items_each * 64 << shift)))

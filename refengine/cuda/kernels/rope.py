@@ -45,7 +45,7 @@ def rope_append(
     (n, n_head, head_dim) float32.
     """
     n, n_head, head_dim = q.shape
-    _, block_size, n_head_kv, _ = k_cache.values.shape
+    _, n_head_kv, block_size, _ = k_cache.values.shape
     check_projections("rope_append", qkv, q.shape, positions, tables, (k_cache, v_cache), norms)
     sizes = [n_head, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, tables.shape[1]]
     arrays = [qkv.struct, *norms, rotation.cos, rotation.sin, positions, tables, q, k_cache.struct, v_cache.struct]
