@@ -17,7 +17,7 @@
 // into a ring of stages in shared memory, and asks for the first before the previous kernel has ended, so that the memory
 // never waits for a kernel to begin:
 //
-//   warp 0   copy items 0, W, 2W … |  wait for the previous kernel,  |  item 0, then copy 4W  |  item W, …  |
+//   warp 0   copy items 0, W, 2W … |  wait for the previous kernel,  |  item 0, then copy 2W  |  item W, …  |
 //   warp 1   copy items 1, W + 1 … |  prepare the rows               |  item 1, …             |             |  barrier; sums
 //   …                              |                                 |                        |             |  of tiles
 //
@@ -39,7 +39,7 @@
 #include "norm.cuh"
 #include "quantize_rows.cuh"
 
-constexpr int STAGES = 3;          // of a warp's ring
+constexpr int STAGES = 2;          // of a warp's ring
 constexpr int MOST_THREADS = 256;  // they limit the registers; cuda/kernels/few_rows.py has the same
 constexpr int NONE = 0, SWIGLU = 1, SWIGLU_CLAMPED = 2, GELU = 3;
 

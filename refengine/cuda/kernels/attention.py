@@ -290,13 +290,8 @@ def attention_step(
 
     positions: (n,) int32, below zero for rows without a sequence. tables: (n, n_blocks) int32. partial: work space
     (n, n_head, n_entries, head_dim + 2) float32, see `step_division`. arrived: `counters_of(n, n_head)` int32 or more,
-<<<<<<< HEAD
     zeros before and after. y: (n, n_head · head_dim) float32. stats: is filled with those of y, if heads have
     a multiple of 16 columns; see `quantize_rows.Rows`.
-=======
-    zeros before and after. y: (n, n_head · head_dim) float32. stats: is filled with those of y, if heads are multiples
-    of 16 wide; see `quantize_rows.Rows`.
->>>>>>> heads
     """
     n, n_head = partial.shape[:2]
     _, n_head_kv, block_size, head_dim = k_cache.values.shape

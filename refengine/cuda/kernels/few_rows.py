@@ -19,7 +19,7 @@ from refengine.errors import KernelError
 
 FEW_ROWS = 8  # rows per block of threads
 SEGMENT = 256  # columns whose products are summed up before segments are added
-STAGES = 3  # of a warp's ring, each with the weights of a segment
+STAGES = 2  # of a warp's ring, each with the weights of a segment
 MOST_MATRICES = 3
 MOST_WARPS, LEAST_WARPS = 8, 4  # the registers of 8 warps fit half a multiprocessor
 PREPARING_WARPS = 8  # of a block that converts its rows
