@@ -641,7 +641,7 @@ __device__ __forceinline__ void fold_entries(const float* entries, const float* 
     int d = j * 32 + lane;
     float value = __fmul_rn(of_tiles ? total[j] : o[j], factor);
     if (d < head_dim) y[d] = value;
-    if (stats) put_stats(stats, 0, d, head_dim, value, ALL_LANES);
+    if (stats) put_stats(stats, d, d < head_dim ? value : 0.0f, d < head_dim && d % GROUP == 0, ALL_LANES);
   }
 }
 

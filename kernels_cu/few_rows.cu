@@ -100,6 +100,12 @@ struct Item {
   int tile, part;
 };
 
+// Where an output goes, and what is added to it: biases of both matrices, or bias and residual.
+struct Output {
+  long long at;
+  float first, second;
+};
+
 // Space for a block's rows in shared memory. halves: `pitch` bytes a row; sums (rows, padded / 32) and scale (8,) as in
 // Activations. For making them: norm (n_in,), the norm's weights, and norm_tops (n_warps,), the largest magnitudes of parts of
 // them, as bits.
@@ -134,10 +140,12 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
     EightColumns values[TOGETHER];
     int row_of[TOGETHER], start_of[TOGETHER];
 #pragma unroll
+    for (int i = 0; i < TOGETHER; i++) row_of[i] = n_rows, start_of[i] = 0, values[i] = {};
+#pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
-      row_of[i] = row, start_of[i] = segment * SEGMENT, values[i] = {};
-      if (row < n_rows)
-        values[i] = columns_of_row(x.floats + static_cast<long long>(rows.of_x(row)) * n_in, start_of[i], n_in);
+      if (row >= n_rows) break;
+      row_of[i] = row, start_of[i] = segment * SEGMENT;
+      values[i] = columns_of_row(x.floats + static_cast<long long>(rows.of_x(row)) * n_in, start_of[i], n_in);
       segment += n_warps;
       settle();
     }
@@ -273,20 +281,14 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     out = i % 16, number = i / 16 & (capacity - 1), tile = blockIdx.x + (done + (i >> (4 + shift))) * gridDim.x;
     return number < rows.count && tile * 16 + out < n_out;
   };
-  // What is added to an output: biases of both matrices, or bias and residual.
-  auto load = [&](int number, int tile, int out) {
-    long long at = static_cast<long long>(rows.expert) * n_out + within(tile) * 16 + out;
+  auto output_of = [&](int number, int tile, int out) {
+    long long of_bias = static_cast<long long>(rows.expert) * n_out + within(tile) * 16 + out;
     const float* bias = bias_of(tile);
-    float2 loaded = make_float2(bias ? bias[at] : 0.0f, 0.0f);
-    if (paired && b_bias) loaded.y = b_bias[at];
-    if (residual) loaded.y = residual[place_of(rows, number, tile * 16 + out, n_out)];
-    return loaded;
+    Output output{place_of(rows, number, tile * 16 + out, n_out), bias ? bias[of_bias] : 0.0f, 0.0f};
+    if (paired && b_bias) output.second = b_bias[of_bias];
+    if (residual) output.second = residual[output.at];
+    return output;
   };
-  float2 loaded{};  // for this thread's output of the first chunk
-  {
-    int number, tile, out;
-    if (place(threadIdx.x, 0, number, tile, out)) loaded = load(number, tile, out);
-  }
 
   const f16* columns;  // the lane's, of its row
   const unsigned* sums_of_blocks;
@@ -300,6 +302,11 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     columns = prepared.row(static_cast<int>(row)), sums_of_blocks = prepared.sums;
   }
   columns += lane % 4 * 8, sums_of_blocks += row * (pitch / 32);
+  Output output{};  // this thread's of the first chunk; loaded while items are computed
+  {
+    int number, tile, out;
+    if (place(threadIdx.x, 0, number, tile, out)) output = output_of(number, tile, out);
+  }
 
   int stage = 0, half = 0;  // threads may still read the other half of sums_of_items
 #pragma unroll 1
@@ -332,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     for (int i = threadIdx.x; i < (end - done) * 16 << shift; i += blockDim.x) {
       int number, tile, out;
       if (!place(i, done, number, tile, out)) continue;
-      if (done > 0 || i >= static_cast<int>(blockDim.x)) loaded = load(number, tile, out);
+      if (done > 0 || i >= static_cast<int>(blockDim.x)) output = output_of(number, tile, out);
       const float* from = sums_of_tiles + (((i >> (4 + shift)) * per_tile * 16 + out) << shift) + number;
       float gate = 0.0f, sum = 0.0f;
 #pragma unroll 1
@@ -343,17 +350,17 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
         sum = __fmul_rn(sum, scales[number]), from += n_segments * 16 << shift;
       }
       if (paired) {
-        if (a_bias) gate = __fadd_rn(gate, loaded.x);
-        if (b_bias) sum = __fadd_rn(sum, loaded.y);
+        if (a_bias) gate = __fadd_rn(gate, output.first);
+        if (b_bias) sum = __fadd_rn(sum, output.second);
         sum = activation == SWIGLU ? swiglu(gate, sum) : swiglu_clamped(gate, sum);
       } else {
-        if (bias_of(tile)) sum = __fadd_rn(sum, loaded.x);
-        if (residual) sum = __fadd_rn(sum, loaded.y);
+        if (bias_of(tile)) sum = __fadd_rn(sum, output.first);
+        if (residual) sum = __fadd_rn(sum, output.second);
         if (activation == GELU) sum = gelu(sum);
       }
-      y[place_of(rows, number, tile * 16 + out, n_out)] = sum;
+      y[output.at] = sum;
       if (stats)  // then n_out is a multiple of 16, so that all lanes of a group are here
-        put_stats(stats, rows.of_y(number), tile * 16 + out, n_out, sum, 0xffffu << (lane & 16));
+        put_stats(stats, output.at, sum, out == 0, 0xffffu << (lane & 16));
     }
   }
 }

@@ -76,16 +76,16 @@ extern "C" __global__ void combine_f32(const float* x, const float* shares, cons
   let_next_begin();
   wait_for_previous();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
+  long long at = static_cast<long long>(blockIdx.y) * n + i;
   float total = 0.0f;
   if (i < n) {
     const float *from = x + static_cast<long long>(blockIdx.y) * n_used * n + i, *share = shares + blockIdx.y * n_used;
     total = __fmul_rn(from[0], share[0]);
     for (int rank = 1; rank < n_used; rank++)
       total = __fadd_rn(total, __fmul_rn(from[static_cast<long long>(rank) * n], share[rank]));
-    long long at = static_cast<long long>(blockIdx.y) * n + i;
     y[at] = total = __fadd_rn(total, residual[at]);
   }
-  if (stats) put_stats(stats, blockIdx.y, i, n, total, ALL_LANES);
+  if (stats) put_stats(stats, at, total, i < n && i % GROUP == 0, ALL_LANES);
 }
 
 extern "C" __global__ void sum_experts_f32(const float* x, float* y, int n_used, int n, long long n_elements) {

@@ -91,6 +91,6 @@ extern "C" __global__ void __launch_bounds__(256) row_stats_f32(const float* x, 
   let_next_begin();
   wait_for_previous();
   int i = blockIdx.y * blockDim.x + threadIdx.x;
-  float value = i < n ? x[static_cast<long long>(blockIdx.x) * n + i] : 0.0f;
-  put_stats(stats, blockIdx.x, i, n, value, ALL_LANES);
+  long long at = static_cast<long long>(blockIdx.x) * n + i;
+  put_stats(stats, at, i < n ? x[at] : 0.0f, i < n && i % GROUP == 0, ALL_LANES);
 }

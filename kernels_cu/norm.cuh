@@ -15,14 +15,15 @@ __device__ __forceinline__ float group_sum(float x, unsigned lanes = ALL_LANES) 
   return x;
 }
 __device__ __forceinline__ unsigned magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
-// Writes the Stats of the group of column i of a row of n, of which each lane has a column. lanes: as in group_sum.
-__device__ __forceinline__ void put_stats(float* stats, long long row, int i, int n, float value, unsigned lanes) {
+// Writes the Stats of a group, of which each lane has a column: element number `at` of all rows, whose width is a multiple of 16.
+// writes: whether the lane has the first column of a group that exists. lanes: as in group_sum.
+__device__ __forceinline__ void put_stats(float* stats, long long at, float value, bool writes, unsigned lanes) {
   unsigned top = magnitude(value);
 #pragma unroll
   for (int offset = GROUP / 2; offset; offset /= 2) top = max(top, __shfl_xor_sync(lanes, top, offset));
   float squares = group_sum(__fmul_rn(value, value), lanes);
-  if (i % GROUP == 0 && i < n)
-    reinterpret_cast<float2*>(stats)[(row * n + i) / GROUP] = make_float2(__uint_as_float(top), squares);
+  if (writes)
+    reinterpret_cast<float2*>(stats)[static_cast<unsigned long long>(at) / GROUP] = make_float2(__uint_as_float(top), squares);
 }
 // The same for a group of which each of four adjacent lanes has four adjacent columns. stats: the group's.
 __device__ __forceinline__ void put_stats_of_four(float* stats, const float4& four) {

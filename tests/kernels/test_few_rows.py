@@ -60,3 +60,19 @@ def test_an_activation_in_the_kernel_is_the_same(
     elements.launch("gelu_f32", (1,), (256,), [parts[1], expected, np.int64(expected.size)])
     y = few_rows(few, matrices[1:], given, biases[1:], activation=Activation.GELU, warps=3, blocks=3)
     np.testing.assert_array_equal(y, expected)
+
+
+def test_stats_are_those_of_the_rows(place: str, activations: Kernels, few: Kernels) -> None:
+    """The largest magnitude and the sum of squares of every 16 outputs, as the kernel for any rows gives them."""
+    rng = np.random.default_rng(30)
+    n_rows, n_out, n_in = 3, 96, 256
+    w, residual = random_matrix("Q4_K", (n_out, n_in), 31), rng.standard_normal((n_rows, n_out)).astype(np.float32)
+    x = rng.standard_normal((n_rows, n_in)).astype(np.float32)
+    x[1, 7] = np.nan
+    found, expected = np.zeros((2, n_rows, n_out // 16, 2), np.float32)
+    y = few_rows(few, [w], prepared(activations, x), [None], residual=residual, stats=found, warps=3, blocks=2)
+    Kernels("norm", place).launch("row_stats_f32", (n_rows, 1), (256,), [y, expected, n_out])
+    np.testing.assert_array_equal(found, expected)
+    magnitudes = np.abs(y.reshape(n_rows, -1, 16)).max(axis=-1)
+    np.testing.assert_array_equal(found[..., 0], magnitudes)
+    np.testing.assert_allclose(found[..., 1], (y.reshape(n_rows, -1, 16) ** 2).sum(axis=-1), rtol=16 * 2.0**-24)
