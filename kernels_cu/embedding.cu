@@ -27,7 +27,7 @@ __device__ __forceinline__ void embed(const Tiles& w, const int* ids, float* out
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         // Rounded twice, as in ggml: the product, then the difference. Adding 0 turns a code of -0 (ggml has 0) into 0.
-        float code = __fadd_rn(__fmul_rn(f16_to_f32(codes >> 16 * i & 0xffffu), Q::UNITS), 0.0f);
+        float code = __fadd_rn(f16_to_f32(codes >> 16 * i & 0xffffu), 0.0f);
         float value = __fmul_rn(code, scale);
         if (Q::HAS_MINIMUM) value = __fadd_rn(value, -minimum);
         to[half * 16 + c * 4 + pair * 2 + i] = value;

@@ -14,8 +14,8 @@
 //                         blocks ascending. WHOLE: then s · d. With minimums, instead: s = fma(d, s, m), where m is
 //                         32 dmin · one mma of the eight minimums with both halves of the eight block sums
 //   row                   y = (((s0 + s1) + s2) + …) · x_scale, then + bias, then + residual
-// The integers of a block are exact in half precision, so only the activations are rounded. For some types they are in units
-// of 2^-24 (quants.cuh), which d and dmin make good; powers of two change no rounding.
+// The integers of a block are exact in half precision, so only the activations are rounded. For some types a power of
+// two is in d instead (quants.cuh), which changes no rounding.
 //
 // rows64_*: 64 rows per warp. Grid: x groups of n_warps tiles, y groups of 64 rows; a warp takes all segments of its tile.
 // Weights are read once for 64 rows. Up to 8 rows: few_rows.cu, with the same bits.

@@ -5,7 +5,7 @@
 //   Words load<M>(lane's, j)                 a lane's part of the tile of 16 x 32 that is j further on: two rows of 8
 //                                            codes; LOW and HIGH are its bytes in the planes of these names; M is where
 //                                            the weights are, InGlobal or InShared
-//   operands(words, a)                       the same as halves, the operands of two mma: codes / UNITS
+//   operands(words, a)                       the same as halves, the operands of two mma
 //   Scales scales<M>(planes, row)            the scales of 256 columns of a row, not yet unpacked, because that would wait
 //                                            for the load; SCALE_BYTES and D_BYTES are their bytes in the planes `scales`
 //                                            and `d`; a weight of block j is, with ggml's rounding,
@@ -13,13 +13,13 @@
 //
 // and for products, which do as much as possible once per segment, exactly:
 //
-//   SCALED                                   scaled_operands(words, scales of rows r and r + 8, j, a): codes / UNITS times a
-//                                            small integer of block j, so that sums need no scale before the segment's end
+//   SCALED                                   scaled_operands(words, scales of rows r and r + 8, j, a): codes times a small
+//                                            integer of block j, and a power of two that `whole` takes back, so that sums
+//                                            need no scale before the segment's end
 //   factor(scales, j, half)                  otherwise: the factor of the products of a block (SPLIT: of half a block)
 //   second_half(scales)                      moves the scales of blocks 4 to 7 to the place of those of blocks 0 to 3
 //   whole(scales)                            WHOLE: the factor of the segment's sum
-//   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums of blocks c and c + 4, twice each, as integers (in
-//                                            units) or halves
+//   minimum_operand(scales, c, m)            HAS_MINIMUM: the minimums of blocks c and c + 4, twice each
 //   minimum_whole(scales)                    the factor of their products with the block sums
 //
 // The planes are those of a segment of a tile; row is 0 to 15.
@@ -65,13 +65,13 @@ __device__ __forceinline__ Planes planes_of(const Tiles& w, long long tile, int 
 }
 
 // Codes as halves, without conversion instructions, exactly, in one of two ways:
-//   units   a half whose bits are a code c below 1024 is c · 2^-24, a subnormal number, which tensor cores and arithmetic
-//           multiply exactly and at full speed. A mask is all it takes, or for codes four bits higher one that gives 16
-//           times as much
+//   units   a half whose bits are a code c below 1024 is c · 2^-24, a subnormal number, which is multiplied exactly and at
+//           full speed. A mask is all it takes, or for codes four bits higher one that gives 16 times as much. It must be
+//           multiplied before an mma has it: tensor cores add products as if the codes' leading zeros were digits, which
+//           costs as many bits of the sum
 //   ones    the code is put into the fraction of 1024, where the last bit counts one, or four bits higher into that of 64;
 //           then 1024 (or 64) and the type's offset are subtracted
-constexpr float UNITS_IN_ONE = 0x1p24f;
-constexpr f16x2 SIXTEENTH = 0x2c002c00u, OF_1024 = 0x64006400u, OF_64 = 0x54005400u;  // 1/16, 1024 and 64, twice
+constexpr f16x2 OF_1024 = 0x64006400u, OF_64 = 0x54005400u;  // 1024 and 64, twice
 constexpr f16x2 NEGATIVE = 0x80008000u;
 __device__ __forceinline__ f16x2 times(f16x2 a, f16x2 b) { return fma_f16x2(a, b, 0u); }
 // Two adjacent bytes of a word, plus 1024.
@@ -170,11 +170,10 @@ struct SixBits {
   }
 };
 
-// Codes minus an offset of 8, 16 or 32, in ones. Not by the block sums, as the minimums: that would take as many
+// Codes minus an offset of 0, 8, 16 or 32, in ones. Not by the block sums, as the minimums: that would take as many
 // instructions, and cancellation would double the error.
 template <class Bits, int OFFSET>
 struct InOnes : Bits {
-  static constexpr float UNITS = 1.0f;
   static __device__ __forceinline__ void operands(const typename Bits::Words& words, MmaA (&a)[2]) {
     Bits::pairs(words, OF_1024, OF_64, a);
 #pragma unroll
@@ -182,16 +181,6 @@ struct InOnes : Bits {
       a[i / 2].x[i % 2] = add_f16x2(a[i / 2].x[i % 2], (OF_1024 | NEGATIVE) + OFFSET * 0x10001u);
       a[i / 2].x[2 + i % 2] = add_f16x2(a[i / 2].x[2 + i % 2], (OF_64 | NEGATIVE) + OFFSET * 0x100010u);
     }
-  }
-};
-
-template <class Bits>
-struct InUnits : Bits {
-  static constexpr float UNITS = UNITS_IN_ONE;
-  static __device__ __forceinline__ void operands(const typename Bits::Words& words, MmaA (&a)[2]) {
-    Bits::pairs(words, 0, 0, a);
-#pragma unroll
-    for (int i = 0; i < 4; i++) a[i / 2].x[2 + i % 2] = times(a[i / 2].x[2 + i % 2], SIXTEENTH);
   }
 };
 
@@ -225,7 +214,7 @@ struct EightDM {
   static __device__ __forceinline__ float scale(const Scales& s, int j, int) { return half_of(s.d, j); }
   static __device__ __forceinline__ float factor(const Scales& s, int j, int) { return half_of(s.d, j); }
   static __device__ __forceinline__ float minimum(const Scales& s, int j) { return -half_of(s.m, j); }
-  static __device__ __forceinline__ float whole(const Scales&) { return UNITS_IN_ONE; }
+  static __device__ __forceinline__ float whole(const Scales&) { return 1.0f; }
   static __device__ __forceinline__ void minimum_operand(const Scales& s, int c, f16x2 (&m)[2]) {
     uint32_t selector = 0x1010u + c * 0x2222u;
     m[0] = __byte_perm(s.m.x, s.m.y, selector), m[1] = __byte_perm(s.m.z, s.m.w, selector);
@@ -236,7 +225,7 @@ struct EightDM {
 
 // Eight scales and eight minimums of six bits, one byte each; d and dmin.
 template <class Bits>
-struct SixBitScales : InUnits<Bits> {
+struct SixBitScales : InOnes<Bits, 0> {
   static constexpr bool HAS_MINIMUM = true, SCALED = true, WHOLE = true;
   static constexpr int SCALE_BYTES = 16, D_BYTES = 4;
   struct Scales {
@@ -266,9 +255,10 @@ struct SixBitScales : InUnits<Bits> {
     Bits::pairs(words, 0, 0, a);
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-      // Of two blocks at once. Codes below 32 times integers below 64 are below 2048: exact.
+      // Of two blocks at once. Codes below 32 times integers below 64 are below 2048: exact. 1024 of a code's units are 2^-14,
+      // the smallest normal half.
       f16x2 two = add_f16x2(two_bytes(j < 4 ? s[row].bytes.x : s[row].bytes.y, j % 4 / 2), OF_1024 | NEGATIVE);
-      f16x2 scale = twice(two, j % 2), sixteenth = twice(times(two, SIXTEENTH), j % 2);
+      f16x2 scale = twice(times(two, OF_1024), j % 2), sixteenth = twice(times(two, OF_64), j % 2);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         a[half].x[row] = times(a[half].x[row], scale);
@@ -277,29 +267,27 @@ struct SixBitScales : InUnits<Bits> {
     }
   }
   static __device__ __forceinline__ float whole(const Scales& s) {
-    return __fmul_rn(f16_to_f32(static_cast<f16>(s.d)), UNITS_IN_ONE);
+    return __fmul_rn(f16_to_f32(static_cast<f16>(s.d)), 0x1p14f);
   }
   static __device__ __forceinline__ void minimum_operand(const Scales& s, int c, f16x2 (&m)[2]) {
-    uint32_t selector = 0x4040u + c * 0x101u;
-    m[0] = __byte_perm(s.bytes.z, 0, selector), m[1] = __byte_perm(s.bytes.w, 0, selector);
+    m[0] = of_byte(s.bytes.z, c), m[1] = of_byte(s.bytes.w, c);
   }
   static __device__ __forceinline__ float minimum_whole(const Scales& s) {
-    return __fmul_rn(f16_to_f32(static_cast<f16>(s.d >> 16)), -32.0f * UNITS_IN_ONE);
+    return __fmul_rn(f16_to_f32(static_cast<f16>(s.d >> 16)), -32.0f);
   }
   static __device__ __forceinline__ void second_half(Scales& s) { s.bytes.x = s.bytes.y; }
 };
 
 struct Q4_0 : InOnes<FourBits, 8>, EightD {};
-struct Q4_1 : InUnits<FourBits>, EightDM {};
+struct Q4_1 : InOnes<FourBits, 0>, EightDM {};
 struct Q5_0 : InOnes<FiveBits, 16>, EightD {};
-struct Q5_1 : InUnits<FiveBits>, EightDM {};
+struct Q5_1 : InOnes<FiveBits, 0>, EightDM {};
 struct Q4_K : SixBitScales<FourBits> {};
 struct Q5_K : SixBitScales<FiveBits> {};
 
 struct Q8_0 : EightD {
   static constexpr bool SPLIT = false;
   static constexpr int LOW = 16, HIGH = 0;
-  static constexpr float UNITS = 1.0f;
   using Words = uint4;  // row r: columns of the first and of the second mma; then the same for row r + 8
   template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
@@ -347,7 +335,6 @@ struct Q6_K : InOnes<SixBits, 32> {
 struct MXFP4 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = false, WHOLE = false;
   static constexpr int LOW = 8, HIGH = 0, SCALE_BYTES = 8, D_BYTES = 0;
-  static constexpr float UNITS = 1.0f;
   using Words = uint2;
   template <class M>
   static __device__ __forceinline__ Words load(const Lanes& at, int j) {
@@ -380,7 +367,6 @@ struct MXFP4 {
 struct F16 {
   static constexpr bool SPLIT = false, HAS_MINIMUM = false, SCALED = true, WHOLE = false;
   static constexpr int LOW = 32, HIGH = 0, SCALE_BYTES = 0, D_BYTES = 0;
-  static constexpr float UNITS = 1.0f;
   struct Words {
     uint4 row[2];
   };

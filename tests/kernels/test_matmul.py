@@ -112,7 +112,7 @@ def test_rows_that_the_product_prepares_are_the_same(
     w = random_matrix(kind, (n_out, n_in), 13)
     weight = rng.standard_normal(n_in).astype(np.float32)
     norms = Kernels("norm", place)
-    for n_rows, warps in ((1, 5), (1, 8), (2, 3), (3, 10), (5, 4), (11, 2)):
+    for n_rows, warps in ((1, 5), (1, 8), (2, 3), (3, 7), (5, 4), (11, 2)):
         x = (rng.standard_normal((n_rows, n_in)) * np.exp(rng.standard_normal((n_rows, 1)) * 9)).astype(np.float32)
         if n_rows > 2:
             x[1, 5], x[2, 7] = np.nan, np.inf
