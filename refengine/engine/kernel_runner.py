@@ -19,6 +19,7 @@ from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepP
 from refengine.cuda.sampling import checked_token, sample_rows
 from refengine.cuda.workspace import prompt_bytes as forward_bytes
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
+from refengine.engine.sampling import SamplingParams
 from refengine.engine.scheduler import ScheduledChunk
 from refengine.trace import Tracer, no_trace, to_numpy
 
@@ -57,7 +58,20 @@ class KernelRunner:
             sequence = CacheSequence()
             self._logits([(sequence, [0] * n_prompt)], [n_prompt - 1])
             self._cache.free(sequence)
+            self._use_most(n_prompt)
             self._model.ops.memory.settle()
+
+    def _use_most(self, n_prompt: int) -> None:
+        """Take as much from the pool as any later pass: inputs of n_prompt rows, draws with the longest histories."""
+        if self._step is None or self._prompts is None:
+            return
+        ops, n = self._model.ops, self._max_batch
+        params, history = SamplingParams(temperature=1.0, repetition_penalty=2.0), [0] * self._step.n_positions
+        with ops.workspace():
+            inputs = self._prompts.most_inputs(n_prompt, n)
+            logits, space = self._step.logits_space[:n], self._step.sampling_space
+            sample_rows(ops.xp, ops.kernels, logits, [params] * n, [history] * n, [0] * n, [0] * n, space)
+            del inputs  # held until now, because a prompt's are when its tokens are drawn
 
     def wait(self) -> None:
         """See `Runner.wait`."""

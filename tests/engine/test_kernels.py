@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 import refengine
+from refengine.cuda import upload
+from refengine.cuda.decode import prompt
+from refengine.cuda.memory import aligned
 from refengine.engine.engine import Engine, EngineOptions, single_sequence
 from refengine.engine.generation import Generation
 from refengine.engine.kernel_runner import KernelRunner
@@ -175,3 +178,25 @@ def test_nothing_is_allocated_after_warm_up(place: str, tiny_model: ModelFiles) 
     engine.prefix.clear()
     assert model.ops.memory.accounted() == accounted
     assert engine.cache.pool.n_free == free
+
+
+def test_the_warm_up_takes_room_for_the_inputs_of_any_prompts(
+    place: str, tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(loaded(tiny_model("qwen2-q4_k_m"), place), EngineOptions(4, max_step_tokens=64, cache_tokens=640))
+    engine.warm_up()
+    copied: list[int] = []
+
+    def together(xp: Any, arrays: list[np.ndarray]) -> Any:
+        found = upload.together(xp, arrays)
+        copied.append(sum(aligned(4 * array.size) for array in arrays))
+        return found
+
+    monkeypatch.setattr(prompt, "together", together)
+    running = [engine.start(ids, params) for ids, params in requests(engine.model)]
+    while not engine.idle:
+        engine.step()
+    assert all(generation.n_generated for generation in running)
+    assert isinstance(engine.runner, KernelRunner)
+    assert engine.runner._prompts is not None
+    assert max(copied) <= engine.runner._prompts.most_inputs(64, 4).nbytes

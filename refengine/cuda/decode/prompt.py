@@ -28,7 +28,7 @@ from refengine.cuda.decode.ops import Angles, StepArrays, StepOps
 from refengine.cuda.decode.state import NO_ROW
 from refengine.cuda.decode.values import Heads, NoFusedStep, Product, Value
 from refengine.cuda.kernels import attention, embedding, matmul, rope
-from refengine.cuda.kernels.attention import BatchLayout, PagedRows
+from refengine.cuda.kernels.attention import BLOCK_ROWS, BatchLayout, PagedRows
 from refengine.cuda.memory import Arena, DeviceMemory, aligned
 from refengine.cuda.ops import KernelOps, layout_of
 from refengine.cuda.runtime.launch import Kernels, NoLaunches, Program
@@ -190,6 +190,13 @@ class PromptPass:
             for size in sorted({bucket_of(n), *smaller}, reverse=True):
                 if size <= bucket_of(n):
                     self._program(size, 1)
+
+    def most_inputs(self, n: int, n_sequences: int) -> Array:
+        """An array as large as what any pass of n rows of up to n_sequences sequences copies to the device."""
+        width, tiles = self._n_blocks, n * self._cfg.n_head // BLOCK_ROWS + n_sequences  # at most
+        # ids, positions, wanted rows, tables of rows; tables, spans and tiles of the layout
+        arrays = (n, n, n, n * width, n_sequences * width, 4 * n_sequences, 2 * tiles)
+        return self._ops.xp.empty(sum(aligned(4 * size) for size in arrays), np.uint8)
 
     def run(self, batch: Batch) -> Array:
         """The logits of the rows that `batch` asks for, (n_out, n_vocab) on the device, valid until the next run.

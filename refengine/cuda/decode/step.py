@@ -207,6 +207,11 @@ class DecodeStep:
         self.state = DecodeState(ops.xp, self._b, cfg.n_vocab, self.n_positions, kv.block_size)
 
     @property
+    def logits_space(self) -> Array:
+        """The logits of the largest bucket, (max_batch, n_vocab), which any step overwrites. Not before `warm_up`."""
+        return self._logits[self.buckets[-1]]
+
+    @property
     def sampling_space(self) -> dict[str, Array]:
         """Work space for sampling up to max_batch rows, which nothing uses between two steps on the same stream."""
         return {name: self._b[name] for name in WORK_SPACE}
