@@ -902,14 +902,16 @@ __device__ __forceinline__ void attention_step(const Projections& qkv, const flo
   if (!shared.is_last || warp >= shared.n_rows) return;
   long long own = shared.row + warp;
   fold_entries<G>(partial + own * n_entries * (head_dim + 2), sinks ? shared.sinks : nullptr, y + own * head_dim,
-                  stats ? stats + own * (head_dim / GROUP * 2) : nullptr, warp, head_dim, of_tiles ? n_seen * AT_ONCE : n_seen, of_tiles ? shared.first % WARPS : WHOLE_SPLITS);
+                  stats ? stats + own * (head_dim / GROUP * 2) : nullptr, warp, head_dim,
+                  of_tiles ? n_seen * AT_ONCE : n_seen, of_tiles ? shared.first % WARPS : WHOLE_SPLITS);
 }
 
 #define ATTENTION_STEP(name, G)                                                                                        \
   extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
       name(Projections qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin, NewRows k,   \
            NewRows v, const int* tables, const int* positions, const float* sinks, float* partial, int* arrived,       \
-           float* y, float* stats, int q_stride, int k_stride, int v_stride, int group, int n_head_kv, int head_dim, int half,       \
+           float* y, float* stats, int q_stride, int k_stride, int v_stride, int group, int n_head_kv, int head_dim,   \
+           int half,                                                                                                   \
            int neox, int block_size, int window, int table_stride, int n_entries, int most_pairs, float eps,           \
            float q_factor, float scale) {                                                                              \
     attention_step<G>(qkv, q_norm, k_norm, cos, sin, k, v, tables, positions, sinks, partial, arrived, y, stats, q_stride,    \

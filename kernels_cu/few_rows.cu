@@ -1,5 +1,5 @@
-// Products with quantised weights for up to 8 rows per block, of which a decode step mostly consists: in one kernel for all
-// types and uses, so that the launches of a step find its instructions in the caches.
+// Products with quantised weights for up to 8 rows per block, of which a decode step mostly consists, in one kernel for all types
+// and uses:
 //
 //   activation          matrices (n_out, n_in)                        y (n_rows, n_out)
 //   NONE                up to three, one below another: a, b, c       x Wᵀ + bias + residual
@@ -7,10 +7,10 @@
 //   SWIGLU              a (gate) and b (up), side by side             swiglu(x aᵀ + bias, x bᵀ + bias)
 //   SWIGLU_CLAMPED      likewise                                      swiglu_clamped(…)
 //
-// The order of additions is that of matmul.cu; the same bits as rows64_* followed by activation.cu. Matrices one below
-// another begin with tiles 0, `second` and `third`, and may differ in type; b and c begin with a tile of 16 outputs. types: numbers
-// of ggml. Biases, residual (n_rows, n_out) float32, or null; stats (n_rows, n_out / 16, 2), of y, or null. Groups of experts as in matmul.cu, for one matrix or two
-// side by side.
+// The order of additions is that of matmul.cu; the same bits as rows64_* followed by activation.cu. Matrices one below another begin
+// with tiles 0, `second` and `third`; those side by side have the same shape. They may differ in type: a_type … are ggml's numbers
+// of the types, and a_bytes … their bytes (request_item). Biases (n_out,) and residual (n_rows, n_out) float32, or null; stats
+// (n_rows, n_out / 16, 2), of y, or null. Groups of experts as in matmul.cu, for one matrix or two side by side.
 //
 // A block of threads computes tiles of 16 outputs, number blockIdx.x, blockIdx.x + gridDim.x, …. An item is a segment of one
 // tile of one matrix. The items of a block are divided among its warps in turn. Each warp copies the weights of its next items
@@ -188,9 +188,8 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     few_rows(const unsigned char* a, const unsigned char* b, const unsigned char* c, Activations x, Groups groups,
              const float* a_bias, const float* b_bias, const float* c_bias, const float* residual, float* y, float* stats,
-             int a_type, int b_type, int c_type, int a_bytes,
-             int b_bytes, int c_bytes, int second, int third, int activation, int n_out, int n_in, int n_rows, int shift,
-             int chunk, int stage_bytes, float eps) {
+             int a_type, int b_type, int c_type, int a_bytes, int b_bytes, int c_bytes, int second, int third, int activation,
+             int n_out, int n_in, int n_rows, int shift, int chunk, int stage_bytes, float eps) {
   DYNAMIC_SHARED(uint8_t, memory);
   bool paired = activation == SWIGLU || activation == SWIGLU_CLAMPED, grouped = groups.group;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, capacity = 1 << shift;
@@ -321,8 +320,8 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
       __syncwarp(ALL_LANES);
       MmaD sums = {};
       for_type(one_of(matrix, a_type, b_type, c_type), [&](auto q) {
-        item_sums<decltype(q)>(ring + stage * stage_bytes, min(n_blocks - segment * SEGMENT, SEGMENT), columns + segment * SEGMENT * 32,
-                               sums_of_blocks + segment * SEGMENT, sums);
+        item_sums<decltype(q)>(ring + stage * stage_bytes, min(n_blocks - segment * SEGMENT, SEGMENT),
+                               columns + segment * SEGMENT * 32, sums_of_blocks + segment * SEGMENT, sums);
       });
       __syncwarp(ALL_LANES);
       request(stage);

@@ -23,7 +23,7 @@ __device__ __forceinline__ void put_stats(float* stats, long long at, float valu
   for (int offset = GROUP / 2; offset; offset /= 2) top = max(top, __shfl_xor_sync(lanes, top, offset));
   float squares = group_sum(__fmul_rn(value, value), lanes);
   if (writes)
-    reinterpret_cast<float2*>(stats)[static_cast<unsigned long long>(at) / GROUP] = make_float2(__uint_as_float(top), squares);
+    reinterpret_cast<float2*>(stats)[static_cast<uint64_t>(at) / GROUP] = make_float2(__uint_as_float(top), squares);
 }
 // The same for a group of which each of four adjacent lanes has four adjacent columns. stats: the group's.
 __device__ __forceinline__ void put_stats_of_four(float* stats, const float4& four) {

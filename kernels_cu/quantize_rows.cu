@@ -7,7 +7,8 @@
 // bits. A row with NaN or infinity has e = 0, and they are copied unchanged. A row of zeros has e = 0.
 //
 // Array code: refengine.cuda.reference.quantize_rows. x (n_rows, n_in) float32; out (n_rows, padded) halves;
-// scale (n_rows,); sums (n_rows, padded / 32) pairs of halves; padded: n_in rounded up to 512, with zeros. Grid: x rows; block: any number of warps. May be launched to overlap
+// scale (n_rows,); sums (n_rows, padded / 32) pairs of halves; padded: n_in rounded up to 256, with zeros.
+// Grid: x rows; block: any number of warps. May be launched to overlap
 // with the previous kernel. Block sums use the tree of warp_sum; the order of a maximum does not matter. Reads x twice
 // (once from cache), writes 2 bytes per element.
 #include "quantize_rows.cuh"

@@ -12,7 +12,8 @@
 // Grid: x groups of `each` ≤ 8 experts, y rows; block: 256 threads. A block begins to copy its experts' weights before it
 // waits for the previous kernel, norms its row, and computes one score with each warp. The last block of the grid that
 // arrives at the counter does the rest, and sets the counter to zero, as it must be before.
-// Dynamic shared memory, the larger of: each · n_in weights, 2 · n_in and 2 · n_groups(n_in) floats; n_rows · n_expert floats. Rows of W are
+// Dynamic shared memory, the larger of: each · n_in weights, 2 · n_in and 2 · n_groups(n_in) floats; n_rows · n_expert floats.
+// Rows of W are
 // multiples of 16 bytes, and n_in is a multiple of 4. Reads W once for each row; may overlap with the previous kernel.
 #include "floats.cuh"
 #include "moe.cuh"
