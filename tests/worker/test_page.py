@@ -75,7 +75,11 @@ def open_page(browser: Any, server: Server, **fields: object) -> None:
 def fill(browser: Any, name: str, value: object) -> None:
     field = browser.find_element("name", name)
     field.clear()
-    field.send_keys(str(value))
+    if max(map(ord, str(value)), default=0) < 0x10000:
+        field.send_keys(str(value))
+    else:  # Some versions of ChromeDriver cannot type characters beyond the basic multilingual plane.
+        setting = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"
+        browser.execute_script(setting, field, str(value))
 
 
 def press(browser: Any, *keys: str) -> None:
