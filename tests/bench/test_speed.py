@@ -13,7 +13,7 @@ import pytest
 from refengine.bench.speed.baseline import against
 from refengine.bench.speed.measure import Decode, Measurement, Prompt, Sample, Size, Spread, measure, ratios
 from refengine.bench.speed.ours import Refengine
-from refengine.bench.speed.process import EngineProcess, Refused, Setup
+from refengine.bench.speed.process import EngineProcess, Refused, Setup, ending
 from refengine.bench.speed.profile import tensor_kind
 from refengine.bench.speed.report_html import to_html
 from refengine.bench.speed.report_text import number
@@ -326,8 +326,23 @@ def test_a_process_that_ends_is_named(tiny_model: ModelFiles) -> None:
             engine.prompt(1 << 20)
         assert engine.prompt(4).tokens == 4
         engine._process.kill()
-        with pytest.raises(RefengineError, match="the process of refengine ended with exit code -9: it was killed"):
+        with pytest.raises(
+            RefengineError, match=r"the process of refengine was killed \(SIGKILL\), perhaps because memory"
+        ):
             engine.prompt(4)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (3, "ended with exit code 3: see its messages above"),
+        (-11, "crashed (SIGSEGV), which is a fault in it or in a library that it uses"),
+        (-9, "was killed (SIGKILL), perhaps because memory ran out"),
+        (-200, "crashed (signal 200), which is a fault in it or in a library that it uses"),
+    ],
+)
+def test_how_a_process_ended_is_said_in_words(code: int, words: str) -> None:
+    assert ending(code) == words
 
 
 def test_a_process_ends_with_the_benchmark_even_while_it_measures(tiny_model: ModelFiles) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -157,8 +158,7 @@ class EngineProcess:
             line = ""
         if not line:
             code = self._process.wait()
-            why = "it was killed, perhaps because memory ran out" if code < 0 else "see its messages above"
-            raise RefengineError(f"the process of {self.name} ended with exit code {code}: {why}")
+            raise RefengineError(f"the process of {self.name} {ending(code)}")
         answer = json.loads(line)
         if "refused" in answer:
             raise Refused(answer["refused"], self.name)
@@ -230,3 +230,13 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         sys.exit(1)
+
+
+def ending(code: int) -> str:
+    """How a process ended, in words, by its exit code; below zero, it is that of the signal that ended it."""
+    if code >= 0:
+        return f"ended with exit code {code}: see its messages above"
+    name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"
+    if -code == signal.SIGKILL:
+        return "was killed (SIGKILL), perhaps because memory ran out"
+    return f"crashed ({name}), which is a fault in it or in a library that it uses"
