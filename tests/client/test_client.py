@@ -50,6 +50,14 @@ def busy(talker: Path, flag: Path) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture
+def slowly(flag: Path) -> Iterator[None]:
+    """Steps of `busy` take so long that no machine is done too soon."""
+    flag.write_text("slow")
+    yield
+    flag.unlink(missing_ok=True)
+
+
 def caught(client: Client, prompt: str = "go on", **options: Any) -> WorkerError:
     with pytest.raises(WorkerError) as error:
         list(client.execute(prompt, **options))
@@ -161,6 +169,7 @@ def test_a_deadline_without_zone_is_refused(server: Server) -> None:
         list(client.execute("x", deadline=datetime.now()))
 
 
+@pytest.mark.usefixtures("slowly")
 def test_cancel_and_deadline_end_a_stream(busy: Server) -> None:
     with Client(busy.url) as client, Client(busy.url) as other:
         stream = client.execute("go on", **LONG)
@@ -188,6 +197,7 @@ def test_failures_of_the_worker(busy: Server, flag: Path, kind: str, code: str) 
     assert (error.value.code, error.value.retriable) == (code, code == "VRAM_OOM")
 
 
+@pytest.mark.usefixtures("slowly")
 def test_leaving_the_loop_stops_the_job(busy: Server) -> None:
     busy.settled()
     with Client(busy.url) as client:
