@@ -28,7 +28,7 @@ from refengine.cuda.kernels.quantize_rows import Rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.memory import DeviceMemory, aligned
 from refengine.cuda.runtime.launch import Kernels
-from refengine.cuda.runtime.source import address_of as at
+from refengine.cuda.runtime.source import address_of
 from refengine.cuda.upload import together
 from refengine.errors import KernelError
 from refengine.ops import rope
@@ -128,9 +128,10 @@ class KernelOps:
         n = len(floats)
         if w.is_float:
             return Rows(n, floats)
-        known = self.memo.rows
-        if known is not None and known[0].shape[-1] == n_in and known[0].size == x.size and at(known[0]) == at(x):
-            return known[1]
+        if self.memo.rows is not None:
+            known, rows = self.memo.rows
+            if known.shape[-1] == n_in and known.size == x.size and address_of(known) == address_of(x):
+                return rows
         rows = self._new_rows(floats)
         quantize_rows.quantize_rows(self.kernels, floats, rows)
         self.memo.rows = (x, rows)

@@ -224,19 +224,19 @@ def _read(requests: SimpleQueue[str]) -> None:
     os._exit(0)
 
 
+def ending(code: int) -> str:
+    """How a process ended, in words, by its exit code; below zero, it is that of the signal that ended it."""
+    if code >= 0:
+        return f"ended with exit code {code}: see its messages above"
+    if -code == signal.SIGKILL:
+        return "was killed (SIGKILL), perhaps because memory ran out"
+    known = {int(s): s.name for s in signal.Signals}
+    return f"crashed ({known.get(-code, f'signal {-code}')}), which is a fault in it or in a library that it uses"
+
+
 if __name__ == "__main__":
     try:
         main()
     except Exception:
         traceback.print_exc()
         sys.exit(1)
-
-
-def ending(code: int) -> str:
-    """How a process ended, in words, by its exit code; below zero, it is that of the signal that ended it."""
-    if code >= 0:
-        return f"ended with exit code {code}: see its messages above"
-    name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"
-    if -code == signal.SIGKILL:
-        return "was killed (SIGKILL), perhaps because memory ran out"
-    return f"crashed ({name}), which is a fault in it or in a library that it uses"

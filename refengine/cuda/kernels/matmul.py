@@ -35,16 +35,15 @@ def linear(
     matrices only. The sums do not depend on the number of rows or the grouping.
     """
     n_out, n_in = w.shape[-2:]
-    few = (groups.size if groups else x.n) <= FEW_ROWS
-    x.check(w.name, n_in, floats=w.is_float, few=few and not w.is_float)
+    if not w.is_float and (groups.size if groups else x.n) <= FEW_ROWS:
+        few_rows.multiply(kernels, x, (w,), (bias,), y, residual=residual, groups=groups, stats=stats)
+        return
+    x.check(w.name, n_in, floats=w.is_float)
     check_shape(w.name, "the output", y, (len(groups.y_rows) if groups else x.n, n_out))
     check_shape(w.name, "the bias", bias, w.shape[:-1])
     check_shape(w.name, "the residual", residual, y.shape)
     if w.is_float:
         matmul_f32.linear(kernels, x, w, y, bias=bias, residual=residual, groups=groups, overlap=overlap)
-        return
-    if few:
-        few_rows.multiply(kernels, x, (w,), (bias,), y, residual=residual, groups=groups, stats=stats)
         return
     struct = groups.struct if groups else NO_GROUPS
     arguments: list[Any] = [w.data, x.struct, struct, bias, residual, y, n_out, n_in, x.n]
