@@ -29,6 +29,7 @@ from refengine.validate.capture import Capture
 INSTALL_HINT = f"{install_hint('validate')}: that builds llama.cpp, with a C++ compiler, in a few minutes"
 GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_I32 = 0, 1, 26
 _NUMPY_TYPES = {GGML_TYPE_F32: np.float32, GGML_TYPE_F16: np.float16, GGML_TYPE_I32: np.int32}
+GGML_LOG_LEVEL_DEBUG = 4
 ALL_LAYERS = 1 << 16  # more layers than a model has
 _VIEW_OPS = {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}
 
@@ -260,7 +261,6 @@ def open_model(path: str | os.PathLike[str], *, repack: bool, gpu: int | None = 
     Raises the errors of `LlamaCpp`.
     """
     llama_cpp = library()
-    llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
     params.use_extra_bufts = repack
     params.n_gpu_layers = 0
@@ -287,11 +287,18 @@ def quantize(source: str | os.PathLike[str], output: str | os.PathLike[str], fil
 
 
 _log_lines: list[str] = []
+_log_file: int | None = None
 _log_callback: Any = None  # C code keeps a pointer to it, so it must outlive every context
 
 
+def log_to(descriptor: int) -> None:
+    """From now on, write the library's log, but for debugging, to this file too, so that it outlives a crash."""
+    global _log_file
+    _log_file = descriptor
+
+
 def library() -> Any:
-    """The module llama_cpp. The library's log is stored here instead of being printed to stderr.
+    """The module llama_cpp, initialised. The library's log is stored here instead of being printed to stderr.
 
     Raises `RefengineError` if llama-cpp-python is not installed.
     """
@@ -305,9 +312,12 @@ def library() -> Any:
         def keep(level: int, text: bytes, user_data: Any) -> None:
             _log_lines.append(text.decode("utf-8", "replace"))
             del _log_lines[:-20]
+            if _log_file is not None and level != GGML_LOG_LEVEL_DEBUG:
+                os.write(_log_file, text)
 
         _log_callback = llama_cpp.llama_log_callback(keep)
         llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()  # before any other call, as llama.h asks
     return llama_cpp
 
 

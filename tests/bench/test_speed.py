@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import re
+import signal
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from refengine.bench.speed.baseline import against
 from refengine.bench.speed.measure import Decode, Measurement, Prompt, Sample, Size, Spread, measure, ratios
 from refengine.bench.speed.ours import Refengine
-from refengine.bench.speed.process import EngineProcess, Refused, Setup, ending
+from refengine.bench.speed.process import EngineProcess, Refused, Setup, ending, last_words
 from refengine.bench.speed.profile import tensor_kind
 from refengine.bench.speed.report_html import to_html
 from refengine.bench.speed.report_text import number
@@ -171,8 +173,8 @@ def check_kernels(found: dict[str, Any]) -> None:
     ]
     rows = {row["name"]: row for row in found["profiles"][0]["rows"]}
     assert found["profiles"][0]["by"] == "kernel"
-    assert rows["few_rows ffn_gate"]["calls"] == 3
-    assert rows["few_rows ffn_gate"]["n_bytes"] > 3 * 2 * 288 * 768 * 5 / 8  # two matrices of five bits in 3 layers
+    assert rows["one_row ffn_gate"]["calls"] == 3
+    assert rows["one_row ffn_gate"]["n_bytes"] > 3 * 2 * 288 * 768 * 5 / 8  # two matrices of five bits in 3 layers
     assert rows["attention_step_64"]["n_bytes"] > 0
     assert rows["draw_f32"]["n_bytes"] is None
     assert all(row["seconds"] > 0 for row in rows.values())
@@ -330,6 +332,41 @@ def test_a_process_that_ends_is_named(tiny_model: ModelFiles) -> None:
             RefengineError, match=r"the process of refengine was killed \(SIGKILL\), perhaps because memory"
         ):
             engine.prompt(4)
+
+
+def test_a_process_that_crashes_says_where_it_was(tiny_model: ModelFiles) -> None:
+    with EngineProcess(Setup("refengine", str(tiny_model("llama-q8_0")), "cpu", None, 16, 1)) as engine:
+        os.kill(engine._process.pid, signal.SIGSEGV)
+        with pytest.raises(RefengineError, match=r"the process of refengine crashed \(SIGSEGV\)") as caught:
+            engine.prompt(4)
+    assert re.search(r"; Python was in main \(process.py:\d+\)", str(caught.value))
+
+
+@pytest.mark.llamacpp
+def test_a_crash_of_llamacpp_is_told_with_its_last_messages(tiny_model: ModelFiles) -> None:
+    """A process that is gone cannot be asked, so that all it logs is in a file as soon as it is logged."""
+    pytest.importorskip("llama_cpp", reason="install the extra validate to compare with llama.cpp")
+    model = str(tiny_model("llama-q8_0"))
+    with EngineProcess(Setup("llama.cpp", model, "cpu", None, 16, 1, repack=False)) as engine:
+        assert engine.prompt(4).tokens == 4
+        os.kill(engine._process.pid, signal.SIGSEGV)
+        with pytest.raises(RefengineError, match=r"crashed \(SIGSEGV\)") as caught:
+            engine.prompt(4)
+    assert re.search(r"; its last messages: .*llama_.*; Python was in main \(process.py:", str(caught.value))
+
+
+def test_the_last_words_of_a_process() -> None:
+    assert last_words("") == ""
+    assert last_words("a\n....\n b \n") == "; its last messages: a | b"
+    log = "".join(f"{i}\n" for i in range(20))
+    other = 'Thread 0x1 (most recent call first):\n  File "/lib/threading.py", line 9 in run\n\n'
+    ours = 'Current thread 0x2 (most recent call first):\n  File "/a/b.py", line 3 in load\n'
+    ours += '  File "<frozen runpy>", line 88 in _run_code\n\nExtension modules: numpy.random (total: 1)\n'
+    crash = "Fatal Python error: Segmentation fault\n\n"
+    said = "; its last messages: 12 | 13 | 14 | 15 | 16 | 17 | 18 | 19"
+    assert last_words(f"{log}{crash}{other}{ours}") == f"{said}; Python was in load (b.py:3)"
+    assert last_words(f"{log}{crash}{other}") == f"{said}; Python was in run (threading.py:9)"
+    assert last_words(crash) == ""
 
 
 @pytest.mark.parametrize(

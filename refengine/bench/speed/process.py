@@ -1,22 +1,24 @@
 """An engine under test in a process of its own, which waits for requests without using the processor.
 
-    python -m refengine.bench.speed.process    (reads requests as JSON lines from standard input, and answers each)
-
-The first request says which engine is to be opened. The environment of the process has the number of threads.
+It reads requests as JSON lines from standard input and answers each. The first one says which engine is to be opened.
+The environment of the process has the number of threads. If the process crashes, a file that was handed to it has its
+last words: what llama.cpp logged, and where Python was.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +28,13 @@ from typing import Any, TextIO
 from refengine.bench.speed.measure import EngineUnderTest, Sample
 from refengine.bench.speed.profile import Profile, ProfileRow
 from refengine.errors import RefengineError, one_line
+from refengine.validate.llamacpp import log_to
 
 REFENGINE, LLAMACPP = "refengine", "llama.cpp"
 OF_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+CRASH = "Fatal Python error"  # how faulthandler's report begins
+LOGGED_LINES = 8  # of an engine's log, shown if its process crashes
+_FRAME = re.compile(r'File "(?:.*/)?([^/"<>]+)", line (\d+) in (.+)')
 
 
 class Refused(RefengineError):
@@ -64,6 +70,15 @@ class Setup:
         return found
 
 
+# The start of the process, without and with llama.cpp: a llama.cpp whose libraries contain a C++ runtime of their own
+# crashes if another library, such as CuPy's, has loaded the system's runtime before it.
+_START = (
+    "from refengine.bench.speed.process import main; main({})",
+    "import contextlib\nwith contextlib.suppress(Exception):\n    import llama_cpp\n"
+    "from refengine.bench.speed.process import main; main({})",
+)
+
+
 class EngineProcess:
     """An `EngineUnderTest` in another process. A context manager, which ends the process.
 
@@ -75,8 +90,11 @@ class EngineProcess:
         self.name = setup.engine
         self.beside: Sequence[EngineProcess] = ()
         self._waited_s = self._waited_cpu_s = 0.0
+        self._last_words = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
+        words = self._last_words.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "refengine.bench.speed.process"],
+            [sys.executable, "-c", _START[setup.engine == LLAMACPP].format(words)],
+            pass_fds=[words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -99,6 +117,7 @@ class EngineProcess:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):  # a request that was not sent
                     stream.close()
+        self._last_words.close()
 
     def prompt(self, n: int) -> Sample:
         return self._measured("prompt", n=n)
@@ -158,7 +177,9 @@ class EngineProcess:
             line = ""
         if not line:
             code = self._process.wait()
-            raise RefengineError(f"the process of {self.name} {ending(code)}")
+            self._last_words.seek(0)
+            said = last_words(self._last_words.read().decode("utf-8", "replace")) if code < 0 else ""
+            raise RefengineError(f"the process of {self.name} {ending(code)}{said}")
         answer = json.loads(line)
         if "refused" in answer:
             raise Refused(answer["refused"], self.name)
@@ -206,7 +227,9 @@ def opened(setup: Setup) -> tuple[EngineUnderTest, dict[str, Any]]:
     return ours, ours.facts()
 
 
-def main() -> None:
+def main(last_words: int) -> None:
+    faulthandler.enable(last_words)
+    log_to(last_words)
     answers = _Answers()
     # What libraries print goes to standard error; the answers alone go to standard output.
     output: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -234,9 +257,13 @@ def ending(code: int) -> str:
     return f"crashed ({known.get(-code, f'signal {-code}')}), which is a fault in it or in a library that it uses"
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+def last_words(text: str) -> str:
+    """The end of a message about a crash, by what the process wrote before it: its log, and faulthandler's report."""
+    log, crash, report = text.partition(CRASH)
+    lines = [line.strip() for line in log.splitlines() if line.strip(" .")][-LOGGED_LINES:]
+    said = f"; its last messages: {' | '.join(lines)}" if lines else ""
+    # The thread that crashed, unless it is one of a library's own, which has no frames.
+    current = report.partition("Current thread")[2].partition("\n\n")[0]
+    frames = _FRAME.findall(current) or _FRAME.findall(report)
+    where = " < ".join(f"{function} ({file}:{line})" for file, line, function in frames)
+    return said + (f"; Python was in {where}" if crash and where else "")
