@@ -74,3 +74,23 @@ def test_cupy_generates_the_same_greedy_tokens(tiny_model: ModelFiles) -> None:
     params = SamplingParams(temperature=0, max_tokens=24)
     on_gpu, on_cpu = (list(refengine.generate(model, [5, 6, 7], params)) for model in (gpu, cpu))
     assert [t.id for t in on_gpu] == [t.id for t in on_cpu]
+
+
+def test_two_modules_of_a_file_do_not_lower_each_others_shared_memory() -> None:
+    """CuPy gives both the same function: the second one, which needs less, does not take from the first."""
+    import cupy
+
+    from refengine.cuda.runtime.nvrtc import DeviceModule
+    from refengine.cuda.runtime.source import read_source
+
+    first, second = (DeviceModule(read_source("norm")) for _ in range(2))
+    x, weight = cupy.ones((1, 64), cupy.float32), cupy.ones(64, cupy.float32)
+
+    def launch(module: DeviceModule, shared_bytes: int) -> None:
+        y = cupy.zeros_like(x)
+        module.launch("rms_norm_f32", (1,), (256,), [x, weight, y, 64, 0.0], shared_bytes)
+        assert (y == 1).all()
+
+    launch(first, 90 << 10)
+    launch(second, 60 << 10)
+    launch(first, 90 << 10)

@@ -188,12 +188,15 @@ class DeviceModule:
             self._driver.funcSetAttribute(self.raw_kernel(kernel).kernel.ptr, attribute, CARVEOUT)
             self._carved.add(kernel)
         if shared_bytes > self._shared_limits.get(kernel, 0):
+            # CuPy loads a file once in a process, so other modules of it have the same function: never lower its limit.
             attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            function = self.raw_kernel(kernel).kernel.ptr
             try:
-                self._driver.funcSetAttribute(self.raw_kernel(kernel).kernel.ptr, attribute, shared_bytes)
+                limit = max(shared_bytes, self._driver.funcGetAttribute(attribute, function))
+                self._driver.funcSetAttribute(function, attribute, limit)
             except RuntimeError as e:  # CUDADriverError
                 raise KernelError(f"{kernel}: launch with {shared_bytes} bytes of shared memory refused: {e}") from None
-            self._shared_limits[kernel] = shared_bytes
+            self._shared_limits[kernel] = limit
         return launcher
 
     def _refused(self, status: int, kernel: str, grid: Sequence[int], block: Sequence[int]) -> None:
