@@ -2,14 +2,14 @@
 // refengine/cuda/runtime/source.py reads the structs from this file; a launch gives an array, or null, for each member.
 
 // Rows of activations for products. x, sums and scale: in the form that products read, see quantize_rows.cu. If they are
-// null, few_rows.cu makes this form from the rows of floats and their Stats (norm.cuh), after an RMS norm with the weights
-// `norm`, unless they are null.
+// null, few_rows.cu makes this form from the rows of floats; after an RMS norm with the weights `norm`, unless they are null,
+// for which it takes the sums of squares of every 16 columns from `squares` (norm.cuh).
 struct Activations {
-  const f16* x;
-  const unsigned* sums;
+  const unsigned char* x;
+  const int* sums;
   const float* scale;
   const float* floats;
-  const float* stats;
+  const float* squares;
   const float* norm;
 };
 

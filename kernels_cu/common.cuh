@@ -36,6 +36,18 @@ __device__ __forceinline__ uint32_t select_or(uint32_t word, uint32_t mask, uint
 }
 #endif
 
+// --- Bytes: byte i of the result is the one that nibble i of the selector names, of a (0-3) and b (4-7); eight more: its sign ---
+// __byte_perm ignores the eight on a GPU.
+#ifdef HOSTCUDA
+inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) { return hostcuda::permuted(a, b, selector); }
+#else
+__device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+}
+#endif
+
 // --- Half precision ---
 #ifdef HOSTCUDA
 inline float f16_to_f32(f16 bits) {
@@ -102,10 +114,6 @@ __device__ __forceinline__ f16x2 twice(f16x2 pair, int half) {
   return result;
 }
 #endif
-
-// Rows of halves are padded with zeros to a multiple of this many columns, and their block sums alike.
-constexpr int PITCH = 256;
-__device__ __forceinline__ int padded(int n_in) { return (n_in + PITCH - 1) / PITCH * PITCH; }
 
 // Half i (0 … 7) of four words, as a float.
 __device__ __forceinline__ float half_of(const uint4& words, int i) {
@@ -197,6 +205,15 @@ __device__ __forceinline__ T load_latest(const void* address) {
   return value;
 }
 #endif
+
+// From shared memory, or from global memory that this kernel does not write.
+template <class T>
+__device__ __forceinline__ T load_near(const void* address) {
+#ifdef HOSTCUDA
+  hostcuda::require_alignment(address, sizeof(T));
+#endif
+  return *static_cast<const T*>(address);
+}
 
 // --- Asynchronous copies from global to shared memory (PTX ISA, cp.async) ---
 // A thread's copies since the last end_of_copies() are a group; wait_for_copies<N> waits for all groups of the thread but
@@ -303,6 +320,75 @@ __device__ __forceinline__ void mma_m16n8k16(MmaD& d, const MmaA& a, const MmaB&
 }
 #endif
 
+// --- Tensor cores: integers. d = a · b + d with bytes a (16, 32) and signed bytes b (32, 8), and d (16, 8) ---
+// Exact. Lane 4·r + c has from a: rows r (a[0], a[2]) and r + 8 (a[1], a[3]), columns 4c … 4c + 3 (a[0], a[1]) and 16 + 4c …
+// (a[2], a[3]); from b: column r, rows 4c … (b[0]) and 16 + 4c … (b[1]); from d as above. (PTX ISA, mma.m16n8k32.)
+// Half of it has columns 0 to 15 only: a[0], a[1] and b[0], or a[2], a[3] and b[1].
+struct MmaCodes { uint32_t x[4]; };
+struct MmaInts { int x[4]; };
+
+#ifdef HOSTCUDA
+struct IntegerOperands { uint32_t a[4], b[2]; int d[4]; bool is_signed; };
+inline void multiply_codes(MmaInts& d, const IntegerOperands& in, int line) {
+  hostcuda::warp_operation(
+      [](hostcuda::Lane* lanes, unsigned) {
+        int A[16][32], B[8][32];
+        for (int lane = 0; lane < 32; lane++) {
+          const auto& given = *static_cast<const IntegerOperands*>(lanes[lane].in);
+          int r = lane / 4, c = lane % 4;
+          for (int i = 0; i < 16; i++) {
+            int byte = given.a[i / 4] >> (8 * (i % 4)) & 255;
+            A[r + 8 * (i / 4 % 2)][i / 8 * 16 + 4 * c + i % 4] = given.is_signed ? static_cast<int8_t>(byte) : byte;
+          }
+          for (int i = 0; i < 8; i++)
+            B[r][i / 4 * 16 + 4 * c + i % 4] = static_cast<int8_t>(given.b[i / 4] >> (8 * (i % 4)) & 255);
+        }
+        for (int lane = 0; lane < 32; lane++) {
+          const auto& given = *static_cast<const IntegerOperands*>(lanes[lane].in);
+          auto& out = *static_cast<MmaInts*>(lanes[lane].out);
+          for (int i = 0; i < 4; i++) {
+            const int *a = A[lane / 4 + 8 * (i / 2)], *b = B[lane % 4 * 2 + i % 2];
+            int sum = given.d[i];
+            for (int k = 0; k < 32; k++) sum += a[k] * b[k];
+            out.x[i] = sum;
+          }
+        }
+      },
+      ALL_LANES, &in, &d, 0, line);
+}
+template <bool SIGNED>
+inline void mma_codes(MmaInts& d, const MmaCodes& a, uint32_t b0, uint32_t b1, int line = __builtin_LINE()) {
+  multiply_codes(d, {{a.x[0], a.x[1], a.x[2], a.x[3]}, {b0, b1}, {d.x[0], d.x[1], d.x[2], d.x[3]}, SIGNED}, line);
+}
+template <bool SIGNED>
+inline void mma_half_codes(MmaInts& d, const MmaCodes& a, int half, uint32_t b, int line = __builtin_LINE()) {
+  multiply_codes(d, {{a.x[2 * half], a.x[2 * half + 1], 0, 0}, {b, 0}, {d.x[0], d.x[1], d.x[2], d.x[3]}, SIGNED}, line);
+}
+#else
+template <bool SIGNED>
+__device__ __forceinline__ void mma_codes(MmaInts& d, const MmaCodes& a, uint32_t b0, uint32_t b1) {
+  if constexpr (SIGNED)
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d.x[0]), "+r"(d.x[1]), "+r"(d.x[2]), "+r"(d.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d.x[0]), "+r"(d.x[1]), "+r"(d.x[2]), "+r"(d.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
+}
+template <bool SIGNED>
+__device__ __forceinline__ void mma_half_codes(MmaInts& d, const MmaCodes& a, int half, uint32_t b) {
+  if constexpr (SIGNED)
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(d.x[0]), "+r"(d.x[1]), "+r"(d.x[2]), "+r"(d.x[3])
+        : "r"(a.x[2 * half]), "r"(a.x[2 * half + 1]), "r"(b));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(d.x[0]), "+r"(d.x[1]), "+r"(d.x[2]), "+r"(d.x[3])
+        : "r"(a.x[2 * half]), "r"(a.x[2 * half + 1]), "r"(b));
+}
+#endif
+
 // --- Sums in a fixed order ---
 // The sum of one value per lane, by a butterfly: the same bits in every lane, independent of the rest of the grid.
 __device__ __forceinline__ float warp_sum(float x) {
@@ -333,6 +419,8 @@ __device__ __forceinline__ float times_power(float x, int e) {
   int first = -e / 2;
   return __fmul_rn(__fmul_rn(x, power_of_two(first)), power_of_two(-e - first));
 }
+// The bits of a magnitude, which are in the order of magnitudes, with NaN above all.
+__device__ __forceinline__ unsigned magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 // The larger of two magnitudes; NaN if one of them is NaN.
 __device__ __forceinline__ float larger_or_nan(float a, float b) { return a != a || b <= a ? a : b; }
 __device__ __forceinline__ float warp_top(float x) {

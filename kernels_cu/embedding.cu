@@ -7,33 +7,47 @@
 #include "arguments.cuh"
 #include "quants.cuh"
 
+// Rounded twice, as in ggml: the product, then what is added.
 template <class Q>
 __device__ __forceinline__ void embed(const Tiles& w, const int* ids, float* out, int n_in) {
   int id = max(ids[blockIdx.x], 0), row = id % 16, block = blockIdx.y * 8 + threadIdx.x / 4, c = threadIdx.x % 4;
   long long tile = id / 16;
   if (block >= w.n_blocks) return;
-  MmaA a[2];
+  int n_pairs = w.n_pairs(block / SEGMENT), j = block % SEGMENT % n_pairs, k = block % SEGMENT / n_pairs, r = row % 8, i = row / 8;
   Planes planes = planes_of<Q>(w, tile, block / SEGMENT);
-  Q::operands(Q::template load<InGlobal>(lane_of<Q>(planes, block % SEGMENT, row % 8 * 4 + c), 0), a);
-  auto scales = Q::template scales<InGlobal>(planes, row);
+  MmaCodes codes = Q::template codes<InGlobal>(lane_of<Q>(planes, 4 * r + c), j).x[k];
+  auto whole = Q::template whole<InGlobal>(planes, r);
   float* to = out + static_cast<long long>(blockIdx.x) * n_in + block * 32;
-  float minimum = Q::minimum(scales, block % SEGMENT);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    float scale = Q::scale(scales, block % SEGMENT, half);
+    auto scales = Q::template scales<InGlobal>(planes, 4 * r + (Q::HALVES ? 2 * (j % 2) + half : j));
+    float scale, added = 0.0f;
+    if constexpr (Q::INTEGER) {
+      scale = __fmul_rn(Q::d(whole, i), static_cast<float>(Q::integer(scales, i, Q::HALVES ? 2 * (j / 2) + k : k)));
+      if constexpr (Q::HAS_MINIMUM)
+        added = -__fmul_rn(Q::dmin(whole, i), static_cast<float>(Q::integer_minimum(scales, i, k)));
+    } else {
+      scale = Q::factor(scales, i, k), added = Q::minimum(scales, i, k);
+    }
 #pragma unroll
-    for (int pair = 0; pair < 2; pair++) {
-      f16x2 codes = row < 8 ? a[half].x[2 * pair] : a[half].x[2 * pair + 1];
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        // Rounded twice, as in ggml: the product, then the difference. Adding 0 turns a code of -0 (ggml has 0) into 0.
-        float code = __fadd_rn(f16_to_f32(codes >> 16 * i & 0xffffu), 0.0f);
-        float value = __fmul_rn(code, scale);
-        if (Q::HAS_MINIMUM) value = __fadd_rn(value, -minimum);
-        to[half * 16 + c * 4 + pair * 2 + i] = value;
-      }
+    for (int column = 0; column < 4; column++) {
+      int byte = byte_of(i ? codes.x[2 * half + 1] : codes.x[2 * half], column);
+      float code = static_cast<float>((Q::SIGNED ? static_cast<int8_t>(byte) : byte) - Q::OFFSET);
+      float value = __fmul_rn(__fmul_rn(code, Q::UNIT), scale);
+      to[half * 16 + c * 4 + column] = Q::HAS_MINIMUM ? __fadd_rn(value, added) : value;
     }
   }
+}
+
+extern "C" __global__ void embedding_f16(const unsigned char* w, const int* ids, float* out, int n_in) {
+  int id = max(ids[blockIdx.x], 0), row = id % 16, block = blockIdx.y * 8 + threadIdx.x / 4, c = threadIdx.x % 4;
+  int n_blocks = (n_in + 63) / 64 * 2;  // with those that fill up a pair
+  if (block * 32 >= n_in) return;
+  const uint8_t* words = w + (static_cast<long long>(id / 16) * n_blocks + block) * 1024 + (row % 8 * 4 + c) * 32 + row / 8 * 16;
+  uint4 eight = load_constant<uint4>(words);
+  float* to = out + static_cast<long long>(blockIdx.x) * n_in + block * 32 + c * 4;
+#pragma unroll
+  for (int i = 0; i < 8; i++) to[i / 4 * 16 + i % 4] = half_of(eight, i);
 }
 
 #define EMBEDDING(name, Q)                                                                   \
@@ -49,7 +63,6 @@ EMBEDDING(embedding_q4_k, Q4_K)
 EMBEDDING(embedding_q5_k, Q5_K)
 EMBEDDING(embedding_q6_k, Q6_K)
 EMBEDDING(embedding_mxfp4, MXFP4)
-EMBEDDING(embedding_f16, F16)
 
 // Rows that are stored as in the file. Grid: x tokens; block: any.
 extern "C" __global__ void embedding_f32(const float* w, const int* ids, float* out, int n_in) {

@@ -8,9 +8,12 @@
 //   SWIGLU_CLAMPED      likewise                                      swiglu_clamped(…)
 //
 // The order of additions is that of matmul.cu; the same bits as rows64_* followed by activation.cu. Matrices one below another begin
-// with tiles 0, `second` and `third`; those side by side have the same shape. They may differ in type: a_type … are ggml's numbers
-// of the types, and a_bytes … their bytes (request_item). Biases (n_out,) and residual (n_rows, n_out) float32, or null; stats
-// (n_rows, n_out / 16, 2), of y, or null. Groups of experts as in matmul.cu, for one matrix or two side by side.
+// with tiles 0, `second` and `third`; those side by side have the same shape. They may differ in type, but F16, which reads halves,
+// is only beside F16: a_type … are ggml's numbers of the types, and a_bytes … their bytes (request_item). Biases (n_out,) and
+// residual (n_rows, n_out) float32, or null; squares (n_rows, n_out / 16), the sums of squares of y (norm.cuh), or null. Groups of
+// experts as in matmul.cu, for one matrix or two side by side.
+//
+// one_row is for one row of floats, for which it has the fewest instructions (one_row_sum in matmul.cuh); few_rows for all else.
 //
 // A block of threads computes tiles of 16 outputs, number blockIdx.x, blockIdx.x + gridDim.x, …. An item is a segment of one
 // tile of one matrix. The items of a block are divided among its warps in turn. Each warp copies the weights of its next items
@@ -21,9 +24,9 @@
 //   warp 1   copy items 1, W + 1 … |  prepare the rows               |  item 1, …             |             |  barrier; sums
 //   …                              |                                 |                        |             |  of tiles
 //
-// Rows are in the form that products read (Activations), or the block makes this form itself, from the rows and their Stats
-// (norm.cuh), with the bits of rms_norm_f16 or quantize_rows_f16. Every block repeats that, which takes less time than another
-// kernel.
+// Rows are in the form that products read (Activations), or the block makes this form itself, from the rows and, for a norm in
+// front, their sums of squares, with the bits of rms_norm_rows or quantize_rows. Every block repeats that, which takes less
+// time than another kernel.
 //
 // When a few tiles (`chunk`) are done, all threads add up the segments' sums, each for one output of one row, in order.
 //
@@ -36,63 +39,33 @@
 #include "quants.cuh"
 #include "activation.cuh"
 #include "matmul.cuh"
+#include "eight_rows.cuh"
 #include "norm.cuh"
 #include "quantize_rows.cuh"
 
 constexpr int STAGES = 2;          // of a warp's ring
 constexpr int MOST_THREADS = 256;  // they limit the registers; cuda/kernels/few_rows.py has the same
 constexpr int NONE = 0, SWIGLU = 1, SWIGLU_CLAMPED = 2, GELU = 3;
+constexpr int HALVES_TYPE = 1;  // ggml's number of F16
 
 // Copies segment `segment` of a tile with all lanes of a warp, and zeros behind a segment that is not whole. bytes: those of a
-// block of 32 columns of a tile, and, 16 bits higher, of a segment's scales.
+// pair of blocks of a tile, and, 16 bits higher, of a segment's scales.
 __device__ __forceinline__ void request_item(uint8_t* stage, const Tiles& w, unsigned bytes, uint32_t tile, int segment) {
-  uint32_t of_block = bytes & 0xffff, of_scales = bytes >> 16, whole = SEGMENT * of_block + of_scales;
-  uint32_t of_tile = w.n_blocks * of_block + w.n_segments() * of_scales, at = threadIdx.x % 32 * 16;
-  uint32_t n_bytes = min(w.n_blocks - segment * SEGMENT, SEGMENT) * of_block + of_scales;
+  uint32_t of_pair = bytes & 0xffff, of_scales = bytes >> 16, whole = MOST_PAIRS * of_pair + of_scales;
+  uint32_t of_tile = (w.n_blocks + 1) / 2 * of_pair + w.n_segments() * of_scales, at = threadIdx.x % 32 * 16;
+  int n_bytes = w.n_pairs(segment) * of_pair + of_scales, left = n_bytes;
   const uint8_t* from = w.data + static_cast<uint64_t>(tile) * of_tile + segment * whole + at;
   uint8_t* to = stage + at;
-  int exist = n_bytes - at;
   constexpr int AT_ONCE = 2048;
 #pragma unroll 1
-  for (int i = whole / AT_ONCE; i > 0; i--, from += AT_ONCE, to += AT_ONCE, exist -= AT_ONCE)
+  for (; left >= AT_ONCE; left -= AT_ONCE, from += AT_ONCE, to += AT_ONCE)
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k += 512) copy16(to + k, from + k, k < exist);
+    for (int k = 0; k < AT_ONCE; k += 512) copy16(to + k, from + k);
 #pragma unroll 1
-  for (int rest = whole % AT_ONCE - at; rest > 0; rest -= 512, from += 512, to += 512, exist -= 512)
-    copy16(to, from, exist > 0);
-}
-
-// The sums of an item, whose segment has n_blocks blocks. columns, block_sums: from the segment's start; zeros after the
-// row's end, which are multiplied with whatever is behind the codes.
-template <class Q>
-__device__ __forceinline__ void item_sums(const uint8_t* stage, int n_blocks, const f16* columns, const unsigned* block_sums,
-                                          MmaD& sums) {
-  int lane = threadIdx.x % 32;
-  Planes w = planes_at<Q>(stage, n_blocks);
-  Lanes at = lane_of<Q>(w, 0, lane);
-  typename Q::Scales scales[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, lane / 4 + 8 * i);
-  BlockSums<Q> of_blocks{};
-#pragma unroll  // without a loop, a tenth fewer instructions
-  for (int half = 0; half < 2; half++) {
-#pragma unroll
-    for (int j = 0; j < SEGMENT / 2; j++) {
-      MmaA a[2];
-      block_operands<Q>(Q::template load<InShared>(at, j), scales, j, a);
-      add_block<Q>(a, scales, j, *reinterpret_cast<const uint4*>(columns + j * 32), of_blocks);
-    }
-    columns += SEGMENT / 2 * 32;
-    at = {at.low + SEGMENT / 2 * 32 * Q::LOW, at.high + SEGMENT / 2 * 32 * Q::HIGH};
-#pragma unroll
-    for (int i = 0; i < 2; i++) Q::second_half(scales[i]);
-  }
-  int row = computed_anew(lane / 4);  // once more, since keeping them would take registers
-#pragma unroll
-  for (int i = 0; i < 2; i++) scales[i] = Q::template scales<InShared>(w, row + 8 * i);
-  MmaD part = minimums_part<Q>(scales, block_sums);
-#pragma unroll
-  for (int i = 0; i < 4; i++) sums.x[i] = segment_sum<Q>(scales, of_blocks, part, i);
+  for (; left > 0; left -= 512, from += 512, to += 512)
+    if (static_cast<int>(at) < left) copy16(to, from);
+#pragma unroll 1
+  for (uint32_t i = n_bytes + at; i < whole; i += 512) copy16(stage + i, from, false);
 }
 
 // An item of a block: the number of its tile among the block's tiles, and its place among the items of that tile.
@@ -106,25 +79,21 @@ struct Output {
   float first, second;
 };
 
-// Space for a block's rows in shared memory. halves: `pitch` bytes a row; sums (rows, padded / 32) and scale (8,) as in
-// Activations. For making them: norm (n_in,), the norm's weights, and norm_tops (n_warps,), the largest magnitudes of parts of
-// them, as bits.
+// Space for a block's converted rows in shared memory (quantize_rows.cuh): `pitch` bytes a row; sums (rows, n_segments, 16),
+// scale (rows, n_segments). norm (n_in,): the norm's weights.
 struct Prepared {
-  uint8_t* halves;
-  int pitch;
-  unsigned *sums, *norm_tops;
+  uint8_t* bytes;
+  int pitch, *sums;
   float *scale, *norm;
-  __device__ __forceinline__ f16* row(int i) const { return reinterpret_cast<f16*>(halves + i * pitch); }
 };
 
 // Makes the form that products read from rows of floats, with all threads of a block. Ends with a barrier, and waits for no
-// other: the rows' Stats give their exponents and, for a norm, its scale.
-__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, float eps, int n_in,
+// other: the rows' squares give the norm's scale.
+__device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& rows, bool halves, float eps, int n_in,
                                              const Prepared& to) {
   constexpr int TOGETHER = 4;  // segments whose loads overlap
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = padded(n_in) / 256;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = segments_of(n_in);
   int n_rows = rows.count, of_row = n_in / GROUP;
-  const float2* stats = reinterpret_cast<const float2*>(x.stats);
   // A job is a segment of a row; a warp has jobs number warp, warp + n_warps, ….
   int row = 0, segment = warp;
   auto settle = [&] {
@@ -132,83 +101,72 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
     for (; segment >= n_segments; segment -= n_segments) row++;
   };
   settle();
-  int exponent = 0;  // of row `lane`
-  float factor = 1.0f;
+  float factor = 1.0f;  // of row `lane`
   bool is_first = true;
 #pragma unroll 1
   do {
     EightColumns values[TOGETHER];
-    int row_of[TOGETHER], start_of[TOGETHER];
+    int row_of[TOGETHER], segment_of[TOGETHER];
 #pragma unroll
-    for (int i = 0; i < TOGETHER; i++) row_of[i] = n_rows, start_of[i] = 0, values[i] = {};
+    for (int i = 0; i < TOGETHER; i++) row_of[i] = n_rows, segment_of[i] = 0, values[i] = {};
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
       if (row >= n_rows) break;
-      row_of[i] = row, start_of[i] = segment * SEGMENT;
-      values[i] = columns_of_row(x.floats + static_cast<long long>(rows.of_x(row)) * n_in, start_of[i], n_in);
+      row_of[i] = row, segment_of[i] = segment;
+      values[i] = columns_of_row(x.floats + static_cast<long long>(rows.of_x(row)) * n_in, segment, n_in);
       segment += n_warps;
       settle();
     }
-    if (is_first) {
-      is_first = false;
-      unsigned norm_top = 0;
-      if (x.norm)
-        for (int i = 0; i < n_warps; i++) norm_top = max(norm_top, to.norm_tops[i]);
+    if (is_first && x.norm)
 #pragma unroll 1
       for (int i = 0; i < n_rows; i++) {
-        const float2* own = stats + static_cast<long long>(rows.of_x(i)) * of_row;
-        unsigned top = 0;
-        float squares = 0.0f, scale = 1.0f;
-        for_each<float2>(
-            lane, of_row, 32, [&](int g) { return own[g]; },
-            [&](const float2& of_group) { top = max(top, __float_as_uint(of_group.x)), squares += of_group.y; });
-        top = __reduce_max_sync(ALL_LANES, top);
-        if (x.norm) scale = norm_scale(warp_sum(squares), static_cast<float>(n_in), eps);
-        int e = x.norm ? normed_exponent(top, norm_top, scale) : row_exponent(__uint_as_float(top));
-        if (lane == i) exponent = e, factor = scale;
-        if (threadIdx.x == 0) to.scale[i] = power_of_two(e);
+        const float* own = x.squares + static_cast<long long>(rows.of_x(i)) * of_row;
+        float sum = sum_of_groups(of_row, [&](int g) { return own[g]; });
+        float scale = norm_scale(sum, static_cast<float>(n_in), eps);
+        if (lane == i) factor = scale;
       }
-    }
+    is_first = false;
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
       if (row_of[i] >= n_rows) break;
       if (x.norm) {
         float of = __shfl_sync(ALL_LANES, factor, row_of[i]);
-        EightColumns weight = columns_of_row(to.norm, start_of[i], n_in);
+        EightColumns weight = columns_of_row(to.norm, segment_of[i], n_in);
 #pragma unroll
         for (int k = 0; k < 8; k++) values[i].x[k] = normed(values[i].x[k], {0.0f, of}, weight.x[k]);
       }
-      int e = __shfl_sync(ALL_LANES, exponent, row_of[i]);
-      blocks_as_halves(values[i], e, start_of[i], to.row(row_of[i]), to.sums + row_of[i] * n_segments * SEGMENT);
+      int at = row_of[i] * n_segments + segment_of[i];
+      convert_segment(values[i], halves, to.bytes + row_of[i] * to.pitch + segment_of[i] * ROW_BYTES, to.sums + at * ROW_SUMS,
+                      to.scale + at);
     }
   } while (row < n_rows);
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
-    few_rows(const unsigned char* a, const unsigned char* b, const unsigned char* c, Activations x, Groups groups,
-             const float* a_bias, const float* b_bias, const float* c_bias, const float* residual, float* y, float* stats,
-             int a_type, int b_type, int c_type, int a_bytes, int b_bytes, int c_bytes, int second, int third, int activation,
-             int n_out, int n_in, int n_rows, int shift, int chunk, int stage_bytes, float eps) {
-  DYNAMIC_SHARED(uint8_t, memory);
+// ONE: there is one row, of floats.
+template <bool ONE>
+__device__ __forceinline__ void multiply(uint8_t* memory, const unsigned char* a, const unsigned char* b, const unsigned char* c,
+                                         const Activations& x, const Groups& groups, const float* a_bias, const float* b_bias,
+                                         const float* c_bias, const float* residual, float* y, float* squares, int a_type,
+                                         int b_type, int c_type, int a_bytes, int b_bytes, int c_bytes, int second, int third,
+                                         int activation, int n_out, int n_in, int n_rows, int shift, int chunk, int stage_bytes,
+                                         float eps) {
   bool paired = activation == SWIGLU || activation == SWIGLU_CLAMPED, grouped = groups.group;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, capacity = 1 << shift;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, capacity = ONE ? 1 : 1 << shift;
   int n_tiles = (n_out + 15) / 16, n_blocks = n_in / 32, n_segments = (n_blocks + SEGMENT - 1) / SEGMENT;
-  int per_tile = paired ? 2 * n_segments : n_segments, pitch = padded(n_in);
+  int per_tile = paired ? 2 * n_segments : n_segments;
   int my_tiles = (n_tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
 
   // Shared memory, in this order; cuda/kernels/few_rows.py has the same.
   uint8_t* ring = memory + warp * STAGES * stage_bytes;
-  float* scales = reinterpret_cast<float*>(memory + n_warps * STAGES * stage_bytes);  // (8,)
-  unsigned* norm_tops = reinterpret_cast<unsigned*>(scales + 8);                      // (n_warps,), at most 16
-  float* sums_of_items = scales + 24;                                                 // (2, chunk, per_tile, 16, capacity)
+  float* sums_of_items = reinterpret_cast<float*>(memory + n_warps * STAGES * stage_bytes);  // (2, chunk, per_tile, 16, capacity)
   int half_of_sums = chunk * per_tile * 16 << shift;
   Prepared prepared;
-  prepared.halves = reinterpret_cast<uint8_t*>(sums_of_items + 2 * half_of_sums);  // (capacity, pitch)
-  prepared.pitch = 2 * pitch + 64;  // 64 bytes more, so that eight lanes that read two rows meet no bank twice
-  prepared.sums = reinterpret_cast<unsigned*>(prepared.halves + capacity * prepared.pitch);  // (capacity, padded / 32)
-  prepared.norm = reinterpret_cast<float*>(prepared.sums + capacity * pitch / 32);           // (n_in,)
-  prepared.scale = scales, prepared.norm_tops = norm_tops;
+  prepared.bytes = reinterpret_cast<uint8_t*>(sums_of_items + 2 * half_of_sums);  // (capacity, pitch)
+  prepared.pitch = n_segments * ROW_BYTES + 64;  // 64 bytes more, so that lanes that read several rows meet no bank twice
+  prepared.sums = reinterpret_cast<int*>(prepared.bytes + capacity * prepared.pitch);  // (capacity, n_segments, 16)
+  prepared.norm = reinterpret_cast<float*>(prepared.sums + capacity * n_segments * ROW_SUMS);  // (n_in,)
+  prepared.scale = prepared.norm + (x.norm ? n_in : 0);  // (capacity, n_segments)
 
   // The matrix of a tile, or of an item of a tile of two side by side; and what belongs to it.
   auto matrix_of = [&](int tile, int part) { return paired ? part >= n_segments : (tile >= second) + (tile >= third); };
@@ -262,16 +220,6 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
         wait_for_copies<0>();
       else
         wait_for_copies<STAGES>();  // of the norm's weights
-      if (x.norm) {
-        unsigned top = 0;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < n_in / 4; i += blockDim.x) {  // those that the thread has copied
-          float4 four = *reinterpret_cast<const float4*>(prepared.norm + i * 4);
-          top = max(max(top, magnitude(four.x)), max(magnitude(four.y), max(magnitude(four.z), magnitude(four.w))));
-        }
-        top = __reduce_max_sync(ALL_LANES, top);
-        if (lane == 0) norm_tops[warp] = top;
-      }
       __syncthreads();
     }
   }
@@ -289,23 +237,33 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     return output;
   };
 
-  const f16* columns;  // the lane's, of its row
-  const unsigned* sums_of_blocks;
-  long long row = min(lane / 4, rows.count - 1);
-  if (x.x) {
-    row = rows.of_x(static_cast<int>(row));
-    columns = x.x + row * pitch, sums_of_blocks = x.sums;
-    if (static_cast<int>(threadIdx.x) < rows.count) scales[threadIdx.x] = x.scale[rows.of_x(threadIdx.x)];
-  } else {
-    prepare_rows(x, rows, eps, n_in, prepared);
-    columns = prepared.row(static_cast<int>(row)), sums_of_blocks = prepared.sums;
-  }
-  columns += lane % 4 * 8, sums_of_blocks += row * (pitch / 32);
+  // Rows that a lane needs: with one of their bytes, and with their sums and scales (matmul.cuh). Rows of a mma do not affect each
+  // other, so the last one stands for those that do not exist.
+  bool halves = a_type == HALVES_TYPE, prepares = ONE || !x.x;
+  const uint8_t* bytes = prepared.bytes;
+  const int* sums_of_rows = prepared.sums;
+  const float* scale_of_rows = prepared.scale;
+  int pitch = prepared.pitch;
+  if (prepares)
+    prepare_rows(x, rows, halves, eps, n_in, prepared);
+  else
+    bytes = x.x, pitch = n_segments * ROW_BYTES, sums_of_rows = x.sums, scale_of_rows = x.scale;
+  auto existing = [&](int number) {
+    if (ONE) return 0;
+    number = min(number, rows.count - 1);
+    return prepares ? number : rows.of_x(number);
+  };
+  bool by_eight = halves || rows.count > 4;  // of a group of experts, often few of its rows exist
+  int with_bytes = existing(by_eight ? lane / 4 : lane / 8), with_sums = existing(by_eight ? lane / 4 : lane % 4);
   Output output{};  // this thread's of the first chunk; loaded while items are computed
   {
     int number, tile, out;
     if (place(threadIdx.x, 0, number, tile, out)) output = output_of(number, tile, out);
   }
+
+  auto scale_of = [&](int number, int segment) {
+    return scale_of_rows[existing(number) * n_segments + segment];
+  };
 
   int stage = 0, half = 0;  // threads may still read the other half of sums_of_items
 #pragma unroll 1
@@ -318,20 +276,49 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
       int segment = segment_of(now), matrix = matrix_of(tile_of(now), now.part);
       wait_for_copies<STAGES - 1>();
       __syncwarp(ALL_LANES);
-      MmaD sums = {};
-      for_type(one_of(matrix, a_type, b_type, c_type), [&](auto q) {
-        item_sums<decltype(q)>(ring + stage * stage_bytes, min(n_blocks - segment * SEGMENT, SEGMENT),
-                               columns + segment * SEGMENT * 32, sums_of_blocks + segment * SEGMENT, sums);
-      });
+      float* to = sums_of_tiles + (((now.tile - done) * per_tile + now.part) * 16 << shift);
+      auto put = [&](int number, int out, float sum) {
+        if (number < capacity) to[(out << shift) + number] = __fmul_rn(sum, scale_of(number, segment));
+      };
+      const uint8_t* weights = ring + stage * stage_bytes;
+      int n_pairs = Tiles{nullptr, n_blocks}.n_pairs(segment), type = one_of(matrix, a_type, b_type, c_type);
+      const uint8_t* columns = bytes + (with_bytes * pitch + segment * ROW_BYTES);
+      if (halves) {
+        MmaD sums = half_sums<InShared>(weights, n_pairs, columns + lane % 4 * 16);
+#pragma unroll
+        for (int i = 0; i < 4; i++) put(lane % 4 * 2 + i % 2, lane / 4 + 8 * (i / 2), sums.x[i]);
+      } else if constexpr (ONE) {
+        float sum = 0.0f;
+        for_type(type, [&](auto q) {
+          using Q = decltype(q);
+          sum = one_row_sum<Q, InShared>(planes_at<Q>(weights, n_pairs), n_pairs, columns, sums_of_rows + segment * ROW_SUMS);
+        });
+        if (lane % 4 < 2) put(0, lane / 4 + 8 * (lane % 2), sum);
+      } else {
+        auto sums_of_row = [&](int row) { return sums_of_rows + (row * n_segments + segment) * ROW_SUMS; };
+        for_type(type, [&](auto q) {
+          using Q = decltype(q);
+          Planes planes = planes_at<Q>(weights, n_pairs);
+          int r = lane / 4, c = lane % 4;
+          if (computed_anew(rows.count) > 4) {  // anew, since remembering the answer would take a register
+            eight_row_sums<Q, 1, 2>(
+                planes, n_pairs, lane, [&](int) { return columns + c * 16; }, [&](int) { return sums_of_row(with_sums); },
+                [&](int, int i) { return sums_of_row(existing(2 * c + i)); },
+                [&](int, const float(&sums)[4]) {
+#pragma unroll
+                  for (int v = 0; v < 4; v++) put(2 * c + v % 2, r + 8 * (v / 2), sums[v]);
+                });
+          } else {
+            float total[2];
+            four_row_sums<Q>(planes, n_pairs, columns + c * 16 + r % 2 * 8, sums_of_row(with_sums), total);
+#pragma unroll
+            for (int i = 0; i < 2; i++) put(c, r + 8 * i, total[i]);
+          }
+        });
+      }
       __syncwarp(ALL_LANES);
       request(stage);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
-      float* to = sums_of_tiles + (((now.tile - done) * per_tile + now.part) * 16 << shift);
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int number = lane % 4 * 2 + i % 2, out = lane / 4 + 8 * (i / 2);
-        if (number < capacity) to[(out << shift) + number] = sums.x[i];
-      }
     }
     __syncthreads();
 #pragma unroll 1
@@ -346,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
         gate = sum, sum = 0.0f;
         for_each<float>(0, n_segments, 1, [&](int segment) { return from[segment * 16 << shift]; },
                         [&](float of_segment) { sum = __fadd_rn(sum, of_segment); });
-        sum = __fmul_rn(sum, scales[number]), from += n_segments * 16 << shift;
+        from += n_segments * 16 << shift;
       }
       if (paired) {
         if (a_bias) gate = __fadd_rn(gate, output.first);
@@ -358,8 +345,21 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
         if (activation == GELU) sum = gelu(sum);
       }
       y[output.at] = sum;
-      if (stats)  // then n_out is a multiple of 16, so that all lanes of a group are here
-        put_stats(stats, output.at, sum, out == 0, 0xffffu << (lane & 16));
+      if (squares)  // then n_out is a multiple of 16, so that all lanes of a group are here
+        put_squares(squares, output.at, sum, out == 0, 0xffffu << (lane & 16));
     }
   }
 }
+
+#define FEW_ROWS(name, ONE)                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)                                                                \
+      name(const unsigned char* a, const unsigned char* b, const unsigned char* c, Activations x, Groups groups,               \
+           const float* a_bias, const float* b_bias, const float* c_bias, const float* residual, float* y, float* squares,     \
+           int a_type, int b_type, int c_type, int a_bytes, int b_bytes, int c_bytes, int second, int third, int activation,   \
+           int n_out, int n_in, int n_rows, int shift, int chunk, int stage_bytes, float eps) {                                \
+    DYNAMIC_SHARED(uint8_t, memory);                                                                                           \
+    multiply<ONE>(memory, a, b, c, x, groups, a_bias, b_bias, c_bias, residual, y, squares, a_type, b_type, c_type, a_bytes,   \
+                  b_bytes, c_bytes, second, third, activation, n_out, n_in, n_rows, ONE ? 0 : shift, chunk, stage_bytes, eps); \
+  }
+FEW_ROWS(one_row, true)
+FEW_ROWS(few_rows, false)

@@ -1,61 +1,64 @@
 // The computation of matmul.cu and few_rows.cu for one output and one row, as a plain loop. Read this file first.
 //
-// The kernels add the same numbers in the same order, but divide the work among lanes, warps and blocks. No kernel
-// includes this file: tests/kernels/test_matmul.py compares its bits with theirs in the build for the CPU, where an mma
-// rounds only once, at its end. Include arguments.cuh, quants.cuh and matmul.cuh before it.
+// The kernels add the same numbers, those that are not integers in the same order, but divide the work among lanes, warps and
+// blocks. No kernel includes this file: tests/kernels/test_matmul.py compares its bits with theirs. Include arguments.cuh,
+// quants.cuh, matmul.cuh and quantize_rows.cuh before it.
 
-// The sum over all columns, before the row's scale, the bias and the residual. x: see Activations.
+// The sum over all columns, before the bias and the residual. x: see Activations.
 template <class Q>
 __device__ float plain_sum(const Tiles& w, const Activations& x, int row, int out) {
-  int tile = out / 16, of_tile = out % 16, r = of_tile % 8, lower = of_tile / 8;
+  int tile = out / 16, of_tile = out % 16, r = of_tile % 8, i = of_tile / 8;
   float total = 0.0f;
   for (int segment = 0; segment < w.n_segments(); segment++) {
-    int first = segment * SEGMENT, count = min(SEGMENT, w.n_blocks - first);
+    int n_pairs = w.n_pairs(segment);
+    long long at = static_cast<long long>(row) * w.n_segments() + segment;
+    const uint8_t* bytes = x.x + at * ROW_BYTES;
+    const int* sums = x.sums + at * ROW_SUMS;
     Planes planes = planes_of<Q>(w, tile, segment);
-    typename Q::Scales scale = Q::template scales<InGlobal>(planes, of_tile);
-    typename Q::Scales scales[2] = {scale, scale};
-    float sums[2] = {};  // of the segment; SCALED: of the two halves of its blocks
-    for (int j = 0; j < count; j++) {
-      const f16* columns = x.x + static_cast<long long>(row) * padded(32 * w.n_blocks) + (first + j) * 32;
-      float products = 0.0f;  // of the block, or of half of it, if its scale is not part of the operand
-      for (int half = 0; half < 2; half++) {
-        double exact = Q::SCALED ? sums[half] : products;  // an mma rounds once here; on a GPU slightly differently
-        for (int k = 0; k < 16; k++) {
-          int c = k % 8 / 2, i = k % 2, second = k / 8;  // column 16 half + 4c + 2 second + i of the block
-          typename Q::Words words = Q::template load<InGlobal>(lane_of<Q>(planes, j, 4 * r + c), 0);
-          MmaA a[2];
-          block_operands<Q>(words, scales, j, a);
-          f16 weight = static_cast<f16>(a[half].x[2 * second + lower] >> 16 * i);
-          f16 value = columns[8 * c + 4 * half + 2 * second + i];
-          exact += static_cast<double>(f16_to_f32(weight)) * f16_to_f32(value);
+    // Of one half of a block: Σ code · h, Σ code · l, and Σ (256 h + l).
+    auto half_sums = [&](int block, int half, int& of_row) {
+      Bytes of{};
+      of_row = sums[block * 2 + half];
+      for (int c = 0; c < 4; c++) {
+        Codes codes = Q::template codes<InGlobal>(lane_of<Q>(planes, 4 * r + c), block % n_pairs);
+        for (int column = 0; column < 4; column++) {  // column 16 half + 4 c + column of the block
+          int byte = byte_of(codes.x[block / n_pairs].x[2 * half + i], column);
+          int code = Q::SIGNED ? static_cast<int8_t>(byte) : byte;
+          const uint8_t* of_column = bytes + block * 64 + c * 16 + half * 4 + column;
+          of.h += code * static_cast<int8_t>(of_column[0]), of.l += code * static_cast<int8_t>(of_column[8]);
         }
-        (Q::SCALED ? sums[half] : products) = static_cast<float>(exact);
-        if constexpr (!Q::SCALED)
-          if (half == 1 || Q::SPLIT) {
-            sums[0] = __fmaf_rn(Q::factor(scale, j, half), products, sums[0]);
-            products = 0.0f;
-          }
       }
-    }
-    float part = 0.0f;  // of the minimums
-    if constexpr (Q::HAS_MINIMUM) {
-      double exact = 0.0;  // Σ over blocks of the minimum times 1/32 of the block's sum of activations
-      for (int second = 0; second < 2; second++)
-        for (int c = 0; c < 4; c++) {
-          int j = 4 * second + c;
-          if (j >= count) continue;
-          f16x2 minimums[2];  // of blocks c and c + 4, twice each
-          Q::minimum_operand(scale, c, minimums);
-          f16x2 parts = x.sums[static_cast<long long>(row) * (padded(32 * w.n_blocks) / 32) + first + j];
-          for (int i = 0; i < 2; i++)
-            exact += static_cast<double>(f16_to_f32(static_cast<f16>(minimums[second] >> 16 * i))) *
-                     f16_to_f32(static_cast<f16>(parts >> 16 * i));
+      return of;
+    };
+    float sum = 0.0f;
+    if constexpr (Q::INTEGER) {
+      Bytes all{};
+      int subtracted = 0;
+      for (int block = 0; block < 2 * n_pairs; block++)
+        for (int half = 0; half < 2; half++) {
+          int j = block % n_pairs, k = block / n_pairs, of_row;
+          auto scales = Q::template scales<InGlobal>(planes, 4 * r + (Q::HALVES ? 2 * (j % 2) + half : j));
+          int scale = Q::integer(scales, i, Q::HALVES ? 2 * (j / 2) + k : k);
+          Bytes of = half_sums(block, half, of_row);
+          all.h += of.h * scale, all.l += of.l * scale;
+          if constexpr (Q::HAS_MINIMUM)
+            subtracted += Q::integer_minimum(scales, i, k) * of_row;
+          else
+            subtracted += scale * of_row;
         }
-      part = __fmul_rn(Q::minimum_whole(scale), static_cast<float>(exact));
+      sum = integer_sum<Q>(Q::template whole<InGlobal>(planes, r), i, all.h, all.l, subtracted);
+    } else {
+      float of_pair[MOST_PAIRS] = {};
+      for (int j = 0; j < n_pairs; j++)
+        for (int k = 0; k < 2; k++) {
+          int block = j + k * n_pairs, of_row[2];
+          Bytes first = half_sums(block, 0, of_row[0]), second = half_sums(block, 1, of_row[1]);
+          auto scales = Q::template scales<InGlobal>(planes, 4 * r + j);
+          of_pair[j] = block_sum<Q>(scales, i, k, {first.h + second.h, first.l + second.l}, of_row[0] + of_row[1], of_pair[j]);
+        }
+      sum = ((of_pair[0] + of_pair[1]) + (of_pair[2] + of_pair[3])) * Q::UNIT;
     }
-    float sum = Q::SCALED ? __fadd_rn(sums[0], sums[1]) : sums[0];
-    if constexpr (Q::WHOLE) sum = Q::HAS_MINIMUM ? __fmaf_rn(Q::whole(scale), sum, part) : __fmul_rn(Q::whole(scale), sum);
-    total = __fadd_rn(total, sum);
+    total = __fadd_rn(total, __fmul_rn(sum, x.scale[at]));
   }
   return total;
 }

@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(32)
   if (threadIdx.x < n_used) shares[row * n_used + threadIdx.x] = soft_max(taken, n_used, threadIdx.x);
 }
 
-extern "C" __global__ void combine_f32(const float* x, const float* shares, const float* residual, float* y, float* stats,
+extern "C" __global__ void combine_f32(const float* x, const float* shares, const float* residual, float* y, float* squares,
                                        int n_used, int n) {
   let_next_begin();
   wait_for_previous();
@@ -85,7 +85,7 @@ extern "C" __global__ void combine_f32(const float* x, const float* shares, cons
       total = __fadd_rn(total, __fmul_rn(from[static_cast<long long>(rank) * n], share[rank]));
     y[at] = total = __fadd_rn(total, residual[at]);
   }
-  if (stats) put_stats(stats, at, total, i < n && i % GROUP == 0, ALL_LANES);
+  if (squares) put_squares(squares, at, total, i < n && i % GROUP == 0, ALL_LANES);
 }
 
 extern "C" __global__ void sum_experts_f32(const float* x, float* y, int n_used, int n, long long n_elements) {

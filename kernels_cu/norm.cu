@@ -2,14 +2,13 @@
 //
 //   rms_norm_f32    y = x · 1/√(mean(x²) + eps) · weight
 //   layer_norm_f32  y = (x - mean) · 1/√(mean((x - mean)²) + eps) · weight + bias
-//   rms_norm_f16, layer_norm_f16  the same, then quantize_rows_f16 (quantize_rows.cu), for rows that products read; with the
-//                   bits of the two kernels one after another, but that an RMS norm's rows have another power of two
+//   rms_norm_rows, layer_norm_rows  the same, then quantize_rows (quantize_rows.cu), for rows that products read, with the bits
+//                   of the two kernels one after another
+//   row_squares     the sums of squares of every 16 columns of rows, n a multiple of 16, from any kernel that does not give them
 //
-//   row_stats_f32   Stats of rows, n a multiple of 16, from any kernel that does not give them
-//
-// x, y (n_rows, n) float32; weight, bias (n,) float32. Grid: x rows, row_stats_f32: y blocks of 256 columns; block: 256 threads,
-// one row. Dynamic shared memory: the sums of 2 · n_groups(n) groups; in the kernels *_f16, n floats before them.
-// In the kernels *_f16, y may be null; out, scale and sums are as in quantize_rows.cu, or out is null. They may be launched
+// x, y (n_rows, n) float32; weight, bias (n,) float32. Grid: x rows, row_squares: y blocks of 256 columns; block: 256 threads,
+// one row. Dynamic shared memory: the sums of 2 · n_groups(n) groups; in the kernels *_rows, n floats before them.
+// In the kernels *_rows, y may be null; out, scale and sums are as in quantize_rows.cu, or out is null. They may be launched
 // to overlap with the previous kernel, and read a row once.
 // The order of additions depends on n only: see norm.cuh. The kernels *_f32 read the row twice (layer_norm: three times),
 // after the first time from cache; they write 4 bytes per element. NaN or infinity in a row does not affect other rows.
@@ -29,20 +28,13 @@ __device__ __forceinline__ void norm_f32(const float* x, const float* weight, co
   for (int i = threadIdx.x; i < n; i += NORM_THREADS) out[i] = normed(row[i], of, weight, bias, i);
 }
 
-constexpr int N_TOPS = 2 * NORM_THREADS / 32;  // of the row and of the weights, one for each warp
-
-// The halves of an RMS norm have the exponent that few_rows.cu knows before it has normed an element.
-__device__ __forceinline__ void norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out,
-                                         float* scale, unsigned* sums, int n, float eps, unsigned* tops) {
+__device__ __forceinline__ void norm_rows(const float* x, const float* weight, const float* bias, float* y, unsigned char* out,
+                                          float* scale, int* sums, int n, int halves, float eps) {
   DYNAMIC_SHARED(float, row);
   let_next_begin();
   wait_for_previous();
-  unsigned top = 0, weight_top = 0;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < n; i += NORM_THREADS) {
-    row[i] = x[static_cast<long long>(blockIdx.x) * n + i];
-    top = max(top, magnitude(row[i])), weight_top = max(weight_top, magnitude(weight[i]));
-  }
+  for (int i = threadIdx.x; i < n; i += NORM_THREADS) row[i] = x[static_cast<long long>(blockIdx.x) * n + i];
   // Until the next barrier but one, only thread i uses elements i, i + 256, ….
   Moments of = moments(row, bias, n, eps, row + n);
   for (int i = threadIdx.x; i < n; i += NORM_THREADS) {
@@ -51,17 +43,8 @@ __device__ __forceinline__ void norm_f16(const float* x, const float* weight, co
     row[i] = value;
   }
   if (!out) return;
-  if (bias) {
-    __syncthreads();
-    row_as_halves(row, blockIdx.x, out, scale, sums, n, tops);
-    return;
-  }
-  top = __reduce_max_sync(ALL_LANES, top), weight_top = __reduce_max_sync(ALL_LANES, weight_top);
-  int warp = threadIdx.x / 32, n_warps = NORM_THREADS / 32;
-  if (threadIdx.x % 32 == 0) tops[warp] = top, tops[n_warps + warp] = weight_top;
   __syncthreads();
-  for (int i = 0; i < n_warps; i++) top = max(top, tops[i]), weight_top = max(weight_top, tops[n_warps + i]);
-  write_halves(row, blockIdx.x, normed_exponent(top, weight_top, of.scale), out, scale, sums, n);
+  convert_row(row, blockIdx.x, halves, out, scale, sums, n, threadIdx.x / 32, NORM_THREADS / 32);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -75,22 +58,21 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    rms_norm_f16(const float* x, const float* weight, float* y, f16* out, float* scale, unsigned* sums, int n, float eps) {
-  __shared__ unsigned tops[N_TOPS];
-  norm_f16(x, weight, nullptr, y, out, scale, sums, n, eps, tops);
+    rms_norm_rows(const float* x, const float* weight, float* y, unsigned char* out, float* scale, int* sums, int n, int halves,
+                  float eps) {
+  norm_rows(x, weight, nullptr, y, out, scale, sums, n, halves, eps);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    layer_norm_f16(const float* x, const float* weight, const float* bias, float* y, f16* out, float* scale, unsigned* sums,
-                   int n, float eps) {
-  __shared__ unsigned tops[N_TOPS];
-  norm_f16(x, weight, bias, y, out, scale, sums, n, eps, tops);
+    layer_norm_rows(const float* x, const float* weight, const float* bias, float* y, unsigned char* out, float* scale, int* sums,
+                    int n, int halves, float eps) {
+  norm_rows(x, weight, bias, y, out, scale, sums, n, halves, eps);
 }
 
-extern "C" __global__ void __launch_bounds__(256) row_stats_f32(const float* x, float* stats, int n) {
+extern "C" __global__ void __launch_bounds__(256) row_squares(const float* x, float* squares, int n) {
   let_next_begin();
   wait_for_previous();
   int i = blockIdx.y * blockDim.x + threadIdx.x;
   long long at = static_cast<long long>(blockIdx.x) * n + i;
-  put_stats(stats, at, i < n ? x[at] : 0.0f, i < n && i % GROUP == 0, ALL_LANES);
+  put_squares(squares, at, i < n ? x[at] : 0.0f, i < n && i % GROUP == 0, ALL_LANES);
 }

@@ -2,11 +2,8 @@
 //
 // The order of additions, for any number of threads: 16 elements each, a group, are added by a butterfly; lane l of a warp
 // adds groups l, l + 32, …, and the lanes are added by warp_sum. A kernel that makes rows can leave the groups' sums of squares
-// to the kernels that read them: see put_stats.
+// to the kernels that read them: see put_squares.
 constexpr int GROUP = 16;
-
-// Stats are what is known of a group: its largest magnitude, and its sum of squares. Arrays of it are (n_rows, n / 16, 2). A
-// largest magnitude is found by the bits, which are in the order of magnitudes, with NaN above all.
 
 // The sum of 16 values, one in each of 16 adjacent lanes. lanes: those that take part, whole groups.
 __device__ __forceinline__ float group_sum(float x, unsigned lanes = ALL_LANES) {
@@ -14,31 +11,12 @@ __device__ __forceinline__ float group_sum(float x, unsigned lanes = ALL_LANES) 
   for (int offset = GROUP / 2; offset; offset /= 2) x += __shfl_xor_sync(lanes, x, offset);
   return x;
 }
-__device__ __forceinline__ unsigned magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
-// Writes the Stats of a group, of which each lane has a column: element number `at` of all rows, whose width is a multiple of 16.
-// writes: whether the lane has the first column of a group that exists. lanes: as in group_sum.
-__device__ __forceinline__ void put_stats(float* stats, long long at, float value, bool writes, unsigned lanes) {
-  unsigned top = magnitude(value);
-#pragma unroll
-  for (int offset = GROUP / 2; offset; offset /= 2) top = max(top, __shfl_xor_sync(lanes, top, offset));
-  float squares = group_sum(__fmul_rn(value, value), lanes);
-  if (writes)
-    reinterpret_cast<float2*>(stats)[static_cast<uint64_t>(at) / GROUP] = make_float2(__uint_as_float(top), squares);
-}
-// The same for a group of which each of four adjacent lanes has four adjacent columns. stats: the group's.
-__device__ __forceinline__ void put_stats_of_four(float* stats, const float4& four) {
-  unsigned lanes = 0xfu << (threadIdx.x & 28);
-  unsigned top = max(max(magnitude(four.x), magnitude(four.y)), max(magnitude(four.z), magnitude(four.w)));
-  float squares[4] = {__fmul_rn(four.x, four.x), __fmul_rn(four.y, four.y), __fmul_rn(four.z, four.z),
-                      __fmul_rn(four.w, four.w)};
-#pragma unroll
-  for (int offset = 2; offset; offset /= 2) {
-    top = max(top, __shfl_xor_sync(lanes, top, offset));
-#pragma unroll
-    for (int i = 0; i < 4; i++) squares[i] += __shfl_xor_sync(lanes, squares[i], offset);
-  }
-  float sum = (squares[0] + squares[2]) + (squares[1] + squares[3]);
-  if (threadIdx.x % 4 == 0) *reinterpret_cast<float2*>(stats) = make_float2(__uint_as_float(top), sum);
+// Writes the sum of squares of a group, of which each lane has a column: element number `at` of all rows, whose width is a
+// multiple of 16. squares: (n_rows, n / 16). writes: whether the lane has the first column of a group that exists. lanes: as in
+// group_sum.
+__device__ __forceinline__ void put_squares(float* squares, long long at, float value, bool writes, unsigned lanes) {
+  float sum = group_sum(__fmul_rn(value, value), lanes);
+  if (writes) squares[static_cast<uint64_t>(at) / GROUP] = sum;
 }
 // Calls take(element(i)) for i = first, first + step, … below n, in this order. The calls of element overlap, eight at a time, also
 // the last ones; take gets what T{} is in place of elements that do not exist.

@@ -1,21 +1,25 @@
-// Converts activation rows to the form that products read: halves with an exact power of two per row, and sums of 32.
+// Converts rows of activations to the form that products read: integers of 16 bits with an exact power of two for every
+// segment of 256 columns, as two signed bytes; or halves.
 //
-//   e = the exponent for which max |x[t]| · 2^-e is in [2^14, 2^15), at least -126; out = half(x · 2^-e) in the order of
-//   layout.activation_order; scale[t] = 2^e; sums[t, b] = 1/32 of the sum of block b's 32 halves, as two halves whose sum
-//   it is up to 2^-22
-// So rows of 1e6 do not overflow and rows of 1e-6 do not vanish: elements above 2^-28 of the row's largest keep all 11
-// bits. A row with NaN or infinity has e = 0, and they are copied unchanged. A row of zeros has e = 0.
+//   integers   q = round(x / 2^e) = 256 h + l, for the least e ≥ -126 for which every |q| ≤ 32,639; out has for each block of
+//              32 columns, in lanes 4 r + c of four lanes c: h of columns 4c … 4c + 3 and 16 + 4c … 16 + 4c + 3, then l of them.
+//              sums[t, b]: Σ q over 16 columns
+//   halves     half(x / 2^e), the largest in [2^14, 2^15), for half-precision weights; in the same order of columns
+//   scale[t, s] = 2^e of the segment
+// So rows of 1e6 do not overflow and rows of 1e-6 do not vanish, and what is far from the largest element of a row keeps its
+// precision. A segment with NaN or infinity has the scale NaN (halves: e = 0, and they are copied). Integers' products
+// with integers are exact, so that the order in which tensor cores add them does not matter.
 //
-// Array code: refengine.cuda.reference.quantize_rows. x (n_rows, n_in) float32; out (n_rows, padded) halves;
-// scale (n_rows,); sums (n_rows, padded / 32) pairs of halves; padded: n_in rounded up to 256, with zeros.
-// Grid: x rows; block: any number of warps. May be launched to overlap
-// with the previous kernel. Block sums use the tree of warp_sum; the order of a maximum does not matter. Reads x twice
-// (once from cache), writes 2 bytes per element.
+// Array code: refengine.ops.integers and refengine.ops.halves. x (n_rows, n_in) float32; out (n_rows, n_segments, 512) bytes;
+// sums (n_rows, n_segments, 16) int32; scale (n_rows, n_segments) float32; zeros after the row's end.
+// Grid: x rows, y groups of as many segments as a block has warps. May be launched to overlap with the previous kernel. Reads 4
+// bytes per element and writes 2.
 #include "quantize_rows.cuh"
 
-extern "C" __global__ void quantize_rows_f16(const float* x, f16* out, float* scale, unsigned* sums, int n_in) {
-  __shared__ unsigned tops[32];
+extern "C" __global__ void quantize_rows(const float* x, unsigned char* out, float* scale, int* sums, int n_in, int halves) {
   let_next_begin();
   wait_for_previous();
-  row_as_halves(x + static_cast<long long>(blockIdx.x) * n_in, blockIdx.x, out, scale, sums, n_in, tops);
+  int segment = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
+  convert_row(x + static_cast<long long>(blockIdx.x) * n_in, blockIdx.x, halves, out, scale, sums, n_in, segment,
+              gridDim.y * (blockDim.x / 32));
 }

@@ -1,74 +1,91 @@
-// Converts a row to the form that products read. Shared by quantize_rows.cu, norm.cu and few_rows.cu.
+// Converts rows of activations to the form that products read. Shared by quantize_rows.cu, norm.cu and few_rows.cu.
+//
+// A warp converts a segment, 256 columns of a row. The segment has a power of two of its own.
 
-// A lane's eight columns of a block of 32: 4c … 4c + 3 and 16 + 4c … 16 + 4c + 3, for lane 4r + c.
+constexpr int SEGMENT_COLUMNS = 256;
+constexpr int ROW_BYTES = 2 * SEGMENT_COLUMNS, ROW_SUMS = SEGMENT_COLUMNS / 16;  // of a segment of a converted row
+
+__device__ __forceinline__ int segments_of(int n_in) { return (n_in + SEGMENT_COLUMNS - 1) / SEGMENT_COLUMNS; }
+
+// A lane's eight columns of a block of 32: 4c … 4c + 3 and 16 + 4c … 16 + 4c + 3, for lane 4r + c. Block r of eight.
 struct EightColumns {
   float x[8];
 };
-// Whether a lane's block exists, of eight blocks of a row from block `start` on: lane 4r + c has columns of block start + r.
-__device__ __forceinline__ bool in_row(int start, int n_in) {
-  return (start + static_cast<int>(threadIdx.x) % 32 / 4) * 32 < n_in;
-}
-// The lane's columns; zeros after the row's end.
-__device__ __forceinline__ EightColumns columns_of_row(const float* row, int start, int n_in) {
-  if (!in_row(start, n_in)) return {};
-  const float4* from = reinterpret_cast<const float4*>(row + (start + threadIdx.x % 32 / 4) * 32) + threadIdx.x % 4;
+// The lane's columns of a segment; zeros after the row's end.
+__device__ __forceinline__ EightColumns columns_of_row(const float* row, int segment, int n_in) {
+  int block = segment * SEGMENT_COLUMNS / 32 + static_cast<int>(threadIdx.x) % 32 / 4;
+  if (block * 32 >= n_in) return {};
+  const float4* from = reinterpret_cast<const float4*>(row + block * 32) + threadIdx.x % 4;
   float4 a = from[0], b = from[4];
   return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
-// The largest magnitude, as bits, which are in the order of magnitudes, and NaN above all.
-__device__ __forceinline__ unsigned top_of(const EightColumns& x) {
+
+// The converted form of a lane's columns, the sum of the integers of four lanes' halves of the block, and the segment's
+// power of two, NaN if the segment has NaN or infinity.
+struct Converted {
+  uint4 words;
+  int2 sums;
+  float scale;
+};
+
+__device__ __forceinline__ unsigned top_of_segment(const EightColumns& x) {
   unsigned top = 0;
 #pragma unroll
-  for (int i = 0; i < 8; i++) top = max(top, __float_as_uint(x.x[i]) & 0x7fffffffu);
-  return top;
+  for (int i = 0; i < 8; i++) top = max(top, magnitude(x.x[i]));
+  return __reduce_max_sync(ALL_LANES, top);
 }
 
-// Writes the halves x · 2^-e of eight blocks, and their sums, with one warp. halves and sums: of the row.
-__device__ __forceinline__ void blocks_as_halves(const EightColumns& x, int e, int start, f16* halves, unsigned* sums) {
-  int block = start + threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  auto pair = [&](int i) { return f32_to_f16x2(times_power(x.x[i], e), times_power(x.x[i + 1], e)); };
-  uint4 words = make_uint4(pair(0), pair(2), pair(4), pair(6));
-  // The tree of warp_sum for one column in a lane: columns 16, 8, 4, 2 and 1 apart are added one after another.
-  float sum[4];
+// As integers q = 256 h + l of signed bytes, with the lane's words h, h, l, l.
+__device__ __forceinline__ Converted as_integers(const EightColumns& x) {
+  constexpr float TO_INTEGER = 12582912.0f + 128.0f;  // in the fraction of 3 · 2^22, the last bit counts one
+  unsigned top = top_of_segment(x);
+  // The least e for which no q is above 127 · 256 + 127, after rounding: 0x7eff00 is the fraction of 32639.5.
+  int e = max(static_cast<int>((top + (0x800000u - 0x7eff00u)) >> 23) - 127 - 14, -126);
+  float inverse = power_of_two(-e);
+  uint32_t of[8];  // q + 128: the bytes h and l + 128
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    sum[i] = half_of(words, i) + half_of(words, 4 + i);
-    sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
-    sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
+  for (int i = 0; i < 8; i++) of[i] = __float_as_uint(__fmaf_rn(x.x[i], inverse, TO_INTEGER));
+  Converted to;
+  uint32_t words[2][2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    uint32_t* q = of + 4 * half;
+    uint32_t first = __byte_perm(q[0], q[1], 0x5140), second = __byte_perm(q[2], q[3], 0x5140);  // l, l, h, h
+    words[0][half] = __byte_perm(first, second, 0x7632), words[1][half] = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
+    int high = __dp4a(static_cast<int>(words[0][half]), 0x01010101, 0);
+    int sum = __dp4a(static_cast<int>(words[1][half]), 0x01010101, high * 256);
+    sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+    sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+    (half ? to.sums.y : to.sums.x) = sum;
   }
-  float total = ((sum[0] + sum[2]) + (sum[1] + sum[3])) * 0x1p-5f;
-  f16 most = f32_to_f16(total);
-  f16 rest = f32_to_f16(__fadd_rn(total, -f16_to_f32(most)));
-  reinterpret_cast<uint4*>(halves)[block * 4 + c] = words;
-  if (c == 0) sums[block] = pack_f16x2(most, rest);
+  to.words = make_uint4(words[0][0], words[0][1], words[1][0], words[1][1]);
+  to.scale = top < 0x7f800000u ? power_of_two(e) : __uint_as_float(0x7fc00000u);
+  return to;
 }
 
-// Writes row `out_row` of halves x · 2^-e, sums and scale from n_in floats x, with all threads of a block.
-__device__ __forceinline__ void write_halves(const float* row, int out_row, int e, f16* out, float* scale, unsigned* sums,
-                                             int n_in) {
-  int n_blocks = padded(n_in) / 32, first = threadIdx.x / 32 * 8, n_warps = blockDim.x / 32;
-  for (int start = first; start < n_blocks; start += n_warps * 8)
-    blocks_as_halves(columns_of_row(row, start, n_in), e, start, out + static_cast<long long>(out_row) * n_blocks * 32,
-                     sums + static_cast<long long>(out_row) * n_blocks);
-  if (threadIdx.x == 0) scale[out_row] = power_of_two(e);
+// As halves, for half-precision weights. NaN and infinity are copied.
+__device__ __forceinline__ Converted as_halves(const EightColumns& x) {
+  int e = row_exponent(__uint_as_float(top_of_segment(x)));
+  auto pair = [&](int i) { return f32_to_f16x2(times_power(x.x[i], e), times_power(x.x[i + 1], e)); };
+  return {make_uint4(pair(0), pair(2), pair(4), pair(6)), {}, power_of_two(e)};
 }
 
-// An exponent for a row after an RMS norm, from the largest magnitudes, as bits, of the row before it and of the weights, and
-// the norm's scale: no element is larger than what a norm makes of both of them, because rounding keeps the order. The exponent
-// may be larger than that of the largest element, which takes nothing from the precision of halves, but from their range.
-__device__ __forceinline__ int normed_exponent(unsigned top, unsigned weight_top, float scale) {
-  return row_exponent(__fmul_rn(__fmul_rn(__uint_as_float(top), scale), __uint_as_float(weight_top)));
+// Writes a segment with one warp. to, sums and scale: the segment's places.
+__device__ __forceinline__ void convert_segment(const EightColumns& x, bool halves, uint8_t* to, int* sums, float* scale) {
+  int lane = threadIdx.x % 32;
+  Converted converted = halves ? as_halves(x) : as_integers(x);
+  reinterpret_cast<uint4*>(to)[lane] = converted.words;
+  if (lane % 4 == 0) reinterpret_cast<int2*>(sums)[lane / 4] = converted.sums;
+  if (lane == 0) *scale = converted.scale;
 }
 
-// The same with the exponent for the largest magnitude. tops: one number per warp.
-__device__ __forceinline__ void row_as_halves(const float* row, int out_row, f16* out, float* scale, unsigned* sums,
-                                              int n_in, unsigned* tops) {
-  int n_blocks = padded(n_in) / 32, first = threadIdx.x / 32 * 8, n_warps = blockDim.x / 32;
-  unsigned top = 0;
-  for (int start = first; start < n_blocks; start += n_warps * 8) top = max(top, top_of(columns_of_row(row, start, n_in)));
-  top = __reduce_max_sync(ALL_LANES, top);
-  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
-  __syncthreads();
-  for (int i = 0; i < n_warps; i++) top = max(top, tops[i]);
-  write_halves(row, out_row, row_exponent(__uint_as_float(top)), out, scale, sums, n_in);
+// Writes row `out_row` from n_in floats with all threads of a block, segment after segment from number `first` on.
+__device__ __forceinline__ void convert_row(const float* row, int out_row, bool halves, unsigned char* out, float* scale, int* sums,
+                                            int n_in, int first, int step) {
+  int n_segments = segments_of(n_in);
+#pragma unroll 1
+  for (int segment = first; segment < n_segments; segment += step) {
+    long long at = static_cast<long long>(out_row) * n_segments + segment;
+    convert_segment(columns_of_row(row, segment, n_in), halves, out + at * ROW_BYTES, sums + at * ROW_SUMS, scale + at);
+  }
 }

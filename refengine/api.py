@@ -68,7 +68,7 @@ def load(
         raise RequestError(f"attention {attention!r}: choose flash or reference")
     opened = open_device(device)
     rounding = profile(numerics or ("exact" if opened.name == "cpu" else "fast"), kv_type)
-    if opened.name == "host" and not rounding.half_rows:
+    if opened.name == "host" and not rounding.as_kernels:
         raise RequestError(f"device host runs the CUDA kernels, which need numerics fast; use cpu for {rounding.name}")
     gguf = path if isinstance(path, GGUFFile) else GGUFFile(PACKAGED_MODEL if path is None else resolve(path))
     config = read_config(gguf)
@@ -78,7 +78,7 @@ def load(
     architecture = BY_ARCHITECTURE[config.arch]
     specs = architecture.tensors(config)
     dequantized: Dequantized | None = None
-    if rounding.half_rows and opened.name != "cpu":
+    if rounding.as_kernels and opened.name != "cpu":
         check_tensors(gguf, specs)
         kernels = open_kernels(opened, gguf.tensors.values(), attention, copy_chunk_kb << 10)
         ops: Any = kernels.ops

@@ -23,8 +23,8 @@ from gguf import GGMLQuantizationType
 
 from refengine import quants
 from refengine.cuda.kernels import matmul
-from refengine.cuda.kernels.few_rows import FEW_ROWS, few_rows_launch
-from refengine.cuda.kernels.quantize_rows import Rows, padded
+from refengine.cuda.kernels.few_rows import FEW_ROWS, few_rows_launch, reads_halves
+from refengine.cuda.kernels.quantize_rows import Converted, Rows, quantize_rows
 from refengine.cuda.layout import PackedMatrix, pack
 from refengine.cuda.runtime.launch import Kernels
 from refengine.device import open_device
@@ -114,10 +114,9 @@ def bench(xp: Any, kernels: Kernels, kind: str, n_out: int, n_in: int, n_rows: i
     copies = [one]
     for _ in range(n_copies - 1):
         copies.append(replace(one, data=one.data.copy()))
-    x = (xp.random.standard_normal((n_rows, padded(n_in))) * 1000).astype(xp.float16)
-    x[:, n_in:] = 0
-    sums, scale = xp.zeros((n_rows, padded(n_in) // 32), xp.uint32), xp.ones(n_rows, xp.float32)
-    rows, y = Rows(n_rows, None, x, sums, scale), xp.empty((n_rows, n_out), xp.float32)
+    converted = Converted.empty(xp, n_rows, n_in, halves=reads_halves(one))
+    quantize_rows(kernels, xp.random.standard_normal((n_rows, n_in)).astype(xp.float32), converted)
+    rows, y = Rows(n_rows, None, converted), xp.empty((n_rows, n_out), xp.float32)
     warps = 4
     if n_rows <= FEW_ROWS:
         warps = few_rows_launch(kernels, [one], n_out, rows, n_rows).warps

@@ -216,7 +216,8 @@ inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
   return static_cast<unsigned long long>((static_cast<unsigned __int128>(a) * b) >> 64);
 }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((std::uint64_t{a} * b) >> 32); }
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+namespace hostcuda {
+inline unsigned permuted(unsigned a, unsigned b, unsigned selector) {
   std::uint64_t bytes = std::uint64_t{b} << 32 | a;
   unsigned result = 0;
   for (int i = 0; i < 4; i++) {
@@ -227,6 +228,9 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   }
   return result;
 }
+}  // namespace hostcuda
+// Of a selector's nibbles, a GPU uses three bits.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) { return hostcuda::permuted(a, b, selector & 0x7777u); }
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; i++)
     c += static_cast<int>(static_cast<std::int8_t>(a >> (8 * i))) * static_cast<std::int8_t>(b >> (8 * i));

@@ -1,25 +1,26 @@
 """The layout of weights on the device: the same bits as in the file, in the order in which a warp multiplies them.
 
-A matrix (n_out, n_in) is divided into tiles of 16 rows by 32 columns, which one warp multiplies in two
-`mma.sync.m16n8k16`. Lane 4·r + c has columns 4c … 4c + 3 and 16 + 4c … 16 + 4c + 3 of rows r and r + 8 of a tile: four
-for each mma. Activations have the same order (`activation_order`), so a lane's activations are 16 adjacent bytes. Eight
-tiles side by side, 256 columns, are a segment, which is contiguous in memory, so that a warp copies it at once; the
-segments of the same 16 rows follow one another, the last one with fewer tiles if the row ends in it. In a segment, each
-part of a block (low bits, high bits, scales) has its own plane, tile after tile, so that a warp's loads are contiguous:
+A matrix (n_out, n_in) is divided into tiles of 16 rows and segments of 256 columns. A segment has up to eight blocks of
+32 columns, in pairs: with n_pairs pairs, pair j is blocks j and j + n_pairs. A warp multiplies a block in one
+`mma.sync.m16n8k32`, for which lane 4·r + c has columns 4c … 4c + 3 and 16 + 4c … 16 + 4c + 3 of rows r and r + 8. Its
+codes are four words, one for each register of that instruction: columns 4c … of row r, of row r + 8, then columns
+16 + 4c … of both. A segment is contiguous in memory, so that a warp copies it at once; the segments of the same 16 rows
+follow one another, the last one with fewer pairs if the row ends in it. In a segment, each part of a block (low bits,
+high bits, scales) has its own plane, pair after pair, so that a warp's loads are contiguous:
 
-    low   4-bit types: a word of 8 nibbles per row; the even columns in nibbles 0…3, the odd ones in 4…7
-          MXFP4: columns 0…3 in bits 7 and 3-1 of one byte each, columns 4…7 in bits 0 and 6-4 of these bytes
-          Q8_0: 8 bytes per row.  F16: 8 halves per row
-    high  the fifth bits (Q5_*: two bytes per lane) or fifth and sixth bits (Q6_K: four), in the order of `_high`
-    scales  the scales of 256 columns of a row, for 16 rows together:
-            Q4_0, Q5_0, Q8_0: eight d.  Q4_1, Q5_1: eight d, then eight m.  MXFP4: eight e
-            Q4_K, Q5_K: the eight scales and eight minimums of six bits, one byte each (1.4 % more than in the file,
-            but a quarter fewer instructions)
-            Q6_K: the sixteen scales of one byte
-    d       Q4_K, Q5_K: d and dmin, Q6_K: d, for 256 columns, 16 rows together
+    low     4-bit codes: four words a lane; the low nibbles of their bytes are those of block j, the high nibbles those
+            of block j + n_pairs. MXFP4: instead nibbles 0…3 and 4…7 of each word
+            Q8_0: four words a lane for block j.  F16: eight halves for each row, block after block
+    high    the fifth bits (Q5_*: one word a lane), or fifth and sixth bits (Q6_K: one word for each block), in the
+            order of `_high`.  Q8_0: four words for block j + n_pairs
+    scales  those of blocks c and c + n_pairs, in lane 4·r + c, for row r, then r + 8: d (Q4_0, Q5_0, Q8_0); d, then m
+            (Q4_1, Q5_1); e (MXFP4); scales, then minimums of six bits, one byte each (Q4_K, Q5_K: 1.4 % more than in
+            the file, but far fewer instructions).  Q6_K: in lane 4·r + 2·(j % 2) + half, the scales of that half of
+            blocks j and j + n_pairs for j below 2, then for the others
+    whole   Q4_K, Q5_K: d and dmin, Q6_K: d, for 256 columns of rows r and r + 8
 
-Rows are padded with zeros to whole tiles, and the scales to whole segments. F32 and BF16 matrices are unchanged,
-because their products do not use tensor cores.
+Rows are padded with zeros to whole tiles, columns to whole pairs, and scales to whole segments. F32 and BF16 matrices
+are unchanged, because their products do not use tensor cores.
 `pack` is array code and runs on the device that has the weights.
 """
 
@@ -39,13 +40,13 @@ from refengine.errors import ModelError
 Type = GGMLQuantizationType
 
 TILE_ROWS, TILE_COLUMNS = 16, 32
-SEGMENT = 8  # blocks of 32 columns whose scales are stored together
-_NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column in nibble n of a word
+SEGMENT = 8  # blocks of 32 columns
+MOST_PAIRS = SEGMENT // 2
 _UNTILED = (Type.F32, Type.BF16)
-_LARGEST_E = 240  # the largest e of MXFP4's scales 2^(e - 127) to which kernels can add 14
+_LARGEST_E = 240  # of MXFP4's scales 2^(e - 127): products with them stay finite
 _LOW_BITS = {Type.F16: 16, Type.Q8_0: 8}  # all other types: 4
 _HIGH_BITS = {Type.Q5_0: 1, Type.Q5_1: 1, Type.Q5_K: 1, Type.Q6_K: 2}
-_D_BYTES = {Type.Q4_K: 4, Type.Q5_K: 4, Type.Q6_K: 2}  # per row and segment, like _SCALE_BYTES
+_WHOLE_BYTES = {Type.Q4_K: 4, Type.Q5_K: 4, Type.Q6_K: 2}  # per row and segment, like _SCALE_BYTES
 _SCALE_BYTES = {
     **dict.fromkeys((Type.Q4_0, Type.Q5_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K), 16),
     **dict.fromkeys((Type.Q4_1, Type.Q5_1), 32),
@@ -53,12 +54,8 @@ _SCALE_BYTES = {
 }
 # The least number of temporary bytes per weight that `pack` needs, in addition to the stored bytes.
 PACKING_BYTES = {
-    **dict.fromkeys((Type.Q4_0, Type.Q4_1, Type.Q4_K), 5),
-    **dict.fromkeys((Type.Q5_0, Type.Q5_1, Type.Q5_K), 9),
-    Type.Q6_K: 13,
-    Type.Q8_0: 2,
-    Type.MXFP4: 3,
-    Type.F16: 4,
+    **dict.fromkeys((Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q8_0, Type.MXFP4), 3),
+    **dict.fromkeys((Type.Q5_0, Type.Q5_1, Type.Q5_K, Type.Q6_K, Type.F16), 4),
 }
 
 
@@ -108,24 +105,24 @@ def packed_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
     return n_expert * -(-n_out // TILE_ROWS) * _tile_row_bytes(kind, n_in)
 
 
-def tile_bytes(kind: GGMLQuantizationType) -> tuple[int, int]:
-    """The bytes of a tile's codes, and of the scales of a segment, of a tiled type."""
+def pair_bytes(kind: GGMLQuantizationType) -> tuple[int, int]:
+    """The bytes of the codes of 16 rows of a pair of blocks, and of the scales of a segment, of a tiled type."""
     bits = _LOW_BITS.get(kind, 4) + _HIGH_BITS.get(kind, 0)
-    scales = _SCALE_BYTES.get(kind, 0) + _D_BYTES.get(kind, 0)
-    return TILE_ROWS * TILE_COLUMNS * bits // 8, TILE_ROWS * scales
+    scales = _SCALE_BYTES.get(kind, 0) + _WHOLE_BYTES.get(kind, 0)
+    return TILE_ROWS * 2 * TILE_COLUMNS * bits // 8, TILE_ROWS * scales
 
 
 def segment_bytes(kind: GGMLQuantizationType) -> int:
     """The bytes of a whole segment of a tiled type: 16 rows of 256 columns, with their scales."""
-    codes, scales = tile_bytes(kind)
-    return SEGMENT * codes + scales
+    codes, scales = pair_bytes(kind)
+    return MOST_PAIRS * codes + scales
 
 
 def _tile_row_bytes(kind: GGMLQuantizationType, n_in: int) -> int:
     """The bytes of 16 rows."""
-    codes, scales = tile_bytes(kind)
-    n_blocks = n_in // TILE_COLUMNS
-    return n_blocks * codes + -(-n_blocks // SEGMENT) * scales
+    codes, scales = pair_bytes(kind)
+    n_pairs = -(-n_in // (2 * TILE_COLUMNS))
+    return n_pairs * codes + -(-n_pairs // MOST_PAIRS) * scales
 
 
 def pack(xp: Any, w: Any) -> PackedMatrix:
@@ -151,106 +148,124 @@ def pack(xp: Any, w: Any) -> PackedMatrix:
         fields[name] = tiles[..., offset : offset + sub.itemsize]
     if "e" in fields and int(fields["e"].max()) > _LARGEST_E:
         raise ModelError(f"{w.name}: a scale of 2^{int(fields['e'].max()) - 127}; the kernels allow less than 2^114")
-    codes, scales = _codes(xp, w.type, tiles, fields), _scales(xp, w.type, fields)
-    data = _in_segments(xp, codes, scales, len(tiles), n_in // TILE_COLUMNS)
-    return PackedMatrix(w.name, w.type, tuple(w.shape), data)
-
-
-def _in_segments(xp: Any, codes: list[Array], scales: list[Array], n_tiles: int, n_blocks: int) -> Array:
-    """Planes of a whole matrix, tile after tile or segment after segment → its data. n_tiles: rows of tiles."""
-    by_tile = [plane.reshape(n_tiles, n_blocks, -1) for plane in codes]
-    by_segment = [plane.reshape(n_tiles, -(-n_blocks // SEGMENT), -1) for plane in scales]
-    whole = n_blocks // SEGMENT  # segments
+    codes = _codes(xp, w.type, tiles, fields)
+    scales, whole = _scales(xp, w.type, fields)
+    n_blocks, n_whole = n_in // TILE_COLUMNS, n_in // TILE_COLUMNS // SEGMENT * SEGMENT
     parts = []
-    for first, last in ((0, whole), (whole, -(-n_blocks // SEGMENT))):
-        if first < last:
-            blocks = slice(first * SEGMENT, last * SEGMENT)
-            planes = [plane[:, blocks].reshape(n_tiles, last - first, -1) for plane in by_tile]
-            planes += [plane[:, first:last] for plane in by_segment]
-            parts.append(xp.concatenate(planes, axis=2).reshape(n_tiles, -1))
-    return (parts[0] if len(parts) == 1 else xp.concatenate(parts, axis=1)).reshape(-1)
+    for first, last in ((0, n_whole), (n_whole, n_blocks)):  # whole segments, and one that is not
+        if first == last:
+            continue
+        n_segments = -(-(last - first) // SEGMENT)
+        n_pairs = -(-(last - first) // (2 * n_segments))
+        planes = _in_lanes(xp, w.type, _in_pairs(xp, codes, first, last, n_segments, n_pairs))
+        if w.type == Type.Q6_K:
+            assert scales is not None
+            planes.append(_scales_of_halves(xp, scales))
+        elif scales is not None:
+            planes.append(_scales_in_lanes(xp, _in_pairs(xp, scales, first, last, n_segments, n_pairs)))
+        if whole is not None:
+            both = whole.reshape(len(whole), 2, 8, n_segments, -1)
+            planes.append(both.transpose(0, 3, 2, 1, 4))  # (n_tiles, n_segments, r, rows r and r + 8, bytes)
+        flat = [xp.ascontiguousarray(plane).reshape(len(tiles), n_segments, -1) for plane in planes]
+        parts.append(xp.concatenate(flat, axis=2).reshape(len(tiles), -1))
+    data = parts[0] if len(parts) == 1 else xp.concatenate(parts, axis=1)
+    return PackedMatrix(w.name, w.type, tuple(w.shape), data.reshape(-1))
 
 
-def _scales(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> list[Array]:
-    """The plane `scales` and, for Q4_K, Q5_K and Q6_K, `d`."""
+def _codes(xp: Any, kind: GGMLQuantizationType, tiles: Array, fields: dict[str, Array]) -> Array:
+    """The codes in the order of columns, (n_tiles, 16, n_blocks, 32) bytes; of F16, (n_tiles, 16, n_blocks, 64)."""
     if kind == Type.F16:
-        return []
-    if kind == Type.Q6_K:
-        return [_rows_together(xp, fields[name]) for name in ("scales", "d")]
-    if kind in (Type.Q4_K, Type.Q5_K):
-        both = xp.concatenate([fields["d"], fields["dmin"]], axis=-1)
-        scales = xp.concatenate(quants.six_bit_scales(xp, fields["scales"].reshape(-1, 12)), axis=-1)
-        scales = scales.reshape(*both.shape[:-1], 16)
-        return [_rows_together(xp, scales), _rows_together(xp, both)]
-    together = [_segments(xp, fields[name]) for name in ("d", "m", "e") if name in fields]
-    return [_rows_together(xp, xp.concatenate(together, axis=-1))]
-
-
-def _segments(xp: Any, field: Array) -> Array:
-    """(n_tiles, 16, n_blocks, bytes) of blocks of 32 → (n_tiles, 16, n_segments, 8 · bytes), zeros at the end."""
-    n_tiles, rows, n_blocks, size = field.shape
-    missing = -n_blocks % SEGMENT
-    if missing:
-        field = xp.concatenate([field, xp.zeros((n_tiles, rows, missing, size), xp.uint8)], axis=2)
-    return xp.ascontiguousarray(field).reshape(n_tiles, rows, -1, SEGMENT * size)
-
-
-def _rows_together(xp: Any, field: Array) -> Array:
-    """(n_tiles, 16, n, bytes) → for every tile and n, the bytes of the 16 rows one after another."""
-    return xp.ascontiguousarray(field.transpose(0, 2, 1, 3)).reshape(-1)
-
-
-def _codes(xp: Any, kind: GGMLQuantizationType, tiles: Array, fields: dict[str, Array]) -> list[Array]:
-    """The plane `low` and, if the type has it, `high`."""
-    if kind == Type.F16:
-        return [_in_lanes(xp, fields["x"], 2).reshape(-1)]
+        return fields["x"].reshape(*tiles.shape[:2], -1, 2 * TILE_COLUMNS)
     if kind == Type.Q8_0:
-        return [_in_lanes(xp, fields["qs"], 1).reshape(-1)]
-    natural = quants.codes(xp, tiles.reshape(-1, tiles.shape[-1]), kind).reshape(*tiles.shape[:2], -1)
-    codes = _in_lanes(xp, natural, 1).reshape(len(tiles), -1, 32, 2, 8)  # (n_tiles, n_in / 32, lanes, rows, columns)
-    if kind == Type.MXFP4:
-        first, second = codes[..., :4], codes[..., 4:]  # sign, two bits of exponent, one of mantissa
-        both = (first & 8) << 4 | (first & 7) << 1 | second >> 3 | (second & 7) << 4
-        return [xp.ascontiguousarray(both.astype(xp.uint8)).reshape(-1)]
-    ordered = codes[..., list(_NIBBLE_ORDER)]
-    low = ordered & 15
-    planes = [(low[..., 0::2] | (low[..., 1::2] << 4)).reshape(-1)]
-    if "qh" in fields:
-        planes.append(_high(xp, codes >> 4, kind == Type.Q6_K))
+        natural = fields["qs"]
+    else:
+        natural = quants.codes(xp, tiles.reshape(-1, tiles.shape[-1]), kind)
+    return natural.reshape(*tiles.shape[:2], -1, TILE_COLUMNS)
+
+
+def _scales(xp: Any, kind: GGMLQuantizationType, fields: dict[str, Array]) -> tuple[Array | None, Array | None]:
+    """Scales of blocks (n_tiles, 16, n_blocks, n, bytes), n of them one after another, and those of 256 columns.
+
+    Q6_K: its scales (n_tiles, 16, n_segments, 16). Those of 256 columns: (n_tiles, 16, n_segments, bytes).
+    """
+    if kind == Type.F16:
+        return None, None
+    if kind == Type.Q6_K:
+        return fields["scales"], fields["d"]
+    if kind in (Type.Q4_K, Type.Q5_K):
+        whole = xp.concatenate([fields["d"], fields["dmin"]], axis=-1)
+        both = xp.stack(quants.six_bit_scales(xp, fields["scales"].reshape(-1, 12)), axis=-1)  # (·, 8, 2)
+        return both.reshape(*whole.shape[:2], -1, 2, 1), whole
+    return xp.stack([fields[name] for name in ("d", "m", "e") if name in fields], axis=-2), None
+
+
+def _in_pairs(xp: Any, field: Array, first: int, last: int, n_segments: int, n_pairs: int) -> Array:
+    """Blocks first … last of (n_tiles, 16, n_blocks, …) → (n_tiles, 16, n_segments, 2, n_pairs, …), with zeros at the
+    end."""
+    part = field[:, :, first:last]
+    missing = 2 * n_pairs * n_segments - (last - first)
+    if missing:
+        part = xp.concatenate([part, xp.zeros((*part.shape[:2], missing, *part.shape[3:]), xp.uint8)], axis=2)
+    return xp.ascontiguousarray(part).reshape(*part.shape[:2], n_segments, 2, n_pairs, *part.shape[3:])
+
+
+def _scales_in_lanes(xp: Any, scales: Array) -> Array:
+    """(n_tiles, 16, n_segments, 2, n_pairs, n, bytes) → (n_tiles, n_segments, 8 r, 4 c, 2 rows, n, 2 blocks, bytes)."""
+    n_tiles, _, n_segments, _, n_pairs, n, size = scales.shape
+    if n_pairs < MOST_PAIRS:
+        missing = xp.zeros((n_tiles, 16, n_segments, 2, MOST_PAIRS - n_pairs, n, size), xp.uint8)
+        scales = xp.concatenate([scales, missing], axis=4)
+    of_rows = scales.reshape(n_tiles, 2, 8, n_segments, 2, MOST_PAIRS, n, size)
+    return of_rows.transpose(0, 3, 2, 5, 1, 6, 4, 7)
+
+
+def _scales_of_halves(xp: Any, scales: Array) -> Array:
+    """Q6_K's (n_tiles, 16, n_segments, 16) → (n_tiles, n_segments, 8 r, 2 j % 2, 2 halves, 2 rows, 2 j // 2, 2).
+
+    The last one is the block of pair j: j or j + n_pairs.
+    """
+    of_rows = xp.ascontiguousarray(scales).reshape(
+        len(scales), 2, 8, -1, 2, 2, 2, 2
+    )  # rows, r, segments, block, j…, half
+    return of_rows.transpose(0, 3, 2, 6, 7, 1, 5, 4)
+
+
+def _in_lanes(xp: Any, kind: GGMLQuantizationType, codes: Array) -> list[Array]:
+    """Codes (n_tiles, 16, n_segments, 2 blocks, n_pairs, 32) → the planes `low` and, if the type has it, `high`.
+
+    Each is (n_tiles, n_segments, …).
+    """
+    n_tiles, _, n_segments, _, n_pairs, width = codes.shape
+    tiled = codes.reshape(
+        n_tiles, 2, 8, n_segments, 2, n_pairs, 2, 4, width // 8
+    )  # rows, r, ·, block, pair, half, c, bytes
+    if kind == Type.F16:
+        return [tiled.transpose(0, 3, 4, 5, 2, 7, 1, 6, 8)]
+    lanes = xp.ascontiguousarray(tiled.transpose(0, 3, 5, 2, 7, 4, 6, 1, 8))  # ·, pair, r, c, block, half, rows, bytes
+    first, second = lanes[:, :, :, :, :, 0], lanes[:, :, :, :, :, 1]
+    if kind == Type.Q8_0:
+        return [first, second]
+    if kind == Type.MXFP4:  # two columns a byte, and two bytes for each block
+        return [xp.concatenate([part[..., 0::2] | part[..., 1::2] << 4 for part in (first, second)], axis=-1)]
+    planes = [first & 15 | second << 4]
+    if kind in _HIGH_BITS:
+        planes.append(_high(xp, lanes >> 4, _HIGH_BITS[kind]))
     return planes
 
 
-def _high(xp: Any, bits: Array, two: bool) -> Array:
-    """Upper bits of codes in lanes (…, 2 rows, 8 columns) → bytes of the plane `high`.
+def _high(xp: Any, bits: Array, n: int) -> Array:
+    """Upper bits of codes (…, 2 blocks, 2 halves, 2 rows, 4 bytes), n of each → bytes of the plane `high`.
 
-    Column pair i belongs to nibbles i and 4 + i of its word. Its bits are placed where `quants.cuh` can use them with
-    at most one shift: those of the first pair at bit 0, of the second at 4, of the third and fourth one step higher, of
-    row r + 8 two steps higher; the second column of a pair is eight bits (Q5_*) or sixteen bits (Q6_K, from bit 4 on)
-    above.
+    A bit is in the byte with the number of its code's byte. There, registers have n bits each, one after another. For
+    one bit, both blocks share a word, so that the second block's registers follow those of the first.
     """
-    places = np.zeros((2, 8), np.int64)
-    for row in range(2):
-        for column in range(8):
-            pair, second = divmod(column, 2)
-            if two:
-                place = 4 + 4 * (pair % 2) + 2 * (pair // 2) + 16 * second
-                places[row, column] = (place + 8 * row) % 32
-            else:
-                places[row, column] = 4 * (pair % 2) + pair // 2 + 2 * row + 8 * second
-    dtype = xp.uint32 if two else xp.uint16
-    words = (bits.astype(dtype) << xp.asarray(places.astype(np.uint32 if two else np.uint16))).sum(
-        axis=(-2, -1), dtype=dtype
-    )
-    return words.astype(dtype).view(xp.uint8).reshape(-1)
+    registers = bits.reshape(*bits.shape[:-3], 4, 4)  # (…, block, register, byte)
+    if n == 1:
+        registers = registers.reshape(*registers.shape[:-3], 8, 4)
+    shifts = (n * np.arange(registers.shape[-2], dtype=np.uint8))[:, None]
+    return (registers << xp.asarray(shifts)).sum(axis=-2, dtype=xp.uint8)
 
 
-def _in_lanes(xp: Any, field: Array, size: int) -> Array:
-    """Elements of `size` bytes in column order → (n_tiles, n_in / 32, 8 r, 4 c, 2 rows, 2 halves, 4 · size)."""
-    tiled = field.reshape(field.shape[0], 2, 8, -1, 2, 4, 4 * size)
-    return xp.ascontiguousarray(tiled.transpose(0, 3, 2, 5, 1, 4, 6))
-
-
-def activation_order(n_in: int) -> np.ndarray:
-    """The column at each place of an activation row, (n_in,) int64."""
-    within = np.arange(TILE_COLUMNS).reshape(2, 4, 4).transpose(1, 0, 2).reshape(-1)
-    return (np.arange(0, n_in, TILE_COLUMNS)[:, None] + within).reshape(-1)
+def activation_order() -> np.ndarray:
+    """The column of a block of 32 at each place of a block of activations, (32,) int64."""
+    return np.arange(TILE_COLUMNS).reshape(2, 4, 4).transpose(1, 0, 2).reshape(-1)

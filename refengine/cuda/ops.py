@@ -23,8 +23,9 @@ from refengine.cuda.kernels import activation, embedding, matmul, moe, norm, qua
 from refengine.cuda.kernels import attention as attending
 from refengine.cuda.kernels import rope as rotary
 from refengine.cuda.kernels.attention import BatchLayout, PagedRows
+from refengine.cuda.kernels.few_rows import reads_halves
 from refengine.cuda.kernels.moe import Groups
-from refengine.cuda.kernels.quantize_rows import Rows
+from refengine.cuda.kernels.quantize_rows import Converted, Rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.memory import DeviceMemory, aligned
 from refengine.cuda.runtime.launch import Kernels
@@ -128,32 +129,28 @@ class KernelOps:
         n = len(floats)
         if w.is_float:
             return Rows(n, floats)
+        halves = reads_halves(w)
         if self.memo.rows is not None:
             known, rows = self.memo.rows
-            if known.shape[-1] == n_in and known.size == x.size and address_of(known) == address_of(x):
+            assert rows.converted is not None
+            is_same = known.shape[-1] == n_in and known.size == x.size and address_of(known) == address_of(x)
+            if is_same and rows.converted.halves == halves:
                 return rows
-        rows = self._new_rows(floats)
-        quantize_rows.quantize_rows(self.kernels, floats, rows)
+        converted = Converted.empty(self.xp, n, n_in, halves=halves)
+        quantize_rows.quantize_rows(self.kernels, floats, converted)
+        rows = Rows(n, floats, converted)
         self.memo.rows = (x, rows)
         return rows
-
-    def _new_rows(self, floats: Array) -> Rows:
-        """Rows of these floats, and space for their other form."""
-        n, n_in = floats.shape
-        width = quantize_rows.padded(n_in)
-        halves = self.xp.empty((n, width), self.xp.float16)
-        sums = self.xp.empty((n, width // quantize_rows.BLOCK), self.xp.uint32)
-        return Rows(n, floats, halves, sums, self._empty(n))
 
     # --- Norms and RoPE ---
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """The norm; of rows, also the form that products read, with the exponents of all kernels for norms."""
+        """The norm; of rows, also the form that most products read."""
         y = self._empty(*x.shape)
         if x.ndim > 2 or x.shape[-1] % quantize_rows.BLOCK:
             norm.rms_norm(self.kernels, self._floats(x), weight, eps, y)
             return y
-        rows = self._new_rows(y)
+        rows = Rows(len(y), y, Converted.empty(self.xp, *y.shape, halves=False))
         norm.rms_norm_rows(self.kernels, self._floats(x), weight, eps, rows)
         self.memo.rows = (y, rows)
         return y

@@ -11,16 +11,28 @@ import numpy as np
 from refengine.cuda.layout import TILE_COLUMNS, activation_order
 from refengine.ops.attention import attention as written_out
 from refengine.ops.halves import to_halves
+from refengine.ops.integers import by_segment, to_integers
 
 
-def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows x (n_rows, n_in) float32 as products read them: `ops.halves.to_halves` in the device's column order.
+def quantize_rows(x: np.ndarray, halves: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows x (n_rows, n_in) float32 as products read them: `ops.integers` or `ops.halves` in the device's column order.
 
-    Returns halves (n_rows, n_in) float16 and the power of two of each row, (n_rows,) float32: x ≈ halves · scale.
+    Returns data, sums and scale, with the shapes of `kernels.quantize_rows.Converted`. Sums of halves are not defined.
     """
+    order = activation_order()
     with np.errstate(all="ignore"):
-        halves, exponents = to_halves(np, x)
-    return halves[:, activation_order(x.shape[1])], np.ldexp(np.float32(1), exponents[:, 0]).astype(np.float32)
+        if halves:
+            values, exponents = to_halves(np, by_segment(np, x))
+            scale = np.ldexp(np.float32(1), exponents[..., 0]).astype(np.float32)
+            data = np.ascontiguousarray(values.reshape(*scale.shape, -1, TILE_COLUMNS)[..., order]).view(np.uint8)
+            return data.reshape(*scale.shape, -1), np.zeros((*scale.shape, 16), np.int32), scale
+        integers, scales = to_integers(np, x)
+    low = (integers + 128) % 256 - 128
+    words = np.stack([(integers - low) // 256, low], axis=-2).astype(np.int8)  # (n, n_segments, 2 bytes, 256)
+    of_blocks = words.reshape(*words.shape[:-1], -1, TILE_COLUMNS)[..., order].reshape(*words.shape[:-1], -1, 4, 8)
+    data = np.ascontiguousarray(of_blocks.transpose(0, 1, 3, 4, 2, 5)).view(np.uint8)  # …, block, lane c, byte, column
+    sums = integers.reshape(*integers.shape[:-1], -1, 16).sum(axis=-1, dtype=np.int32)
+    return data.reshape(*data.shape[:2], -1), sums, scales[..., 0]
 
 
 def attention(
@@ -65,9 +77,3 @@ def _values(xp: Any, cache: Any, blocks: Any) -> Any:
     """Blocks of a cache as float32, (n, block_size, n_head_kv, head_dim)."""
     powers = xp.ldexp(np.float32(1), cache.exponents[blocks].astype(np.int32) - 127)
     return (cache.values[blocks].astype(np.float32) * powers[..., None]).swapaxes(1, 2)
-
-
-def block_sums(halves: np.ndarray) -> np.ndarray:
-    """The sum of every 32 halves in float64, (n_rows, n_in / 32). The kernel's float32 sums are near it."""
-    sums: np.ndarray = halves.reshape(len(halves), -1, TILE_COLUMNS).astype(np.float64).sum(axis=-1)
-    return sums

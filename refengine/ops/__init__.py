@@ -72,11 +72,11 @@ class Ops:
 
     def kv_arrays(self, n: int, shape: tuple[int, ...]) -> list[Array]:
         """`n` empty parts of a KV cache, (n_blocks, block_size, n_head_kv, head_dim) each, for `kv_append`."""
-        dtype = np.float32 if self.numerics.half_rows else self.numerics.kv_dtype  # rounded values, as float32
+        dtype = np.float32 if self.numerics.as_kernels else self.numerics.kv_dtype  # rounded values, as float32
         return [self.xp.zeros(shape, dtype=dtype) for _ in range(n)]
 
     def kv_append(self, cache: Array, new: Array, slots: np.ndarray) -> None:
-        rows = halves.rounded_rows(self.xp, new) if self.numerics.half_rows else new
+        rows = halves.rounded_rows(self.xp, new) if self.numerics.as_kernels else new
         attention.kv_append(self.xp, cache, rows, self.xp.asarray(slots))
 
     def kv_copy(self, cache: Array, source: int, target: int) -> None:
@@ -96,7 +96,7 @@ class Ops:
         sinks: Array | None = None,
     ) -> Array:
         """See `ops.attention.attention`; `batch` has `.spans` and `.positions`."""
-        if self.numerics.half_rows:
+        if self.numerics.as_kernels:
             return attention.attention_in_tiles(
                 self.xp,
                 Qcur,

@@ -15,6 +15,7 @@ from refengine import quants
 from refengine.array import Array
 from refengine.ops.dequant import DequantCache, StoredMatrix, float_rows
 from refengine.ops.halves import rounded_rows
+from refengine.ops.integers import by_segment, rounded_to_integers
 from refengine.ops.numerics import Numerics
 
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)  # types whose products are in float32 in profile `fast`
@@ -35,8 +36,10 @@ def linear(xp: Any, x: Array, w: StoredMatrix, numerics: Numerics, cache: Dequan
     activation = x
     if numerics.as_llamacpp:
         activation = quants.round_activation(xp, x, w.type)
-    elif numerics.half_rows and w.type not in FLOATS:
-        activation = rounded_rows(xp, x)
+    elif numerics.as_kernels and w.type == GGMLQuantizationType.F16:
+        activation = rounded_rows(xp, by_segment(xp, x)).reshape(len(x), -1)[:, : x.shape[1]]
+    elif numerics.as_kernels and w.type not in FLOATS:
+        activation = rounded_to_integers(xp, x)
     rounded: Array = activation.astype(numerics.sum_dtype, copy=False)
     whole = cache.get(xp, w, first, first + n_out, numerics.sum_dtype)
     order = slice(None, None, -1) if numerics.reversed_sums else slice(None)

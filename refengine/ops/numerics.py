@@ -21,9 +21,10 @@ class Numerics:
     as_llamacpp: round like llama.cpp's CPU backend: activations to the weight type's partner before a product, Q and
                  the attention weights to float16 if the cache is float16, GELU with its float16 table.
     reversed_sums: add the products of a sum in the reverse order, to measure the noise of the order of additions.
-    half_rows:   round like the GPU kernels: activations, keys, values and attention weights to float16 with a power of
-                 two for each row (`ops.halves`), attention in tiles of 64 positions. Activations for F32 and BF16
-                 weights are not rounded.
+    as_kernels:  round like the GPU kernels: activations to integers of 16 bits with a power of two for every 256
+                 columns (`ops.integers`), for F16 weights to float16 likewise (`ops.halves`), not for F32 and BF16
+                 weights; keys, values and attention weights to float16 with a power of two for each row; attention
+                 in tiles of 64 positions.
     """
 
     name: str
@@ -32,14 +33,14 @@ class Numerics:
     kv_dtype: type
     as_llamacpp: bool
     reversed_sums: bool = False
-    half_rows: bool = False
+    as_kernels: bool = False
 
 
 PROFILES = {
     "exact": Numerics("exact", np.float32, np.float32, np.float32, as_llamacpp=False),
     "exact64": Numerics("exact64", np.float64, np.float64, np.float64, as_llamacpp=False),
     "llamacpp": Numerics("llamacpp", np.float32, np.float64, np.float16, as_llamacpp=True),
-    "fast": Numerics("fast", np.float32, np.float64, np.float16, as_llamacpp=False, half_rows=True),
+    "fast": Numerics("fast", np.float32, np.float64, np.float16, as_llamacpp=False, as_kernels=True),
 }
 
 KV_TYPES = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
@@ -52,7 +53,7 @@ def profile(name: str, kv_type: str | None = None) -> Numerics:
     base = PROFILES[name]
     if kv_type is None:
         return base
-    if base.half_rows and kv_type != "f16":
+    if base.as_kernels and kv_type != "f16":
         raise RequestError(f"numerics profile {name} has a float16 KV cache, {kv_type!r} was requested")
     if kv_type not in KV_TYPES:
         raise RequestError(f"unknown KV cache type {kv_type!r}; choose one of {', '.join(KV_TYPES)}")

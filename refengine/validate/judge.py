@@ -223,7 +223,7 @@ def _expression(text: str) -> re.Pattern[str]:
 def _in_other_width(model: Model) -> Model:
     """The model with sums in float64 instead of float32, or the reverse; for the exact profiles all arithmetic."""
     numerics = model.ops.numerics
-    if numerics.as_llamacpp or numerics.half_rows:
+    if numerics.as_llamacpp or numerics.as_kernels:
         return _variant(model, sum_dtype=np.float32)
     other = np.float32 if numerics.dtype is np.float64 else np.float64
     return _variant(model, dtype=other, sum_dtype=other)

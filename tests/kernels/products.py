@@ -3,27 +3,36 @@
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
 from refengine.cuda.kernels.few_rows import Activation, item_bytes, shared_bytes, stage_bytes
+from refengine.cuda.kernels.matmul import ManyRowsLaunch
 from refengine.cuda.kernels.moe import NO_GROUPS
-from refengine.cuda.kernels.quantize_rows import padded
+from refengine.cuda.kernels.quantize_rows import Converted, n_segments
 from refengine.cuda.layout import pack
 from refengine.cuda.runtime.source import Struct
 from tests.kernels.runner import Kernels
 
 
-def prepared(module: Kernels, x: np.ndarray, warps: int = 4, order: int = 0) -> list[np.ndarray]:
-    """Halves, block sums and scales of rows: what the product's kernels take."""
+def prepared(
+    module: Kernels, x: np.ndarray, warps: int = 4, order: int = 0, *, halves: bool = False
+) -> list[np.ndarray]:
+    """Data, sums and scales of rows: what the product's kernels take."""
     n_rows, n_in = x.shape
-    width = padded(n_in)
-    halves, scale = np.zeros((n_rows, width), np.float16), np.zeros(n_rows, np.float32)
-    sums = np.zeros((n_rows, width // 32), np.uint32)
-    module.launch("quantize_rows_f16", (n_rows,), (32 * warps,), [x, halves, scale, sums, np.int32(n_in)], order=order)
-    return [halves, sums, scale]
+    data, sums, scale = Converted.shapes(n_rows, n_in)
+    given: list[np.ndarray] = [np.zeros(data, np.uint8), np.zeros(sums, np.int32), np.zeros(scale, np.float32)]
+    arguments = [x, given[0], given[2], given[1], np.int32(n_in), np.int32(halves)]
+    module.launch("quantize_rows", (n_rows, -(-n_segments(n_in) // warps)), (32 * warps,), arguments, order=order)
+    return given
+
+
+def prepared_for(w: Any, module: Kernels, x: np.ndarray) -> list[np.ndarray]:
+    """The same in the form that a product with this matrix reads."""
+    return prepared(module, x, halves=w.type == GGMLQuantizationType.F16)
 
 
 def activations_of(given: list[Any]) -> Struct:
-    """The struct `Activations`: halves, sums and scales of rows; or None for each, floats, stats, a norm's weight."""
+    """The struct `Activations`: data, sums and scales of rows; or None for each, floats, squares, a norm's weight."""
     return Struct(*given, *[None] * (6 - len(given)))
 
 
@@ -46,8 +55,12 @@ def product(
     n_rows = len(given[0])
     y = np.full((n_rows, n_out), np.nan, np.float32)
     arguments = [pack(np, w).data, activations_of(given), NO_GROUPS, bias, residual, y, n_out, n_in, n_rows]
-    grid = (-(-n_out // (16 * warps)), -(-n_rows // 64))
-    module.launch(f"rows64_{w.type.name.lower()}", grid, (32 * warps,), arguments)
+    if w.type == GGMLQuantizationType.F16:
+        module.launch("rows64_f16", (-(-n_out // (16 * warps)), -(-n_rows // 64)), (32 * warps,), arguments)
+        return y
+    launch = ManyRowsLaunch(w.type, 2, warps, 1, 2, 64)
+    grid = launch.grid(-(-n_out // 16), n_rows, None)
+    module.launch(launch.kernel, grid, (launch.threads,), [*arguments, *launch.arguments], launch.shared_bytes)
     return y
 
 
@@ -63,7 +76,7 @@ def few_rows(
     chunk: int = 2,
     residual: np.ndarray | None = None,
     eps: float = 0.0,
-    stats: np.ndarray | None = None,
+    squares: np.ndarray | None = None,
 ) -> np.ndarray:
     """`few_rows.multiply` with other launches than it chooses. given: see `activations_of`. eps: of the norm."""
     n_in = matrices[0].shape[1]
@@ -78,10 +91,10 @@ def few_rows(
     stage = stage_bytes(tuple(w.type for w in matrices))
     shared = shared_bytes(stage, n_in, warps, chunk, shift, gated, prepares=prepares, norm=prepares)
     structs = [pack(np, w).data for w in matrices] + [None] * missing
-    arrays = [*structs, activations_of(given), NO_GROUPS, *biases, *[None] * missing, residual, y, stats]
+    arrays = [*structs, activations_of(given), NO_GROUPS, *biases, *[None] * missing, residual, y, squares]
     types = [int(w.type) for w in matrices] + [0] * missing
     in_planes = [item_bytes(w.type) for w in matrices] + [0] * missing
     sizes = [*types, *in_planes, *begins, int(activation), n_out, n_in, n_rows, shift, chunk, stage, np.float32(eps)]
     grid = (blocks or max(1, tiles - warps + 1), -(-n_rows // 8))  # some have several tiles
-    module.launch("few_rows", grid, (32 * warps,), [*arrays, *sizes], shared)
+    module.launch("one_row" if prepares and not shift else "few_rows", grid, (32 * warps,), [*arrays, *sizes], shared)
     return y

@@ -1,6 +1,7 @@
 """Bindings refuse arrays that a kernel would read or write out of bounds, and every kernel file has its binding."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from refengine.cuda.kernels import (
 from refengine.cuda.kernels.attention import PagedRows, Projections, Rotation
 from refengine.cuda.kernels.few_rows import Activation
 from refengine.cuda.kernels.moe import Groups
-from refengine.cuda.kernels.quantize_rows import Rows, padded
+from refengine.cuda.kernels.quantize_rows import Converted, RowNorm, Rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import names
@@ -53,7 +54,11 @@ def matrix(*shape: int, kind: str = "Q8_0") -> PackedMatrix:
 
 
 def rows(n: int = N, n_in: int = N_IN) -> Rows:
-    return Rows(n, None, np.zeros((n, padded(n_in)), np.float16), np.zeros((n, padded(n_in) // 32), np.uint32), f32(n))
+    return Rows(n, None, converted(n, n_in))
+
+
+def converted(n: int = N, n_in: int = N_IN, *, halves: bool = False) -> Converted:
+    return Converted.empty(np, n, n_in, halves=halves)
 
 
 def cache(head_dim: int = 32) -> PagedRows:
@@ -71,7 +76,7 @@ def step(
 ) -> tuple[Any, ...]:
     """Arguments of `attention_step`, all but one of which fit."""
     caches = (of_cache or cache(), of_cache or cache())
-    space = f32(N, 2, 2, 34) if partial is None else partial
+    space = f32(N, 2, 1, 34) if partial is None else partial
     given = (i32(N), i32(N, 2) if tables is None else tables, *caches, space, i32(N) if arrived is None else arrived)
     return (parts, Rotation(None, None, True), *given, Y)
 
@@ -86,7 +91,14 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
              r"blk\.0\.w: the bias has the shape \(16,\), expected \(32,\)"),
     "residual": (matmul.linear, (rows(), matrix(), f32(N, N_OUT)), {"residual": f32(N, 8)}, "the residual has"),
     "width": (matmul.linear, (rows(n_in=544), matrix(), f32(N, N_OUT)), {},
-              r"blk\.0\.w: the product reads halves of the shape \(3, 256\), found rows of the shape \(3, 768\)"),
+              r"blk\.0\.w: the rows' array has the shape \(3, 3, 512\), expected \(3, 1, 512\)"),
+    "halves": (matmul.linear, (Rows(N, None, converted(halves=True)), matrix(), f32(N, N_OUT)), {},
+               r"blk\.0\.w: the product reads integers, found halves"),
+    "integers": (matmul.linear, (rows(), matrix(kind="F16"), f32(N, N_OUT)), {}, "reads halves, found integers"),
+    "both": (few_rows.multiply, (rows(), [matrix(), matrix(kind="F16")], [None, None], f32(N, 2 * N_OUT)), {},
+             r"NONE does not support 3 rows, Q8_0 \(32, 64\), F16"),
+    "squares": (few_rows.multiply, (Rows(N, f32(N, N_IN), norm=RowNorm(f32(N_IN), 0.0)), [matrix()], [None],
+                f32(N, N_OUT)), {}, "reads the squares of rows that it norms, found none"),
     "floats": (matmul.linear, (rows(), matrix(kind="F32"), f32(N, N_OUT)), {}, r"reads floats .* found none"),
     "experts": (matmul.linear, (rows(), matrix(4, N_OUT, N_IN), f32(N, N_OUT)),
                 {"groups": GROUPS, "bias": f32(N_OUT)}, r"the bias has the shape \(32,\), expected \(4, 32\)"),
@@ -98,11 +110,11 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
              {"activation": Activation.GELU}, r"GELU does not support 3 rows, F32 \(32, 64\)"),
     "part of a tile": (few_rows.multiply, (rows(), [matrix(24, N_IN), matrix()], [None, None], f32(N, 24 + N_OUT)), {},
                        r"with NONE does not support 3 rows, Q8_0 \(24, 64\), Q8_0"),
-    "part of a block": (quantize_rows.quantize_rows, (f32(N, 48), rows(n_in=64)), {}, "rows of 48 are not a multiple"),
-    "sums": (quantize_rows.quantize_rows, (f32(N, 64), Rows(N, None, rows().halves, f32(N, 1), f32(N))), {},
-             r"the sums' array has the shape \(3, 1\), expected \(3, 8\)"),
+    "part of a block": (quantize_rows.quantize_rows, (f32(N, 48), converted()), {}, "rows of 48 are not a multiple"),
+    "sums": (quantize_rows.quantize_rows, (f32(N, 64), replace(converted(), sums=i32(N, 1, 8))), {},
+             r"the sums' array has the shape \(3, 1, 8\), expected \(3, 1, 16\)"),
     "norm": (norm.rms_norm, (f32(N, 64), f32(64), 1e-5, f32(N, 32)), {}, "rms_norm_f32: the output has the shape"),
-    "norm's rows": (norm.rms_norm_rows, (f32(N, 64), f32(64), 1e-5, rows(2)), {}, "rms_norm_f16: the halves' array"),
+    "norm's rows": (norm.rms_norm_rows, (f32(N, 64), f32(64), 1e-5, rows(2)), {}, "rms_norm_rows: the rows' array"),
     "rope": (rope.rope, (Q, (f32(N, 1, 16), f32(N, 1, 16)), f32(N, 2, 16)), {"neox": True}, "the output has the shape"),
     "strides": (attention.attention_step, step(Projections(PARTS.parts, (64, 64, 32))), STEP,
                 "3 rows of 1 heads of 32, 64 floats apart, do not fit 96"),
@@ -110,8 +122,8 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
                          "rope_append: 3 rows of 1 heads of 32, 64 floats apart, do not fit 96"),
     "another cache": (attention.attention_step, step(of_cache=cache(64)), STEP,
                       "2 heads of 32 over a cache of 1 of 64"),
-    "entries": (attention.attention_step, step(partial=f32(N, 2, 1, 34)), STEP,
-                r"the work space has the shape \(3, 2, 1, 34\), expected \(3, 2, 2, 34\)"),
+    "entries": (attention.attention_step, step(partial=f32(N, 2, 2, 34)), STEP,
+                r"the work space has the shape \(3, 2, 2, 34\), expected \(3, 2, 1, 34\)"),
     "tables": (attention.attention_step, step(tables=i32(2, 2)), STEP,
                r"the tables' array has the shape \(2, 2\), expected \(3, 2\)"),
     "counters": (attention.attention_step, step(arrived=i32(2)), STEP, "2 counters, 3 are needed"),

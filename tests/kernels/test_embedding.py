@@ -46,6 +46,6 @@ def test_rows_that_are_no_whole_tiles_are_refused() -> None:
 
 
 def test_activations_follow_the_lanes() -> None:
-    order = activation_order(64)
+    order = activation_order()
     assert order[:16].tolist() == [0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23]
-    assert sorted(order.tolist()) == list(range(64))
+    assert sorted(order.tolist()) == list(range(32))

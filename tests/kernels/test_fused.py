@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from refengine.config import RopeConfig
 from refengine.cuda.kernels import attention, matmul, moe, norm
 from refengine.cuda.kernels.attention import PagedRows, Projections, Rotation
 from refengine.cuda.kernels.moe import Groups
-from refengine.cuda.kernels.quantize_rows import Rows, padded, quantize_rows
+from refengine.cuda.kernels.quantize_rows import Converted, Rows, quantize_rows
 from refengine.cuda.kernels.rope import rope_append
 from refengine.cuda.layout import PackedMatrix
 from refengine.trace import to_numpy
@@ -30,13 +29,9 @@ def there(place: str) -> OpsThere:
     return OpsThere(place)
 
 
-def empty_rows(there: OpsThere, n: int, width: int, *, floats: bool, halves: bool) -> Rows:
-    xp = there.xp
-    plain = xp.zeros((n, width), xp.float32) if floats else None
-    if not halves:
-        return Rows(n, plain)
-    sums, scale = xp.zeros((n, padded(width) // 32), xp.uint32), xp.zeros(n, xp.float32)
-    return Rows(n, plain, xp.zeros((n, padded(width)), xp.float16), sums, scale)
+def empty_rows(there: OpsThere, n: int, width: int, *, floats: bool, halves: bool | None) -> Rows:
+    plain = there.xp.zeros((n, width), there.xp.float32) if floats else None
+    return Rows(n, plain, None if halves is None else Converted.empty(there.xp, n, width, halves=halves))
 
 
 def random(*shape: int, seed: int = 1) -> np.ndarray:
@@ -44,14 +39,15 @@ def random(*shape: int, seed: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("n_embd", [32, 96, 608])
+@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_norm_and_its_halves(n_embd: int, with_bias: bool, there: OpsThere) -> None:
+def test_a_norm_and_its_converted_rows(n_embd: int, halves: bool, with_bias: bool, there: OpsThere) -> None:
     n, kernels = 5, there.ops.kernels
     x = random(n, n_embd) * np.array([1, 1e6, 1e-6, 0, 1], np.float32)[:, None]
     x[4, 3] = np.nan
     weight, bias = random(n_embd, seed=2), random(n_embd, seed=3)
-    rows = empty_rows(there, n, n_embd, floats=True, halves=True)
-    floats_only = empty_rows(there, n, n_embd, floats=True, halves=False)
+    rows = empty_rows(there, n, n_embd, floats=True, halves=halves)
+    floats_only = empty_rows(there, n, n_embd, floats=True, halves=None)
     vectors = [there.put(weight), there.put(bias)] if with_bias else [there.put(weight)]
     launch: Callable[..., None] = norm.layer_norm_rows if with_bias else norm.rms_norm_rows
     for given in (rows, floats_only):
@@ -60,20 +56,11 @@ def test_a_norm_and_its_halves(n_embd: int, with_bias: bool, there: OpsThere) ->
     for given in (rows, floats_only):
         assert given.floats is not None
         np.testing.assert_array_equal(to_numpy(given.floats), expected)
-    alone = empty_rows(there, n, n_embd, floats=False, halves=True)
+    alone = Converted.empty(there.xp, n, n_embd, halves=halves)
     quantize_rows(kernels, there.put(expected), alone)
-    for name in ("halves", "sums"):  # of an RMS norm, perhaps with another power of two in each row
-        found, wanted = (
-            getattr(r, name).view(np.float16).astype(np.float32) * r.scale[:, None]
-            for r in (on_host(rows), on_host(alone))
-        )
-        np.testing.assert_array_equal(found, wanted)
-    powers = on_host(rows).scale / on_host(alone).scale
-    assert (powers == 1).all() if with_bias else (np.log2(powers) % 1 == 0).all()
-
-
-def on_host(rows: Rows) -> Any:
-    return SimpleNamespace(**{name: to_numpy(getattr(rows, name)) for name in ("halves", "sums", "scale")})
+    assert rows.converted is not None
+    for name in ("data", "scale") if halves else ("data", "scale", "sums"):
+        np.testing.assert_array_equal(to_numpy(getattr(rows.converted, name)), to_numpy(getattr(alone, name)))
 
 
 # Positions of sequences, the new one included: at the ends of tiles of 64, of two of them, and of splits of 512.
@@ -219,22 +206,22 @@ def check_attention_of_a_step(
         ((5, 1, 64), LIMITS, {"window": 1300, "sinks": True}),
     ],
 )
-@pytest.mark.parametrize(("share", "most_pairs"), [(1, 32), (2, 32), (3, 32), (99, 32), (99, 5)])
+@pytest.mark.parametrize(("share", "most_quads"), [(1, 16), (2, 16), (3, 16), (99, 16), (99, 3)])
 def test_attention_of_a_step(
     heads: tuple[int, int, int],
     lengths: tuple[int, ...],
     options: dict[str, Any],
     share: int,
-    most_pairs: int,
+    most_quads: int,
     there: OpsThere,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """share: how many blocks there may be for the same rows. Rows of up to 2 · share and most_pairs pairs of tiles are
-    divided into them, unless share is 1; longer ones into splits."""
+    """share: how many blocks there may be for the same rows. Rows of several splits and up to `share` and most_quads
+    quads of tiles are divided into quads, unless share is 1; others into splits."""
     n_head, n_head_kv, _ = heads
     n_blocks = (len(lengths) + 1) * n_head_kv * attention.step_blocks(n_head // n_head_kv)
     monkeypatch.setattr(attention, "BUSY", share * n_blocks)
-    monkeypatch.setattr(attention, "MOST_PAIRS", most_pairs)
+    monkeypatch.setattr(attention, "MOST_QUADS", most_quads)
     check_attention_of_a_step(there, heads, lengths, **options)
 
 
@@ -244,29 +231,29 @@ def test_how_a_step_divides_positions(block_size: int) -> None:
 
     def division(n: int, n_positions: int, window: int = 0) -> tuple[int, int, int]:
         found = attention.step_division(n, 14, cache, np.zeros((n, n_positions // block_size), np.int32), window)
-        return found.at_once, found.most_pairs, found.n_entries
+        return found.at_once, found.most_quads, found.n_entries
 
-    assert division(1, 256) == (2, 2, 4)
-    assert division(1, 1024) == (8, 8, 16)
-    assert division(1, 8192) == (32, 32, 64)
-    assert division(1, 131072) == (132, 32, 256)
-    assert division(8, 8192) == (16, 32, 64)
-    assert division(33, 8192) == (4, 8, 16)
-    assert division(33, 512) == (4, 4, 8)
-    assert division(66, 8192) == (2, 4, 16)
+    assert division(1, 256) == (1, 0, 1)
+    assert division(1, 1024) == (4, 4, 16)
+    assert division(1, 8192) == (16, 4, 16)
+    assert division(1, 131072) == (132, 4, 256)
+    assert division(8, 8192) == (16, 4, 16)
+    assert division(33, 8192) == (4, 4, 16)
+    assert division(33, 512) == (1, 0, 1)
+    assert division(66, 8192) == (2, 2, 16)
     assert division(67, 8192) == (1, 0, 16)
     assert division(67, 256) == (1, 0, 1)
-    assert division(1, 131072, window=128) == (2, 2, 4)
-    assert division(1, 131072, window=130) == (3, 3, 6)
-    assert division(1, 131072, window=1) == (1, 1, 2)
+    assert division(1, 131072, window=128) == (2, 2, 8)
+    assert division(1, 131072, window=513) == (3, 3, 12)
+    assert division(1, 131072, window=1) == (1, 0, 1)
     assert division(67, 131072, window=513) == (1, 0, 2)
     most = 0
-    for n in range(1, 133):  # up to so many rows, pairs are divided; the work space is bounded for any number
+    for n in range(1, 133):  # up to so many rows, quads are divided; the work space is bounded for any number
         for n_positions in (256, 4096, 131072):
-            at_once, most_pairs, n_entries = division(n, n_positions)
+            at_once, most_quads, n_entries = division(n, n_positions)
             assert 2 * n * at_once <= attention.BUSY
-            assert n_entries == max(2 * most_pairs, n_positions // attention.SPLIT or 1)
-            most = max(most, n * 2 * most_pairs)
+            assert n_entries == max(4 * most_quads, n_positions // attention.SPLIT or 1)
+            most = max(most, n * 4 * most_quads)
     assert most <= 2 * attention.BUSY
 
 
@@ -277,7 +264,7 @@ def test_attention_of_a_step_with_threads_in_another_order(order: int, monkeypat
     monkeypatch.setattr(module, "launch", functools.partial(module.launch, order=order))
     check_attention_of_a_step(there, (10, 1, 64), MIXED, norms=True, sinks=True)
     check_attention_of_a_step(there, (2, 2, 96), SHORT, window=100)
-    monkeypatch.setattr(attention, "MOST_PAIRS", 5)
+    monkeypatch.setattr(attention, "MOST_QUADS", 3)
     check_attention_of_a_step(there, (2, 1, 64), LIMITS, window=700)
 
 

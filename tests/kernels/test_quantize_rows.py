@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 
-from refengine.cuda.layout import activation_order
-from refengine.cuda.reference import block_sums, quantize_rows
+from refengine.cuda.reference import quantize_rows
+from refengine.ops.halves import to_halves
+from refengine.ops.integers import LARGEST, by_segment, rounded_to_integers, to_integers
 from tests.kernels.products import prepared
 from tests.kernels.runner import Kernels
-
-EPS = 2.0**-24  # float32, half a unit in the last place
-HALF = 2.0**-11  # float16, the same
 
 
 @pytest.fixture(scope="module")
@@ -17,30 +15,58 @@ def activations(place: str) -> Kernels:
     return Kernels("quantize_rows", place)
 
 
-@pytest.mark.parametrize("warps", [1, 3])
-def test_activation_rows_are_their_twins_bit_for_bit(warps: int, activations: Kernels) -> None:
-    rng = np.random.default_rng(4)
-    x = rng.standard_normal((9, 96)).astype(np.float32)
+def rows_of_all_sizes(n_in: int) -> np.ndarray:
+    x = np.random.default_rng(4).standard_normal((9, n_in)).astype(np.float32)
     magnitudes = [1, 1e6, 1e-6, 1e30, 1e-30, 1e-42, 0, 3.4e38, 65504]
     x *= np.array(magnitudes, np.float32)[:, None]
     x[7] = np.clip(x[7], -3.4e38, 3.4e38)
-    halves, sums, scale = prepared(activations, x, warps)
-    assert not halves[:, 96:].any()
-    assert not sums[:, 3:].any()
-    halves, sums = np.ascontiguousarray(halves[:, :96]), np.ascontiguousarray(sums[:, :3])
-    expected, expected_scale = quantize_rows(x)
-    np.testing.assert_array_equal(halves.view(np.uint16), expected.view(np.uint16))
-    np.testing.assert_array_equal(scale, expected_scale)
-    # 31 additions of float32, in a tree of five: each level rounds once. Two halves hold it to 2^-22 of itself, and to
-    # half of their smallest number, 2^-25.
-    bound = (5 * EPS + 2.0**-22) * np.abs(expected.astype(np.float64)).reshape(9, -1, 32).sum(axis=-1) + 32 * 2.0**-25
-    parts = sums.view(np.float16).astype(np.float64).reshape(9, -1, 2)
-    assert (np.abs(32 * parts.sum(axis=-1) - block_sums(expected)) <= bound).all()
-    back = np.empty_like(x)
-    back[:, activation_order(96)] = halves.astype(np.float64) * scale[:, None]
-    usable = np.abs(x) > 2.0**-28 * np.abs(x).max(axis=1, keepdims=True)
-    normal = usable & (np.abs(x) > 1e-37)
-    assert (np.abs(back - x)[normal] <= HALF * np.abs(x)[normal]).all()
+    return x
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize(("n_in", "warps"), [(96, 1), (768, 3), (800, 2)])
+def test_activation_rows_are_their_twins_bit_for_bit(n_in: int, warps: int, halves: bool, activations: Kernels) -> None:
+    x = rows_of_all_sizes(n_in)
+    for found, expected in zip(prepared(activations, x, warps, halves=halves), quantize_rows(x, halves), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_segment_with_nan_or_infinity_has_the_scale_nan(bad: float, activations: Kernels) -> None:
+    x = np.ones((2, 512), np.float32)
+    x[1, 300] = bad
+    _, _, scale = prepared(activations, x)
+    np.testing.assert_array_equal(np.isnan(scale), [[False, False], [False, True]])
+    assert np.isnan(rounded_to_integers(np, x)[1, 256:]).all()
+    assert np.isfinite(rounded_to_integers(np, x)[1, :256]).all()
+
+
+def test_integers_are_within_half_of_their_last_bit() -> None:
+    """And use all of the sixteen bits: the largest of a segment is above a quarter of the largest integer."""
+    x = rows_of_all_sizes(512)[:5]
+    integers, scale = to_integers(np, x)
+    largest = np.abs(integers).max(axis=-1)
+    assert (largest <= LARGEST).all()
+    assert (largest > LARGEST // 2 - 1).all()
+    assert (np.abs(integers * scale.astype(np.float64) - by_segment(np, x)) <= scale / 2).all()
+    for top in (32639.4, 32639.49609375, 32639.5, 32640.0, 32768.0, 16384.0):  # around where the power of two changes
+        integers, scale = to_integers(np, np.array([[top]], np.float32))
+        assert abs(integers[0, 0, 0]) <= LARGEST
+        assert integers[0, 0, 0] * scale[0, 0, 0] == np.rint(top / scale[0, 0, 0]) * scale[0, 0, 0]
+        assert scale[0, 0, 0] == (1 if top < 32639.5 else 2)
+
+
+def test_integers_are_nearer_than_halves() -> None:
+    """For rows as they are; and never much further, even if one element is far above the others."""
+    rng = np.random.default_rng(2)
+    for outlier, times in ((0, 0.2), (30, 4), (1000, 4)):
+        x = rng.standard_normal((20, 256)).astype(np.float32)
+        x[:, 3] += outlier
+        halves, exponents = to_halves(np, x)
+        of_halves = np.mean((np.ldexp(halves.astype(np.float64), exponents) - x) ** 2)
+        of_integers = np.mean((rounded_to_integers(np, x).astype(np.float64) - x) ** 2)
+        error = of_integers / np.mean(x.astype(np.float64) ** 2)
+        assert of_integers < times * of_halves or error < 2.0**-26, (outlier, of_integers, of_halves, error)
 
 
 def test_the_order_of_threads_does_not_matter(activations: Kernels) -> None:

@@ -24,8 +24,8 @@ from refengine.cuda.kernels import activation, embedding, few_rows, matmul, moe,
 from refengine.cuda.kernels.attention import PagedRows, Projections, Rotation, attention_step, step_division
 from refengine.cuda.kernels.few_rows import FEW_ROWS, Activation, can_prepare
 from refengine.cuda.kernels.moe import Groups
-from refengine.cuda.kernels.norm import row_stats
-from refengine.cuda.kernels.quantize_rows import BLOCK, GROUP, RowNorm, Rows, padded
+from refengine.cuda.kernels.norm import row_squares
+from refengine.cuda.kernels.quantize_rows import BLOCK, GROUP, Converted, RowNorm, Rows
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, rows_of
 from refengine.cuda.runtime.launch import Kernels
 
@@ -135,12 +135,11 @@ class StepOps:
         groups, of_groups = self._groups(gate, gate.x)  # first, because the router also needs the norm's floats
         rows, of_rows = self._rows(gate.x, gate.w, up.w)
         self._use(*of_rows, *of_groups)
-        y, stats = self._new(gate.n_rows, gate.width), self._new_stats(gate.n_rows, gate.width)
+        y = self._new(gate.n_rows, gate.width)
         matrices, biases = (gate.w, up.w), (gate.bias, up.bias)
         kind = Activation.SWIGLU_CLAMPED if clamped else Activation.SWIGLU
-        options = {"activation": kind, "groups": groups, "stats": _array(stats)}
-        self._launch(few_rows.multiply, rows, matrices, biases, y.array, **options)
-        return Value(gate.n_rows, gate.width, y, stats)
+        self._launch(few_rows.multiply, rows, matrices, biases, y.array, activation=kind, groups=groups)
+        return Value(gate.n_rows, gate.width, y)
 
     def _gate_up_fits(self, gate: Product, up: Product) -> bool:
         assert gate.w is not None
@@ -158,10 +157,9 @@ class StepOps:
             return self._elements(activation.gelu, x)
         rows, of_rows = self._rows(x.x, x.w)
         self._use(*of_rows)
-        y, stats = self._new(x.n_rows, x.width), self._new_stats(x.n_rows, x.width)
-        options = {"activation": Activation.GELU, "stats": _array(stats)}
-        self._launch(few_rows.multiply, rows, (x.w,), (x.bias,), y.array, **options)
-        return Value(x.n_rows, x.width, y, stats)
+        y = self._new(x.n_rows, x.width)
+        self._launch(few_rows.multiply, rows, (x.w,), (x.bias,), y.array, activation=Activation.GELU)
+        return Value(x.n_rows, x.width, y)
 
     def _elements(self, binding: Callable[..., None], *values: Value) -> Value:
         arrays = self._arrays(*values)
@@ -207,11 +205,9 @@ class StepOps:
         division = step_division(n, n_head, a.k[il], a.tables, window)
         partial = self._b.new((n, n_head, division.n_entries, head_dim + 2), np.float32)
         y = self._new(n, n_head * head_dim)
-        stats = None if head_dim % GROUP else self._new_stats(n, n_head * head_dim)
-        of_heads["stats"] = _array(stats)
         given = (projections, rotation, a.positions[:n], a.tables[:n], a.k[il], a.v[il], partial.array, a.arrived)
         self._launch(attention_step, *given, y.array, scale=scale, window=window, sinks=sinks, **of_heads)
-        return Value(n, n_head * head_dim, y, stats)
+        return Value(n, n_head * head_dim, y)
 
     def _projected(self, q: Heads, k: Heads, v: Heads) -> tuple[Projections, Rotation, dict[str, Any]]:
         """Q, K and V for the next launch, their rotation, and what else it does to heads. Raises NoFusedStep."""
@@ -284,9 +280,9 @@ class StepOps:
         down, added = self._arrays(total.experts, residual)
         shares = self._shares(total.shares.choice)
         self._use(shares)
-        y, stats = self._new(total.n_rows, total.width), self._new_stats(total.n_rows, total.width)
-        self._launch(moe.combine, down, shares.array, added, y.array, _array(stats))
-        return Value(total.n_rows, total.width, y, stats)
+        y, squares = self._new_residual(total.n_rows, total.width)
+        self._launch(moe.combine, down, shares.array, added, y.array, _array(squares))
+        return Value(total.n_rows, total.width, y, squares)
 
     def _shares(self, choice: Choice) -> Buffer:
         """The shares of each row's experts."""
@@ -380,95 +376,111 @@ class StepOps:
         if isinstance(value, Product):
             return self._multiply(value)[0]
         if isinstance(value, Norm):
-            y = self._normed(value, floats=True, halves=False)[0].floats
+            y = self._normed(value, floats=True, to_halves=None)[0].floats
             assert value.buffer is not None, y
             return value.buffer
         raise NoFusedStep(f"decode: there is no kernel that computes a {type(value).__name__} alone")
 
     def _multiply(self, product: Product, residual: Value | None = None) -> tuple[Buffer, Buffer | None]:
-        """The rows of a product and, of sums with a residual, their stats."""
+        """The rows of a product and, of sums with a residual, which norms read, their squares."""
         assert product.x is not None
         assert product.w is not None
         groups, of_groups = self._groups(product, product.x)
         rows, of_rows = self._rows(product.x, product.w)
         added = None if residual is None else self._arrays(residual)[0]
         self._use(*of_rows, *of_groups)
-        y, stats = self._new(product.n_rows, product.width), None
-        if residual is not None and not product.w.is_float:  # other products are no rows of products
-            stats = self._new_stats(product.n_rows, product.width)
-        options = {"bias": product.bias, "residual": added, "groups": groups, "overlap": True, "stats": _array(stats)}
+        if residual is None or product.w.is_float:
+            y, squares = self._new(product.n_rows, product.width), None
+        else:
+            y, squares = self._new_residual(product.n_rows, product.width)
+        options = {
+            "bias": product.bias,
+            "residual": added,
+            "groups": groups,
+            "overlap": True,
+            "squares": _array(squares),
+        }
         self._launch(matmul.linear, rows, product.w, y.array, **options)
-        return y, stats
+        return y, squares
 
     def _rows(self, x: Value, *matrices: PackedMatrix) -> tuple[Rows, tuple[Buffer, ...]]:
         """The rows in a form that a product with these matrices reads, and their buffers."""
         w = matrices[0]
+        halves = few_rows.reads_halves(w)
         for rows, buffers in x.prepared:
-            if (rows.floats if w.is_float else rows.halves) is not None:
+            found = rows.floats is not None if w.is_float else rows.converted and rows.converted.halves == halves
+            if found:
                 return rows, buffers
         deferred = _deferred_norm(x)
         few = not w.is_float and self._n <= ROWS_IN_PRODUCT and (deferred is None or deferred.bias is None)
         if few and can_prepare(matrices, self._n, norm=deferred is not None):
             return self._unprepared(x)
         if deferred is not None:
-            return self._normed(deferred, floats=w.is_float, halves=not w.is_float or x.width % BLOCK == 0)
+            # A router of floats is beside products with quantised weights, so their rows are made here as well.
+            return self._normed(
+                deferred, floats=w.is_float, to_halves=None if w.is_float and x.width % BLOCK else halves
+            )
         (floats,) = self._arrays(x)
         if w.is_float:
             assert x.buffer is not None
-            found: tuple[Rows, tuple[Buffer, ...]] = Rows(x.n_rows, floats), (x.buffer,)
+            made: tuple[Rows, tuple[Buffer, ...]] = Rows(x.n_rows, floats), (x.buffer,)
         else:
-            made = self._halves(x)
-            rows = Rows(x.n_rows, None, *(buffer.array for buffer in made))
-            self._launch(quantize_rows.quantize_rows, floats, rows, overlap=True)
-            found = rows, made
-        x.prepared.append(found)
-        return found
+            converted, buffers = self._converted(x, halves)
+            self._launch(quantize_rows.quantize_rows, floats, converted, overlap=True)
+            made = Rows(x.n_rows, None, converted), buffers
+        x.prepared.append(made)
+        return made
 
     def _unprepared(self, x: Value) -> tuple[Rows, tuple[Buffer, ...]]:
         """Rows of floats, of which the product makes the form that it reads, after a norm that is still deferred."""
-        norm, source, deferred = None, x, _deferred_norm(x)
-        if deferred is not None:
-            assert deferred.x is not None
-            assert deferred.weight is not None
-            norm, source = RowNorm(deferred.weight, deferred.eps), deferred.x
+        deferred = _deferred_norm(x)
+        if deferred is None:
+            (floats,) = self._arrays(x)
+            assert x.buffer is not None
+            return Rows(x.n_rows, floats), (x.buffer,)
+        source = deferred.x
+        assert source is not None
+        assert deferred.weight is not None
         (floats,) = self._arrays(source)
         assert source.buffer is not None
-        if source.stats is None:
-            source.stats = self._stats_of(source.n_rows, source.width)
-            self._launch(row_stats, floats, source.stats.array)
+        if source.squares is None:
+            source.squares = self._b.new((source.n_rows, source.width // GROUP), np.float32)
+            self._launch(row_squares, floats, source.squares.array)
         self._use(source.buffer)
-        return Rows(x.n_rows, floats, norm=norm, stats=source.stats.array), (source.buffer, source.stats)
+        norm = RowNorm(deferred.weight, deferred.eps)
+        return Rows(x.n_rows, floats, norm=norm, squares=source.squares.array), (source.buffer, source.squares)
 
-    def _normed(self, x: Norm, *, floats: bool, halves: bool) -> tuple[Rows, tuple[Buffer, ...]]:
+    def _normed(self, x: Norm, *, floats: bool, to_halves: bool | None) -> tuple[Rows, tuple[Buffer, ...]]:
+        """A norm's rows as floats, and converted to halves or integers, or not (None)."""
         assert x.x is not None
         (before,) = self._arrays(x.x)
         plain = self._new(x.n_rows, x.width) if floats else None
-        made = self._halves(x) if halves else ()
-        rows = Rows(x.n_rows, None if plain is None else plain.array, *(buffer.array for buffer in made))
+        converted, buffers = (None, ()) if to_halves is None else self._converted(x, to_halves)
+        rows = Rows(x.n_rows, None if plain is None else plain.array, converted)
         if x.bias is None:
             self._launch(norm.rms_norm_rows, before, x.weight, x.eps, rows)
         else:
             self._launch(norm.layer_norm_rows, before, x.weight, x.bias, x.eps, rows)
-        buffers = made if plain is None else (plain, *made)
+        if plain is not None:
+            buffers = (plain, *buffers)
         x.buffer = plain
         x.prepared.append((rows, buffers))
         return rows, buffers
 
-    def _halves(self, x: Value) -> tuple[Buffer, Buffer, Buffer]:
-        width = padded(x.width)
-        halves = self._b.new((x.n_rows, width), np.float16)
-        sums = self._b.new((x.n_rows, width // BLOCK), np.uint32)
-        return halves, sums, self._b.new((x.n_rows,), np.float32)
+    def _converted(self, x: Value, halves: bool) -> tuple[Converted, tuple[Buffer, ...]]:
+        """Space for the converted rows of a value, and its buffers."""
+        shapes = Converted.shapes(x.n_rows, x.width)
+        dtypes = (np.uint8, np.int32, np.float32)
+        buffers = tuple(self._b.new(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        return Converted(halves, *(buffer.array for buffer in buffers)), buffers
 
     def _new(self, n_rows: int, width: int) -> Buffer:
         return self._b.new((n_rows, width), np.float32)
 
-    def _new_stats(self, n_rows: int, width: int) -> Buffer | None:
-        """A buffer for the stats of new rows, if products may read them."""
-        return None if self._n > ROWS_IN_PRODUCT or width % BLOCK else self._stats_of(n_rows, width)
-
-    def _stats_of(self, n_rows: int, width: int) -> Buffer:
-        return self._b.new((n_rows, width // GROUP, 2), np.float32)
+    def _new_residual(self, n_rows: int, width: int) -> tuple[Buffer, Buffer | None]:
+        """Buffers for new rows and, if a product may norm them, their squares."""
+        squared = self._n <= ROWS_IN_PRODUCT and width % BLOCK == 0
+        return self._new(n_rows, width), self._b.new((n_rows, width // GROUP), np.float32) if squared else None
 
     def _use(self, *buffers: Buffer) -> None:
         for buffer in buffers:

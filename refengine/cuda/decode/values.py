@@ -19,8 +19,8 @@ class NoFusedStep(KernelError):
 
 @dataclass(eq=False)
 class Value:
-    """Rows (n_rows, width) float32. buffer: their buffer; None until they are computed. stats: their stats (see
-    `quantize_rows.Rows`), if a launch has computed them.
+    """Rows (n_rows, width) float32. buffer: their buffer; None until they are computed. squares: their sums of squares
+    (see `quantize_rows.Rows`), if a launch has computed them.
 
     prepared: the rows in the forms that products have requested, with their buffers.
     """
@@ -28,7 +28,7 @@ class Value:
     n_rows: int
     width: int
     buffer: Buffer | None = None
-    stats: Buffer | None = None
+    squares: Buffer | None = None
     prepared: list[tuple[Rows, tuple[Buffer, ...]]] = field(default_factory=list)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from refengine.array import Array
-from refengine.cuda.kernels.quantize_rows import GROUP
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.memory import Arena
 from refengine.cuda.runtime.launch import Kernels
@@ -18,8 +17,8 @@ from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
 BLOCK_ROWS, TILE, SPLIT = 16, 64, 512  # rows per block of threads; positions per tile and per split
-STEP_ROWS, PAIR = 8, 128  # rows per block of threads in `attention_step`, and positions that it computes together
-MOST_PAIRS = 32  # a row of `attention_step` that sees more pairs of tiles is divided into splits, see `step_division`
+STEP_ROWS, QUAD = 8, 256  # rows per block of threads in `attention_step`, and positions that it computes together
+MOST_QUADS = 4  # a row of `attention_step` that sees more quads of tiles is divided into splits, see `step_division`
 HEAD_DIMS = (32, 64, 96, 128)  # the head widths of the compiled kernels; narrower heads are padded
 BUSY = 264  # blocks of threads that keep a large GPU busy; with fewer blocks, positions are divided into splits
 PARTIAL_BYTES = 64 << 20  # the most work space for splits that have their own blocks of threads
@@ -118,10 +117,10 @@ def shared_bytes(width: int) -> int:
 
 def step_shared_bytes(width: int) -> int:
     """The bytes of the struct `StepShared` in kernels_cu/attention.cu."""
-    rows, warps, tiles = STEP_ROWS, SPLIT // TILE, 2
-    halves = 2 * (2 * rows + 2) * width
-    of_tile = 2 * 2 * rows * TILE + 4 * rows * (TILE + 8 + 4) + 2 * TILE
-    return -(-(halves + tiles * of_tile + 4 * ((warps + 4) * width + 2 * rows) + 8 + 8 + 6 * 4) // 16) * 16
+    rows, warps, tiles = STEP_ROWS, SPLIT // TILE, QUAD // TILE
+    halves = 2 * (QUAD + rows + 2) * width
+    of_tile = 2 * 32 * 16 + 16 * rows + 4 * rows * (TILE + 4) + 2 * TILE
+    return -(-(halves + tiles * of_tile + 4 * (warps * width + 3 * rows) + 2 + 2 + 4 * 4 + 4 + 8) // 16) * 16
 
 
 def check_cache(n_head: int, head_dim: int, k_cache: PagedRows) -> None:
@@ -229,22 +228,22 @@ def step_blocks(group: int) -> int:
 class StepDivision:
     """How `attention_step` divides the positions that a row sees among blocks of threads.
 
-    at_once: the number of blocks for the same rows. most_pairs: a row that sees more pairs of tiles is divided into
-    splits, any other into pairs. n_entries: the most tiles or splits of a row that are written to the work space.
+    at_once: the number of blocks for the same rows. most_quads: a row that sees several splits, but not more quads of
+    tiles, is divided into quads, any other into splits. n_entries: the most tiles or splits of a row that are written
+    to the work space.
     """
 
     at_once: int
-    most_pairs: int
+    most_quads: int
     n_entries: int
 
 
 def step_division(n: int, n_head: int, k_cache: PagedRows, tables: Array, window: int) -> StepDivision:
     """The division for n rows. tables: (n or more, n_blocks), the block tables; only the shape is used.
 
-    All blocks fit on a large GPU together. Pairs spread a row over more blocks than splits, but each adds two entries
-    to write and to fold. So they are used while a block takes at most two of them, where it would take the time of four
-    for a split, and up to MOST_PAIRS, after which splits alone are enough blocks. Both limits bound the work space. If
-    there is one block for the same rows, pairs gain nothing.
+    All blocks fit on a large GPU together. Quads spread a row over twice as many blocks as splits, but each adds four
+    entries to write and to fold, which one warp does for a row. So they are used while a block takes one of them, and
+    up to MOST_QUADS. A row that sees one split needs no other block, and no work space.
     """
 
     def seen(unit: int) -> int:
@@ -255,8 +254,8 @@ def step_division(n: int, n_head: int, k_cache: PagedRows, tables: Array, window
     n_positions = tables.shape[1] * block_size
     n_blocks = n * step_blocks(n_head // n_head_kv) * n_head_kv
     share = max(1, BUSY // n_blocks)
-    most_pairs = min(seen(PAIR), MOST_PAIRS, 2 * share) if share > 1 else 0
-    return StepDivision(min(share, max(most_pairs, seen(SPLIT))), most_pairs, max(2 * most_pairs, seen(SPLIT)))
+    most_quads = min(seen(QUAD), MOST_QUADS, share) if share > 1 and seen(SPLIT) > 1 else 0
+    return StepDivision(min(share, max(most_quads, seen(SPLIT))), most_quads, max(4 * most_quads, seen(SPLIT)))
 
 
 def counters_of(n: int, n_head: int) -> int:
@@ -282,7 +281,6 @@ def attention_step(
     norms: tuple[Array | None, Array | None] = (None, None),
     eps: float = 0.0,
     q_factor: float = 1.0,
-    stats: Array | None = None,
 ) -> None:
     """Attention of one new token for each of n sequences: RMS norm of the heads (with weights `norms`), RoPE, Q times
     q_factor; K and V are written to the cache. Overlaps: everything but Q, K and V is read before the previous kernel
@@ -290,8 +288,7 @@ def attention_step(
 
     positions: (n,) int32, below zero for rows without a sequence. tables: (n, n_blocks) int32. partial: work space
     (n, n_head, n_entries, head_dim + 2) float32, see `step_division`. arrived: `counters_of(n, n_head)` int32 or more,
-    zeros before and after. y: (n, n_head · head_dim) float32. stats: is filled with those of y, if heads have
-    a multiple of 16 columns; see `quantize_rows.Rows`.
+    zeros before and after. y: (n, n_head · head_dim) float32.
     """
     n, n_head = partial.shape[:2]
     _, n_head_kv, block_size, head_dim = k_cache.values.shape
@@ -299,9 +296,6 @@ def attention_step(
     check_projections(kernel, qkv, (n, n_head, y.shape[-1] // n_head), positions, tables, (k_cache, v_cache), norms)
     check_shape(kernel, "the output", y, (n, n_head * head_dim))
     check_shape(kernel, "the sinks' array", sinks, (n_head,))
-    check_shape(kernel, "the stats' array", stats, (n, n_head * head_dim // GROUP, 2))
-    if stats is not None and head_dim % GROUP:
-        raise KernelError(f"{kernel}: heads of {head_dim} are not a multiple of {GROUP}, so they have no stats")
     division = step_division(n, n_head, k_cache, tables, window)
     check_shape(kernel, "the work space", partial, (n, n_head, division.n_entries, head_dim + 2))
     group = n_head // n_head_kv
@@ -311,8 +305,8 @@ def attention_step(
     width = head_width(head_dim)
     arrays = [qkv.struct, *norms, rotation.cos, rotation.sin, k_cache.struct, v_cache.struct, tables, positions]
     sizes = [group, n_head_kv, head_dim, rotation.half, rotation.neox, block_size, window, tables.shape[1]]
-    numbers = [*qkv.strides, *sizes, division.n_entries, division.most_pairs, float(eps), float(q_factor), float(scale)]
-    arguments = [*arrays, sinks, partial, arrived, y, stats, *numbers]
+    numbers = [*qkv.strides, *sizes, division.n_entries, division.most_quads, float(eps), float(q_factor), float(scale)]
+    arguments = [*arrays, sinks, partial, arrived, y, *numbers]
     grid, shared = (tiles, n_head_kv, division.at_once), step_shared_bytes(width)
     kernels.launch("attention", f"{kernel}_{width}", grid, 256, arguments, shared, overlap=True)
 

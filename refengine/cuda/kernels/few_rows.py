@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from math import prod
 
 from gguf import GGMLQuantizationType
 
 from refengine.array import Array
 from refengine.cuda.kernels.moe import NO_GROUPS, Groups
-from refengine.cuda.kernels.quantize_rows import GROUP, Rows, padded
+from refengine.cuda.kernels.quantize_rows import GROUP, SEGMENT, Converted, Rows, n_segments
 from refengine.cuda.kernels.shapes import check_shape
-from refengine.cuda.layout import TILE_ROWS, PackedMatrix, segment_bytes, tile_bytes
+from refengine.cuda.layout import TILE_ROWS, PackedMatrix, pair_bytes, segment_bytes
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
 
 FEW_ROWS = 8  # rows per block of threads
-SEGMENT = 256  # columns whose products are summed up before segments are added
 STAGES = 2  # of a warp's ring, each with the weights of a segment
 MOST_MATRICES = 3
 MOST_WARPS, LEAST_WARPS = 8, 4  # the registers of 8 warps fit half a multiprocessor
@@ -67,7 +67,7 @@ def multiply(
     activation: Activation = Activation.NONE,
     residual: Array | None = None,
     groups: Groups | None = None,
-    stats: Array | None = None,
+    squares: Array | None = None,
 ) -> None:
     """y = activation(x wᵀ + bias) + residual for one matrix; with groups, each row uses the matrix of its expert.
 
@@ -75,8 +75,8 @@ def multiply(
     activation: y = activation(x gateᵀ + bias, x upᵀ + bias). Overlaps with the previous kernel.
 
     w: (n_out, n_in), or (n_expert, n_out, n_in) with groups. y, residual: (n_rows, n_out) float32; with groups, y has a
-    row for each pair. biases: (n_out,), or (n_expert, n_out), each or None. stats: is filled with those of y, if n_out
-    is a multiple of 16; see `Rows`. Raises KernelError for what does not fit.
+    row for each pair. biases: (n_out,), or (n_expert, n_out), each or None. squares: is filled with those of y, if
+    n_out is a multiple of 16; see `Rows`. Raises KernelError for what does not fit.
     """
     first = matrices[0]
     n_in = first.shape[-1]
@@ -88,12 +88,12 @@ def multiply(
         raise KernelError(
             f"{first.name}: a product of few rows with {activation.name} does not support {rows}, {found}"
         )
-    x.check(first.name, n_in, floats=False, few=True)
+    x.check_converted(first.name, n_in, halves=reads_halves(first), few=True)
     check_shape(first.name, "the output", y, (len(groups.y_rows) if groups else x.n, n_out))
     check_shape(first.name, "the residual", residual, y.shape)
-    check_shape(first.name, "the stats' array", stats, (len(y), n_out // GROUP, 2))
-    if stats is not None and n_out % GROUP:
-        raise KernelError(f"{first.name}: {n_out} outputs are not a multiple of {GROUP}, so they have no stats")
+    check_shape(first.name, "the squares' array", squares, (len(y), n_out // GROUP))
+    if squares is not None and n_out % GROUP:
+        raise KernelError(f"{first.name}: {n_out} outputs are not a multiple of {GROUP}, so they have no squares")
     for w, bias in zip(matrices, biases, strict=True):
         check_shape(w.name, "the bias", bias, w.shape[:-1])
     n_groups = len(groups.group) if groups else 1
@@ -110,7 +110,7 @@ def multiply(
         *[None] * missing,
         residual,
         y,
-        stats,
+        squares,
         *(int(w.type) for w in matrices),
         *[0] * missing,
         *(item_bytes(w.type) for w in matrices),
@@ -120,7 +120,8 @@ def multiply(
         *(n_out, n_in, len(y) if groups else x.n, *launch.arguments, x.eps),
     ]
     grid, shared = (launch.blocks, n_groups), launch.shared_bytes
-    kernels.launch("few_rows", "few_rows", grid, launch.threads, arguments, shared, overlap=True, what=first.name)
+    kernel = "few_rows" if launch.arguments[0] or x.converted else "one_row"
+    kernels.launch("few_rows", kernel, grid, launch.threads, arguments, shared, overlap=True, what=first.name)
 
 
 def fits(
@@ -130,11 +131,18 @@ def fits(
     first = matrices[0]
     if n_rows > FEW_ROWS or any(w.is_float or w.shape[-1] != first.shape[-1] for w in matrices):
         return False
+    if any(reads_halves(w) != reads_halves(first) for w in matrices):
+        return False
     if activation.gated:
         return len(matrices) == 2 and matrices[1].shape == first.shape
     if len(matrices) > 1 and (grouped or activation is not Activation.NONE):
         return False
     return len(matrices) <= MOST_MATRICES and not any(w.shape[-2] % TILE_ROWS for w in matrices[:-1])
+
+
+def reads_halves(w: PackedMatrix) -> bool:
+    """Whether a product with this matrix reads rows of halves, rather than of integers."""
+    return w.type == GGMLQuantizationType.F16
 
 
 def few_rows_launch(
@@ -154,7 +162,7 @@ def few_rows_launch(
     first = matrices[0]
     device = (kernels.n_multiprocessors, kernels.shared_limit)
     types = tuple(w.type for w in matrices)
-    prepares = (x.halves is None, x.norm is not None)
+    prepares = (x.converted is None, x.norm is not None)
     launch = _launch(types, first.shape[-1], n_out, n_rows, n_groups, gated, *device, *prepares)
     if launch.shared_bytes > kernels.shared_limit:
         raise KernelError(
@@ -209,8 +217,8 @@ def _launch(
 
 
 def item_bytes(kind: GGMLQuantizationType) -> int:
-    """The numbers of `tile_bytes`, the second one 16 bits higher."""
-    codes, scales = tile_bytes(kind)
+    """The numbers of `pair_bytes`, the second one 16 bits higher."""
+    codes, scales = pair_bytes(kind)
     return codes | scales << 16
 
 
@@ -222,9 +230,9 @@ def stage_bytes(types: tuple[GGMLQuantizationType, ...]) -> int:
 def shared_bytes(
     stage: int, n_in: int, warps: int, chunk: int, shift: int, gated: bool = False, *, prepares: bool, norm: bool
 ) -> int:
-    """The bytes of shared memory of a block. stage: `stage_bytes`. prepares: it converts its rows to halves; norm:
-    after a norm."""
-    ring = warps * STAGES * stage
-    sums = 2 * chunk * (2 if gated else 1) * -(-n_in // SEGMENT) * 64 << shift
-    rows = (2 * padded(n_in) + 64 + padded(n_in) // 8 << shift) + 4 * n_in * norm if prepares else 0
-    return ring + 96 + sums + rows
+    """The bytes of shared memory of a block. stage: `stage_bytes`. prepares: it converts its rows; norm: after a
+    norm."""
+    data, sums, scale = (prod(shape[1:]) for shape in Converted.shapes(1, n_in))
+    of_items = 2 * chunk * (2 if gated else 1) * n_segments(n_in) * 64 << shift
+    rows = (data + 64 + 4 * (sums + scale) << shift) + 4 * n_in * norm if prepares else 0
+    return warps * STAGES * stage + of_items + rows

@@ -110,16 +110,16 @@ def sum_experts(kernels: Kernels, experts: Array, y: Array) -> None:
 
 
 def combine(
-    kernels: Kernels, down: Array, shares: Array, residual: Array, y: Array, stats: Array | None = None
+    kernels: Kernels, down: Array, shares: Array, residual: Array, y: Array, squares: Array | None = None
 ) -> None:
     """y (n, width) = the sum over ranks of down (n · n_used, width) times shares (n, n_used), + residual. Overlaps.
 
-    stats: is filled with those of y; see `quantize_rows.Rows`.
+    squares: is filled with those of y; see `quantize_rows.Rows`.
     """
     n, width = y.shape
     check_shape("combine", "the array of outputs", down, (n * shares.shape[1], width))
     check_shape("combine", "the shares' array", shares, (n, shares.shape[1]))
     check_shape("combine", "the residual", residual, y.shape)
-    check_shape("combine", "the stats' array", stats, (n, width // GROUP, 2))
-    arguments = [down, shares, residual, y, stats, shares.shape[1], width]
+    check_shape("combine", "the squares' array", squares, (n, width // GROUP))
+    arguments = [down, shares, residual, y, squares, shares.shape[1], width]
     kernels.launch("moe", "combine_f32", (-(-width // 256), n), 256, arguments, overlap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refengine.array import Array
-from refengine.cuda.kernels.quantize_rows import BLOCK, GROUP, Rows, padded
+from refengine.cuda.kernels.quantize_rows import GROUP, Rows
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
@@ -28,31 +28,31 @@ def _norm(kernels: Kernels, kernel: str, x: Array, vectors: list[Array], eps: fl
 
 
 def rms_norm_rows(kernels: Kernels, x: Array, weight: Array, eps: float, rows: Rows) -> None:
-    """`rms_norm` of x (n_rows, n), written to the arrays that `rows` has: floats, halves, sums, scales. Overlaps."""
-    _norm_rows(kernels, "rms_norm_f16", x, [weight], eps, rows)
+    """`rms_norm` of x (n_rows, n), written to what `rows` has: floats, the converted form, or both. Overlaps."""
+    _norm_rows(kernels, "rms_norm_rows", x, [weight], eps, rows)
 
 
 def layer_norm_rows(kernels: Kernels, x: Array, weight: Array, bias: Array, eps: float, rows: Rows) -> None:
-    """`layer_norm` of x (n_rows, n), written to the arrays that `rows` has: floats, halves, sums, scales. Overlaps."""
-    _norm_rows(kernels, "layer_norm_f16", x, [weight, bias], eps, rows)
+    """`layer_norm` of x (n_rows, n), written to what `rows` has: floats, the converted form, or both. Overlaps."""
+    _norm_rows(kernels, "layer_norm_rows", x, [weight, bias], eps, rows)
 
 
 def _norm_rows(kernels: Kernels, kernel: str, x: Array, vectors: list[Array], eps: float, rows: Rows) -> None:
     n = _width(kernel, x, vectors)
     check_shape(kernel, "the floats' array", rows.floats, x.shape)
-    if rows.halves is not None:
-        check_shape(kernel, "the halves' array", rows.halves, (len(x), padded(n)))
-        check_shape(kernel, "the sums' array", rows.sums, (len(x), padded(n) // BLOCK))
-        check_shape(kernel, "the scales' array", rows.scale, (len(x),))
-    arguments = [x, *vectors, rows.floats, rows.halves, rows.scale, rows.sums, n, float(eps)]
+    to = rows.converted
+    if to is not None:
+        to.check(kernel, len(x), n)
+    arrays = [rows.floats, *((to.data, to.scale, to.sums) if to else (None, None, None))]
+    arguments = [x, *vectors, *arrays, n, int(to is not None and to.halves), float(eps)]
     kernels.launch("norm", kernel, (len(x),), THREADS, arguments, 4 * n + norm_bytes(n), overlap=True)
 
 
-def row_stats(kernels: Kernels, x: Array, stats: Array) -> None:
-    """The largest magnitudes and sums of squares of the groups of rows x (n_rows, n); stats: see `Rows`. Overlaps."""
-    n = _width("row_stats_f32", x, [])
-    check_shape("row_stats_f32", "the stats' array", stats, (len(x), n // GROUP, 2))
-    kernels.launch("norm", "row_stats_f32", (len(x), -(-n // THREADS)), THREADS, [x, stats, n], overlap=True)
+def row_squares(kernels: Kernels, x: Array, squares: Array) -> None:
+    """The sums of squares of the groups of rows x (n_rows, n); squares: see `Rows`. Overlaps."""
+    n = _width("row_squares", x, [])
+    check_shape("row_squares", "the squares' array", squares, (len(x), n // GROUP))
+    kernels.launch("norm", "row_squares", (len(x), -(-n // THREADS)), THREADS, [x, squares, n], overlap=True)
 
 
 def norm_bytes(n: int) -> int:

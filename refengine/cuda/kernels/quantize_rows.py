@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from refengine.array import Array
 from refengine.cuda.kernels.shapes import check_shape
@@ -11,14 +12,15 @@ from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
 
-BLOCK = 32  # columns per stored sum
-GROUP = 16  # columns of which a row's stats are known
-PITCH = 256  # rows of halves are padded with zeros to a multiple of this
+BLOCK = 32  # columns of which all rows are a multiple
+GROUP = 16  # columns per stored sum, and per sum of squares
+SEGMENT = 256  # columns with a scale of their own
+MOST_WARPS = 8  # of a block, each with a segment
 
 
-def padded(n_in: int) -> int:
-    """The width of a row of halves for n_in columns."""
-    return -(-n_in // PITCH) * PITCH
+def n_segments(n_in: int) -> int:
+    """The number of segments of a row of n_in columns."""
+    return -(-n_in // SEGMENT)
 
 
 @dataclass(frozen=True)
@@ -30,63 +32,99 @@ class RowNorm:
 
 
 @dataclass(frozen=True)
+class Converted:
+    """n rows in the form that products with quantised weights, or with halves, read: see kernels_cu/quantize_rows.cu.
+
+    data: (n, n_segments, 512) uint8, integers of two bytes or halves, in the device's order of columns. sums: (n,
+    n_segments, 16) int32, the sums of the integers of 16 columns. scale: (n, n_segments) float32.
+    """
+
+    halves: bool
+    data: Array
+    sums: Array
+    scale: Array
+
+    @staticmethod
+    def shapes(n: int, n_in: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The shapes of data, sums and scale of n rows of n_in columns."""
+        whole = (n, n_segments(n_in))
+        return (*whole, 2 * SEGMENT), (*whole, SEGMENT // GROUP), whole
+
+    @classmethod
+    def empty(cls, xp: Any, n: int, n_in: int, *, halves: bool) -> Converted:
+        """Space for n rows of n_in columns."""
+        data, sums, scale = cls.shapes(n, n_in)
+        return cls(halves, xp.empty(data, xp.uint8), xp.empty(sums, xp.int32), xp.empty(scale, xp.float32))
+
+    def check(self, what: str, n: int, n_in: int) -> None:
+        """Raises KernelError, with what they are for, if the arrays are not those of n rows of n_in columns."""
+        names = ("the rows' array", "the sums' array", "the scales' array")
+        arrays = (self.data, self.sums, self.scale)
+        for name, array, shape in zip(names, arrays, self.shapes(n, n_in), strict=True):
+            check_shape(what, name, array, shape)
+
+
+@dataclass(frozen=True)
 class Rows:
-    """n rows of activations, in one or both of two forms; None for arrays that do not exist.
+    """n rows of activations, in one or both of two forms; None for what does not exist.
 
     floats: (n, n_in) float32, for products with F32 and BF16 weights.
-    halves, sums, scale: for all other products; halves (n, padded(n_in)) float16 in the device's column order, their
-    block sums (n, padded(n_in) / 32), and scales (n,) float32. Products with few rows make this form themselves if
-    there are only floats.
+    converted: for all other products. Products with few rows make this form themselves if there are only floats.
     norm: what these products apply to the floats before; the floats alone are then not the rows.
-    stats: what they need for that: (n, n_in / 16, 2) float32, the largest magnitude, and the sum of squares, of each
-    group of 16 floats.
+    squares: what they need for that, (n, n_in / 16) float32: the sum of squares of each group of 16 floats.
     """
 
     n: int
     floats: Array | None
-    halves: Array | None = None
-    sums: Array | None = None
-    scale: Array | None = None
+    converted: Converted | None = None
     norm: RowNorm | None = field(default=None, kw_only=True)
-    stats: Array | None = field(default=None, kw_only=True)
+    squares: Array | None = field(default=None, kw_only=True)
 
     @cached_property
     def struct(self) -> Struct:
         """The struct `Activations` of arguments.cuh."""
-        if self.halves is not None:
-            return Struct(self.halves, self.sums, self.scale, None, None, None)
-        return Struct(None, None, None, self.floats, self.stats, None if self.norm is None else self.norm.weight)
+        if self.converted is not None:
+            return Struct(self.converted.data, self.converted.sums, self.converted.scale, None, None, None)
+        return Struct(None, None, None, self.floats, self.squares, None if self.norm is None else self.norm.weight)
 
     @property
     def eps(self) -> float:
         """The epsilon of the norm, or 0."""
         return self.norm.eps if self.norm else 0.0
 
-    def check(self, tensor: str, n_in: int, *, floats: bool, few: bool = False) -> None:
-        """Raises KernelError if the floats, or the halves, are missing or have another width than n_in.
+    def check_floats(self, tensor: str, n_in: int) -> None:
+        """Raises KernelError unless there are floats (n, n_in) without a norm to be applied."""
+        floats = None if self.norm else self.floats
+        if floats is None or floats.shape != (self.n, n_in):
+            found = "none" if floats is None else f"rows of the shape {floats.shape}"
+            raise KernelError(f"{tensor}: the product reads floats of the shape {(self.n, n_in)}, found {found}")
+
+    def check_converted(self, tensor: str, n_in: int, *, halves: bool, few: bool = False) -> None:
+        """Raises KernelError unless there are converted rows of n_in columns, of halves or of integers.
 
         few: rows that the product itself converts are also right.
         """
-        if few and self.halves is None and self.floats is not None and self.floats.shape == (self.n, n_in):
-            if self.stats is None:
-                raise KernelError(f"{tensor}: the product reads the stats of rows that it converts, found none")
-            check_shape(tensor, "the rows' stats", self.stats, (self.n, n_in // GROUP, 2))
+        if self.converted is not None and self.converted.halves == halves:
+            self.converted.check(tensor, self.n, n_in)
             return
-        array, width = ((None if self.norm else self.floats), n_in) if floats else (self.halves, padded(n_in))
-        if array is None or array.shape != (self.n, width):
-            found = "none" if array is None else f"rows of the shape {array.shape}"
-            kind = "floats" if floats else "halves"
-            raise KernelError(f"{tensor}: the product reads {kind} of the shape {(self.n, width)}, found {found}")
+        if few and self.converted is None and self.floats is not None:
+            check_shape(tensor, "the rows' array", self.floats, (self.n, n_in))
+            if self.norm is not None:
+                if self.squares is None:
+                    raise KernelError(f"{tensor}: the product reads the squares of rows that it norms, found none")
+                check_shape(tensor, "the rows' squares", self.squares, (self.n, n_in // GROUP))
+            return
+        wanted, other = ("halves", "integers") if halves else ("integers", "halves")
+        raise KernelError(f"{tensor}: the product reads {wanted}, found {other if self.converted else 'none'}")
 
 
-def quantize_rows(kernels: Kernels, x: Array, rows: Rows, *, overlap: bool = False) -> None:
-    """Compute the halves, sums and scales of `rows` from x (n, n_in) float32."""
+def quantize_rows(kernels: Kernels, x: Array, to: Converted, *, overlap: bool = False) -> None:
+    """Convert rows x (n, n_in) float32."""
     n, n_in = x.shape
     if n_in % BLOCK:
-        raise KernelError(f"quantize_rows_f16: rows of {n_in} are not a multiple of {BLOCK}")
-    check_shape("quantize_rows_f16", "the halves' array", rows.halves, (n, padded(n_in)))
-    check_shape("quantize_rows_f16", "the sums' array", rows.sums, (n, padded(n_in) // BLOCK))
-    check_shape("quantize_rows_f16", "the scales' array", rows.scale, (n,))
-    threads = min(1024, max(64, n_in // 8 // 32 * 32))
-    arguments = [x, rows.halves, rows.scale, rows.sums, n_in]
-    kernels.launch("quantize_rows", "quantize_rows_f16", (n,), threads, arguments, overlap=overlap)
+        raise KernelError(f"quantize_rows: rows of {n_in} are not a multiple of {BLOCK}")
+    to.check("quantize_rows", n, n_in)
+    warps = min(MOST_WARPS, n_segments(n_in))
+    grid = (n, -(-n_segments(n_in) // warps))
+    arguments = [x, to.data, to.scale, to.sums, n_in, int(to.halves)]
+    kernels.launch("quantize_rows", "quantize_rows", grid, 32 * warps, arguments, overlap=overlap)
