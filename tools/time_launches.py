@@ -83,7 +83,8 @@ class Unloaded(DeviceModule):
         attributes = {limit: 0, "CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT": 0}
         self.source, self._overlaps, self._launchers, self._shared_limits = source, True, {}, {}
         self._carved = set()
-        self._driver, self._stream = SimpleNamespace(**attributes, funcSetAttribute=lambda *_: None), lambda: stream
+        functions = {"funcSetAttribute": lambda *_: None, "funcGetAttribute": lambda *_: 0}
+        self._driver, self._stream = SimpleNamespace(**attributes, **functions), lambda: stream
 
     def raw_kernel(self, kernel: str) -> Any:
         return SimpleNamespace(kernel=SimpleNamespace(ptr=1))
