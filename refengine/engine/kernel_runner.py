@@ -6,7 +6,7 @@ Gives the same bits as `model.evaluate` for all rows together. Independent of sc
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,12 @@ class KernelRunner:
             self._cache.free(sequence)
             self._use_most(n_prompt)
             self._model.ops.memory.settle()
+
+    def replay_step(self, n: int) -> Callable[[], None]:
+        """`DecodeStep.replay`. Raises NoFusedStep if the model has no fused step."""
+        if self._step is None:
+            raise NoFusedStep("there is no fused step to replay")
+        return self._step.replay(n)
 
     def _use_most(self, n_prompt: int) -> None:
         """Take as much from the pool as any later pass: inputs of n_prompt rows, draws with the longest histories."""

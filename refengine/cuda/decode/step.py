@@ -279,6 +279,16 @@ class DecodeStep:
             self.state.forget()
             raise
 
+    def replay(self, n: int) -> Callable[[], None]:
+        """A function that launches the graph of a step of n rows once more, for measurements: whatever the rows are,
+        they advance by a position, and what is sampled is lost. Raises KernelError if no graph was captured.
+        """
+        graph = self._graphs.get(next(b for b in self.buckets if b >= n))
+        if graph is None:
+            raise KernelError("decode: there is no graph to replay; graphs are off, or the step was not warmed up")
+        launch: Callable[[], None] = graph.launch
+        return launch
+
     def _launched(self, n: int, trace: DecodeTrace | None) -> _Launched:
         """Launch a step of the first n rows, and the copy of its result."""
         bucket = next(b for b in self.buckets if b >= n)
