@@ -25,17 +25,6 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
   type* name = reinterpret_cast<type*>(name##_bytes)
 #endif
 
-// --- Bits: (word & mask) | others, in one instruction ---
-#ifdef HOSTCUDA
-inline uint32_t select_or(uint32_t word, uint32_t mask, uint32_t others) { return (word & mask) | others; }
-#else
-__device__ __forceinline__ uint32_t select_or(uint32_t word, uint32_t mask, uint32_t others) {
-  uint32_t result;  // in assembler, because the compiler makes two instructions of it if there are two constants
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(others));
-  return result;
-}
-#endif
-
 // --- Bytes: byte i of the result is the one that nibble i of the selector names, of a (0-3) and b (4-7); eight more: its sign ---
 // __byte_perm ignores the eight on a GPU.
 #ifdef HOSTCUDA
@@ -68,16 +57,6 @@ inline f16 f32_to_f16(float x) {
 }
 inline f16x2 pack_f16x2(f16 low, f16 high) { return low | uint32_t{high} << 16; }
 inline f16x2 f32_to_f16x2(float low, float high) { return pack_f16x2(f32_to_f16(low), f32_to_f16(high)); }
-// a · b + c for both halves, rounded once.
-inline f16x2 fma_f16x2(f16x2 a, f16x2 b, f16x2 c) {
-  auto one = [](f16 a, f16 b, f16 c) {
-    return f32_to_f16(static_cast<float>(double{f16_to_f32(a)} * f16_to_f32(b) + f16_to_f32(c)));
-  };
-  return pack_f16x2(one(a & 0xffff, b & 0xffff, c & 0xffff), one(a >> 16, b >> 16, c >> 16));
-}
-inline f16x2 add_f16x2(f16x2 a, f16x2 b) { return fma_f16x2(a, 0x3c003c00u, b); }
-// One half of a pair, twice.
-inline f16x2 twice(f16x2 pair, int half) { return (half ? pair >> 16 : pair & 0xffffu) * 0x10001u; }
 #else
 __device__ __forceinline__ float f16_to_f32(f16 bits) {
   float x;
@@ -94,24 +73,6 @@ __device__ __forceinline__ f16x2 f32_to_f16x2(float low, float high) {
   f16x2 pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
-}
-__device__ __forceinline__ f16x2 fma_f16x2(f16x2 a, f16x2 b, f16x2 c) {
-  f16x2 result;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-  return result;
-}
-__device__ __forceinline__ f16x2 add_f16x2(f16x2 a, f16x2 b) {
-  f16x2 result;
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-  return result;
-}
-// In this form, the compiler makes it part of the arithmetic that uses it.
-__device__ __forceinline__ f16x2 twice(f16x2 pair, int half) {
-  f16 low, high;
-  f16x2 result;
-  asm("mov.b32 {%0, %1}, %2;" : "=h"(low), "=h"(high) : "r"(pair));
-  asm("mov.b32 %0, {%1, %1};" : "=r"(result) : "h"(half ? high : low));
-  return result;
 }
 #endif
 
@@ -137,14 +98,9 @@ __device__ __forceinline__ void wait_for_previous() {
 }
 
 // --- Loads of several words, aligned to their total size ---
-// load_constant: from memory that no kernel writes at the same time (weights); load_words: from any memory; load_latest:
-// past the first-level cache, for what an earlier kernel has written, where wait_for_previous has not been called.
+// load_constant: from memory that no kernel writes at the same time (weights); load_latest: past the first-level cache, for what
+// an earlier kernel has written, where wait_for_previous has not been called.
 #ifdef HOSTCUDA
-template <class T>
-T load_words(const void* address) {
-  hostcuda::require_alignment(address, sizeof(T));
-  return *static_cast<const T*>(address);
-}
 template <class T>
 T load_constant(const void* address) {
   hostcuda::require_alignment(address, sizeof(T));
@@ -157,19 +113,6 @@ T load_latest(const void* address) {
 }
 #else
 // In assembler, so that the compiler does not move them: a load that is issued early has finished when its value is used.
-template <class T>
-__device__ __forceinline__ T load_words(const void* address) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 16, "a word or four");
-  T value;
-  if constexpr (sizeof(T) == 4)
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  else
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(address)
-                 : "memory");
-  return value;
-}
 template <class T>
 __device__ __forceinline__ T load_constant(const void* address) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "a word or several");

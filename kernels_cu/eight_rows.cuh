@@ -74,14 +74,14 @@ __device__ __forceinline__ void eight_row_sums(const Planes& w, int n_pairs, uns
       typename Q::Scales scales[PARTS];
 #pragma unroll
       for (int half = 0; half < PARTS; half++)
-        scales[half] = Q::template scales<InShared>(w, 4 * r + (Q::HALVES ? 2 * (j % 2) + half : j));
+        scales[half] = Q::template scales<InShared>(w, lane_of_scales<Q>(r, j, half));
 #pragma unroll
       for (int k = 0; k < 2; k++) {
         int scale[PARTS][2];
 #pragma unroll
         for (int half = 0; half < PARTS; half++)
 #pragma unroll
-          for (int i = 0; i < 2; i++) scale[half][i] = Q::integer(scales[half], i, Q::HALVES ? 2 * (j / 2) + k : k);
+          for (int i = 0; i < 2; i++) scale[half][i] = Q::integer(scales[half], i, number_of_scale<Q>(j, k));
 #pragma unroll
         for (int g = 0; g < G; g++) {
           uint4 four = columns_of(g, j + k * MOST_PAIRS);

@@ -20,10 +20,10 @@ __device__ __forceinline__ void embed(const Tiles& w, const int* ids, float* out
   float* to = out + static_cast<long long>(blockIdx.x) * n_in + block * 32;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    auto scales = Q::template scales<InGlobal>(planes, 4 * r + (Q::HALVES ? 2 * (j % 2) + half : j));
+    auto scales = Q::template scales<InGlobal>(planes, lane_of_scales<Q>(r, j, half));
     float scale, added = 0.0f;
     if constexpr (Q::INTEGER) {
-      scale = __fmul_rn(Q::d(whole, i), static_cast<float>(Q::integer(scales, i, Q::HALVES ? 2 * (j / 2) + k : k)));
+      scale = __fmul_rn(Q::d(whole, i), static_cast<float>(Q::integer(scales, i, number_of_scale<Q>(j, k))));
       if constexpr (Q::HAS_MINIMUM)
         added = -__fmul_rn(Q::dmin(whole, i), static_cast<float>(Q::integer_minimum(scales, i, k)));
     } else {

@@ -261,9 +261,7 @@ __device__ __forceinline__ void multiply(uint8_t* memory, const unsigned char* a
     if (place(threadIdx.x, 0, number, tile, out)) output = output_of(number, tile, out);
   }
 
-  auto scale_of = [&](int number, int segment) {
-    return scale_of_rows[existing(number) * n_segments + segment];
-  };
+  auto scale_of = [&](int number, int segment) { return scale_of_rows[existing(number) * n_segments + segment]; };
 
   int stage = 0, half = 0;  // threads may still read the other half of sums_of_items
 #pragma unroll 1

@@ -177,7 +177,7 @@ __device__ __forceinline__ void four_row_sums(const Planes& w, int n_pairs, cons
     typename Q::Scales scales[PARTS];
 #pragma unroll
     for (int half = 0; half < PARTS; half++)
-      scales[half] = Q::template scales<InShared>(w, 4 * r + (Q::HALVES ? 2 * (j % 2) + half : j));
+      scales[half] = Q::template scales<InShared>(w, lane_of_scales<Q>(r, j, half));
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       int block = j + k * n_pairs;
@@ -196,7 +196,7 @@ __device__ __forceinline__ void four_row_sums(const Planes& w, int n_pairs, cons
         for (int i = 0; i < 2; i++) {
           Bytes of{d[half].x[2 * i], d[half].x[2 * i + 1]};
           if constexpr (Q::INTEGER) {
-            int scale = Q::integer(scales[half], i, Q::HALVES ? 2 * (j / 2) + k : k);
+            int scale = Q::integer(scales[half], i, number_of_scale<Q>(j, k));
             h[i] += of.h * scale, l[i] += of.l * scale;
             if constexpr (Q::HAS_MINIMUM)
               subtracted[i] += Q::integer_minimum(scales[half], i, k) * whole_block(of_halves);

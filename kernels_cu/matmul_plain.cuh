@@ -37,8 +37,8 @@ __device__ float plain_sum(const Tiles& w, const Activations& x, int row, int ou
       for (int block = 0; block < 2 * n_pairs; block++)
         for (int half = 0; half < 2; half++) {
           int j = block % n_pairs, k = block / n_pairs, of_row;
-          auto scales = Q::template scales<InGlobal>(planes, 4 * r + (Q::HALVES ? 2 * (j % 2) + half : j));
-          int scale = Q::integer(scales, i, Q::HALVES ? 2 * (j / 2) + k : k);
+          auto scales = Q::template scales<InGlobal>(planes, lane_of_scales<Q>(r, j, half));
+          int scale = Q::integer(scales, i, number_of_scale<Q>(j, k));
           Bytes of = half_sums(block, half, of_row);
           all.h += of.h * scale, all.l += of.l * scale;
           if constexpr (Q::HAS_MINIMUM)

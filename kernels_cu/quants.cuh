@@ -20,8 +20,8 @@
 // HALVES (Q6_K) says that each half of a block has a scale. Then the scales of half `half` of blocks j and j + n_pairs are
 // read by lane 4 r + 2 (j % 2) + half, and integer(scales, i, 2 (j / 2) + k).
 
-constexpr int SEGMENT = 8;       // blocks of 32 columns
-constexpr int MOST_PAIRS = 4;    // of a segment
+constexpr int SEGMENT = 8;     // blocks of 32 columns
+constexpr int MOST_PAIRS = 4;  // of a segment
 
 // Where weights are read from.
 struct InGlobal {
@@ -288,11 +288,18 @@ struct MXFP4 : NoWhole {
   static __device__ __forceinline__ float minimum(const Scales&, int, int) { return 0.0f; }
 };
 
-// Half-precision weights are multiplied as they are: see HalfCodes in matmul.cuh. Each pair has its first block's 32 bytes of
+// Half-precision weights are multiplied as they are: see half_sums in matmul.cuh. Each pair has its first block's 32 bytes of
 // every lane, then its second block's: columns 4c … 4c + 3 and 16 + 4c … of row r, then of row r + 8.
 struct F16 {
   static constexpr int LOW = 32, HIGH = 32, SCALES = 0, WHOLE = 0;
 };
+
+// Where the scales of a pair are: the lane, of those of row r, that reads those of half `half`, and which of its integers belongs to
+// block j + k · n_pairs.
+template <class Q>
+__device__ __forceinline__ int lane_of_scales(int r, int j, int half) { return 4 * r + (Q::HALVES ? 2 * (j % 2) + half : j); }
+template <class Q>
+__device__ __forceinline__ int number_of_scale(int j, int k) { return Q::HALVES ? 2 * (j / 2) + k : k; }
 
 // Calls `call` with an object of the struct of a type, given ggml's number of it.
 template <class Call>

@@ -9,16 +9,6 @@ from tests.kernels.products import few_rows, prepared, prepared_for, product
 from tests.kernels.runner import Kernels
 
 
-@pytest.fixture(scope="module")
-def activations(place: str) -> Kernels:
-    return Kernels("quantize_rows", place)
-
-
-@pytest.fixture(scope="module")
-def few(place: str) -> Kernels:
-    return Kernels("few_rows", place)
-
-
 def columns_for(*kinds: str) -> int:
     """A number of columns that all types allow; the last segment is not whole if they allow that."""
     return 768 if any(kind.endswith("_K") for kind in kinds) else 544

@@ -17,21 +17,6 @@ from tests.kernels.runner import Kernels
 QUANTISED = [kind for kind in TILED if kind != "F16"]
 
 
-@pytest.fixture(scope="module")
-def activations(place: str) -> Kernels:
-    return Kernels("quantize_rows", place)
-
-
-@pytest.fixture(scope="module")
-def matmul(place: str) -> Kernels:
-    return Kernels("matmul", place)
-
-
-@pytest.fixture(scope="module")
-def few(place: str) -> Kernels:
-    return Kernels("few_rows", place)
-
-
 def many_rows(
     module: Kernels,
     w: Any,

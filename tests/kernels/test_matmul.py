@@ -22,21 +22,6 @@ ROUNDING = 2.0**-15
 HALF = 2.0**-11
 
 
-@pytest.fixture(scope="module")
-def activations(place: str) -> Kernels:
-    return Kernels("quantize_rows", place)
-
-
-@pytest.fixture(scope="module")
-def matmul(place: str) -> Kernels:
-    return Kernels("matmul", place)
-
-
-@pytest.fixture(scope="module")
-def few(place: str) -> Kernels:
-    return Kernels("few_rows", place)
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_come_through_and_stay_in_their_row(bad: float, activations: Kernels, few: Kernels) -> None:
     x = np.random.default_rng(5).standard_normal((3, 256)).astype(np.float32)

@@ -10,11 +10,6 @@ from tests.kernels.products import prepared
 from tests.kernels.runner import Kernels
 
 
-@pytest.fixture(scope="module")
-def activations(place: str) -> Kernels:
-    return Kernels("quantize_rows", place)
-
-
 def rows_of_all_sizes(n_in: int) -> np.ndarray:
     x = np.random.default_rng(4).standard_normal((9, n_in)).astype(np.float32)
     magnitudes = [1, 1e6, 1e-6, 1e30, 1e-30, 1e-42, 0, 3.4e38, 65504]

@@ -393,14 +393,8 @@ class StepOps:
             y, squares = self._new(product.n_rows, product.width), None
         else:
             y, squares = self._new_residual(product.n_rows, product.width)
-        options = {
-            "bias": product.bias,
-            "residual": added,
-            "groups": groups,
-            "overlap": True,
-            "squares": _array(squares),
-        }
-        self._launch(matmul.linear, rows, product.w, y.array, **options)
+        options = {"bias": product.bias, "residual": added, "groups": groups, "squares": _array(squares)}
+        self._launch(matmul.linear, rows, product.w, y.array, overlap=True, **options)
         return y, squares
 
     def _rows(self, x: Value, *matrices: PackedMatrix) -> tuple[Rows, tuple[Buffer, ...]]:

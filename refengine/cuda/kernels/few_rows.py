@@ -12,11 +12,12 @@ from gguf import GGMLQuantizationType
 
 from refengine.array import Array
 from refengine.cuda.kernels.moe import NO_GROUPS, Groups
-from refengine.cuda.kernels.quantize_rows import GROUP, SEGMENT, Converted, Rows, n_segments
+from refengine.cuda.kernels.quantize_rows import GROUP, Converted, Rows, n_segments
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, pair_bytes, segment_bytes
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
+from refengine.ops.integers import SEGMENT
 
 FEW_ROWS = 8  # rows per block of threads
 STAGES = 2  # of a warp's ring, each with the weights of a segment

@@ -11,10 +11,10 @@ from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.source import Struct
 from refengine.errors import KernelError
+from refengine.ops.integers import SEGMENT
 
 BLOCK = 32  # columns of which all rows are a multiple
 GROUP = 16  # columns per stored sum, and per sum of squares
-SEGMENT = 256  # columns with a scale of their own
 MOST_WARPS = 8  # of a block, each with a segment
 
 
