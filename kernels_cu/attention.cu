@@ -631,8 +631,8 @@ __device__ __forceinline__ float largest_of_eight(float x) {
 // It is not part of the kernel's own code, because the kernel's loop then has registers enough.
 constexpr int WHOLE_SPLITS = -1;
 template <int G>
-__device__ __noinline__ void fold_entries(const float* entries, const float* sinks, float* y, int row, int head_dim,
-                                             int n, int n_before) {
+__device__ NOT_INLINED void fold_entries(const float* entries, const float* sinks, float* y, int row, int head_dim, int n,
+                                         int n_before) {
   constexpr int TOGETHER = WARPS;  // the tiles of a split
   int lane = threadIdx.x % 32, own = lane % TOGETHER;
   bool of_tiles = n_before != WHOLE_SPLITS;

@@ -16,6 +16,13 @@ typedef uint32_t f16x2;  // two; the first in the low bits
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
+// --- A function that is called, not inlined. Not `__noinline__` on the CPU: the C++ library's own attributes have that name ---
+#ifdef HOSTCUDA
+#define NOT_INLINED __attribute__((noinline))
+#else
+#define NOT_INLINED __noinline__
+#endif
+
 // --- Dynamic shared memory: declares `type* name`; the launch gives its size ---
 #ifdef HOSTCUDA
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(hostcuda::dynamic_shared())
@@ -184,6 +191,39 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 #endif
 
+// Loads *from to `to` if `exists`, without a branch. CONSTANT: as load_constant does.
+#ifdef HOSTCUDA
+template <bool CONSTANT, class T>
+void load_if(T& to, const float* from, bool exists) {
+  if (!exists) return;
+  hostcuda::require_alignment(from, sizeof(T));
+  to = *reinterpret_cast<const T*>(from);
+}
+#else
+template <bool CONSTANT>
+__device__ __forceinline__ void load_if(float4& to, const float* from, bool exists) {
+  if constexpr (CONSTANT)
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];}"
+                 : "+f"(to.x), "+f"(to.y), "+f"(to.z), "+f"(to.w)
+                 : "l"(from), "r"(static_cast<int>(exists)));
+  else
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.v4.f32 {%0, %1, %2, %3}, [%4];}"
+                 : "+f"(to.x), "+f"(to.y), "+f"(to.z), "+f"(to.w)
+                 : "l"(from), "r"(static_cast<int>(exists)));
+}
+template <bool CONSTANT>
+__device__ __forceinline__ void load_if(float& to, const float* from, bool exists) {
+  if constexpr (CONSTANT)
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.nc.f32 %0, [%1];}"
+                 : "+f"(to)
+                 : "l"(from), "r"(static_cast<int>(exists)));
+  else
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.f32 %0, [%1];}"
+                 : "+f"(to)
+                 : "l"(from), "r"(static_cast<int>(exists)));
+}
+#endif
+
 // The same address, computed here once: the compiler does not derive it anew for every load.
 template <class T>
 __device__ __forceinline__ T* computed_once(T* address) {
@@ -193,10 +233,26 @@ __device__ __forceinline__ T* computed_once(T* address) {
   return address;
 }
 
+// The same address, computed before what follows, such as a wait.
+template <class T>
+__device__ __forceinline__ T* computed_here(T* address) {
+#ifndef HOSTCUDA
+  asm volatile("" : "+l"(address));
+#endif
+  return address;
+}
+
 // The same number, unknown to the compiler: what is loaded with it is loaded here, even if it was loaded before.
 __device__ __forceinline__ int computed_anew(int number) {
 #ifndef HOSTCUDA
   asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+// The same number, which was loaded: waited for here, and not before.
+__device__ __forceinline__ float needed_here(float number) {
+#ifndef HOSTCUDA
+  asm volatile("" : "+f"(number));
 #endif
   return number;
 }

@@ -23,7 +23,6 @@
 #define __constant__ static
 // Hidden, so that another loaded build of the same function does not share its static variables, such as shared memory.
 #define __forceinline__ inline __attribute__((visibility("hidden")))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 // One section of its own, so that the runtime knows where shared memory is. Not inside templates (g++ cannot place
