@@ -18,11 +18,10 @@ __device__ __forceinline__ void put_squares(float* squares, long long at, float 
   float sum = group_sum(__fmul_rn(value, value), lanes);
   if (writes) squares[static_cast<uint64_t>(at) / GROUP] = sum;
 }
-// Calls take(element(i)) for i = first, first + step, … below n, in this order. The calls of element overlap, eight at a time, also
+// Calls take(element(i)) for i = first, first + step, … below n, in this order. The calls of element overlap, TOGETHER at a time, also
 // the last ones; take gets what T{} is in place of elements that do not exist.
-template <class T, class Element, class Take>
+template <class T, int TOGETHER = 8, class Element, class Take>
 __device__ __forceinline__ void for_each(int first, int n, int step, const Element& element, const Take& take) {
-  constexpr int TOGETHER = 8;
 #pragma unroll 1
   for (; first < n; first += TOGETHER * step) {
     T elements[TOGETHER];
@@ -35,11 +34,26 @@ __device__ __forceinline__ void for_each(int first, int n, int step, const Eleme
     for (int k = 0; k < TOGETHER; k++) take(elements[k]);
   }
 }
-// The sum of n groups by a warp, in all its lanes. sum_of(g): that of a group. Adding zero changes no sum of squares.
-template <class SumOf>
-__device__ __forceinline__ float sum_of_groups(int n, const SumOf& sum_of) {
+// The first sums of groups that a lane adds up, so that other work can be done until they are loaded.
+struct FirstGroups {
+  static constexpr int N = 8;
+  float sums[N];
+};
+__device__ __forceinline__ FirstGroups load_groups(const float* groups, int n) {
+  FirstGroups first{};
+#pragma unroll
+  for (int k = 0; k < FirstGroups::N; k++) {
+    int g = k * 32 + threadIdx.x % 32;
+    if (g < n) first.sums[k] = groups[g];
+  }
+  return first;
+}
+// The sum of n groups by a warp, in all its lanes. Adding zero changes no sum of squares.
+__device__ __forceinline__ float sum_of_groups(const FirstGroups& first, const float* groups, int n) {
   float total = 0.0f;
-  for_each<float>(threadIdx.x % 32, n, 32, sum_of, [&](float sum) { total += sum; });
+#pragma unroll
+  for (int k = 0; k < FirstGroups::N; k++) total += first.sums[k];
+  for_each<float>(FirstGroups::N * 32 + threadIdx.x % 32, n, 32, [&](int g) { return groups[g]; }, [&](float sum) { total += sum; });
   return warp_sum(total);
 }
 // The sum over a row of n ≤ 32 J elements by a warp, in all its lanes. element(j): number 32 j + lane.
@@ -77,7 +91,7 @@ __device__ __forceinline__ float row_sum(int n, float* groups, const Element& el
     if (i < n && i % GROUP == 0) groups[i / GROUP] = sum;
   }
   __syncthreads();
-  return sum_of_groups(n_groups(n), [&](int g) { return groups[g]; });
+  return sum_of_groups(load_groups(groups, n_groups(n)), groups, n_groups(n));
 }
 
 // groups: (2 · n_groups(n),)

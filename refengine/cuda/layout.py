@@ -102,7 +102,7 @@ def packed_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
     if kind in _UNTILED:
         fmt = quants.SUPPORTED[kind]
         return n_expert * n_out * n_in // fmt.block_size * fmt.block_bytes
-    return n_expert * -(-n_out // TILE_ROWS) * _tile_row_bytes(kind, n_in)
+    return n_expert * -(-n_out // TILE_ROWS) * tile_bytes(kind, n_in)
 
 
 def pair_bytes(kind: GGMLQuantizationType) -> tuple[int, int]:
@@ -118,8 +118,8 @@ def segment_bytes(kind: GGMLQuantizationType) -> int:
     return MOST_PAIRS * codes + scales
 
 
-def _tile_row_bytes(kind: GGMLQuantizationType, n_in: int) -> int:
-    """The bytes of 16 rows."""
+def tile_bytes(kind: GGMLQuantizationType, n_in: int) -> int:
+    """The bytes of a tile, 16 rows of n_in columns, of a tiled type."""
     codes, scales = pair_bytes(kind)
     n_pairs = -(-n_in // (2 * TILE_COLUMNS))
     return n_pairs * codes + -(-n_pairs // MOST_PAIRS) * scales

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from refengine.cuda.kernels.few_rows import Activation, item_bytes, shared_bytes, stage_bytes
+from refengine.cuda.kernels.few_rows import Activation, kind_of, shared_bytes, stage_bytes
 from refengine.cuda.kernels.matmul import ManyRowsLaunch
 from refengine.cuda.kernels.moe import NO_GROUPS
 from refengine.cuda.kernels.quantize_rows import Converted, n_segments
-from refengine.cuda.layout import pack
+from refengine.cuda.layout import pack, tile_bytes
 from refengine.cuda.runtime.source import Struct
 from tests.kernels.runner import Kernels
 
@@ -77,6 +77,7 @@ def few_rows(
     residual: np.ndarray | None = None,
     eps: float = 0.0,
     squares: np.ndarray | None = None,
+    early: int = 1,
 ) -> np.ndarray:
     """`few_rows.multiply` with other launches than it chooses. given: see `activations_of`. eps: of the norm."""
     n_in = matrices[0].shape[1]
@@ -86,15 +87,18 @@ def few_rows(
     n_rows = len(given[3] if prepares else given[0])
     y = np.full((n_rows, n_out), np.nan, np.float32)
     tiles, missing = -(-n_out // 16), 3 - len(matrices)
-    begins = [sum(w.shape[0] for w in matrices[:i]) // 16 if i < len(matrices) else tiles for i in (1, 2)]
+    below = 1 if gated else len(matrices)
+    begins = [sum(w.shape[0] for w in matrices[:i]) // 16 if i < below else tiles for i in (1, 2)]
     shift = min(n_rows - 1, 7).bit_length()
     stage = stage_bytes(tuple(w.type for w in matrices))
-    shared = shared_bytes(stage, n_in, warps, chunk, shift, gated, prepares=prepares, norm=prepares)
+    grid = (blocks or max(1, tiles - warps + 1), -(-n_rows // 8))  # some have several tiles
+    tiles_each = -(-tiles // grid[0])
+    shared = shared_bytes(stage, n_in, warps, chunk, tiles_each, shift, gated, prepares=prepares)
     structs = [pack(np, w).data for w in matrices] + [None] * missing
     arrays = [*structs, activations_of(given), NO_GROUPS, *biases, *[None] * missing, residual, y, squares]
-    types = [int(w.type) for w in matrices] + [0] * missing
-    in_planes = [item_bytes(w.type) for w in matrices] + [0] * missing
-    sizes = [*types, *in_planes, *begins, int(activation), n_out, n_in, n_rows, shift, chunk, stage, np.float32(eps)]
-    grid = (blocks or max(1, tiles - warps + 1), -(-n_rows // 8))  # some have several tiles
+    kinds = [kind_of(w.type) for w in matrices] + [0] * missing
+    of_tiles = [tile_bytes(w.type, n_in) for w in matrices] + [0] * missing
+    sizes = [*kinds, *of_tiles, *begins, int(activation), n_out, n_in, n_rows, shift, chunk, stage, early, tiles_each]
+    sizes += [*divmod(warps, n_segments(n_in)), np.float32(eps)]
     module.launch("one_row" if prepares and not shift else "few_rows", grid, (32 * warps,), [*arrays, *sizes], shared)
     return y

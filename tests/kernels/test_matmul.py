@@ -13,7 +13,7 @@ from refengine.cuda.runtime.source import folder, source_of
 from refengine.ops.halves import rounded_rows
 from refengine.ops.integers import by_segment, rounded_to_integers
 from tests.kernels.matrices import TILED, random_matrix
-from tests.kernels.products import activations_of, prepared, prepared_for, product
+from tests.kernels.products import activations_of, few_rows, prepared, prepared_for, product
 from tests.kernels.runner import Kernels
 
 EPS = 2.0**-24  # float32, half a unit in the last place
@@ -95,18 +95,21 @@ def test_every_grouping_of_rows_gives_the_same_bits(
             np.testing.assert_array_equal(alone, whole[rows])
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("norm", "early"), [(False, 0), (True, 1), (True, 2)])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_0", "Q6_K", "MXFP4", "F16"])
 def test_rows_that_the_product_prepares_are_the_same(
-    kind: str, norm: bool, activations: Kernels, few: Kernels, place: str
+    kind: str, norm: bool, early: int, activations: Kernels, few: Kernels, place: str
 ) -> None:
-    """Norm and conversion to halves in front of a product with few rows: the bits of their own kernels."""
+    """Norm and conversion to halves in front of a product with few rows: the bits of their own kernels.
+
+    early: the stages requested before the wait.
+    """
     rng = np.random.default_rng(12)
     n_out, n_in, eps = 21, 1280 if kind.endswith("_K") else 1120, 1e-5
     w = random_matrix(kind, (n_out, n_in), 13)
     weight = rng.standard_normal(n_in).astype(np.float32)
     norms = Kernels("norm", place)
-    for n_rows, warps in ((1, 5), (1, 8), (2, 3), (3, 7), (5, 4), (11, 2)):
+    for n_rows, warps in ((1, 1), (1, 5), (1, 8), (2, 3), (3, 7), (5, 4), (11, 2)):
         x = (rng.standard_normal((n_rows, n_in)) * np.exp(rng.standard_normal((n_rows, 1)) * 9)).astype(np.float32)
         if n_rows > 2:
             x[1, 5], x[2, 7] = np.nan, np.inf
@@ -120,7 +123,7 @@ def test_rows_that_the_product_prepares_are_the_same(
         squares = np.empty((n_rows, n_in // 16), np.float32)
         norms.launch("row_squares", (n_rows, -(-n_in // 256)), (256,), [x, squares, n_in])
         given = [None, None, None, x, squares, weight] if norm else [None, None, None, x, None, None]
-        y = product(few, w, given, None, min(warps, 6) if kind == "F16" else warps, eps=eps)
+        y = few_rows(few, [w], given, [None], warps=min(warps, 6) if kind == "F16" else warps, eps=eps, early=early)
         np.testing.assert_array_equal(y, expected)
 
 

@@ -407,7 +407,7 @@ class StepOps:
                 return rows, buffers
         deferred = _deferred_norm(x)
         few = not w.is_float and self._n <= ROWS_IN_PRODUCT and (deferred is None or deferred.bias is None)
-        if few and can_prepare(matrices, self._n, norm=deferred is not None):
+        if few and can_prepare(matrices, self._n):
             return self._unprepared(x)
         if deferred is not None:
             # A router of floats is beside products with quantised weights, so their rows are made here as well.

@@ -14,13 +14,14 @@ from refengine.array import Array
 from refengine.cuda.kernels.moe import NO_GROUPS, Groups
 from refengine.cuda.kernels.quantize_rows import GROUP, Converted, Rows, n_segments
 from refengine.cuda.kernels.shapes import check_shape
-from refengine.cuda.layout import TILE_ROWS, PackedMatrix, pair_bytes, segment_bytes
+from refengine.cuda.layout import TILE_ROWS, PackedMatrix, segment_bytes, tile_bytes
 from refengine.cuda.runtime.launch import Kernels
 from refengine.errors import KernelError
 from refengine.ops.integers import SEGMENT
 
 FEW_ROWS = 8  # rows per block of threads
 STAGES = 2  # of a warp's ring, each with the weights of a segment
+ENTRY_BYTES = 16  # of a tile of one matrix
 MOST_MATRICES = 3
 MOST_WARPS, LEAST_WARPS = 8, 4  # the registers of 8 warps fit half a multiprocessor
 PREPARING_WARPS = 8  # of a block that converts its rows
@@ -51,7 +52,9 @@ class FewRowsLaunch:
     blocks: int
     warps: int
     shared_bytes: int
-    arguments: tuple[int, int, int]  # shift, chunk, stage_bytes: see few_rows.cu
+    arguments: tuple[
+        int, ...
+    ]  # shift, chunk, stage_bytes, early, tiles_each and steps of entry and segment: few_rows.cu
 
     @property
     def threads(self) -> int:
@@ -100,8 +103,10 @@ def multiply(
     n_groups = len(groups.group) if groups else 1
     launch = few_rows_launch(kernels, matrices, n_out, x, groups.most if groups else x.n, n_groups, activation.gated)
     missing = MOST_MATRICES - n_matrices
-    begins = [sum(w.shape[-2] for w in matrices[:i]) // TILE_ROWS for i in range(1, n_matrices)]
-    begins += [-(-n_out // TILE_ROWS)] * missing
+    begins = [
+        sum(w.shape[-2] for w in matrices[:i]) // TILE_ROWS for i in range(1, 1 if activation.gated else n_matrices)
+    ]
+    begins += [-(-n_out // TILE_ROWS)] * (MOST_MATRICES - 1 - len(begins))  # none begins among the tiles
     arguments = [
         *(w.data for w in matrices),
         *[None] * missing,
@@ -112,11 +117,11 @@ def multiply(
         residual,
         y,
         squares,
-        *(int(w.type) for w in matrices),
+        *(kind_of(w.type) for w in matrices),
         *[0] * missing,
-        *(item_bytes(w.type) for w in matrices),
+        *(tile_bytes(w.type, n_in) for w in matrices),
         *[0] * missing,
-        *begins[: MOST_MATRICES - 1],
+        *begins,
         int(activation),
         *(n_out, n_in, len(y) if groups else x.n, *launch.arguments, x.eps),
     ]
@@ -163,8 +168,7 @@ def few_rows_launch(
     first = matrices[0]
     device = (kernels.n_multiprocessors, kernels.shared_limit)
     types = tuple(w.type for w in matrices)
-    prepares = (x.converted is None, x.norm is not None)
-    launch = _launch(types, first.shape[-1], n_out, n_rows, n_groups, gated, *device, *prepares)
+    launch = _launch(types, first.shape[-1], n_out, n_rows, n_groups, gated, *device, x.converted is None)
     if launch.shared_bytes > kernels.shared_limit:
         raise KernelError(
             f"{first.name}: {n_rows} rows of {first.shape[-1]} need {launch.shared_bytes} bytes of shared memory, "
@@ -173,12 +177,12 @@ def few_rows_launch(
     return launch
 
 
-def can_prepare(matrices: Sequence[PackedMatrix], n_rows: int, *, norm: bool) -> bool:
-    """Whether a block of threads has room to convert its rows, up to n_rows, after a norm or not, for a product with
-    these matrices, even if it is gated. The same on all devices, because it decides which buffers a step has."""
+def can_prepare(matrices: Sequence[PackedMatrix], n_rows: int) -> bool:
+    """Whether a block of threads has room to convert its rows, up to n_rows, for a product with these matrices, even if
+    it is gated. The same on all devices, because it decides which buffers a step has."""
     shift = max(0, n_rows - 1).bit_length()
     stage = stage_bytes(tuple(w.type for w in matrices))
-    return shared_bytes(stage, matrices[0].shape[-1], 1, 1, shift, True, prepares=True, norm=norm) <= LEAST_SHARED
+    return shared_bytes(stage, matrices[0].shape[-1], 1, 1, 1, shift, True, prepares=True) <= LEAST_SHARED
 
 
 @lru_cache(maxsize=4096)
@@ -192,7 +196,6 @@ def _launch(
     n_multiprocessors: int,
     shared_limit: int,
     prepares: bool,
-    norm: bool,
 ) -> FewRowsLaunch:
     shift = max(0, n_rows - 1).bit_length()
     n_side_by_side = 2 if gated else 1
@@ -203,24 +206,26 @@ def _launch(
     wanted = n_multiprocessors * (BLOCKS_EACH if large else 1)
     blocks = max(1, min(n_tiles, -(-wanted // n_groups)))
     tiles_each = -(-n_tiles // blocks)  # at most
-    chunk = max(1, min(tiles_each, (8 << 10) // (items_each * 64 << shift)))
+    chunk = max(1, min(tiles_each, (8 << 10) // (n_side_by_side * sums_bytes(n_in, shift))))
     warps = min(MOST_WARPS, max(tiles_each * items_each, PREPARING_WARPS if prepares else LEAST_WARPS))
     stage = stage_bytes(types)
 
     def shared(warps: int) -> int:
-        return shared_bytes(stage, n_in, warps, chunk, shift, gated, prepares=prepares, norm=norm)
+        return shared_bytes(stage, n_in, warps, chunk, tiles_each, shift, gated, prepares=prepares)
 
     while warps > LEAST_WARPS and shared(warps) > min(HALF_SHARED, shared_limit):
         warps -= 1
     while warps > 1 and shared(warps) > shared_limit:
         warps -= 1
-    return FewRowsLaunch(blocks, warps, shared(warps), (shift, chunk, stage))
+    # The blocks of large products begin late, and the rows, which are needed first, would wait for many weights.
+    early = 1 if large and prepares else STAGES
+    steps = divmod(warps, n_segments(n_in))
+    return FewRowsLaunch(blocks, warps, shared(warps), (shift, chunk, stage, early, tiles_each, *steps))
 
 
-def item_bytes(kind: GGMLQuantizationType) -> int:
-    """The numbers of `pair_bytes`, the second one 16 bits higher."""
-    codes, scales = pair_bytes(kind)
-    return codes | scales << 16
+def kind_of(kind: GGMLQuantizationType) -> int:
+    """ggml's number of a type, and, 8 bits higher, the bytes of a segment of a tile."""
+    return int(kind) | segment_bytes(kind) << 8
 
 
 def stage_bytes(types: tuple[GGMLQuantizationType, ...]) -> int:
@@ -228,12 +233,17 @@ def stage_bytes(types: tuple[GGMLQuantizationType, ...]) -> int:
     return max(segment_bytes(kind) for kind in types)
 
 
+def sums_bytes(n_in: int, shift: int) -> int:
+    """The bytes of the segments' sums of a tile: of each output and row an odd number of four floats."""
+    return 16 * TILE_ROWS * (-(-n_segments(n_in) // 4) | 1) << shift
+
+
 def shared_bytes(
-    stage: int, n_in: int, warps: int, chunk: int, shift: int, gated: bool = False, *, prepares: bool, norm: bool
+    stage: int, n_in: int, warps: int, chunk: int, tiles: int, shift: int, gated: bool = False, *, prepares: bool
 ) -> int:
-    """The bytes of shared memory of a block. stage: `stage_bytes`. prepares: it converts its rows; norm: after a
-    norm."""
+    """The bytes of shared memory of a block. stage: `stage_bytes`. tiles: the most of a block. prepares: whether it
+    converts its rows."""
     data, sums, scale = (prod(shape[1:]) for shape in Converted.shapes(1, n_in))
-    of_items = 2 * chunk * (2 if gated else 1) * n_segments(n_in) * 64 << shift
-    rows = (data + 64 + 4 * (sums + scale) << shift) + 4 * n_in * norm if prepares else 0
-    return warps * STAGES * stage + of_items + rows
+    of_items = 2 * chunk * (2 if gated else 1) * sums_bytes(n_in, shift)
+    rows = data + 64 + 4 * (sums + scale) << shift if prepares else 0
+    return warps * STAGES * stage + ENTRY_BYTES * tiles * (2 if gated else 1) + of_items + rows
