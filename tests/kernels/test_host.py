@@ -109,6 +109,18 @@ def checked() -> HostModule:
     return HostModule(source_of("machine", ("machine.cu", KERNELS)), "checked")
 
 
+def test_attributes_of_the_compiler_keep_their_names() -> None:
+    """libstdc++ 13 says `__attribute__((__noinline__))`, which a macro of that name, as CUDA has, would break."""
+    text = """
+inline __attribute__((__noinline__)) int twice(int x) { return 2 * x; }
+extern "C" __global__ void twice_all(const int* in, int* out) { out[threadIdx.x] = twice(in[threadIdx.x]); }
+"""
+    module = HostModule(source_of("attributes", ("attributes.cu", text)), "plain")
+    out = np.zeros(4, np.int32)
+    module.launch("twice_all", (1,), (4,), [np.arange(4, dtype=np.int32), out])
+    np.testing.assert_array_equal(out, [0, 2, 4, 6])
+
+
 def test_every_thread_of_every_block_runs_once(module: HostModule) -> None:
     rng = np.random.default_rng(1)
     a, b = rng.standard_normal((2, 1000)).astype(np.float32)
