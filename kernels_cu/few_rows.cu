@@ -93,12 +93,7 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Matrice
   let_next_begin();
   Work work(matrices, memory, activation, second, third, n_out, n_in, shift, stage_bytes, tiles_each, entry_steps, segment_steps);
   bool grouped = groups.group;
-  int stage = 0;
-  auto request_until = [&](int stages) {
-#pragma unroll 1
-    for (; stage < stages; stage++) work.request<false>(stage);
-  };
-  if (!grouped) request_until(early);
+  if (!grouped) work.request_until(early);
 
   int lane = threadIdx.x % 32, n_warps = blockDim.x / 32, n_segments = work.n_segments, capacity = 1 << shift;
   // Shared memory after the entries, in this order; cuda/kernels/few_rows.py has the same.
@@ -119,7 +114,7 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Matrice
   Rows rows = rows_of(groups, n_rows, 8);
   if (!rows.count) return;
   work.first_tile = rows.expert * work.n_tiles;
-  request_until(STAGES);
+  work.request_until(STAGES);
   work.put_entries();
   // Output number i of a chunk, if it exists.
   auto place = [&](int i, int done, int& number, int& tile, int& out) {
@@ -161,23 +156,16 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Matrice
   }
 
   int half = 0;  // threads may still read the other half of sums_of_items
-  stage = 0;
 #pragma unroll 1
   for (int done = 0; done < work.my_tiles; done += chunk) {
     int end = min(done + chunk, work.my_tiles);
     float* sums_of_tiles = sums_of_items + half;
     half = half_of_sums - half;
-#pragma unroll 1
-    for (; work.now.entry < end * work.sides(); work.advance(work.now)) {
-      int segment = work.now.segment, n_pairs = work.n_pairs(segment), type = work.entries[work.now.entry].kind & 255;
-      wait_for_copies<STAGES - 1>();
-      __syncwarp(ALL_LANES);
-      float* to = sums_of_tiles + ((work.now.entry - done * work.sides()) * work.of_entry + segment);
+    work.for_items(done, end, sums_of_tiles, [&](const uint8_t* weights, int segment, int n_pairs, int type, float* to) {
       auto put = [&](int number, int out, float sum) {
         float scale = scale_of_rows[existing(number) * n_segments + segment];
         if (number < capacity) to[(number * 16 + out) * work.of_sums] = __fmul_rn(sum, scale);
       };
-      const uint8_t* weights = work.ring + stage * stage_bytes;
       const uint8_t* columns = bytes + (with_bytes * pitch + segment * ROW_BYTES);
       if (halves) {
         MmaD sums = half_sums<InShared>(weights, n_pairs, columns + lane % 4 * 16);
@@ -205,10 +193,7 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Matrice
           }
         });
       }
-      __syncwarp(ALL_LANES);
-      work.request<true>(stage);
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
-    }
+    });
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < (end - done) * 16 << shift; i += blockDim.x) {
@@ -218,10 +203,7 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Matrice
       int side = (i >> (4 + shift)) * work.sides();
       const float* from = sums_of_tiles + (side * work.of_entry + (number * 16 + out) * work.of_sums);
       float of[2] = {};
-      if (work.paired)
-        sums_of_segments<2>(from, work.of_entry, n_segments, of);
-      else
-        sums_of_segments<1>(from, work.of_entry, n_segments, of);
+      sums_of_output(work, from, of);
       float value = finished(output, activation, of[0], of[1]);
       y[output.at] = value;
       if (squares)  // then n_out is a multiple of 16, so that all lanes of a group are here

@@ -34,7 +34,9 @@ struct Work {
   Entry* entries;        // of the block, and what follows in shared memory; cuda/kernels/few_rows.py has the same
   float* after_entries;
   Item now, next;        // those computed and requested next
-  int of_sums, of_entry;  // floats between the sums of an output; and of an entry: an odd number of float4, for the banks
+  int stage = 0;         // of the ring: filled next, then computed next
+  // Floats between outputs' sums, no multiple of 16, so that at most two lanes meet a bank; and between entries'.
+  int of_sums, of_entry;
 
   // tiles_each: the most tiles of a block. entry_steps, segment_steps: the number of warps, divided by the number of segments.
   __device__ __forceinline__ Work(const Matrices& of, uint8_t* memory, int activation, int second, int third, int n_out, int n_in,
@@ -53,7 +55,8 @@ struct Work {
 #pragma unroll 1
     for (; now.segment >= n_segments; now.segment -= n_segments) now.entry++;
     next = now;
-    of_sums = 4 * ((n_segments + 3) / 4 | 1), of_entry = of_sums * 16 << shift;
+    int n_fours = (n_segments + 3) / 4;
+    of_sums = 4 * (n_fours + (n_fours % 4 == 0)), of_entry = of_sums * 16 << shift;
   }
   template <class T>
   static __device__ __forceinline__ T one_of(int matrix, T of_a, T of_b, T of_c) {
@@ -84,7 +87,7 @@ struct Work {
   // Copies the weights of the warp's next item, if it has one, with all its lanes; zeros behind a segment that is not whole.
   // HAS_ENTRIES: after put_entries and a barrier.
   template <bool HAS_ENTRIES>
-  __device__ __forceinline__ void request(int stage) {
+  __device__ __forceinline__ void request() {
     if (next.entry < n_entries) {
       constexpr int AT_ONCE = 3072;  // all of a segment of most types
       Entry entry = HAS_ENTRIES ? entries[next.entry] : entry_of(next.entry);
@@ -102,6 +105,27 @@ struct Work {
     }
     end_of_copies();
     advance(next);
+  }
+  // Fills the ring's first stages, up to a number of them.
+  __device__ __forceinline__ void request_until(int stages) {
+#pragma unroll 1
+    for (; stage < stages; stage++) request<false>();
+  }
+  // Calls compute(weights, segment, n_pairs, type, sums) for the warp's items of tiles from number `done` to `end`, and requests later
+  // ones. After request_until(STAGES), put_entries and a barrier. sums: the place of the item's in `of_tiles`, those of tile `done` on.
+  template <class Compute>
+  __device__ __forceinline__ void for_items(int done, int end, float* of_tiles, const Compute& compute) {
+#pragma unroll 1
+    for (; now.entry < end * sides(); advance(now)) {
+      stage = stage < STAGES ? stage : 0;
+      wait_for_copies<STAGES - 1>();
+      __syncwarp(ALL_LANES);
+      compute(ring + stage * stage_bytes, now.segment, n_pairs(now.segment), entries[now.entry].kind & 255,
+              of_tiles + ((now.entry - done * sides()) * of_entry + now.segment));
+      __syncwarp(ALL_LANES);
+      request<true>();
+      stage++;
+    }
   }
   // Sums are read four at a time: zeros after the last of each output.
   __device__ __forceinline__ void pad_sums(float* sums, int n) const {
@@ -137,6 +161,14 @@ __device__ __forceinline__ void sums_of_segments(const float* from, int of_entry
   }
 #pragma unroll
   for (int side = 0; side < SIDES; side++) sums[side] = of[side];
+}
+
+// The same for one matrix, or two side by side.
+__device__ __forceinline__ void sums_of_output(const Work& work, const float* from, float (&sums)[2]) {
+  if (work.paired)
+    sums_of_segments<2>(from, work.of_entry, work.n_segments, sums);
+  else
+    sums_of_segments<1>(from, work.of_entry, work.n_segments, sums);
 }
 
 // Where an output goes, and what is added to it: biases of both matrices, or bias and residual.

@@ -58,12 +58,7 @@ __device__ __forceinline__ void multiply_one_row(uint8_t* memory, const Matrices
   let_next_begin();
   Work work(matrices, memory, activation, second, third, n_out, n_in, 0, stage_bytes, tiles_each, entry_steps, segment_steps);
   bool grouped = groups.group;
-  int stage = 0;
-  auto request_until = [&](int stages) {
-#pragma unroll 1
-    for (; stage < stages; stage++) work.request<false>(stage);
-  };
-  if (!grouped) request_until(early);
+  if (!grouped) work.request_until(early);
 
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32, n_segments = work.n_segments;
   // Shared memory after the entries, in this order; cuda/kernels/few_rows.py has the same.
@@ -120,7 +115,7 @@ __device__ __forceinline__ void multiply_one_row(uint8_t* memory, const Matrices
     if (residual) residual += y_row * n_out, added = residual + output.at;
   }
   if (residual && has_output) output.second = *added;
-  request_until(STAGES);
+  work.request_until(STAGES);
   if (grouped) work.put_entries();
   groups_of_row.sums[0] = needed_here(groups_of_row.sums[0]);
 
@@ -144,19 +139,13 @@ __device__ __forceinline__ void multiply_one_row(uint8_t* memory, const Matrices
   __syncthreads();
 
   int half = 0;  // threads may still read the other half of sums_of_items
-  stage = 0;
 #pragma unroll 1
   for (int done = 0; done < work.my_tiles; done += chunk) {
     int end = min(done + chunk, work.my_tiles);
     float* sums_of_tiles = sums_of_items + half;
     half = half_of_sums - half;
-#pragma unroll 1
-    for (; work.now.entry < end * work.sides(); work.advance(work.now)) {
-      int segment = work.now.segment, n_pairs = work.n_pairs(segment), type = work.entries[work.now.entry].kind & 255;
-      wait_for_copies<STAGES - 1>();
-      __syncwarp(ALL_LANES);
-      float* to = sums_of_tiles + ((work.now.entry - done * work.sides()) * work.of_entry + segment);
-      const uint8_t *at = work.ring + stage * stage_bytes, *of_segment = bytes + segment * ROW_BYTES;
+    work.for_items(done, end, sums_of_tiles, [&](const uint8_t* at, int segment, int n_pairs, int type, float* to) {
+      const uint8_t* of_segment = bytes + segment * ROW_BYTES;
       float factor = scale[segment];
       if (halves) {
         MmaD of = half_sums<InShared>(at, n_pairs, of_segment + lane % 4 * 16);  // of eight rows, of which seven do not matter
@@ -171,10 +160,7 @@ __device__ __forceinline__ void multiply_one_row(uint8_t* memory, const Matrices
         });
         if (lane % 4 < 2) to[(lane / 4 + 8 * (lane % 2)) * work.of_sums] = __fmul_rn(sum, factor);
       }
-      __syncwarp(ALL_LANES);
-      work.request<true>(stage);
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
-    }
+    });
     __syncthreads();
     int n_outputs = (end - done) * 16;
 #pragma unroll 1
@@ -187,10 +173,7 @@ __device__ __forceinline__ void multiply_one_row(uint8_t* memory, const Matrices
       float of[2] = {}, value = 0.0f;
       if (is_here) {
         const float* from = sums_of_tiles + (i / 16 * work.sides() * work.of_entry + i % 16 * work.of_sums);
-        if (work.paired)
-          sums_of_segments<2>(from, work.of_entry, n_segments, of);
-        else
-          sums_of_segments<1>(from, work.of_entry, n_segments, of);
+        sums_of_output(work, from, of);
         value = finished(output, activation, of[0], of[1]);
         y[output.at] = value;
       }

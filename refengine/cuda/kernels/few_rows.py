@@ -47,14 +47,13 @@ class Activation(IntEnum):
 
 @dataclass(frozen=True)
 class FewRowsLaunch:
-    """Blocks for each group of rows, warps per block, bytes of shared memory, and what the kernel is told of it."""
+    """Blocks for each group of rows, warps per block, bytes of shared memory, and what the kernel is told of it: shift,
+    chunk, stage_bytes, early, tiles_each, entry_steps and segment_steps of few_rows.cu."""
 
     blocks: int
     warps: int
     shared_bytes: int
-    arguments: tuple[
-        int, ...
-    ]  # shift, chunk, stage_bytes, early, tiles_each and steps of entry and segment: few_rows.cu
+    arguments: tuple[int, ...]
 
     @property
     def threads(self) -> int:
@@ -103,10 +102,9 @@ def multiply(
     n_groups = len(groups.group) if groups else 1
     launch = few_rows_launch(kernels, matrices, n_out, x, groups.most if groups else x.n, n_groups, activation.gated)
     missing = MOST_MATRICES - n_matrices
-    begins = [
-        sum(w.shape[-2] for w in matrices[:i]) // TILE_ROWS for i in range(1, 1 if activation.gated else n_matrices)
-    ]
-    begins += [-(-n_out // TILE_ROWS)] * (MOST_MATRICES - 1 - len(begins))  # none begins among the tiles
+    below = 1 if activation.gated else n_matrices  # matrices one below another; others begin after all tiles
+    begins = [sum(w.shape[-2] for w in matrices[:i]) // TILE_ROWS for i in range(1, below)]
+    begins += [-(-n_out // TILE_ROWS)] * (MOST_MATRICES - below)
     arguments = [
         *(w.data for w in matrices),
         *[None] * missing,
@@ -234,8 +232,9 @@ def stage_bytes(types: tuple[GGMLQuantizationType, ...]) -> int:
 
 
 def sums_bytes(n_in: int, shift: int) -> int:
-    """The bytes of the segments' sums of a tile: of each output and row an odd number of four floats."""
-    return 16 * TILE_ROWS * (-(-n_segments(n_in) // 4) | 1) << shift
+    """The bytes of the segments' sums of a tile: of each output and row some float4, no multiple of four of them."""
+    fours = -(-n_segments(n_in) // 4)
+    return 16 * TILE_ROWS * (fours + (fours % 4 == 0)) << shift
 
 
 def shared_bytes(
