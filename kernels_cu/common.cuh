@@ -191,36 +191,25 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 #endif
 
-// Loads *from to `to` if `exists`, without a branch. CONSTANT: as load_constant does.
+// Loads *from to `to` if `exists`, without a branch, here: relaxed loads keep their place, while the compiler moves others behind
+// copies and waits, nearer to where their value is used.
 #ifdef HOSTCUDA
-template <bool CONSTANT, class T>
+template <class T>
 void load_if(T& to, const float* from, bool exists) {
   if (!exists) return;
   hostcuda::require_alignment(from, sizeof(T));
   to = *reinterpret_cast<const T*>(from);
 }
 #else
-template <bool CONSTANT>
 __device__ __forceinline__ void load_if(float4& to, const float* from, bool exists) {
-  if constexpr (CONSTANT)
-    asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];}"
-                 : "+f"(to.x), "+f"(to.y), "+f"(to.z), "+f"(to.w)
-                 : "l"(from), "r"(static_cast<int>(exists)));
-  else
-    asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.v4.f32 {%0, %1, %2, %3}, [%4];}"
-                 : "+f"(to.x), "+f"(to.y), "+f"(to.z), "+f"(to.w)
-                 : "l"(from), "r"(static_cast<int>(exists)));
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.v4.f32 {%0, %1, %2, %3}, [%4];}"
+               : "+f"(to.x), "+f"(to.y), "+f"(to.z), "+f"(to.w)
+               : "l"(from), "r"(static_cast<int>(exists)));
 }
-template <bool CONSTANT>
 __device__ __forceinline__ void load_if(float& to, const float* from, bool exists) {
-  if constexpr (CONSTANT)
-    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.nc.f32 %0, [%1];}"
-                 : "+f"(to)
-                 : "l"(from), "r"(static_cast<int>(exists)));
-  else
-    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.f32 %0, [%1];}"
-                 : "+f"(to)
-                 : "l"(from), "r"(static_cast<int>(exists)));
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.f32 %0, [%1];}"
+               : "+f"(to)
+               : "l"(from), "r"(static_cast<int>(exists)));
 }
 #endif
 

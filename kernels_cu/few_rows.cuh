@@ -1,16 +1,92 @@
-// What one_row and few_rows (few_rows.cu) share: which matrices, tiles and segments a block computes, and the copies of their weights.
+// What one_row.cu and few_rows.cu share: what they compute, with which matrices, tiles and segments, and the copies of their weights.
+//
+// Products with quantised weights, of which a decode step mostly consists, for all types and uses:
+//
+//   activation          matrices (n_out, n_in)                        y (n_rows, n_out)
+//   NONE                up to three, one below another: a, b, c       x Wᵀ + bias + residual
+//   GELU                a                                             gelu(x aᵀ + bias)
+//   SWIGLU              a (gate) and b (up), side by side             swiglu(x aᵀ + bias, x bᵀ + bias)
+//   SWIGLU_CLAMPED      likewise                                      swiglu_clamped(…)
+//
+// The order of additions is that of matmul.cu; the same bits as rows64_* followed by activation.cu. The matrices may differ in
+// type, but F16, which reads halves, is only beside F16. Biases (n_out,) and residual (n_rows, n_out) float32, or null; squares
+// (n_rows, n_out / 16), the sums of squares of y (norm.cuh), or null. Groups of experts as in matmul.cu, for one matrix or two
+// side by side.
+//
+// A block of threads computes tiles of 16 outputs, number blockIdx.x, blockIdx.x + gridDim.x, …. An item is a segment of one
+// tile of one matrix. The items of a block are divided among its warps in turn. Each warp copies the weights of its next items
+// into a ring of stages in shared memory, and asks for the first before the previous kernel has ended, so that the memory
+// need not wait for a kernel to begin:
+//
+//   warp 0   copy items 0, W, 2W … |  wait for the previous kernel,  |  item 0, then copy 2W  |  item W, …  |
+//   warp 1   copy items 1, W + 1 … |  prepare the rows               |  item 1, …             |             |  barrier; sums
+//   …                              |                                 |                        |             |  of tiles
+//
+// Rows are in the form that products read (Activations), or the block makes this form itself, from the rows and, for a norm in
+// front, their sums of squares, with the bits of rms_norm_rows or quantize_rows. Every block repeats that, which takes less
+// time than another kernel.
+//
+// When a few tiles (`chunk`) are done, all threads add up the segments' sums, each for one output of one row, in order.
+//
+// Launch: block: plan.warps warps. Grid: x plan.blocks, any number up to the number of tiles; y groups of 8 rows. Dynamic shared
+// memory: `shared_bytes` in cuda/kernels/few_rows.py. A block takes at most half a multiprocessor's registers and shared memory.
+// Small products have one block for each multiprocessor, beside which those of the next kernels can already wait; large products
+// have two. May be launched to overlap with the previous kernel.
 
 constexpr int STAGES = 2;          // of a warp's ring
 constexpr int MOST_THREADS = 256;  // they limit the registers; cuda/kernels/few_rows.py has the same
 constexpr int NONE = 0, SWIGLU = 1, SWIGLU_CLAMPED = 2, GELU = 3;
 constexpr int HALVES_TYPE = 1;  // ggml's number of F16
 
-// Up to three matrices, with their biases. kind: ggml's number of the type, and, 8 bits higher, the bytes of a segment of a tile; tile:
-// the bytes of a tile.
+// What a launch has: the bits of Plan::has, which say which arguments are not null.
+// HAS_FORM: the rows are in the form that products read.
+constexpr int HAS_NORM = 1, HAS_BIAS = 2, HAS_RESIDUAL = 4, HAS_SQUARES = 8, HAS_GROUPS = 16, HAS_FORM = 32;
+
+// A launch, as FewRowsLaunch in cuda/kernels/few_rows.py, which has the same order.
+//
+// a_kind and so on: ggml's number of each matrix's type, and, 8 bits higher, the bytes of a segment of a tile; a_tile: the bytes of
+// a tile. Matrices one below another begin with tiles 0, `second` and `third`; those side by side have the same shape. shift: the
+// most rows in a block are 1 << shift. stage_bytes: those of an item. early: how many stages are filled before the previous kernel
+// has ended; the others are requested after the rows, which would otherwise wait for them. tiles_each: the most tiles of a block.
+// entry_steps, segment_steps: the number of warps, divided by the number of segments.
+struct Plan {
+  int a_kind;
+  int b_kind;
+  int c_kind;
+  int a_tile;
+  int b_tile;
+  int c_tile;
+  int second;
+  int third;
+  int activation;
+  int has;
+  int n_out;
+  int n_in;
+  int blocks;
+  int warps;
+  int shift;
+  int chunk;
+  int stage_bytes;
+  int early;
+  int tiles_each;
+  int entry_steps;
+  int segment_steps;
+};
+
+// The plan of a kernel: if PLAN is defined, these numbers, so that the compiler leaves out whatever they make needless; otherwise
+// those of the launch, for a kernel that is right for all of them.
+#ifdef PLAN
+constexpr bool IS_PLANNED = true;
+#define PLAN_OF(launch) constexpr Plan plan{PLAN}
+#else
+constexpr bool IS_PLANNED = false;
+#define PLAN_OF(launch) const Plan& plan = launch
+#endif
+
+// Up to three matrices, with their biases.
 struct Matrices {
   const unsigned char *a, *b, *c;
   const float *a_bias, *b_bias, *c_bias;
-  int a_kind, b_kind, c_kind, a_tile, b_tile, c_tile;
 };
 
 // A tile of one matrix. last: the bytes of its last segment.
@@ -21,14 +97,16 @@ struct __align__(16) Entry {
 
 // An item: a segment of an entry, of which a block has one for each of its tiles, or two, if matrices are side by side.
 struct Item {
-  int entry, segment;
+  unsigned entry, segment;
 };
 
 // What a block of threads computes, and a warp's place in it.
 struct Work {
+  const Plan& plan;
   const Matrices& of;
   bool paired;
-  int second, third, n_tiles, my_tiles, n_segments, n_entries, stage_bytes, entry_steps, segment_steps, last_pairs;
+  int n_tiles, my_tiles, last_pairs;
+  unsigned n_segments, n_entries;
   uint32_t first_tile;   // of the expert
   uint8_t* ring;         // of the warp
   Entry* entries;        // of the block, and what follows in shared memory; cuda/kernels/few_rows.py has the same
@@ -38,25 +116,29 @@ struct Work {
   // Floats between outputs' sums, no multiple of 16, so that at most two lanes meet a bank; and between entries'.
   int of_sums, of_entry;
 
-  // tiles_each: the most tiles of a block. entry_steps, segment_steps: the number of warps, divided by the number of segments.
-  __device__ __forceinline__ Work(const Matrices& of, uint8_t* memory, int activation, int second, int third, int n_out, int n_in,
-                                  int shift, int stage_bytes, int tiles_each, int entry_steps, int segment_steps)
-      : of(of), paired(activation == SWIGLU || activation == SWIGLU_CLAMPED), second(second), third(third), stage_bytes(stage_bytes),
-        entry_steps(entry_steps), segment_steps(segment_steps), first_tile(0) {
-    int warp = threadIdx.x / 32, blocks = static_cast<int>(gridDim.x), n_blocks = n_in / 32;
-    n_tiles = (n_out + 15) / 16, n_segments = (n_blocks + SEGMENT - 1) / SEGMENT;
+  __device__ __forceinline__ Work(const Plan& plan, const Matrices& of, uint8_t* memory)
+      : plan(plan), of(of), paired(plan.activation == SWIGLU || plan.activation == SWIGLU_CLAMPED), first_tile(0) {
+    unsigned warp = threadIdx.x / 32;
+    int n_blocks = plan.n_in / 32;
+    n_tiles = (plan.n_out + 15) / 16, n_segments = (n_blocks + SEGMENT - 1) / SEGMENT;
     last_pairs = (n_blocks - (n_segments - 1) * SEGMENT + 1) / 2;
-    bool has_last = static_cast<int>(blockIdx.x) < n_tiles - (tiles_each - 1) * blocks;
-    my_tiles = has_last ? tiles_each : tiles_each - 1, n_entries = my_tiles * sides();
-    ring = memory + warp * STAGES * stage_bytes;
-    entries = reinterpret_cast<Entry*>(memory + blockDim.x / 32 * STAGES * stage_bytes);
-    after_entries = reinterpret_cast<float*>(entries + tiles_each * sides());
+    int n_last = n_tiles - (plan.tiles_each - 1) * plan.blocks;  // blocks with so many tiles
+    my_tiles = n_last == plan.blocks || static_cast<int>(blockIdx.x) < n_last ? plan.tiles_each : plan.tiles_each - 1;
+    n_entries = my_tiles * sides();
+    ring = memory + warp * STAGES * plan.stage_bytes;
+    entries = reinterpret_cast<Entry*>(memory + plan.warps * STAGES * plan.stage_bytes);
+    after_entries = reinterpret_cast<float*>(entries + plan.tiles_each * sides());
     now = {0, warp};
+    if (plan.warps > static_cast<int>(n_segments)) {
+      if constexpr (IS_PLANNED)
+        now = {warp / n_segments, warp % n_segments};
+      else
 #pragma unroll 1
-    for (; now.segment >= n_segments; now.segment -= n_segments) now.entry++;
+        for (; now.segment >= n_segments; now.segment -= n_segments) now.entry++;
+    }
     next = now;
     int n_fours = (n_segments + 3) / 4;
-    of_sums = 4 * (n_fours + (n_fours % 4 == 0)), of_entry = of_sums * 16 << shift;
+    of_sums = 4 * (n_fours + (n_fours % 4 == 0)), of_entry = of_sums * 16 << plan.shift;
   }
   template <class T>
   static __device__ __forceinline__ T one_of(int matrix, T of_a, T of_b, T of_c) {
@@ -64,44 +146,58 @@ struct Work {
   }
   __device__ __forceinline__ int sides() const { return paired ? 2 : 1; }
   // The number among all tiles of one of the block's; the matrix of a tile of several below another, and its number within it.
-  __device__ __forceinline__ int tile_of(int mine) const { return static_cast<int>(blockIdx.x + mine * gridDim.x); }
-  __device__ __forceinline__ int matrix_of(int tile) const { return (tile >= second) + (tile >= third); }
-  __device__ __forceinline__ int within(int tile) const { return tile - (tile < second ? 0 : tile >= third ? third : second); }
-  __device__ __forceinline__ const float* bias_of(int tile) const { return one_of(matrix_of(tile), of.a_bias, of.b_bias, of.c_bias); }
-  __device__ __forceinline__ Entry entry_of(int i) const {
+  __device__ __forceinline__ int tile_of(int mine) const { return static_cast<int>(blockIdx.x) + mine * plan.blocks; }
+  __device__ __forceinline__ bool is_several() const { return plan.second < n_tiles; }
+  __device__ __forceinline__ int matrix_of(int tile) const {
+    return is_several() ? (tile >= plan.second) + (tile >= plan.third) : 0;
+  }
+  __device__ __forceinline__ int within(int tile) const {
+    return is_several() ? tile - (tile < plan.second ? 0 : tile >= plan.third ? plan.third : plan.second) : tile;
+  }
+  __device__ __forceinline__ const float* bias_of(int tile) const {
+    return plan.has & HAS_BIAS ? one_of(matrix_of(tile), of.a_bias, of.b_bias, of.c_bias) : nullptr;
+  }
+  __device__ __forceinline__ const float* other_bias() const { return plan.has & HAS_BIAS && paired ? of.b_bias : nullptr; }
+  // Whether an output of a tile exists.
+  __device__ __forceinline__ bool has_output(int tile, int out) const { return plan.n_out % 16 == 0 || tile * 16 + out < plan.n_out; }
+  __device__ __forceinline__ Entry entry_of(unsigned i) const {
     int tile = tile_of(paired ? i / 2 : i), matrix = paired ? i % 2 : matrix_of(tile);
-    int of_tile = one_of(matrix, of.a_tile, of.b_tile, of.c_tile), kind = one_of(matrix, of.a_kind, of.b_kind, of.c_kind);
+    int of_tile = one_of(matrix, plan.a_tile, plan.b_tile, plan.c_tile), kind = one_of(matrix, plan.a_kind, plan.b_kind, plan.c_kind);
     const uint8_t* data = one_of(matrix, of.a, of.b, of.c);
     uint32_t number = first_tile + within(tile);
-    return {data + static_cast<uint64_t>(number) * of_tile, kind, of_tile - (n_segments - 1) * (kind >> 8)};
+    return {data + static_cast<uint64_t>(number) * of_tile, kind, of_tile - static_cast<int>(n_segments - 1) * (kind >> 8)};
   }
+  // Whether entries are kept in a table, because computing them takes longer than loading them.
+  __device__ __forceinline__ bool has_table() const { return !IS_PLANNED || is_several(); }
   // Ends with no barrier.
   __device__ __forceinline__ void put_entries() const {
-    for (int i = threadIdx.x; i < n_entries; i += blockDim.x) entries[i] = entry_of(i);
+    if (!has_table()) return;
+    for (unsigned i = threadIdx.x; i < n_entries; i += plan.warps * 32) entries[i] = entry_of(i);
   }
   __device__ __forceinline__ void advance(Item& item) const {
-    int segment = item.segment + segment_steps, over = segment - n_segments;
-    item.entry += entry_steps + (over >= 0), item.segment = over >= 0 ? over : segment;
+    unsigned segment = item.segment + plan.segment_steps;
+    bool is_over = segment >= n_segments;
+    item.entry += plan.entry_steps + is_over, item.segment = is_over ? segment - n_segments : segment;
   }
-  __device__ __forceinline__ int n_pairs(int segment) const { return segment == n_segments - 1 ? last_pairs : MOST_PAIRS; }
+  __device__ __forceinline__ int n_pairs(unsigned segment) const { return segment == n_segments - 1 ? last_pairs : MOST_PAIRS; }
   // Copies the weights of the warp's next item, if it has one, with all its lanes; zeros behind a segment that is not whole.
   // HAS_ENTRIES: after put_entries and a barrier.
   template <bool HAS_ENTRIES>
   __device__ __forceinline__ void request() {
     if (next.entry < n_entries) {
       constexpr int AT_ONCE = 3072;  // all of a segment of most types
-      Entry entry = HAS_ENTRIES ? entries[next.entry] : entry_of(next.entry);
+      Entry entry = HAS_ENTRIES && has_table() ? entries[next.entry] : entry_of(next.entry);
       int lane = threadIdx.x % 32, whole = entry.kind >> 8, n_bytes = next.segment == n_segments - 1 ? entry.last : whole;
       const uint8_t* from = entry.data + (next.segment * whole + lane * 16);
-      uint8_t* to = ring + (stage * stage_bytes + lane * 16);
+      uint8_t* to = ring + (stage * plan.stage_bytes + lane * 16);
 #pragma unroll 1
-      for (int left = n_bytes - lane * 16; left > 0; left -= AT_ONCE, from += AT_ONCE, to += AT_ONCE)
+      for (int first = 0; first < n_bytes; first += AT_ONCE)
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k += 512)
-          if (k < left) copy16(to + k, from + k);
+          if ((IS_PLANNED && first + k + 512 <= n_bytes) || first + k + lane * 16 < n_bytes) copy16(to + first + k, from + first + k);
       if (n_bytes != whole)
 #pragma unroll 1
-        for (int i = n_bytes + lane * 16; i < whole; i += 512) copy16(ring + stage * stage_bytes + i, entry.data, false);
+        for (int i = n_bytes + lane * 16; i < whole; i += 512) copy16(ring + stage * plan.stage_bytes + i, entry.data, false);
     }
     end_of_copies();
     advance(next);
@@ -116,11 +212,12 @@ struct Work {
   template <class Compute>
   __device__ __forceinline__ void for_items(int done, int end, float* of_tiles, const Compute& compute) {
 #pragma unroll 1
-    for (; now.entry < end * sides(); advance(now)) {
+    for (; now.entry < static_cast<unsigned>(end * sides()); advance(now)) {
       stage = stage < STAGES ? stage : 0;
       wait_for_copies<STAGES - 1>();
       __syncwarp(ALL_LANES);
-      compute(ring + stage * stage_bytes, now.segment, n_pairs(now.segment), entries[now.entry].kind & 255,
+      int kind = has_table() ? entries[now.entry].kind : now.entry % 2 && paired ? plan.b_kind : plan.a_kind;
+      compute(ring + stage * plan.stage_bytes, now.segment, n_pairs(now.segment), kind & 255,
               of_tiles + ((now.entry - done * sides()) * of_entry + now.segment));
       __syncwarp(ALL_LANES);
       request<true>();
@@ -155,6 +252,7 @@ __device__ __forceinline__ void sums_of_segments(const float* from, int of_entry
     for (int k = 0; k < TOGETHER; k++)
 #pragma unroll
       for (int side = 0; side < SIDES; side++) {
+        if (first + k >= n_fours) continue;
         const float4& four = fours[side][k];
         of[side] = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(of[side], four.x), four.y), four.z), four.w);
       }

@@ -301,18 +301,36 @@ __device__ __forceinline__ int lane_of_scales(int r, int j, int half) { return 4
 template <class Q>
 __device__ __forceinline__ int number_of_scale(int j, int k) { return Q::HALVES ? 2 * (j / 2) + k : k; }
 
-// Calls `call` with an object of the struct of a type, given ggml's number of it.
-template <class Call>
-__device__ __forceinline__ void for_type(int type, const Call& call) {
-  switch (type) {
-    case 2: return call(Q4_0{});
-    case 3: return call(Q4_1{});
-    case 6: return call(Q5_0{});
-    case 7: return call(Q5_1{});
-    case 8: return call(Q8_0{});
-    case 12: return call(Q4_K{});
-    case 13: return call(Q5_K{});
-    case 14: return call(Q6_K{});
-    case 39: return call(MXFP4{});
+// The struct of a type, by ggml's number of it.
+template <int NUMBER>
+struct TypeOf;
+template <> struct TypeOf<2> { using Q = Q4_0; };
+template <> struct TypeOf<3> { using Q = Q4_1; };
+template <> struct TypeOf<6> { using Q = Q5_0; };
+template <> struct TypeOf<7> { using Q = Q5_1; };
+template <> struct TypeOf<8> { using Q = Q8_0; };
+template <> struct TypeOf<12> { using Q = Q4_K; };
+template <> struct TypeOf<13> { using Q = Q5_K; };
+template <> struct TypeOf<14> { using Q = Q6_K; };
+template <> struct TypeOf<39> { using Q = MXFP4; };
+
+// The types that occur; a kernel that is compiled for few of them has them defined.
+#ifndef TYPES
+#define TYPES 2, 3, 6, 7, 8, 12, 13, 14, 39
+#endif
+
+template <int FIRST, int... OTHERS, class Call>
+__device__ __forceinline__ void for_type_among(int type, const Call& call) {
+  if constexpr (sizeof...(OTHERS) == 0) {
+    call(typename TypeOf<FIRST>::Q{});
+  } else {
+    if (type == FIRST)
+      call(typename TypeOf<FIRST>::Q{});
+    else
+      for_type_among<OTHERS...>(type, call);
   }
 }
+
+// Calls `call` with an object of the struct of a type that occurs, given ggml's number of it.
+template <class Call>
+__device__ __forceinline__ void for_type(int type, const Call& call) { for_type_among<TYPES>(type, call); }

@@ -23,7 +23,7 @@ from gguf import GGMLQuantizationType
 
 from refengine import quants
 from refengine.cuda.kernels import matmul
-from refengine.cuda.kernels.few_rows import FEW_ROWS, few_rows_launch, reads_halves
+from refengine.cuda.kernels.few_rows import FEW_ROWS, plan_of, reads_halves
 from refengine.cuda.kernels.quantize_rows import Converted, Rows, quantize_rows
 from refengine.cuda.layout import PackedMatrix, pack
 from refengine.cuda.runtime.launch import Kernels
@@ -119,7 +119,7 @@ def bench(xp: Any, kernels: Kernels, kind: str, n_out: int, n_in: int, n_rows: i
     rows, y = Rows(n_rows, None, converted), xp.empty((n_rows, n_out), xp.float32)
     warps = 4
     if n_rows <= FEW_ROWS:
-        warps = few_rows_launch(kernels, [one], n_out, rows, n_rows).warps
+        warps = plan_of(kernels, rows, [one]).warps
 
     def run(i: int) -> None:
         matmul.linear(kernels, rows, copies[i % n_copies], y)

@@ -34,7 +34,7 @@ from refengine.cuda.ops import KernelOps
 from refengine.cuda.runtime import driver
 from refengine.cuda.runtime.launch import Kernels
 from refengine.cuda.runtime.nvrtc import DeviceModule
-from refengine.cuda.runtime.source import Source, read_source
+from refengine.cuda.runtime.source import Constants, Source, read_source
 from refengine.gguf.file import GGUFFile
 from refengine.model import Model
 from refengine.models import BY_ARCHITECTURE, read_config
@@ -93,10 +93,10 @@ class Unloaded(DeviceModule):
 class KernelsWithoutDevice(Kernels):
     n_multiprocessors, shared_limit = 132, 227 << 10
 
-    def module(self, file: str) -> Any:
-        if file not in self._modules:
-            self._modules[file] = Unloaded(read_source(file))
-        return self._modules[file]
+    def module(self, file: str, constants: Constants = ()) -> Any:
+        if (file, constants) not in self._modules:
+            self._modules[file, constants] = Unloaded(read_source(file, constants))
+        return self._modules[file, constants]
 
 
 class Nowhere:

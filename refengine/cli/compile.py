@@ -36,7 +36,7 @@ def compile_kernels(arguments: argparse.Namespace) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            files = [name for name in missing(arch) if not arguments.file or name in arguments.file]
+            files = [part for part in missing(arch) if not arguments.file or part[0] in arguments.file]
             compile_files(arch, files, show, arguments.jobs)
         print(
             f"{arch}: {len(files)} kernel files compiled, the others were in the cache ({cache_folder()})",

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from refengine.cuda.kernels.few_rows import Activation, kind_of, shared_bytes, stage_bytes
+from refengine.cuda.kernels.few_rows import Activation, Has, Matrix, Plan
 from refengine.cuda.kernels.matmul import ManyRowsLaunch
 from refengine.cuda.kernels.moe import NO_GROUPS
 from refengine.cuda.kernels.quantize_rows import Converted, n_segments
-from refengine.cuda.layout import pack, tile_bytes
+from refengine.cuda.layout import pack
 from refengine.cuda.runtime.source import Struct
 from tests.kernels.runner import Kernels
 
@@ -78,27 +78,28 @@ def few_rows(
     eps: float = 0.0,
     squares: np.ndarray | None = None,
     early: int = 1,
+    for_plan: bool = False,
 ) -> np.ndarray:
-    """`few_rows.multiply` with other launches than it chooses. given: see `activations_of`. eps: of the norm."""
-    n_in = matrices[0].shape[1]
-    gated = activation.gated
-    n_out = matrices[0].shape[0] if gated else sum(w.shape[0] for w in matrices)
+    """`few_rows.multiply` with other launches than it chooses. given: see `activations_of`. eps: of the norm. for_plan:
+    by a kernel for this plan alone.
+    """
     prepares = given[0] is None
     n_rows = len(given[3] if prepares else given[0])
-    y = np.full((n_rows, n_out), np.nan, np.float32)
-    tiles, missing = -(-n_out // 16), 3 - len(matrices)
-    below = 1 if gated else len(matrices)
-    begins = [sum(w.shape[0] for w in matrices[:i]) // 16 if i < below else tiles for i in (1, 2)]
-    shift = min(n_rows - 1, 7).bit_length()
-    stage = stage_bytes(tuple(w.type for w in matrices))
-    grid = (blocks or max(1, tiles - warps + 1), -(-n_rows // 8))  # some have several tiles
-    tiles_each = -(-tiles // grid[0])
-    shared = shared_bytes(stage, n_in, warps, chunk, tiles_each, shift, gated, prepares=prepares)
-    structs = [pack(np, w).data for w in matrices] + [None] * missing
-    arrays = [*structs, activations_of(given), NO_GROUPS, *biases, *[None] * missing, residual, y, squares]
-    kinds = [kind_of(w.type) for w in matrices] + [0] * missing
-    of_tiles = [tile_bytes(w.type, n_in) for w in matrices] + [0] * missing
-    sizes = [*kinds, *of_tiles, *begins, int(activation), n_out, n_in, n_rows, shift, chunk, stage, early, tiles_each]
-    sizes += [*divmod(warps, n_segments(n_in)), np.float32(eps)]
-    module.launch("one_row" if prepares and not shift else "few_rows", grid, (32 * warps,), [*arrays, *sizes], shared)
+    parts = [w.shape[0] for w in matrices]
+    y = np.full((n_rows, parts[0] if activation.gated else sum(parts)), np.nan, np.float32)
+    tiles, shift = -(-y.shape[1] // 16), min(n_rows - 1, 7).bit_length()
+    blocks = blocks or max(1, tiles - warps + 1)  # some have several tiles
+    has = Has(0 if prepares else Has.FORM) | (Has.NORM if len(given) == 6 and given[5] is not None else Has(0))
+    has |= Has.BIAS if any(bias is not None for bias in biases) else Has(0)
+    has |= (Has(0) if residual is None else Has.RESIDUAL) | (Has(0) if squares is None else Has.SQUARES)
+    sizes = {"blocks": blocks, "warps": warps, "shift": shift, "chunk": chunk, "early": early}
+    plan = Plan.of([Matrix(w.type, w.shape[0]) for w in matrices], matrices[0].shape[1], activation, has, **sizes)
+    missing = [None] * (3 - len(matrices))
+    weights = [*(pack(np, w).data for w in matrices), *missing]
+    grid, threads, shared = (blocks, -(-n_rows // 8)), (32 * warps,), plan.shared_bytes
+    kernel = "one_row" if prepares and not shift else "few_rows"
+    numbers = () if kernel == "one_row" else (n_rows,)
+    rest = (*biases, *missing, residual, y, squares, plan.struct, *numbers, np.float32(eps))
+    arguments = [*weights, activations_of(given), NO_GROUPS, *rest]
+    module.of(kernel, plan.constants if for_plan else ()).launch(kernel, grid, threads, arguments, shared)
     return y

@@ -1,5 +1,7 @@
 """One kernel file on the CPU (host build) or on the GPU, called with NumPy arrays either way."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from refengine.cuda.runtime.host import HostModule
-from refengine.cuda.runtime.source import Source, Struct, read_source
+from refengine.cuda.runtime.source import Constants, Source, Struct, read_source
 from refengine.device import open_device
 from refengine.errors import DeviceError
 
@@ -15,9 +17,10 @@ from refengine.errors import DeviceError
 class Kernels:
     """`launch` as the modules of refengine.cuda have it; on the GPU, arrays go there and those written come back."""
 
-    def __init__(self, file: str | Source, place: str) -> None:
-        source = read_source(file) if isinstance(file, str) else file
+    def __init__(self, file: str | Source, place: str, constants: Constants = ()) -> None:
+        source = read_source(file, constants) if isinstance(file, str) else file
         self.place = place
+        self._others: dict[tuple[str, Constants], Kernels] = {}
         if place == "host":
             self.module: Any = HostModule(source)
             return
@@ -29,9 +32,15 @@ class Kernels:
 
         self.module = DeviceModule(source)
 
+    def of(self, file: str, constants: Constants = ()) -> Kernels:
+        """Another file in the same place, or this one with constants."""
+        if (file, constants) not in self._others:
+            self._others[file, constants] = Kernels(file, self.place, constants)
+        return self._others[file, constants]
+
     def _put(self, value: Any) -> Any:
         if isinstance(value, Struct):
-            return Struct(*map(self._put, value.arrays))
+            return Struct(*map(self._put, value.members))
         return self._xp.asarray(value) if isinstance(value, np.ndarray) else value
 
     def launch(

@@ -13,7 +13,7 @@ import refengine
 from refengine.cache.paged import CacheSequence, KVCache
 from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan, _Copy
 from refengine.cuda.kernels import router
-from refengine.cuda.kernels.few_rows import FEW_ROWS, can_prepare, few_rows_launch
+from refengine.cuda.kernels.few_rows import FEW_ROWS, can_prepare, plan_of
 from refengine.cuda.kernels.quantize_rows import Converted, Rows
 from refengine.cuda.layout import PackedMatrix
 from refengine.cuda.runtime.launch import NoLaunches
@@ -310,7 +310,7 @@ def test_a_step_of_any_rows_of_a_wide_matrix_fits_every_device(
     for n in range(1, FEW_ROWS + 1):
         x = np.zeros((n, n_in), np.float32)
         rows = Rows(n, x) if n <= most else Rows(n, None, Converted.empty(np, n, n_in, halves=kind == "F16"))
-        assert few_rows_launch(kernels, [w], 8192, rows, n).shared_bytes <= shared_limit
+        assert plan_of(kernels, rows, [w]).shared_bytes <= shared_limit
 
 
 @pytest.mark.parametrize("name", ["llama3-q4_k_m", "gpt-oss-mxfp4_moe"])

@@ -17,7 +17,7 @@ import numpy as np
 
 from refengine.bench.speed.traffic import expert_share
 from refengine.cuda.runtime.launch import Kernels
-from refengine.cuda.runtime.source import Struct
+from refengine.cuda.runtime.source import Constants, Struct
 from refengine.gguf.file import TensorInfo
 
 OPERATIONS = {
@@ -27,7 +27,8 @@ OPERATIONS = {
 }
 # Kernel files whose launches read or write every byte of their arguments once, and how many of the first arguments
 # are weights. Of the arguments of the others (caches, tables) a launch reads only a part.
-WHOLE_ARGUMENTS = {"matmul": 1, "matmul_f32": 1, "few_rows": 3, "norm": 0, "activation": 0, "quantize_rows": 0}
+PRODUCTS = {"matmul": 1, "matmul_f32": 1, "few_rows": 3, "one_row": 3}
+WHOLE_ARGUMENTS = PRODUCTS | {"norm": 0, "activation": 0, "quantize_rows": 0}
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ class TimedKernels(Kernels):
         super().__init__(kernels.place)
         self._inner, self._profiler, self._bytes_of = kernels, profiler, bytes_of
 
-    def module(self, file: str) -> Any:
-        return self._inner.module(file)
+    def module(self, file: str, constants: Constants = ()) -> Any:
+        return self._inner.module(file, constants)
 
     def launch(
         self,
@@ -129,13 +130,14 @@ class TimedKernels(Kernels):
         overlap: bool = False,
         *,
         what: str = "",
+        constants: Constants = (),
     ) -> None:
         """See `Kernels.launch`; overlap is ignored, so that each time belongs to one kernel."""
         launch = super().launch
         self._profiler.timed(
             f"{kernel} {tensor_kind(what)}".strip(),
             self._bytes_of(file, kernel, arguments, what),
-            lambda: launch(file, kernel, grid, block, arguments, shared_bytes, what=what),
+            lambda: launch(file, kernel, grid, block, arguments, shared_bytes, what=what, constants=constants),
         )
 
 
@@ -207,5 +209,5 @@ def tensor_kind(name: str) -> str:
 def _n_bytes(argument: Any) -> int:
     """The bytes of an array, or of the arrays of a struct; 0 for numbers and null pointers."""
     if isinstance(argument, Struct):
-        return sum(_n_bytes(array) for array in argument.arrays)
+        return sum(_n_bytes(array) for array in argument.members)
     return int(getattr(argument, "nbytes", 0)) if getattr(argument, "ndim", 0) else 0

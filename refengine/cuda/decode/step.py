@@ -23,11 +23,14 @@ from refengine.cuda.decode.ops import Angles, StepArrays, StepOps
 from refengine.cuda.decode.state import DecodeRow, DecodeState
 from refengine.cuda.decode.values import NoFusedStep
 from refengine.cuda.kernels.attention import HEAD_DIMS, TILE, PagedRows, counters_of
+from refengine.cuda.kernels.few_rows import FEW_ROWS
 from refengine.cuda.kernels.moe import MOST_USED
 from refengine.cuda.kernels.sampling import WORK_SPACE, Sampler
 from refengine.cuda.memory import Arena, aligned
 from refengine.cuda.ops import KernelOps
-from refengine.cuda.runtime.launch import Kernels, NoLaunches
+from refengine.cuda.runtime.compile import compile_files, missing
+from refengine.cuda.runtime.launch import ForPlans, Kernels, Needed, NoLaunches
+from refengine.cuda.runtime.nvrtc import architecture
 from refengine.errors import KernelError
 from refengine.ops.decode import DecodeOps, DecodeTrace, Value, no_trace
 
@@ -188,6 +191,7 @@ class DecodeStep:
         self._ops, self._cfg, self._decode, self._weights = ops, cfg, decode, weights
         self._plan, self.buckets = plan, buckets_for(max_batch)
         self._with_graphs = graphs and ops.xp is not np
+        self._for_plans = ForPlans(ops.kernels)  # for steps of few rows, if they are captured as graphs
         self._graphs: dict[int, Any] = {}
         self._logits: dict[int, Array] = {}
         # One is still read while the step launched ahead writes the other.
@@ -223,6 +227,8 @@ class DecodeStep:
         """
         self.wait()
         self.state.update([])
+        if self._with_graphs:
+            self._compile()
         for i, bucket in enumerate(self.buckets):
             self._launch(bucket, None)
             if self._with_graphs:
@@ -316,16 +322,29 @@ class DecodeStep:
 
     def _launch(self, bucket: int, trace: DecodeTrace | None) -> None:
         """Launch all kernels of a step for `bucket` rows."""
-        step = StepOps(self._ops.kernels, self._arrays, Placed(self._arena, self._plan.offsets[bucket]), bucket)
+        kernels = self._for_plans if self._with_graphs and bucket <= FEW_ROWS else self._ops.kernels
+        logits = self._logits[bucket] = self._logits_of(bucket, kernels, trace)
+        self._sampler.draw(bucket, logits, self._b)
+
+    def _logits_of(self, bucket: int, kernels: Kernels, trace: DecodeTrace | None) -> Array:
+        """Launch all kernels of a step but those that sample. The result has the logits of `bucket` rows."""
+        step = StepOps(kernels, self._arrays, Placed(self._arena, self._plan.offsets[bucket]), bucket)
 
         def traced(name: str, il: int, x: Value) -> None:
             if trace is not None:
                 trace(name, il, step.array(x))
 
         with np.errstate(all="ignore"):
-            logits = step.array(self._decode(self._cfg, self._weights, step, traced))
-        self._logits[bucket] = logits
-        self._sampler.draw(bucket, logits, self._b)
+            return step.array(self._decode(self._cfg, self._weights, step, traced))
+
+    def _compile(self) -> None:
+        """Compile the kernels that are for one plan, in parallel, unless they are in the cache."""
+        needed = Needed(self._ops.kernels)
+        for bucket in self.buckets:
+            if bucket <= FEW_ROWS:
+                self._logits_of(bucket, needed, None)
+        arch = architecture(self._ops.xp)
+        compile_files(arch, missing(arch, needed.parts))
 
     def angles(self, number: int, constants: Any, freq_factors: Array | None) -> Angles:
         """The table for `decode()`'s request with this number, filled at the first request."""

@@ -1,12 +1,13 @@
-"""Products with quantised and F16 weights for up to 8 rows, as in a decode step: bindings of kernels_cu/few_rows.cu."""
+"""Products with quantised and F16 weights for up to 8 rows, as in a decode step: one_row.cu and few_rows.cu."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from functools import lru_cache
+from dataclasses import astuple, dataclass
+from enum import IntEnum, IntFlag
+from functools import cached_property, lru_cache
 from math import prod
+from typing import NamedTuple
 
 from gguf import GGMLQuantizationType
 
@@ -16,8 +17,8 @@ from refengine.cuda.kernels.quantize_rows import GROUP, Converted, Rows, n_segme
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, segment_bytes, tile_bytes
 from refengine.cuda.runtime.launch import Kernels
+from refengine.cuda.runtime.source import Constants, Struct
 from refengine.errors import KernelError
-from refengine.ops.integers import SEGMENT
 
 FEW_ROWS = 8  # rows per block of threads
 STAGES = 2  # of a warp's ring, each with the weights of a segment
@@ -32,7 +33,7 @@ LEAST_SHARED = 99 << 10  # bytes that a block may have on every supported device
 
 
 class Activation(IntEnum):
-    """What becomes of the products: the numbers of few_rows.cu."""
+    """What becomes of the products: the numbers of few_rows.cuh."""
 
     NONE = 0
     SWIGLU = 1
@@ -45,19 +46,114 @@ class Activation(IntEnum):
         return self in (Activation.SWIGLU, Activation.SWIGLU_CLAMPED)
 
 
-@dataclass(frozen=True)
-class FewRowsLaunch:
-    """Blocks for each group of rows, warps per block, bytes of shared memory, and what the kernel is told of it: shift,
-    chunk, stage_bytes, early, tiles_each, entry_steps and segment_steps of few_rows.cu."""
+class Has(IntFlag):
+    """What a launch has: the numbers of few_rows.cuh."""
 
+    NORM = 1
+    BIAS = 2
+    RESIDUAL = 4
+    SQUARES = 8
+    GROUPS = 16
+    FORM = 32  # rows in the form that products read
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch, with the fields of the C struct of this name, which explains them (few_rows.cuh)."""
+
+    a_kind: int
+    b_kind: int
+    c_kind: int
+    a_tile: int
+    b_tile: int
+    c_tile: int
+    second: int
+    third: int
+    activation: int
+    has: int
+    n_out: int
+    n_in: int
     blocks: int
     warps: int
-    shared_bytes: int
-    arguments: tuple[int, ...]
+    shift: int
+    chunk: int
+    stage_bytes: int
+    early: int
+    tiles_each: int
+    entry_steps: int
+    segment_steps: int
+
+    @staticmethod
+    def of(
+        matrices: Sequence[Matrix],
+        n_in: int,
+        activation: Activation,
+        has: Has,
+        *,
+        blocks: int,
+        warps: int,
+        shift: int,
+        chunk: int,
+        early: int,
+    ) -> Plan:
+        """The plan for these matrices of n_in columns; `blocks` for each group of rows."""
+        n_out = matrices[0].n_out if activation.gated else sum(m.n_out for m in matrices)
+        n_tiles, missing = -(-n_out // TILE_ROWS), [0] * (MOST_MATRICES - len(matrices))
+        below = 1 if activation.gated else len(matrices)  # matrices one below another; others begin after all tiles
+        second, third = (sum(m.n_out for m in matrices[:i]) // TILE_ROWS if i < below else n_tiles for i in (1, 2))
+        a_kind, b_kind, c_kind = [m.type | segment_bytes(m.type) << 8 for m in matrices] + missing
+        a_tile, b_tile, c_tile = [tile_bytes(m.type, n_in) for m in matrices] + missing
+        entry_steps, segment_steps = divmod(warps, n_segments(n_in))
+        return Plan(
+            a_kind=a_kind,
+            b_kind=b_kind,
+            c_kind=c_kind,
+            a_tile=a_tile,
+            b_tile=b_tile,
+            c_tile=c_tile,
+            second=second,
+            third=third,
+            activation=int(activation),
+            has=int(has),
+            n_out=n_out,
+            n_in=n_in,
+            blocks=blocks,
+            warps=warps,
+            shift=shift,
+            chunk=chunk,
+            stage_bytes=max(segment_bytes(m.type) for m in matrices),  # of whichever type has most
+            early=early,
+            tiles_each=-(-n_tiles // blocks),
+            entry_steps=entry_steps,
+            segment_steps=segment_steps,
+        )
+
+    @cached_property
+    def struct(self) -> Struct:
+        return Struct(*astuple(self))
+
+    @cached_property
+    def constants(self) -> Constants:
+        """What makes a kernel for this plan alone."""
+        kinds = {kind & 255 for kind in (self.a_kind, self.b_kind, self.c_kind)} - {0, GGMLQuantizationType.F16}
+        types = (("TYPES", ", ".join(map(str, sorted(kinds)))),) if kinds else ()
+        return (*types, ("PLAN", ", ".join(map(str, astuple(self)))))
 
     @property
-    def threads(self) -> int:
-        return 32 * self.warps
+    def shared_bytes(self) -> int:
+        """The bytes of shared memory of a block."""
+        sides, rows = (2 if self.activation in (Activation.SWIGLU, Activation.SWIGLU_CLAMPED) else 1), 1 << self.shift
+        data, sums, scale = (prod(shape[1:]) for shape in Converted.shapes(1, self.n_in))
+        of_items = 2 * self.chunk * sides * sums_bytes(self.n_in, self.shift)
+        prepared = 0 if self.has & Has.FORM else rows * (data + 64 + 4 * (sums + scale))
+        return self.warps * STAGES * self.stage_bytes + ENTRY_BYTES * self.tiles_each * sides + of_items + prepared
+
+
+class Matrix(NamedTuple):
+    """What a plan depends on of a matrix."""
+
+    type: GGMLQuantizationType
+    n_out: int
 
 
 def multiply(
@@ -83,7 +179,6 @@ def multiply(
     """
     first = matrices[0]
     n_in = first.shape[-1]
-    n_matrices = len(matrices)
     n_out = first.shape[-2] if activation.gated else sum(w.shape[-2] for w in matrices)
     if not fits(matrices, groups.size if groups else x.n, activation, grouped=groups is not None):
         found = ", ".join(f"{w.type.name} {w.shape}" for w in matrices)
@@ -99,33 +194,25 @@ def multiply(
         raise KernelError(f"{first.name}: {n_out} outputs are not a multiple of {GROUP}, so they have no squares")
     for w, bias in zip(matrices, biases, strict=True):
         check_shape(w.name, "the bias", bias, w.shape[:-1])
-    n_groups = len(groups.group) if groups else 1
-    launch = few_rows_launch(kernels, matrices, n_out, x, groups.most if groups else x.n, n_groups, activation.gated)
-    missing = MOST_MATRICES - n_matrices
-    below = 1 if activation.gated else n_matrices  # matrices one below another; others begin after all tiles
-    begins = [sum(w.shape[-2] for w in matrices[:i]) // TILE_ROWS for i in range(1, below)]
-    begins += [-(-n_out // TILE_ROWS)] * (MOST_MATRICES - below)
-    arguments = [
-        *(w.data for w in matrices),
-        *[None] * missing,
-        x.struct,
-        groups.struct if groups else NO_GROUPS,
-        *biases,
-        *[None] * missing,
-        residual,
-        y,
-        squares,
-        *(kind_of(w.type) for w in matrices),
-        *[0] * missing,
-        *(tile_bytes(w.type, n_in) for w in matrices),
-        *[0] * missing,
-        *begins,
-        int(activation),
-        *(n_out, n_in, len(y) if groups else x.n, *launch.arguments, x.eps),
-    ]
-    grid, shared = (launch.blocks, n_groups), launch.shared_bytes
-    kernel = "few_rows" if launch.arguments[0] or x.converted else "one_row"
-    kernels.launch("few_rows", kernel, grid, launch.threads, arguments, shared, overlap=True, what=first.name)
+    has = Has.BIAS * any(bias is not None for bias in biases)
+    has |= Has.RESIDUAL * (residual is not None) | Has.SQUARES * (squares is not None)
+    plan = plan_of(kernels, x, matrices, activation=activation, has=Has(has), groups=groups)
+    missing = [None] * (MOST_MATRICES - len(matrices))
+    given = (x.struct, groups.struct if groups else NO_GROUPS, *biases, *missing, residual, y, squares, plan.struct)
+    kernel = "few_rows" if plan.shift or x.converted else "one_row"
+    numbers = (x.eps,) if kernel == "one_row" else (len(y) if groups else x.n, x.eps)
+    arguments = [*(w.data for w in matrices), *missing, *given, *numbers]
+    kernels.launch(
+        kernel,
+        kernel,
+        (plan.blocks, len(groups.group) if groups else 1),
+        32 * plan.warps,
+        arguments,
+        plan.shared_bytes,
+        overlap=True,
+        what=first.name,
+        constants=plan.constants if kernels.for_plans else (),
+    )
 
 
 def fits(
@@ -149,55 +236,59 @@ def reads_halves(w: PackedMatrix) -> bool:
     return w.type == GGMLQuantizationType.F16
 
 
-def few_rows_launch(
+def plan_of(
     kernels: Kernels,
-    matrices: Sequence[PackedMatrix],
-    n_out: int,
     x: Rows,
-    n_rows: int,
-    n_groups: int = 1,
-    gated: bool = False,
-) -> FewRowsLaunch:
-    """The launch for a product of rows x with matrices: n_out outputs in all, or of each of two if `gated`.
+    matrices: Sequence[PackedMatrix],
+    *,
+    activation: Activation = Activation.NONE,
+    has: Has = Has(0),
+    groups: Groups | None = None,
+) -> Plan:
+    """The plan of `multiply`. has: of bias, residual and squares, what there is.
 
-    n_rows: the most rows in a block of threads. n_groups: the groups of rows, or of rows of one expert. Raises
-    KernelError if the rows need more shared memory than a block may have.
+    Raises KernelError if the rows need more shared memory than a block may have.
     """
     first = matrices[0]
+    has |= Has.FORM * bool(x.converted) | Has.NORM * bool(x.norm) | Has.GROUPS * bool(groups)
+    n_rows, n_groups = (groups.most, len(groups.group)) if groups else (x.n, 1)
     device = (kernels.n_multiprocessors, kernels.shared_limit)
-    types = tuple(w.type for w in matrices)
-    launch = _launch(types, first.shape[-1], n_out, n_rows, n_groups, gated, *device, x.converted is None)
-    if launch.shared_bytes > kernels.shared_limit:
+    sizes = tuple(Matrix(w.type, w.shape[-2]) for w in matrices)
+    plan = _plan(sizes, first.shape[-1], activation, Has(has), n_rows, n_groups, *device)
+    if plan.shared_bytes > kernels.shared_limit:
         raise KernelError(
-            f"{first.name}: {n_rows} rows of {first.shape[-1]} need {launch.shared_bytes} bytes of shared memory, "
+            f"{first.name}: {n_rows} rows of {first.shape[-1]} need {plan.shared_bytes} bytes of shared memory, "
             f"the device has {kernels.shared_limit}"
         )
-    return launch
+    return plan
 
 
 def can_prepare(matrices: Sequence[PackedMatrix], n_rows: int) -> bool:
     """Whether a block of threads has room to convert its rows, up to n_rows, for a product with these matrices, even if
     it is gated. The same on all devices, because it decides which buffers a step has."""
+    first = matrices[0]
+    sides = [Matrix(max((w.type for w in matrices), key=segment_bytes), TILE_ROWS)] * 2
     shift = max(0, n_rows - 1).bit_length()
-    stage = stage_bytes(tuple(w.type for w in matrices))
-    return shared_bytes(stage, matrices[0].shape[-1], 1, 1, 1, shift, True, prepares=True) <= LEAST_SHARED
+    one = {"blocks": 1, "warps": 1, "chunk": 1, "early": 1}
+    return Plan.of(sides, first.shape[-1], Activation.SWIGLU, Has(0), shift=shift, **one).shared_bytes <= LEAST_SHARED
 
 
 @lru_cache(maxsize=4096)
-def _launch(
-    types: tuple[GGMLQuantizationType, ...],
+def _plan(
+    matrices: tuple[Matrix, ...],
     n_in: int,
-    n_out: int,
+    activation: Activation,
+    has: Has,
     n_rows: int,
     n_groups: int,
-    gated: bool,
     n_multiprocessors: int,
     shared_limit: int,
-    prepares: bool,
-) -> FewRowsLaunch:
+) -> Plan:
+    """The plan for blocks of n_rows rows at most. n_groups: the groups of rows, or of rows of one expert."""
     shift = max(0, n_rows - 1).bit_length()
-    n_side_by_side = 2 if gated else 1
-    items_each = n_side_by_side * -(-n_in // SEGMENT)
+    n_side_by_side = 2 if activation.gated else 1
+    n_out = matrices[0].n_out if activation.gated else sum(m.n_out for m in matrices)
+    items_each = n_side_by_side * n_segments(n_in)
     n_tiles = -(-n_out // TILE_ROWS)
     # Small matrices: a block on each multiprocessor, beside one of the next kernel. Larger ones: two, to use all of it.
     large = n_tiles * items_each * n_groups > BUSY * n_multiprocessors
@@ -205,44 +296,24 @@ def _launch(
     blocks = max(1, min(n_tiles, -(-wanted // n_groups)))
     tiles_each = -(-n_tiles // blocks)  # at most
     chunk = max(1, min(tiles_each, (8 << 10) // (n_side_by_side * sums_bytes(n_in, shift))))
-    warps = min(MOST_WARPS, max(tiles_each * items_each, PREPARING_WARPS if prepares else LEAST_WARPS))
-    stage = stage_bytes(types)
-
-    def shared(warps: int) -> int:
-        return shared_bytes(stage, n_in, warps, chunk, tiles_each, shift, gated, prepares=prepares)
-
-    while warps > LEAST_WARPS and shared(warps) > min(HALF_SHARED, shared_limit):
-        warps -= 1
-    while warps > 1 and shared(warps) > shared_limit:
-        warps -= 1
+    prepares = not has & Has.FORM
+    most = min(MOST_WARPS, max(tiles_each * items_each, PREPARING_WARPS if prepares else LEAST_WARPS))
     # The blocks of large products begin late, and the rows, which are needed first, would wait for many weights.
-    early = 1 if large and prepares else STAGES
-    steps = divmod(warps, n_segments(n_in))
-    return FewRowsLaunch(blocks, warps, shared(warps), (shift, chunk, stage, early, tiles_each, *steps))
+    early = STAGES
 
+    def plan(warps: int) -> Plan:
+        sizes = {"blocks": blocks, "warps": warps, "shift": shift, "chunk": chunk, "early": early}
+        return Plan.of(matrices, n_in, activation, has, **sizes)
 
-def kind_of(kind: GGMLQuantizationType) -> int:
-    """ggml's number of a type, and, 8 bits higher, the bytes of a segment of a tile."""
-    return int(kind) | segment_bytes(kind) << 8
-
-
-def stage_bytes(types: tuple[GGMLQuantizationType, ...]) -> int:
-    """The bytes of an item's weights, of whichever of these types has most."""
-    return max(segment_bytes(kind) for kind in types)
+    for warps in range(most, 0, -1):
+        limit = min(HALF_SHARED, shared_limit) if warps > LEAST_WARPS else shared_limit
+        found = plan(warps)
+        if found.shared_bytes <= limit:
+            break
+    return found
 
 
 def sums_bytes(n_in: int, shift: int) -> int:
     """The bytes of the segments' sums of a tile: of each output and row some float4, no multiple of four of them."""
     fours = -(-n_segments(n_in) // 4)
     return 16 * TILE_ROWS * (fours + (fours % 4 == 0)) << shift
-
-
-def shared_bytes(
-    stage: int, n_in: int, warps: int, chunk: int, tiles: int, shift: int, gated: bool = False, *, prepares: bool
-) -> int:
-    """The bytes of shared memory of a block. stage: `stage_bytes`. tiles: the most of a block. prepares: whether it
-    converts its rows."""
-    data, sums, scale = (prod(shape[1:]) for shape in Converted.shapes(1, n_in))
-    of_items = 2 * chunk * (2 if gated else 1) * sums_bytes(n_in, shift)
-    rows = data + 64 + 4 * (sums + scale) << shift if prepares else 0
-    return warps * STAGES * stage + ENTRY_BYTES * tiles * (2 if gated else 1) + of_items + rows

@@ -47,7 +47,8 @@ class Arguments:
         self._kernel, self._parameters = kernel, found
         layout, offsets, size = "<", [], 0  # little-endian and without padding of its own: only so are floats checked
         for parameter in found:
-            code = _POINTER if parameter.pointer or parameter.members else _CODES[parameter.kind]
+            first = parameter.members[0] if parameter.members else parameter  # members have the same type
+            code = _POINTER if first.pointer else _CODES[first.kind]
             padding = -size % struct.calcsize(f"<{code}")
             layout += f"{padding}x{code * max(len(parameter.members), 1)}"
             offsets.append(size + padding)
@@ -82,7 +83,7 @@ class Arguments:
             elif parameter.members:
                 if type(value) is not Struct or parameter.kind not in value.fits:
                     self._check_struct(parameter, value)
-                values += value.addresses
+                values += value.words
             elif type(value) in _NUMBERS or (isinstance(value, np.generic) and value.dtype in parameter.dtypes):
                 values.append(value)
             else:
@@ -105,26 +106,31 @@ class Arguments:
         raise KernelError(f"{named} {kind}")
 
     def _check_struct(self, parameter: Parameter, value: Any) -> None:
-        """Check a Struct's arrays, once for each C struct. Raises KernelError."""
-        if not isinstance(value, Struct) or len(value.arrays) != len(parameter.members):
-            raise KernelError(f"{self._kernel}: {parameter.name} must be a Struct of {len(parameter.members)} arrays")
-        for member, array in zip(parameter.members, value.arrays, strict=True):
-            if array is not None:
-                self._address(member, array, f"{parameter.name}.")
+        """Check a Struct's members, once for each C struct. Raises KernelError."""
+        if not isinstance(value, Struct) or len(value.members) != len(parameter.members):
+            kind = "arrays" if parameter.members[0].pointer else "numbers"
+            raise KernelError(f"{self._kernel}: {parameter.name} must be a Struct of {len(parameter.members)} {kind}")
+        for member, given in zip(parameter.members, value.members, strict=True):
+            if not member.pointer and type(given) is not int:
+                raise KernelError(f"{self._kernel}: {parameter.name}.{member.name} must be an int, found {given!r:.60}")
+            if member.pointer and given is not None:
+                self._address(member, given, f"{parameter.name}.")
         value.fits.add(parameter.kind)
 
     def _check_numbers(self, arguments: Sequence[Any]) -> None:
         """Raises KernelError for the number that does not fit its C type."""
         for parameter, value in zip(self._parameters, arguments, strict=True):
-            if parameter.pointer or parameter.members:
-                continue
-            try:
-                struct.pack(f"<{_CODES[parameter.kind]}", value)
-            except (struct.error, OverflowError):
-                named = f"{self._kernel}: {parameter.name}"
-                if isinstance(value, float) and parameter.kind not in ("float", "double"):
-                    raise KernelError(f"{named} must be a whole number, found {value}") from None
-                raise KernelError(f"{named} is {value}, out of range for {parameter.kind}") from None
+            members = zip(parameter.members, value.members, strict=True) if parameter.members else [(parameter, value)]
+            for member, number in members:
+                if member.pointer:
+                    continue
+                try:
+                    struct.pack(f"<{_CODES[member.kind]}", number)
+                except (struct.error, OverflowError):
+                    named = f"{self._kernel}: {f'{parameter.name}.' if parameter.members else ''}{member.name}"
+                    if isinstance(number, float) and member.kind not in ("float", "double"):
+                        raise KernelError(f"{named} must be a whole number, found {number}") from None
+                    raise KernelError(f"{named} is {number}, out of range for {member.kind}") from None
 
 
 def _misfit(parameter: Parameter, value: Any) -> str | None:

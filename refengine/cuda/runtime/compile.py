@@ -1,6 +1,6 @@
 """Compiles kernel files before their first use, in parallel processes, because NVRTC compiles only one per process.
 
-Each process runs `python -m refengine.cuda.runtime.compile ARCH FILE`.
+Each process runs `python -m refengine.cuda.runtime.compile ARCH FILE MACRO=VALUE…`.
 """
 
 from __future__ import annotations
@@ -12,33 +12,40 @@ import time
 from collections.abc import Callable, Sequence
 
 from refengine.cuda.runtime.nvrtc import compile_source, is_compiled
-from refengine.cuda.runtime.source import names, read_source
+from refengine.cuda.runtime.source import Constants, names, read_source
 from refengine.errors import KernelError, RefengineError
 
 PAUSE_S = 0.01  # between two checks of the processes
 
 
-def missing(arch: str) -> list[str]:
-    """The kernel files whose machine code is not in the cache, the longest first. Raises DeviceError without NVRTC."""
-    sources = [read_source(name) for name in names()]
-    sources.sort(key=lambda source: -len(source.text) * len(source.kernels))
-    return [source.name for source in sources if not is_compiled(source, arch)]
+Part = tuple[str, Constants]  # a kernel file, and the constants with which it is compiled
+
+
+def missing(arch: str, parts: Sequence[Part] | None = None) -> list[Part]:
+    """Those parts whose machine code is not in the cache, the longest first. parts: all files, if it is not given.
+
+    Raises DeviceError without NVRTC.
+    """
+    found = [(part, read_source(*part)) for part in (parts or [(name, ()) for name in names()])]
+    found.sort(key=lambda of: -len(of[1].text) * len(of[1].kernels))
+    return [part for part, source in found if not is_compiled(source, arch)]
 
 
 def compile_files(
-    arch: str, files: Sequence[str], progress: Callable[[int, int], None] | None = None, jobs: int | None = None
+    arch: str, parts: Sequence[Part], progress: Callable[[int, int], None] | None = None, jobs: int | None = None
 ) -> None:
-    """Compile the files that `missing` gives, into the cache. progress: called with (files done, total files).
+    """Compile what `missing` gives, into the cache. progress: called with (files done, total files).
 
     Raises KernelError with the compiler's messages. If this is interrupted, running processes still end by themselves,
     and their results are kept.
     """
-    waiting, n_all, n_done = list(files), len(files), 0
+    waiting, n_all, n_done = list(parts), len(parts), 0
     running: list[tuple[str, subprocess.Popen[str]]] = []
     while waiting or running:
         while waiting and len(running) < (jobs or os.cpu_count() or 1):
-            name = waiting.pop(0)
-            line = [sys.executable, "-m", "refengine.cuda.runtime.compile", arch, name]
+            name, constants = waiting.pop(0)
+            macros = [f"{macro}={value}" for macro, value in constants]
+            line = [sys.executable, "-m", "refengine.cuda.runtime.compile", arch, name, *macros]
             running.append((name, subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)))
         for name, process in [(name, process) for name, process in running if process.poll() is not None]:
             running.remove((name, process))
@@ -54,9 +61,10 @@ def compile_files(
 
 
 def main() -> int:
-    arch, name = sys.argv[1:]
+    arch, name, *macros = sys.argv[1:]
     try:
-        compile_source(read_source(name), arch)
+        constants = tuple((macro, value) for macro, _, value in (text.partition("=") for text in macros))
+        compile_source(read_source(name, constants), arch)
     except RefengineError as e:
         print(e, file=sys.stderr)
         return 1

@@ -74,7 +74,7 @@ class HostModule:
         written.write(arguments)
         buffers: list[_Buffer] = []
         for parameter, value in zip(self.source.kernels[kernel], arguments, strict=True):
-            members, arrays = (parameter.members, value.arrays) if parameter.members else ((parameter,), (value,))
+            members, arrays = (parameter.members, value.members) if parameter.members else ((parameter,), (value,))
             for member, array in zip(members, arrays, strict=True):
                 if member.pointer and array is not None:
                     start = array.ctypes.data

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
-from refengine.cuda.runtime.source import read_source
+from refengine.cuda.runtime.source import Constants, read_source
 from refengine.errors import KernelError
 
 HOST_MULTIPROCESSORS = 4  # a small device, so that blocks have several tiles
@@ -16,12 +16,17 @@ HOST_MODE = "REFENGINE_HOST_MODE"  # environment variable: `checked` or `debug` 
 
 
 class Kernels:
-    """Launches kernels: `launch("norm", "rms_norm_f32", …)` runs a kernel of kernels_cu/norm.cu."""
+    """Launches kernels: `launch("norm", "rms_norm_f32", …)` runs a kernel of kernels_cu/norm.cu.
+
+    for_plans: kernels that depend on many numbers are compiled for each plan, with these numbers as constants.
+    """
+
+    for_plans = False
 
     def __init__(self, place: str, host_mode: str | None = None) -> None:
         """host_mode: the mode of `HostModule`; None uses the environment variable, else `plain`."""
         self.place, self._host_mode = place, host_mode or os.environ.get(HOST_MODE, "plain")
-        self._modules: dict[str, Any] = {}
+        self._modules: dict[tuple[str, Constants], Any] = {}
 
     @cached_property
     def n_multiprocessors(self) -> int:
@@ -41,19 +46,21 @@ class Kernels:
 
         return int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
 
-    def module(self, file: str) -> Any:
-        """The `DeviceModule` or `HostModule` of a file. Raises KernelError or DeviceError."""
-        if file not in self._modules:
-            source = read_source(file)
+    def module(self, file: str, constants: Constants = ()) -> Any:
+        """The `DeviceModule` or `HostModule` of a file, compiled with constants. Raises KernelError or DeviceError."""
+        module = self._modules.get((file, constants))
+        if module is None:
+            source = read_source(file, constants)
             if self.place == "host":
                 from refengine.cuda.runtime.host import HostModule
 
-                self._modules[file] = HostModule(source, self._host_mode)
+                module = HostModule(source, self._host_mode)
             else:
                 from refengine.cuda.runtime.nvrtc import DeviceModule
 
-                self._modules[file] = DeviceModule(source)
-        return self._modules[file]
+                module = DeviceModule(source)
+            self._modules[file, constants] = module
+        return module
 
     def launch(
         self,
@@ -66,16 +73,17 @@ class Kernels:
         overlap: bool = False,
         *,
         what: str = "",
+        constants: Constants = (),
     ) -> None:
         """Launch a kernel; does nothing if the grid is empty.
 
         arguments: arrays, None for null pointers, Structs and numbers. what: the name of the tensor, for the
-        KernelError of an invalid launch. overlap: see `runtime.driver`.
+        KernelError of an invalid launch. overlap: see `runtime.driver`. constants: see `source.read_source`.
         """
         if not all(grid):
             return
         try:
-            self.module(file).launch(kernel, grid, (block,), arguments, shared_bytes, overlap)
+            self.module(file, constants).launch(kernel, grid, (block,), arguments, shared_bytes, overlap)
         except KernelError as e:
             raise KernelError(f"{what}: {e}" if what else str(e)) from None
 
@@ -94,6 +102,41 @@ class NoLaunches(Kernels):
 
     def call(self, function: Callable[[], None]) -> None:
         pass
+
+
+class ForPlans(Kernels):
+    """The same kernels, of which those that depend on a plan are compiled for each plan."""
+
+    for_plans = True
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__(kernels.place)
+        self.n_multiprocessors, self.shared_limit = kernels.n_multiprocessors, kernels.shared_limit
+        self._kernels = kernels
+
+    def module(self, file: str, constants: Constants = ()) -> Any:
+        return self._kernels.module(file, constants)
+
+    def launch(self, *arguments: Any, **named: Any) -> None:
+        self._kernels.launch(*arguments, **named)
+
+    def call(self, function: Callable[[], None]) -> None:
+        self._kernels.call(function)
+
+
+class Needed(NoLaunches):
+    """Launches nothing, but notes which files, with which constants, would have to be compiled for each plan."""
+
+    for_plans = True
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__(kernels.place)
+        self.n_multiprocessors, self.shared_limit = kernels.n_multiprocessors, kernels.shared_limit
+        self.parts: list[tuple[str, Constants]] = []
+
+    def launch(self, file: str, *arguments: Any, constants: Constants = (), **named: Any) -> None:
+        if constants and (file, constants) not in self.parts:
+            self.parts.append((file, constants))
 
 
 class Program(Kernels):
@@ -119,21 +162,22 @@ class Program(Kernels):
         overlap: bool = False,
         *,
         what: str = "",
+        constants: Constants = (),
     ) -> None:
         """Add a launch. If launches are prepared, raises KernelError for invalid arguments."""
         if not all(grid):
             return
         if not self._prepared:
-            launch = self._kernels.launch
-            self.call(partial(launch, file, kernel, grid, block, arguments, shared_bytes, overlap, what=what))
+            launch = partial(self._kernels.launch, what=what, constants=constants)
+            self.call(partial(launch, file, kernel, grid, block, arguments, shared_bytes, overlap))
             return
         try:
-            self.call(self.module(file).prepared(kernel, grid, (block,), arguments, shared_bytes, overlap))
+            self.call(self.module(file, constants).prepared(kernel, grid, (block,), arguments, shared_bytes, overlap))
         except KernelError as e:
             raise KernelError(f"{what}: {e}" if what else str(e)) from None
 
-    def module(self, file: str) -> Any:
-        return self._kernels.module(file)
+    def module(self, file: str, constants: Constants = ()) -> Any:
+        return self._kernels.module(file, constants)
 
     def call(self, function: Callable[[], None]) -> None:
         """Add a function that launches kernels itself, because its launches are different each time."""

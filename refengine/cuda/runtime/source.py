@@ -19,6 +19,7 @@ import numpy as np
 from refengine.errors import KernelError
 
 PREAMBLE = "common.cuh"
+Constants = tuple[tuple[str, str], ...]  # macros with which a kernel file is compiled: names and values
 
 # C types of parameters and the array or scalar types that fit them.
 TYPES: dict[str, tuple[str, ...]] = {
@@ -35,7 +36,7 @@ TYPES: dict[str, tuple[str, ...]] = {
 }
 _DTYPES = {kind: tuple(np.dtype(name) for name in names) for kind, names in TYPES.items()}
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
-_STRUCT = re.compile(r"^struct (\w+) \{\n((?:  [^\n()]*\* ?\w+;\n)+)\};", re.MULTILINE)
+_STRUCT = re.compile(r"^struct (\w+) \{\n((?:  [^\n()]*\* ?\w+;\n)+|(?:  int \w+;\n)+)\};", re.MULTILINE)
 _MACRO = re.compile(r"^#define (\w+)\((\w+)[^)]*\)((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE)
 _KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)', re.DOTALL
@@ -43,24 +44,24 @@ _KERNEL = re.compile(
 
 
 class Struct:
-    """Arrays that are one argument of a kernel: a C struct of pointers, passed by value. None is a null pointer.
+    """Arrays or numbers that are one argument of a kernel, passed by value: a C struct of pointers, or of ints.
 
-    It keeps its arrays alive, and collects their pointers only once.
+    None is a null pointer. A Struct keeps its arrays alive, and collects their pointers only once.
     """
 
-    __slots__ = ("_addresses", "arrays", "fits")
+    __slots__ = ("_words", "fits", "members")
 
-    def __init__(self, *arrays: Any) -> None:
-        self.arrays = arrays
-        self.fits: set[str] = set()  # the C structs that the arrays were checked against
-        self._addresses: tuple[int, ...] | None = None
+    def __init__(self, *members: Any) -> None:
+        self.members = members
+        self.fits: set[str] = set()  # the C structs that the members were checked against
+        self._words: tuple[int, ...] | None = None
 
     @property
-    def addresses(self) -> tuple[int, ...]:
-        """The addresses of the arrays, 0 for None."""
-        if self._addresses is None:
-            self._addresses = tuple(0 if a is None else address_of(a) for a in self.arrays)
-        return self._addresses
+    def words(self) -> tuple[int, ...]:
+        """What the kernel gets: numbers, and the addresses of arrays, 0 for None."""
+        if self._words is None:
+            self._words = tuple(m if type(m) is int else 0 if m is None else address_of(m) for m in self.members)
+        return self._words
 
 
 def address_of(array: Any) -> int:
@@ -71,7 +72,7 @@ def address_of(array: Any) -> int:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a kernel. kind: its C type without const and *. members: the pointers in a struct.
+    """One parameter of a kernel. kind: its C type without const and *. members: of a struct, pointers or ints.
 
     dtypes: the allowed dtypes of arrays and NumPy scalars.
     """
@@ -112,14 +113,19 @@ def names() -> list[str]:
     return sorted(path.stem for path in folder().glob("*.cu"))
 
 
-def read_source(name: str) -> Source:
-    """Read kernels_cu/`name`.cu. Raises KernelError if it is missing or a signature cannot be parsed."""
+def read_source(name: str, constants: Constants = ()) -> Source:
+    """Read kernels_cu/`name`.cu. constants: macros to be defined before it, each a name and a value.
+
+    Raises KernelError if it is missing or a signature cannot be parsed.
+    """
     path = folder() / f"{name}.cu"
     if not path.is_file():
         raise KernelError(f"no kernel file {path.name}; there are {', '.join(names())}")
     text = path.read_text(encoding="utf-8")
     headers = [PREAMBLE, *_INCLUDE.findall(text)]
     parts = [(header, (folder() / header).read_text(encoding="utf-8")) for header in headers]
+    if constants:
+        parts.insert(0, ("constants", "".join(f"#define {macro} {value}\n" for macro, value in constants)))
     return source_of(name, *parts, (path.name, _INCLUDE.sub("", text)))
 
 
