@@ -35,10 +35,7 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
     int row = job / n_segments, segment = job - row * n_segments;
     EightColumns columns[] = {columns_of_row(x.floats + static_cast<long long>(rows.of_x(row)) * n_in, segment, n_in)};
     if (is_normed) {
-      EightColumns weight = columns_of_row(x.norm, segment, n_in);
-      float of = __shfl_sync(ALL_LANES, factor, row);
-#pragma unroll
-      for (int k = 0; k < 8; k++) columns[0].x[k] = normed(columns[0].x[k], {0.0f, of}, weight.x[k]);
+      columns[0] = normed_columns(columns[0], columns_of_row(x.norm, segment, n_in), __shfl_sync(ALL_LANES, factor, row));
     }
     Converted converted[1];
     convert(columns, halves, converted);

@@ -80,6 +80,14 @@ __device__ __forceinline__ float normed(float x, const Moments& of, float weight
   return (x - of.mean) * of.scale * weight;
 }
 __device__ __forceinline__ float norm_scale(float squares, float n, float eps) { return 1.0f / sqrtf(squares / n + eps); }
+// Eight elements after an RMS norm. factor: `norm_scale` of the row.
+template <class EightColumns>
+__device__ __forceinline__ EightColumns normed_columns(const EightColumns& columns, const EightColumns& weight, float factor) {
+  EightColumns to;
+#pragma unroll
+  for (int i = 0; i < 8; i++) to.x[i] = normed(columns.x[i], {0.0f, factor}, weight.x[i]);
+  return to;
+}
 
 // The sum over a row by a block of threads, in all of them. groups (n_groups(n),), in shared memory.
 template <class Element>

@@ -59,10 +59,8 @@ __device__ __forceinline__ void convert_columns(const Columns& columns, const Co
   for (int k = 0; k < N; k++) {
     const float4 &low = columns.low[i + k], &high = columns.high[i + k], &of_low = weights.low[i + k], &of_high = weights.high[i + k];
     x[k] = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
-    const float weight[] = {of_low.x, of_low.y, of_low.z, of_low.w, of_high.x, of_high.y, of_high.z, of_high.w};
-    if (is_normed)
-#pragma unroll
-      for (int j = 0; j < 8; j++) x[k].x[j] = normed(x[k].x[j], {0.0f, factor}, weight[j]);
+    EightColumns weight = {{of_low.x, of_low.y, of_low.z, of_low.w, of_high.x, of_high.y, of_high.z, of_high.w}};
+    if (is_normed) x[k] = normed_columns(x[k], weight, factor);
   }
   Converted converted[N];
   convert(x, halves, converted);

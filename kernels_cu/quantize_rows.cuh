@@ -1,4 +1,4 @@
-// Converts rows of activations to the form that products read. Shared by quantize_rows.cu, norm.cu and few_rows.cu.
+// Converts rows of activations to the form that products read. Shared by quantize_rows.cu, norm.cu, one_row.cu and few_rows.cu.
 //
 // A warp converts a segment, 256 columns of a row. The segment has a power of two of its own.
 

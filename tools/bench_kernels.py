@@ -115,7 +115,8 @@ def bench(xp: Any, kernels: Kernels, kind: str, n_out: int, n_in: int, n_rows: i
     for _ in range(n_copies - 1):
         copies.append(replace(one, data=one.data.copy()))
     converted = Converted.empty(xp, n_rows, n_in, halves=reads_halves(one))
-    quantize_rows(kernels, xp.random.standard_normal((n_rows, n_in)).astype(xp.float32), converted)
+    floats = xp.random.standard_normal((n_rows, n_in)).astype(xp.float32)
+    quantize_rows(kernels, Rows(n_rows, floats), converted)
     rows, y = Rows(n_rows, None, converted), xp.empty((n_rows, n_out), xp.float32)
     warps = 4
     if n_rows <= FEW_ROWS:

@@ -137,7 +137,7 @@ class KernelOps:
             if is_same and rows.converted.halves == halves:
                 return rows
         converted = Converted.empty(self.xp, n, n_in, halves=halves)
-        quantize_rows.quantize_rows(self.kernels, floats, converted)
+        quantize_rows.quantize_rows(self.kernels, Rows(len(floats), floats), converted)
         rows = Rows(n, floats, converted)
         self.memo.rows = (x, rows)
         return rows

@@ -21,7 +21,7 @@ def prepared(
     n_rows, n_in = x.shape
     data, sums, scale = Converted.shapes(n_rows, n_in)
     given: list[np.ndarray] = [np.zeros(data, np.uint8), np.zeros(sums, np.int32), np.zeros(scale, np.float32)]
-    arguments = [x, given[0], given[2], given[1], np.int32(n_in), np.int32(halves)]
+    arguments = [x, None, None, given[0], given[2], given[1], np.int32(n_in), np.int32(halves), np.float32(0.0)]
     module.launch("quantize_rows", (n_rows, -(-n_segments(n_in) // warps)), (32 * warps,), arguments, order=order)
     return given
 

@@ -57,7 +57,7 @@ def test_a_norm_and_its_converted_rows(n_embd: int, halves: bool, with_bias: boo
         assert given.floats is not None
         np.testing.assert_array_equal(to_numpy(given.floats), expected)
     alone = Converted.empty(there.xp, n, n_embd, halves=halves)
-    quantize_rows(kernels, there.put(expected), alone)
+    quantize_rows(kernels, Rows(len(expected), there.put(expected)), alone)
     assert rows.converted is not None
     for name in ("data", "scale") if halves else ("data", "scale", "sums"):
         np.testing.assert_array_equal(to_numpy(getattr(rows.converted, name)), to_numpy(getattr(alone, name)))

@@ -406,21 +406,21 @@ class StepOps:
             if found:
                 return rows, buffers
         deferred = _deferred_norm(x)
-        few = not w.is_float and self._n <= ROWS_IN_PRODUCT and (deferred is None or deferred.bias is None)
-        if few and can_prepare(matrices, self._n):
+        has_squares = not w.is_float and self._n <= FEW_ROWS and (deferred is None or deferred.bias is None)
+        if has_squares and self._n <= ROWS_IN_PRODUCT and can_prepare(matrices, self._n):
             return self._unprepared(x)
-        if deferred is not None:
+        if deferred is not None and not has_squares:
             # A router of floats is beside products with quantised weights, so their rows are made here as well.
             return self._normed(
                 deferred, floats=w.is_float, to_halves=None if w.is_float and x.width % BLOCK else halves
             )
-        (floats,) = self._arrays(x)
+        unprepared, buffers = self._unprepared(x)
         if w.is_float:
-            assert x.buffer is not None
-            made: tuple[Rows, tuple[Buffer, ...]] = Rows(x.n_rows, floats), (x.buffer,)
+            made = unprepared, buffers
         else:
+            self._use(*buffers)
             converted, buffers = self._converted(x, halves)
-            self._launch(quantize_rows.quantize_rows, floats, converted, overlap=True)
+            self._launch(quantize_rows.quantize_rows, unprepared, converted, overlap=True)
             made = Rows(x.n_rows, None, converted), buffers
         x.prepared.append(made)
         return made
@@ -473,7 +473,7 @@ class StepOps:
 
     def _new_residual(self, n_rows: int, width: int) -> tuple[Buffer, Buffer | None]:
         """Buffers for new rows and, if a product may norm them, their squares."""
-        squared = self._n <= ROWS_IN_PRODUCT and width % BLOCK == 0
+        squared = self._n <= FEW_ROWS and width % BLOCK == 0
         return self._new(n_rows, width), self._b.new((n_rows, width // GROUP), np.float32) if squared else None
 
     def _use(self, *buffers: Buffer) -> None:

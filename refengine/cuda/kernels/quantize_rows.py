@@ -99,6 +99,15 @@ class Rows:
             found = "none" if floats is None else f"rows of the shape {floats.shape}"
             raise KernelError(f"{tensor}: the product reads floats of the shape {(self.n, n_in)}, found {found}")
 
+    def check_norm(self, what: str, n_in: int) -> None:
+        """Raises KernelError if there is a norm of n_in columns to be applied, but not what that needs."""
+        if self.norm is None:
+            return
+        if self.squares is None:
+            raise KernelError(f"{what}: a norm reads the squares of its rows, found none")
+        check_shape(what, "the rows' squares", self.squares, (self.n, n_in // GROUP))
+        check_shape(what, "the norm's weight", self.norm.weight, (n_in,))
+
     def check_converted(self, tensor: str, n_in: int, *, halves: bool, few: bool = False) -> None:
         """Raises KernelError unless there are converted rows of n_in columns, of halves or of integers.
 
@@ -109,22 +118,27 @@ class Rows:
             return
         if few and self.converted is None and self.floats is not None:
             check_shape(tensor, "the rows' array", self.floats, (self.n, n_in))
-            if self.norm is not None:
-                if self.squares is None:
-                    raise KernelError(f"{tensor}: the product reads the squares of rows that it norms, found none")
-                check_shape(tensor, "the rows' squares", self.squares, (self.n, n_in // GROUP))
+            self.check_norm(tensor, n_in)
             return
         wanted, other = ("halves", "integers") if halves else ("integers", "halves")
         raise KernelError(f"{tensor}: the product reads {wanted}, found {other if self.converted else 'none'}")
 
 
-def quantize_rows(kernels: Kernels, x: Array, to: Converted, *, overlap: bool = False) -> None:
-    """Convert rows x (n, n_in) float32."""
-    n, n_in = x.shape
+def quantize_rows(kernels: Kernels, rows: Rows, to: Converted, *, overlap: bool = False) -> None:
+    """Convert rows of floats (n, n_in), after their norm, if they have one.
+
+    Raises KernelError for other shapes, and if a norm's squares are missing.
+    """
+    if rows.floats is None:
+        raise KernelError("quantize_rows: there are no floats to convert")
+    n, n_in = rows.floats.shape
     if n_in % BLOCK:
         raise KernelError(f"quantize_rows: rows of {n_in} are not a multiple of {BLOCK}")
     to.check("quantize_rows", n, n_in)
+    rows.check_norm("quantize_rows", n_in)
     warps = min(MOST_WARPS, n_segments(n_in))
     grid = (n, -(-n_segments(n_in) // warps))
-    arguments = [x, to.data, to.scale, to.sums, n_in, int(to.halves)]
+    weight = None if rows.norm is None else rows.norm.weight
+    outputs = (to.data, to.scale, to.sums, n_in, int(to.halves), float(rows.eps))
+    arguments = [rows.floats, rows.squares, weight, *outputs]
     kernels.launch("quantize_rows", "quantize_rows", grid, 32 * warps, arguments, overlap=overlap)
