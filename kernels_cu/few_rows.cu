@@ -50,7 +50,7 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Plan& p
   let_next_begin();
   Work work(plan, matrices, memory);
   bool grouped = plan.has & HAS_GROUPS, adds = plan.has & HAS_RESIDUAL;
-  if (!grouped) work.request_until(plan.early);
+  if (!grouped) work.request_first();
 
   int lane = threadIdx.x % 32, n_threads = plan.warps * 32, n_segments = work.n_segments, shift = plan.shift, capacity = 1 << shift;
   // Shared memory after the entries, in this order; cuda/kernels/few_rows.py has the same.
@@ -71,7 +71,7 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Plan& p
   Rows rows = rows_of(groups, n_rows, 8);
   if (!rows.count) return;
   work.first_tile = rows.expert * work.n_tiles;
-  work.request_until(STAGES);
+  if (grouped) work.request_first();
   work.put_entries();
   // Output number i of a chunk, if it exists.
   auto place = [&](int i, int done, int& number, int& tile, int& out) {

@@ -15,7 +15,7 @@
 //
 // A block of threads computes tiles of 16 outputs, number blockIdx.x, blockIdx.x + gridDim.x, …. An item is a segment of one
 // tile of one matrix. The items of a block are divided among its warps in turn. Each warp copies the weights of its next items
-// into a ring of stages in shared memory, and asks for the first before the previous kernel has ended, so that the memory
+// into a ring of stages in shared memory, and requests the first before the previous kernel has ended, so that the memory
 // need not wait for a kernel to begin:
 //
 //   warp 0   copy items 0, W, 2W … |  wait for the previous kernel,  |  item 0, then copy 2W  |  item W, …  |
@@ -46,9 +46,8 @@ constexpr int HAS_NORM = 1, HAS_BIAS = 2, HAS_RESIDUAL = 4, HAS_SQUARES = 8, HAS
 //
 // a_kind and so on: ggml's number of each matrix's type, and, 8 bits higher, the bytes of a segment of a tile; a_tile: the bytes of
 // a tile. Matrices one below another begin with tiles 0, `second` and `third`; those side by side have the same shape. shift: the
-// most rows in a block are 1 << shift. stage_bytes: those of an item. early: how many stages are filled before the previous kernel
-// has ended; the others are requested after the rows, which would otherwise wait for them. tiles_each: the most tiles of a block.
-// entry_steps, segment_steps: the number of warps, divided by the number of segments.
+// most rows in a block are 1 << shift. chunk: the tiles whose sums are in shared memory together. stage_bytes: those of an item.
+// tiles_each: the most tiles of a block.
 struct Plan {
   int a_kind;
   int b_kind;
@@ -67,10 +66,7 @@ struct Plan {
   int shift;
   int chunk;
   int stage_bytes;
-  int early;
   int tiles_each;
-  int entry_steps;
-  int segment_steps;
 };
 
 // The plan of a kernel: if PLAN is defined, these numbers, so that the compiler leaves out whatever they make needless; otherwise
@@ -95,18 +91,21 @@ struct __align__(16) Entry {
   int kind, last;
 };
 
-// An item: a segment of an entry, of which a block has one for each of its tiles, or two, if matrices are side by side.
+// An item: a segment of an entry, of which a block has one for each of its tiles, or two, if matrices are side by side. Its number
+// is major · n_minor + minor. Usually a major is an entry. If a block has several rows, and all sums of its tiles have room, it is a
+// segment, so that warps read the same activations at the same time, and not each of them from the second-level cache.
 struct Item {
-  unsigned entry, segment;
+  unsigned major, minor;
 };
 
 // What a block of threads computes, and a warp's place in it.
 struct Work {
   const Plan& plan;
   const Matrices& of;
-  bool paired;
+  bool paired, by_segment;
   int n_tiles, my_tiles, last_pairs;
   unsigned n_segments, n_entries;
+  Item step;             // from an item of the warp to the next one
   uint32_t first_tile;   // of the expert
   uint8_t* ring;         // of the warp
   Entry* entries;        // of the block, and what follows in shared memory; cuda/kernels/few_rows.py has the same
@@ -117,7 +116,8 @@ struct Work {
   int of_sums, of_entry;
 
   __device__ __forceinline__ Work(const Plan& plan, const Matrices& of, uint8_t* memory)
-      : plan(plan), of(of), paired(plan.activation == SWIGLU || plan.activation == SWIGLU_CLAMPED), first_tile(0) {
+      : plan(plan), of(of), paired(plan.activation == SWIGLU || plan.activation == SWIGLU_CLAMPED),
+        by_segment(plan.shift > 0 && plan.chunk >= plan.tiles_each), first_tile(0) {
     unsigned warp = threadIdx.x / 32;
     int n_blocks = plan.n_in / 32;
     n_tiles = (plan.n_out + 15) / 16, n_segments = (n_blocks + SEGMENT - 1) / SEGMENT;
@@ -128,15 +128,9 @@ struct Work {
     ring = memory + warp * STAGES * plan.stage_bytes;
     entries = reinterpret_cast<Entry*>(memory + plan.warps * STAGES * plan.stage_bytes);
     after_entries = reinterpret_cast<float*>(entries + plan.tiles_each * sides());
-    now = {0, warp};
-    if (plan.warps > static_cast<int>(n_segments)) {
-      if constexpr (IS_PLANNED)
-        now = {warp / n_segments, warp % n_segments};
-      else
-#pragma unroll 1
-        for (; now.segment >= n_segments; now.segment -= n_segments) now.entry++;
-    }
-    next = now;
+    unsigned n_minor = this->n_minor(), n_warps = plan.warps;
+    now = next = n_warps <= n_minor ? Item{0, warp} : Item{warp / n_minor, warp % n_minor};
+    step = {n_warps / n_minor, n_warps % n_minor};
     int n_fours = (n_segments + 3) / 4;
     of_sums = 4 * (n_fours + (n_fours % 4 == 0)), of_entry = of_sums * 16 << plan.shift;
   }
@@ -174,21 +168,28 @@ struct Work {
     if (!has_table()) return;
     for (unsigned i = threadIdx.x; i < n_entries; i += plan.warps * 32) entries[i] = entry_of(i);
   }
+  __device__ __forceinline__ unsigned n_minor() const { return by_segment ? n_entries : n_segments; }
+  __device__ __forceinline__ unsigned entry(const Item& item) const { return by_segment ? item.minor : item.major; }
+  __device__ __forceinline__ unsigned segment(const Item& item) const { return by_segment ? item.major : item.minor; }
+  // Whether an item is one of the first n_tiles of the block.
+  __device__ __forceinline__ bool is_within(const Item& item, int n_tiles) const {
+    return item.major < (by_segment ? n_segments : static_cast<unsigned>(n_tiles * sides()));
+  }
   __device__ __forceinline__ void advance(Item& item) const {
-    unsigned segment = item.segment + plan.segment_steps;
-    bool is_over = segment >= n_segments;
-    item.entry += plan.entry_steps + is_over, item.segment = is_over ? segment - n_segments : segment;
+    unsigned minor = item.minor + step.minor;
+    bool is_over = minor >= n_minor();
+    item.major += step.major + is_over, item.minor = is_over ? minor - n_minor() : minor;
   }
   __device__ __forceinline__ int n_pairs(unsigned segment) const { return segment == n_segments - 1 ? last_pairs : MOST_PAIRS; }
   // Copies the weights of the warp's next item, if it has one, with all its lanes; zeros behind a segment that is not whole.
   // HAS_ENTRIES: after put_entries and a barrier.
   template <bool HAS_ENTRIES>
   __device__ __forceinline__ void request() {
-    if (next.entry < n_entries) {
+    if (is_within(next, my_tiles)) {
       constexpr int AT_ONCE = 3072;  // all of a segment of most types
-      Entry entry = HAS_ENTRIES && has_table() ? entries[next.entry] : entry_of(next.entry);
-      int lane = threadIdx.x % 32, whole = entry.kind >> 8, n_bytes = next.segment == n_segments - 1 ? entry.last : whole;
-      const uint8_t* from = entry.data + (next.segment * whole + lane * 16);
+      Entry entry = HAS_ENTRIES && has_table() ? entries[this->entry(next)] : entry_of(this->entry(next));
+      int lane = threadIdx.x % 32, whole = entry.kind >> 8, n_bytes = segment(next) == n_segments - 1 ? entry.last : whole;
+      const uint8_t* from = entry.data + (segment(next) * whole + lane * 16);
       uint8_t* to = ring + (stage * plan.stage_bytes + lane * 16);
 #pragma unroll 1
       for (int first = 0; first < n_bytes; first += AT_ONCE)
@@ -202,23 +203,24 @@ struct Work {
     end_of_copies();
     advance(next);
   }
-  // Fills the ring's first stages, up to a number of them.
-  __device__ __forceinline__ void request_until(int stages) {
+  // Fills the ring's stages.
+  __device__ __forceinline__ void request_first() {
 #pragma unroll 1
-    for (; stage < stages; stage++) request<false>();
+    for (; stage < STAGES; stage++) request<false>();
   }
   // Calls compute(weights, segment, n_pairs, type, sums) for the warp's items of tiles from number `done` to `end`, and requests later
-  // ones. After request_until(STAGES), put_entries and a barrier. sums: the place of the item's in `of_tiles`, those of tile `done` on.
+  // ones. After request_first, put_entries and a barrier. sums: the place of the item's in `of_tiles`, those of tile `done` on.
   template <class Compute>
   __device__ __forceinline__ void for_items(int done, int end, float* of_tiles, const Compute& compute) {
 #pragma unroll 1
-    for (; now.entry < static_cast<unsigned>(end * sides()); advance(now)) {
+    for (; is_within(now, end); advance(now)) {
       stage = stage < STAGES ? stage : 0;
       wait_for_copies<STAGES - 1>();
       __syncwarp(ALL_LANES);
-      int kind = has_table() ? entries[now.entry].kind : now.entry % 2 && paired ? plan.b_kind : plan.a_kind;
-      compute(ring + stage * plan.stage_bytes, now.segment, n_pairs(now.segment), kind & 255,
-              of_tiles + ((now.entry - done * sides()) * of_entry + now.segment));
+      unsigned entry = this->entry(now), segment = this->segment(now);
+      int kind = has_table() ? entries[entry].kind : entry % 2 && paired ? plan.b_kind : plan.a_kind;
+      compute(ring + stage * plan.stage_bytes, segment, n_pairs(segment), kind & 255,
+              of_tiles + ((entry - done * sides()) * of_entry + segment));
       __syncwarp(ALL_LANES);
       request<true>();
       stage++;

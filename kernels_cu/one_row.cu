@@ -76,7 +76,7 @@ __device__ __forceinline__ void multiply_one_row(uint8_t* memory, const Plan& pl
   let_next_begin();
   Work work(plan, matrices, memory);
   bool grouped = plan.has & HAS_GROUPS, is_normed = plan.has & HAS_NORM, adds = plan.has & HAS_RESIDUAL;
-  if (!grouped) work.request_until(plan.early);
+  if (!grouped) work.request_first();
 
   int lane = threadIdx.x % 32, n_threads = plan.warps * 32, n_segments = work.n_segments, n_in = plan.n_in;
   // Shared memory after the entries, in this order; cuda/kernels/few_rows.py has the same.
@@ -136,8 +136,7 @@ __device__ __forceinline__ void multiply_one_row(uint8_t* memory, const Plan& pl
     if (adds) residual += y_row * plan.n_out, added = residual + output.at;
   }
   if (adds && has_output) output.second = *added;
-  work.request_until(STAGES);
-  if (grouped) work.put_entries();
+  if (grouped) work.request_first(), work.put_entries();
   groups_of_row.sums[0] = needed_here(groups_of_row.sums[0]);
 
   bool halves = (plan.a_kind & 255) == HALVES_TYPE;

@@ -15,13 +15,24 @@ from tests.kernels.runner import Kernels
 
 
 def prepared(
-    module: Kernels, x: np.ndarray, warps: int = 4, order: int = 0, *, halves: bool = False
+    module: Kernels,
+    x: np.ndarray,
+    warps: int = 4,
+    order: int = 0,
+    *,
+    halves: bool = False,
+    squares: np.ndarray | None = None,
+    norm: np.ndarray | None = None,
+    eps: float = 0.0,
 ) -> list[np.ndarray]:
-    """Data, sums and scales of rows: what the product's kernels take."""
+    """Data, sums and scales of rows: what the product's kernels take. norm, eps: of a norm in front, which needs the
+    rows' squares.
+    """
     n_rows, n_in = x.shape
     data, sums, scale = Converted.shapes(n_rows, n_in)
     given: list[np.ndarray] = [np.zeros(data, np.uint8), np.zeros(sums, np.int32), np.zeros(scale, np.float32)]
-    arguments = [x, None, None, given[0], given[2], given[1], np.int32(n_in), np.int32(halves), np.float32(0.0)]
+    outputs = (given[0], given[2], given[1])
+    arguments = [x, squares, norm, *outputs, np.int32(n_in), np.int32(halves), np.float32(eps)]
     module.launch("quantize_rows", (n_rows, -(-n_segments(n_in) // warps)), (32 * warps,), arguments, order=order)
     return given
 
@@ -77,7 +88,6 @@ def few_rows(
     residual: np.ndarray | None = None,
     eps: float = 0.0,
     squares: np.ndarray | None = None,
-    early: int = 1,
     for_plan: bool = False,
 ) -> np.ndarray:
     """`few_rows.multiply` with other launches than it chooses. given: see `activations_of`. eps: of the norm. for_plan:
@@ -92,7 +102,7 @@ def few_rows(
     has = Has(0 if prepares else Has.FORM) | (Has.NORM if len(given) == 6 and given[5] is not None else Has(0))
     has |= Has.BIAS if any(bias is not None for bias in biases) else Has(0)
     has |= (Has(0) if residual is None else Has.RESIDUAL) | (Has(0) if squares is None else Has.SQUARES)
-    sizes = {"blocks": blocks, "warps": warps, "shift": shift, "chunk": chunk, "early": early}
+    sizes = {"blocks": blocks, "warps": warps, "shift": shift, "chunk": chunk}
     plan = Plan.of([Matrix(w.type, w.shape[0]) for w in matrices], matrices[0].shape[1], activation, has, **sizes)
     missing = [None] * (3 - len(matrices))
     weights = [*(pack(np, w).data for w in matrices), *missing]

@@ -95,15 +95,12 @@ def test_every_grouping_of_rows_gives_the_same_bits(
             np.testing.assert_array_equal(alone, whole[rows])
 
 
-@pytest.mark.parametrize(("norm", "early"), [(False, 0), (True, 1), (True, 2)])
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_0", "Q6_K", "MXFP4", "F16"])
 def test_rows_that_the_product_prepares_are_the_same(
-    kind: str, norm: bool, early: int, activations: Kernels, few: Kernels, place: str
+    kind: str, norm: bool, activations: Kernels, few: Kernels, place: str
 ) -> None:
-    """Norm and conversion to halves in front of a product with few rows: the bits of their own kernels.
-
-    early: the stages requested before the wait.
-    """
+    """Norm and conversion to halves in front of a product with few rows: the bits of their own kernels."""
     rng = np.random.default_rng(12)
     n_out, n_in, eps = 21, 1280 if kind.endswith("_K") else 1120, 1e-5
     w = random_matrix(kind, (n_out, n_in), 13)
@@ -123,7 +120,7 @@ def test_rows_that_the_product_prepares_are_the_same(
         squares = np.empty((n_rows, n_in // 16), np.float32)
         norms.launch("row_squares", (n_rows, -(-n_in // 256)), (256,), [x, squares, n_in])
         given = [None, None, None, x, squares, weight] if norm else [None, None, None, x, None, None]
-        y = few_rows(few, [w], given, [None], warps=min(warps, 6) if kind == "F16" else warps, eps=eps, early=early)
+        y = few_rows(few, [w], given, [None], warps=min(warps, 6) if kind == "F16" else warps, eps=eps)
         np.testing.assert_array_equal(y, expected)
 
 

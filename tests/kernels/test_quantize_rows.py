@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from refengine.cuda.kernels.norm import norm_bytes
 from refengine.cuda.reference import quantize_rows
 from refengine.ops.halves import to_halves
 from refengine.ops.integers import LARGEST, by_segment, rounded_to_integers, to_integers
@@ -24,6 +25,28 @@ def test_activation_rows_are_their_twins_bit_for_bit(n_in: int, warps: int, halv
     x = rows_of_all_sizes(n_in)
     for found, expected in zip(prepared(activations, x, warps, halves=halves), quantize_rows(x, halves), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize(("n_in", "warps"), [(96, 1), (5216, 3)])
+def test_a_norm_in_front_has_the_bits_of_its_own_kernel(
+    n_in: int, warps: int, halves: bool, activations: Kernels, place: str
+) -> None:
+    rng, norms, eps = np.random.default_rng(9), Kernels("norm", place), 1e-6
+    x, weight = rows_of_all_sizes(n_in), rng.standard_normal(n_in).astype(np.float32)
+    x[5, 7] = np.nan
+    n_rows = len(x)
+    squares, expected = np.empty((n_rows, n_in // 16), np.float32), prepared(activations, x, halves=halves)
+    norms.launch("row_squares", (n_rows, -(-n_in // 256)), (256,), [x, squares, n_in])
+    outputs = (expected[0], expected[2], expected[1])
+    arguments = [x, weight, None, *outputs, np.int32(n_in), np.int32(halves), np.float32(eps)]
+    norms.launch("rms_norm_rows", (n_rows,), (256,), arguments, 4 * n_in + norm_bytes(n_in))
+    found = prepared(activations, x, warps, halves=halves, squares=squares, norm=weight, eps=eps)
+    others = np.arange(n_rows) != 5
+    for made, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(made[others], wanted[others])
+    if not halves:  # which copy NaN
+        assert np.isnan(found[2][5]).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

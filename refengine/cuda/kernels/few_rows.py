@@ -78,10 +78,7 @@ class Plan:
     shift: int
     chunk: int
     stage_bytes: int
-    early: int
     tiles_each: int
-    entry_steps: int
-    segment_steps: int
 
     @staticmethod
     def of(
@@ -94,7 +91,6 @@ class Plan:
         warps: int,
         shift: int,
         chunk: int,
-        early: int,
     ) -> Plan:
         """The plan for these matrices of n_in columns; `blocks` for each group of rows."""
         n_out = matrices[0].n_out if activation.gated else sum(m.n_out for m in matrices)
@@ -103,7 +99,6 @@ class Plan:
         second, third = (sum(m.n_out for m in matrices[:i]) // TILE_ROWS if i < below else n_tiles for i in (1, 2))
         a_kind, b_kind, c_kind = [m.type | segment_bytes(m.type) << 8 for m in matrices] + missing
         a_tile, b_tile, c_tile = [tile_bytes(m.type, n_in) for m in matrices] + missing
-        entry_steps, segment_steps = divmod(warps, n_segments(n_in))
         return Plan(
             a_kind=a_kind,
             b_kind=b_kind,
@@ -122,10 +117,7 @@ class Plan:
             shift=shift,
             chunk=chunk,
             stage_bytes=max(segment_bytes(m.type) for m in matrices),  # of whichever type has most
-            early=early,
             tiles_each=-(-n_tiles // blocks),
-            entry_steps=entry_steps,
-            segment_steps=segment_steps,
         )
 
     @cached_property
@@ -208,7 +200,7 @@ def multiply(
         (plan.blocks, len(groups.group) if groups else 1),
         32 * plan.warps,
         arguments,
-        plan.shared_bytes,
+        max(plan.shared_bytes, kernels.shared_limit // 3 + 1),  # so that no multiprocessor has more than two blocks
         overlap=True,
         what=first.name,
         constants=plan.constants if kernels.for_plans else (),
@@ -269,7 +261,7 @@ def can_prepare(matrices: Sequence[PackedMatrix], n_rows: int) -> bool:
     first = matrices[0]
     sides = [Matrix(max((w.type for w in matrices), key=segment_bytes), TILE_ROWS)] * 2
     shift = max(0, n_rows - 1).bit_length()
-    one = {"blocks": 1, "warps": 1, "chunk": 1, "early": 1}
+    one = {"blocks": 1, "warps": 1, "chunk": 1}
     return Plan.of(sides, first.shape[-1], Activation.SWIGLU, Has(0), shift=shift, **one).shared_bytes <= LEAST_SHARED
 
 
@@ -295,20 +287,21 @@ def _plan(
     wanted = n_multiprocessors * (BLOCKS_EACH if large else 1)
     blocks = max(1, min(n_tiles, -(-wanted // n_groups)))
     tiles_each = -(-n_tiles // blocks)  # at most
-    chunk = max(1, min(tiles_each, (8 << 10) // (n_side_by_side * sums_bytes(n_in, shift))))
+    half = min(HALF_SHARED, shared_limit)
     prepares = not has & Has.FORM
     most = min(MOST_WARPS, max(tiles_each * items_each, PREPARING_WARPS if prepares else LEAST_WARPS))
-    # The blocks of large products begin late, and the rows, which are needed first, would wait for many weights.
-    early = STAGES
 
-    def plan(warps: int) -> Plan:
-        sizes = {"blocks": blocks, "warps": warps, "shift": shift, "chunk": chunk, "early": early}
+    def plan(warps: int, chunk: int) -> Plan:
+        sizes = {"blocks": blocks, "warps": warps, "shift": shift, "chunk": chunk}
         return Plan.of(matrices, n_in, activation, has, **sizes)
 
+    found = plan(most, tiles_each)
+    if shift and found.shared_bytes <= half:  # items by segment, see few_rows.cuh
+        return found
+    chunk = max(1, min(tiles_each, (8 << 10) // (n_side_by_side * sums_bytes(n_in, shift))))
     for warps in range(most, 0, -1):
-        limit = min(HALF_SHARED, shared_limit) if warps > LEAST_WARPS else shared_limit
-        found = plan(warps)
-        if found.shared_bytes <= limit:
+        found = plan(warps, chunk)
+        if found.shared_bytes <= (half if warps > LEAST_WARPS else shared_limit):
             break
     return found
 
