@@ -246,6 +246,14 @@ __device__ __forceinline__ float needed_here(float number) {
   return number;
 }
 
+// A constant in a register of its own: the compiler does not make it anew for each use.
+__device__ __forceinline__ uint32_t in_register(uint32_t constant) {
+#ifndef HOSTCUDA
+  constant = __shfl_sync(ALL_LANES, constant, 0);
+#endif
+  return constant;
+}
+
 // Requests the line of an address for the second-level cache. Only a hint.
 __device__ __forceinline__ void prefetch(const void* address) {
 #ifndef HOSTCUDA

@@ -70,9 +70,9 @@ __device__ __forceinline__ float integer_sum(const typename Q::Whole& whole, int
 }
 
 // Adds block k of a pair, of which `of` are the sums and `of_row` the sum of its activations, to the sum of the pair.
-template <class Q>
+template <class Q, int OFFSET = Q::OFFSET>
 __device__ __forceinline__ float block_sum(const typename Q::Scales& scales, int i, int k, const Bytes& of, int of_row, float sum) {
-  float products = static_cast<float>(of.h * 256 + of.l - Q::OFFSET * of_row), factor = Q::factor(scales, i, k);
+  float products = static_cast<float>(of.h * 256 + of.l - OFFSET * of_row), factor = Q::factor(scales, i, k);
   sum = k ? __fmaf_rn(factor, products, sum) : __fmul_rn(factor, products);
   return Q::HAS_MINIMUM ? __fmaf_rn(Q::minimum(scales, i, k), static_cast<float>(of_row), sum) : sum;
 }
@@ -98,16 +98,35 @@ __device__ __forceinline__ float one_row_sum(const Planes& w, int n_pairs, const
       }
     }
   Lanes at = lane_of<Q>(w, lane);
+  constexpr bool SPLIT = Q::SPLIT;
+  constexpr int OFFSET = SPLIT ? 0 : Q::OFFSET;
+  MmaInts negative[2] = {};
+  uint32_t table = SPLIT ? in_register(0x03020100u) : 0;
 #pragma unroll
   for (int j = 0; j < MOST_PAIRS; j++) {  // codes of pairs that do not exist are anything; scales are zero
-    Codes codes = Q::template codes<M, false>(at, j);
     bool is_own = Q::HALVES ? own / 2 == j % 2 : own == j;
+    if constexpr (SPLIT) {
+      SignedCodes codes = Q::signed_codes(at, j, table);
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const uint2& four = b[k][Q::HALVES ? j / 2 : 0];
-      mma_codes<Q::SIGNED>(d[k][Q::HALVES ? j / 2 : 0], codes.x[k], is_own ? four.x : 0, is_own ? four.y : 0);
+      for (int k = 0; k < 2; k++) {
+        uint32_t x = is_own ? b[k][0].x : 0, y = is_own ? b[k][0].y : 0;
+        mma_codes<false>(d[k][0], codes.positive.x[k], x, y);
+        mma_codes<false>(negative[k], codes.negative.x[k], x, y);
+      }
+    } else {
+      Codes codes = Q::template codes<M, false>(at, j);
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const uint2& four = b[k][Q::HALVES ? j / 2 : 0];
+        mma_codes<Q::SIGNED>(d[k][Q::HALVES ? j / 2 : 0], codes.x[k], is_own ? four.x : 0, is_own ? four.y : 0);
+      }
     }
   }
+  if constexpr (SPLIT)
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+      for (int v = 0; v < 4; v++) d[k][0].x[v] -= negative[k].x[v];
   auto scales = Q::template scales<M>(w, lane);
   auto bytes = [&](int k, int u, int i) {
     const int* of = d[k][u].x + 2 * i;
@@ -148,11 +167,11 @@ __device__ __forceinline__ float one_row_sum(const Planes& w, int n_pairs, const
     int of_row[2];
 #pragma unroll
     for (int k = 0; k < 2; k++)
-      of_row[k] = exists && (Q::OFFSET || Q::HAS_MINIMUM) ? whole_block(load_near<int2>(sums + (c + k * n_pairs) * 2)) : 0;
+      of_row[k] = exists && (OFFSET || Q::HAS_MINIMUM) ? whole_block(load_near<int2>(sums + (c + k * n_pairs) * 2)) : 0;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
-      for (int k = 0; k < 2; k++) of[i] = block_sum<Q>(scales, i, k, bytes(k, 0, i), of_row[k], of[i]);
+      for (int k = 0; k < 2; k++) of[i] = block_sum<Q, OFFSET>(scales, i, k, bytes(k, 0, i), of_row[k], of[i]);
     int odd = c % 2;
     float sum = (odd ? of[1] : of[0]) + __shfl_xor_sync(ALL_LANES, odd ? of[0] : of[1], 1);
     return (sum + __shfl_xor_sync(ALL_LANES, sum, 2)) * Q::UNIT;

@@ -75,6 +75,10 @@ struct Codes {
   MmaCodes x[2];
 };
 
+struct SignedCodes {
+  Codes positive, negative;
+};
+
 // A byte of a word.
 __device__ __forceinline__ int byte_of(uint32_t word, int i) { return static_cast<int>(__byte_perm(word, 0, 0x4440 + i)); }
 
@@ -139,7 +143,7 @@ struct NoWhole {
 
 // One d for a block, in half precision.
 struct BlockScale : NoWhole {
-  static constexpr bool INTEGER = false, HAS_MINIMUM = false, HALVES = false;
+  static constexpr bool SPLIT = false, INTEGER = false, HAS_MINIMUM = false, HALVES = false;
   static constexpr int SCALES = 8;
   static constexpr float UNIT = 1.0f;
   using Scales = uint2;
@@ -156,7 +160,7 @@ struct BlockScale : NoWhole {
 
 // d and m.
 struct BlockScaleAndMinimum : NoWhole {
-  static constexpr bool INTEGER = false, HAS_MINIMUM = true, HALVES = false;
+  static constexpr bool SPLIT = false, INTEGER = false, HAS_MINIMUM = true, HALVES = false;
   static constexpr int SCALES = 16;
   static constexpr float UNIT = 1.0f;
   using Scales = uint4;
@@ -176,7 +180,7 @@ struct BlockScaleAndMinimum : NoWhole {
 
 // A scale and a minimum of six bits for a block, d and dmin for 256 columns.
 struct SixBitScales {
-  static constexpr bool INTEGER = true, HAS_MINIMUM = true, HALVES = false;
+  static constexpr bool SPLIT = false, INTEGER = true, HAS_MINIMUM = true, HALVES = false;
   static constexpr float UNIT = 1.0f;
   static constexpr int SCALES = 8, WHOLE = 8;
   using Scales = uint2;
@@ -234,7 +238,7 @@ struct Q8_0 : BlockScale {
 };
 
 struct Q6_K : SixBits {
-  static constexpr bool SIGNED = false, INTEGER = true, HAS_MINIMUM = false, HALVES = true;
+  static constexpr bool SPLIT = false, SIGNED = false, INTEGER = true, HAS_MINIMUM = false, HALVES = true;
   static constexpr int OFFSET = 32, SCALES = 8, WHOLE = 4;
   static constexpr float UNIT = 1.0f;
   using Scales = uint2;
@@ -256,9 +260,24 @@ struct Q6_K : SixBits {
 // E2M1 codes: a sign (bit 3) and the number of a magnitude. ggml doubles the values and halves the scale 2^(e - 127). In a word,
 // the lower nibbles 0 to 3 are those of the first block's bytes, nibbles 4 to 7 those of the second block's.
 struct MXFP4 : NoWhole {
-  static constexpr bool SIGNED = false, INTEGER = false, HAS_MINIMUM = false, HALVES = false;
+  static constexpr bool SPLIT = true, SIGNED = false, INTEGER = false, HAS_MINIMUM = false, HALVES = false;
   static constexpr int OFFSET = 16, LOW = 16, HIGH = 0, SHIFT = 0, SCALES = 4;
   static constexpr float UNIT = 0.25f;  // so that the smallest scale, 2^-128, is a normal number
+  // The magnitudes of codes that are positive, and of those that are negative; zeros for the others.
+  static __device__ __forceinline__ SignedCodes signed_codes(const Lanes& at, int j, uint32_t table) {
+    uint4 words = InShared::load<uint4>(at.low + j * 512);
+    uint32_t of[4] = {words.x, words.y, words.z, words.w};
+    SignedCodes codes;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        // A nibble below 8 selects a byte, another one the sign of a byte, which is 0 for all of these.
+        codes.positive.x[k].x[i] = permuted(table, 0x0c080604u, of[i] >> 16 * k);
+        codes.negative.x[k].x[i] = permuted(table, 0x0c080604u, (of[i] ^ 0x88888888u) >> 16 * k);
+      }
+    return codes;
+  }
   template <class M, bool SHIFTED = true>
   static __device__ __forceinline__ Codes codes(const Lanes& at, int j) {
     uint4 words = M::template load<uint4>(at.low + j * 512);
