@@ -68,7 +68,7 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Plan& p
   }
 
   wait_for_previous();
-  Rows rows = rows_of(groups, n_rows, 8);
+  Rows rows = grouped ? rows_of(groups, n_rows, 8) : rows_of({}, n_rows, 8);
   if (!rows.count) return;
   work.first_tile = rows.expert * work.n_tiles;
   if (grouped) work.request_first();
@@ -104,8 +104,13 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Plan& p
     number = min(number, rows.count - 1);
     return prepares ? number : rows.of_x(number);
   };
-  bool by_eight = halves || rows.count > 4;  // of a group of experts, often few of its rows exist
-  int with_bytes = existing(by_eight ? lane / 4 : lane / 8), with_sums = existing(by_eight ? lane / 4 : lane % 4);
+  // Of a group of experts, often few of its rows exist. Anew, since remembering the answer would take a register.
+  auto by_eight = [&] { return IS_PLANNED && !grouped ? shift == 3 : computed_anew(rows.count) > 4; };
+  bool in_eights = halves || by_eight();
+  int with_bytes = existing(in_eights ? lane / 4 : lane / 8), with_sums = existing(in_eights ? lane / 4 : lane % 4);
+  // Rows whose sums of products the lane has: numbers, or one number twice.
+  int number = in_eights ? lane % 4 * 2 : lane % 4, last = in_eights ? number + 1 : number;
+  int own[] = {existing(number), existing(last)};
   Output output{};  // this thread's of the first chunk; loaded while items are computed
   {
     int number, tile, out;
@@ -119,34 +124,34 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Plan& p
     float* sums_of_tiles = sums_of_items + half;
     half = half_of_sums - half;
     work.for_items(done, end, sums_of_tiles, [&](const uint8_t* weights, int segment, int n_pairs, int type, float* to) {
-      auto put = [&](int number, int out, float sum) {
-        float scale = scale_of_rows[existing(number) * n_segments + segment];
-        if (number < capacity) to[(number * 16 + out) * work.of_sums] = __fmul_rn(sum, scale);
+      float scale[] = {scale_of_rows[own[0] * n_segments + segment], scale_of_rows[own[1] * n_segments + segment]};
+      auto put = [&](int i, int out, float sum) {
+        if (number + i < capacity) to[((number + i) * 16 + out) * work.of_sums] = __fmul_rn(sum, scale[i]);
       };
       const uint8_t* columns = bytes + (with_bytes * pitch + segment * ROW_BYTES);
       if (halves) {
         MmaD sums = half_sums<InShared>(weights, n_pairs, columns + lane % 4 * 16);
 #pragma unroll
-        for (int i = 0; i < 4; i++) put(lane % 4 * 2 + i % 2, lane / 4 + 8 * (i / 2), sums.x[i]);
+        for (int i = 0; i < 4; i++) put(i % 2, lane / 4 + 8 * (i / 2), sums.x[i]);
       } else {
         auto sums_of_row = [&](int row) { return sums_of_rows + (row * n_segments + segment) * ROW_SUMS; };
         for_type(type, [&](auto q) {
           using Q = decltype(q);
           Planes planes = planes_at<Q>(weights, n_pairs);
           int r = lane / 4, c = lane % 4;
-          if (computed_anew(rows.count) > 4) {  // anew, since remembering the answer would take a register
-            eight_row_sums<Q, 1, 2>(
+          if (by_eight()) {
+            eight_row_sums<Q, 1, IS_PLANNED ? 4 : 2>(
                 planes, n_pairs, lane, [&](int) { return columns + c * 16; }, [&](int) { return sums_of_row(with_sums); },
-                [&](int, int i) { return sums_of_row(existing(2 * c + i)); },
+                [&](int, int i) { return sums_of_row(own[i]); },
                 [&](int, const float(&sums)[4]) {
 #pragma unroll
-                  for (int v = 0; v < 4; v++) put(2 * c + v % 2, r + 8 * (v / 2), sums[v]);
+                  for (int v = 0; v < 4; v++) put(v % 2, r + 8 * (v / 2), sums[v]);
                 });
           } else {
             float total[2];
             four_row_sums<Q>(planes, n_pairs, columns + c * 16 + r % 2 * 8, sums_of_row(with_sums), total);
 #pragma unroll
-            for (int i = 0; i < 2; i++) put(c, r + 8 * i, total[i]);
+            for (int i = 0; i < 2; i++) put(0, r + 8 * i, total[i]);
           }
         });
       }
@@ -169,7 +174,8 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Plan& p
   }
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
+// With a plan, the compiler needs fewer registers; cuda/kernels/few_rows.py has the same.
+extern "C" __global__ void __launch_bounds__(IS_PLANNED ? 384 : MOST_THREADS, 2)
     few_rows(const unsigned char* a, const unsigned char* b, const unsigned char* c, Activations x, Groups groups, const float* a_bias,
              const float* b_bias, const float* c_bias, const float* residual, float* y, float* squares, Plan launch, int n_rows,
              float eps) {

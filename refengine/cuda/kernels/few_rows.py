@@ -25,6 +25,7 @@ STAGES = 2  # of a warp's ring, each with the weights of a segment
 ENTRY_BYTES = 16  # of a tile of one matrix
 MOST_MATRICES = 3
 MOST_WARPS, LEAST_WARPS = 8, 4  # the registers of 8 warps fit half a multiprocessor
+WARPS_FOR_PLAN = 12  # the same of kernels for one plan with converted rows
 PREPARING_WARPS = 8  # of a block that converts its rows
 BLOCKS_EACH = 2  # of a multiprocessor; the kernel's launch bounds have the same
 BUSY = 10  # items for each multiprocessor from which so many blocks are faster than one
@@ -246,7 +247,8 @@ def plan_of(
     n_rows, n_groups = (groups.most, len(groups.group)) if groups else (x.n, 1)
     device = (kernels.n_multiprocessors, kernels.shared_limit)
     sizes = tuple(Matrix(w.type, w.shape[-2]) for w in matrices)
-    plan = _plan(sizes, first.shape[-1], activation, Has(has), n_rows, n_groups, *device)
+    most_warps = WARPS_FOR_PLAN if kernels.for_plans and x.converted else MOST_WARPS
+    plan = _plan(sizes, first.shape[-1], activation, Has(has), n_rows, n_groups, most_warps, *device)
     if plan.shared_bytes > kernels.shared_limit:
         raise KernelError(
             f"{first.name}: {n_rows} rows of {first.shape[-1]} need {plan.shared_bytes} bytes of shared memory, "
@@ -273,6 +275,7 @@ def _plan(
     has: Has,
     n_rows: int,
     n_groups: int,
+    most_warps: int,
     n_multiprocessors: int,
     shared_limit: int,
 ) -> Plan:
@@ -289,7 +292,7 @@ def _plan(
     tiles_each = -(-n_tiles // blocks)  # at most
     half = min(HALF_SHARED, shared_limit)
     prepares = not has & Has.FORM
-    most = min(MOST_WARPS, max(tiles_each * items_each, PREPARING_WARPS if prepares else LEAST_WARPS))
+    most = min(most_warps, max(tiles_each * items_each, PREPARING_WARPS if prepares else LEAST_WARPS))
 
     def plan(warps: int, chunk: int) -> Plan:
         sizes = {"blocks": blocks, "warps": warps, "shift": shift, "chunk": chunk}
