@@ -1,4 +1,4 @@
-"""Reports the registers, shared memory, stack and spills of every kernel, by architecture. Needs no GPU.
+"""Reports the registers, shared memory, stack, spills and instructions of every kernel, by architecture. Needs no GPU.
 
     python -m tools.report_kernels                       compares with golden/kernels.json
     python -m tools.report_kernels --write               records all of them there
@@ -23,7 +23,7 @@ from refengine.cuda.runtime.nvrtc import ARCHITECTURES, compile_source, nvrtc_ve
 from refengine.cuda.runtime.source import names, read_source
 
 RECORD = Path(__file__).resolve().parents[1] / "golden" / "kernels.json"
-FIELDS = ("registers", "shared", "stack", "spilled")
+FIELDS = ("registers", "shared", "stack", "spilled", "instructions")
 
 
 def measured(files: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ logits do not depend on the other sequences in the batch: bit for bit on kernels
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,10 +110,13 @@ class Engine:
         self.runner: Runner = make_runner(model, self.cache, max_batch, self.options.graphs, trace)
         self._ahead = self.options.ahead and self.runner.can_run_ahead
 
-    def warm_up(self) -> None:
-        """Compile and allocate in advance: run the longest possible chunk of a prompt, and every decode bucket."""
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile and allocate in advance: run the longest possible chunk of a prompt, and every decode bucket.
+
+        progress: called with (kernels compiled, total) while kernels of this model are compiled.
+        """
         room = self.cache.pool.n_blocks * self.cache.block_size
-        self.runner.warm_up(min(self.options.max_step_tokens, self.model.n_ctx - 1, room))
+        self.runner.warm_up(min(self.options.max_step_tokens, self.model.n_ctx - 1, room), progress)
 
     @property
     def idle(self) -> bool:

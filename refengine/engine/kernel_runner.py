@@ -48,10 +48,10 @@ class KernelRunner:
                 log.warning("tokens of %s go through forward(), without a fused step: %s", model.config.arch, e)
         self.can_run_ahead = self._step is not None
 
-    def warm_up(self, n_prompt: int) -> None:
+    def warm_up(self, n_prompt: int, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile the kernels and capture the graphs; allocate the arrays for a prompt of `n_prompt` tokens."""
         if self._step is not None:
-            self._step.warm_up()
+            self._step.warm_up(progress)
         if n_prompt and self._prompts is not None:
             self._prompts.prepare(n_prompt, self._max_batch)
         if n_prompt:

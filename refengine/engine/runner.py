@@ -46,8 +46,11 @@ class Runner(Protocol):
     def wait(self) -> None:
         """Wait until nothing runs on the device. A step that was launched ahead is dropped."""
 
-    def warm_up(self, n_prompt: int) -> None:
-        """Compile and allocate in advance, also with a prompt of `n_prompt` tokens unless it is 0."""
+    def warm_up(self, n_prompt: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile and allocate in advance, also with a prompt of `n_prompt` tokens unless it is 0.
+
+        progress: called with (kernels compiled, total).
+        """
 
 
 def wanted_rows(parts: Sequence[ScheduledChunk]) -> list[int]:
@@ -80,7 +83,7 @@ class ArrayRunner:
     ) -> None:
         self._model, self._cache, self._trace = model, cache, trace
 
-    def warm_up(self, n_prompt: int) -> None:
+    def warm_up(self, n_prompt: int, progress: Callable[[int, int], None] | None = None) -> None:
         """Does nothing: arrays are allocated when they are needed."""
 
     def wait(self) -> None:

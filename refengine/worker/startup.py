@@ -65,7 +65,7 @@ class Startup:
         n_blocks = _blocks(capacity, free)
         try:
             engine = Engine(model, capacity.engine_options(n_blocks), EngineHook(self.metrics))
-            engine.warm_up()
+            engine.warm_up(self._quarters(25, 50, 75, 100, phase="kernels"))
         except DeviceError as e:
             raise _failed_on_device(e, "too little memory for the KV cache: ") from None
         except MemoryError as e:

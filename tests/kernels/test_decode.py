@@ -11,12 +11,13 @@ from gguf import GGMLQuantizationType
 
 import refengine
 from refengine.cache.paged import CacheSequence, KVCache
+from refengine.cuda.decode import step
 from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan, _Copy
 from refengine.cuda.kernels import router
 from refengine.cuda.kernels.few_rows import FEW_ROWS, can_prepare, plan_of
 from refengine.cuda.kernels.quantize_rows import Converted, Rows
 from refengine.cuda.layout import PackedMatrix
-from refengine.cuda.runtime.launch import NoLaunches
+from refengine.cuda.runtime.launch import ForPlans, Needed, NoLaunches
 from refengine.cuda.upload import Described
 from refengine.engine.kernel_runner import KernelRunner
 from refengine.engine.sampling import SamplingParams, sample
@@ -371,6 +372,36 @@ def test_rows_that_are_not_there_change_nothing(place: str, tiny_model: ModelFil
         assert set(zip(block.tolist(), offset.tolist(), strict=True)) <= slots
 
 
+def test_kernels_for_one_plan_give_the_same_step(tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where steps of few rows are captured as graphs."""
+    model = loaded(tiny_model("llama3-q4_k_m"), "host")
+    decoding = Decoding(model, max_batch=1)
+    decoding.join(prompts(model, 1, seed=70)[0])
+    needed = Needed(model.ops.kernels)
+    monkeypatch.setattr(decoding.fused, "_kernels_of", lambda bucket: needed)
+    decoding.fused.warm_up()
+    assert {file for file, _ in needed.parts} == {"one_row"}
+    assert 4 <= len(needed.parts) <= 8
+    monkeypatch.setattr(decoding.fused, "_kernels_of", lambda bucket: ForPlans(model.ops.kernels))
+    for _ in range(2):
+        decoding.step()
+
+
+@pytest.mark.gpu
+def test_kernels_that_cannot_be_stored_are_not_compiled(
+    tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoding = Decoding(loaded(tiny_model("llama3-q4_k_m"), "cuda"), max_batch=2)
+    monkeypatch.setattr(step, "missing", lambda arch, parts: parts)
+    monkeypatch.setattr(step, "can_store", lambda: False)
+    decoding.fused.warm_up()
+    assert "decode steps use slower kernels" in caplog.text
+    assert "set REFENGINE_CACHE" in caplog.text
+    for ids in prompts(decoding.model, 2, seed=71):
+        decoding.join(ids)
+    decoding.step()
+
+
 def test_nothing_is_allocated_after_the_warm_up(place: str, tiny_model: ModelFiles) -> None:
     model = loaded(tiny_model("llama-q4_0"), place)
     progress: list[tuple[int, int]] = []
@@ -383,7 +414,9 @@ def test_nothing_is_allocated_after_the_warm_up(place: str, tiny_model: ModelFil
     if place == "host":  # of a GPU, what the prompts' passes keep is accounted for as well
         assert model.ops.memory.accounted()["workspace"] == started + taken
     decoding.fused.warm_up(lambda done, total: progress.append((done, total)))
-    assert progress == [(1, 3), (2, 3), (3, 3)]
+    assert progress == [(i + 1, len(progress)) for i in range(len(progress))]
+    if place == "host":
+        assert progress == []  # nothing is compiled for one plan
     for ids in prompts(model, 2, seed=50):
         decoding.join(ids)
     memory, xp = model.ops.memory, model.ops.xp

@@ -8,6 +8,7 @@ launch the next step before it reads the ids of this one; the device then never 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -29,6 +30,7 @@ from refengine.cuda.kernels.sampling import WORK_SPACE, Sampler
 from refengine.cuda.memory import Arena, aligned
 from refengine.cuda.ops import KernelOps
 from refengine.cuda.runtime.compile import compile_files, missing
+from refengine.cuda.runtime.cubin_cache import cache_folder, can_store
 from refengine.cuda.runtime.launch import ForPlans, Kernels, Needed, NoLaunches
 from refengine.cuda.runtime.nvrtc import architecture
 from refengine.errors import KernelError
@@ -37,6 +39,9 @@ from refengine.ops.decode import DecodeOps, DecodeTrace, Value, no_trace
 Decode = Callable[[ModelConfig, Any, DecodeOps, DecodeTrace], Value]  # `decode()` of a model file
 Shapes = dict[str, tuple[tuple[int, ...], Any]]
 
+log = logging.getLogger(__name__)
+
+NOT_STORED = "{n} kernels of this model are not in {folder}, which cannot be written; set REFENGINE_CACHE"
 ANGLES_AT_ONCE = 4096  # how many positions' angles are computed together on the host
 
 __all__ = ["Decode", "DecodeRow", "DecodeStep", "NoFusedStep", "StepPlan", "buckets_for"]
@@ -191,7 +196,7 @@ class DecodeStep:
         self._ops, self._cfg, self._decode, self._weights = ops, cfg, decode, weights
         self._plan, self.buckets = plan, buckets_for(max_batch)
         self._with_graphs = graphs and ops.xp is not np
-        self._for_plans = ForPlans(ops.kernels)  # for steps of few rows, if they are captured as graphs
+        self._for_plans: Kernels = ForPlans(ops.kernels)  # for steps of few rows, if they are captured as graphs
         self._graphs: dict[int, Any] = {}
         self._logits: dict[int, Array] = {}
         # One is still read while the step launched ahead writes the other.
@@ -223,18 +228,16 @@ class DecodeStep:
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile the kernels of a step, and capture a graph for every bucket. Does not affect any sequence.
 
-        progress: called with (buckets done, total buckets).
+        progress: called with (kernels compiled, total), if any are not in the cache.
         """
         self.wait()
         self.state.update([])
         if self._with_graphs:
-            self._compile()
-        for i, bucket in enumerate(self.buckets):
+            self._compile(progress)
+        for bucket in self.buckets:
             self._launch(bucket, None)
             if self._with_graphs:
                 self._graphs[bucket] = self._captured(bucket)
-            if progress is not None:
-                progress(i + 1, len(self.buckets))
 
     def run(
         self, rows: Sequence[DecodeRow], trace: DecodeTrace | None = None, ahead: bool = False
@@ -322,9 +325,12 @@ class DecodeStep:
 
     def _launch(self, bucket: int, trace: DecodeTrace | None) -> None:
         """Launch all kernels of a step for `bucket` rows."""
-        kernels = self._for_plans if self._with_graphs and bucket <= FEW_ROWS else self._ops.kernels
-        logits = self._logits[bucket] = self._logits_of(bucket, kernels, trace)
+        logits = self._logits[bucket] = self._logits_of(bucket, self._kernels_of(bucket), trace)
         self._sampler.draw(bucket, logits, self._b)
+
+    def _kernels_of(self, bucket: int) -> Kernels:
+        """The kernels for steps of `bucket` rows."""
+        return self._for_plans if self._with_graphs and bucket <= FEW_ROWS else self._ops.kernels
 
     def _logits_of(self, bucket: int, kernels: Kernels, trace: DecodeTrace | None) -> Array:
         """Launch all kernels of a step but those that sample. The result has the logits of `bucket` rows."""
@@ -337,14 +343,20 @@ class DecodeStep:
         with np.errstate(all="ignore"):
             return step.array(self._decode(self._cfg, self._weights, step, traced))
 
-    def _compile(self) -> None:
-        """Compile the kernels that are for one plan, in parallel, unless they are in the cache."""
-        needed = Needed(self._ops.kernels)
+    def _compile(self, progress: Callable[[int, int], None] | None) -> None:
+        """Compile the kernels that are for one plan, in parallel. If they are not in the cache, and it cannot store
+        them, steps use the kernels for all plans, which are slower.
+        """
+        needed, arch = Needed(self._ops.kernels), architecture(self._ops.xp)
         for bucket in self.buckets:
             if bucket <= FEW_ROWS:
                 self._logits_of(bucket, needed, None)
-        arch = architecture(self._ops.xp)
-        compile_files(arch, missing(arch, needed.parts))
+        parts = missing(arch, needed.parts)
+        if parts and not can_store():
+            log.warning("decode steps use slower kernels: %s", NOT_STORED.format(n=len(parts), folder=cache_folder()))
+            self._for_plans = self._ops.kernels
+        else:
+            compile_files(arch, parts, progress)
 
     def angles(self, number: int, constants: Any, freq_factors: Array | None) -> Angles:
         """The table for `decode()`'s request with this number, filled at the first request."""

@@ -21,6 +21,11 @@ def cache_folder() -> Path:
     return folder
 
 
+def can_store() -> bool:
+    """Whether files can be stored in the cache folder. Raises DeviceError if there is none."""
+    return os.access(cache_folder(), os.W_OK)
+
+
 def digest(*parts: str) -> str:
     """A short hash of all inputs of a compilation, for a file name."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

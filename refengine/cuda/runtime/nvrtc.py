@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,12 +30,13 @@ UNASKED_SHARED = 48 << 10  # bytes of shared memory, static and dynamic, of a la
 
 @dataclass(frozen=True)
 class Resources:
-    """The resources of a kernel, from ptxas: registers per thread; bytes of static shared memory, stack, and spills."""
+    """Of a kernel: registers per thread; bytes of static shared memory, stack, and spills; number of instructions."""
 
     registers: int
     shared: int
     stack: int
     spilled: int
+    instructions: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def compile_source(source: Source, arch: str) -> Compiled:
     program = nvrtc.createProgram(source.text, f"{source.name}.cu", [], [])
     try:
         nvrtc.compileProgram(program, [f"-arch={arch}", "--ptxas-options=-v", *OPTIONS])
-        compiled = Compiled(nvrtc.getCUBIN(program), path, _resources(nvrtc.getProgramLog(program)))
+        cubin = nvrtc.getCUBIN(program)
+        compiled = Compiled(cubin, path, _resources(nvrtc.getProgramLog(program), instructions(cubin)))
     except nvrtc.NVRTCError as e:
         log = nvrtc.getProgramLog(program).strip()
         if "invalid value for" in log:
@@ -108,12 +111,27 @@ _FIGURES = re.compile(
 )
 
 
-def _resources(log: str) -> dict[str, Resources]:
+def _resources(log: str, n_instructions: dict[str, int]) -> dict[str, Resources]:
     found = {}
     for name, stack, stores, loads, registers, rest in _FIGURES.findall(log):
         shared = re.search(r"(\d+) bytes smem", rest)
-        found[name] = Resources(int(registers), int(shared[1]) if shared else 0, int(stack), int(stores) + int(loads))
+        figures = (int(registers), int(shared[1]) if shared else 0, int(stack), int(stores) + int(loads))
+        found[name] = Resources(*figures, n_instructions[name])
     return dict(sorted(found.items()))
+
+
+def instructions(cubin: bytes) -> dict[str, int]:
+    """The number of instructions of each kernel in machine code, with those that fill its last 128 bytes.
+
+    A cubin is an ELF file of 64 bits, with a section `.text.` for each kernel; an instruction has 16 bytes (CUDA Binary
+    Utilities, "Instruction Set Reference").
+    """
+    (start,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    # name, type, flags, address, offset, size
+    sections = [struct.unpack_from("<2I4Q", cubin, start + i * size) for i in range(count)]
+    offset = sections[names][4]
+    named = {cubin[offset + s[0] : cubin.index(b"\0", offset + s[0])].decode(): s for s in sections}
+    return {name[len(".text.") :]: s[5] // 16 for name, s in named.items() if name.startswith(".text.")}
 
 
 class DeviceModule:
