@@ -1,6 +1,16 @@
 // Structs of kernel arguments that belong together, passed by value. Their members are pointers.
 // refengine/cuda/runtime/source.py reads the structs from this file; a launch gives an array, or null, for each member.
 
+// The plan of a kernel: if PLAN is defined, these numbers, so that the compiler leaves out whatever they make needless; otherwise
+// those of the launch, for a kernel that is right for all of them. A file that has plans has a struct Plan.
+#ifdef PLAN
+constexpr bool IS_PLANNED = true;
+#define PLAN_OF(launch) constexpr Plan plan{PLAN}
+#else
+constexpr bool IS_PLANNED = false;
+#define PLAN_OF(launch) const Plan& plan = launch
+#endif
+
 // Rows of activations for products. x, sums and scale: in the form that products read, see quantize_rows.cu. If they are
 // null, few_rows.cu makes this form from the rows of floats; after an RMS norm with the weights `norm`, unless they are null,
 // for which it takes the sums of squares of every 16 columns from `squares` (norm.cuh).

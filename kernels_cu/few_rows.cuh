@@ -69,16 +69,6 @@ struct Plan {
   int tiles_each;
 };
 
-// The plan of a kernel: if PLAN is defined, these numbers, so that the compiler leaves out whatever they make needless; otherwise
-// those of the launch, for a kernel that is right for all of them.
-#ifdef PLAN
-constexpr bool IS_PLANNED = true;
-#define PLAN_OF(launch) constexpr Plan plan{PLAN}
-#else
-constexpr bool IS_PLANNED = false;
-#define PLAN_OF(launch) const Plan& plan = launch
-#endif
-
 // Up to three matrices, with their biases.
 struct Matrices {
   const unsigned char *a, *b, *c;

@@ -2,7 +2,13 @@
 
 import pytest
 
+from tests.kernels.op_twins import OpsThere
 from tests.kernels.runner import Kernels
+
+
+@pytest.fixture(scope="module")
+def there(place: str) -> OpsThere:
+    return OpsThere(place)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from refengine.array import Array
 from refengine.cuda.decode.buffers import Buffer, Buffers
 from refengine.cuda.decode.values import Choice, Columns, ExpertSum, Heads, NoFusedStep, Norm, Product, Shares, Value
 from refengine.cuda.kernels import activation, embedding, few_rows, matmul, moe, norm, quantize_rows, router
-from refengine.cuda.kernels.attention import PagedRows, Projections, Rotation, attention_step, step_division
+from refengine.cuda.kernels.attention import PagedRows, Projections, Rotation
+from refengine.cuda.kernels.attention_step import attention_step, step_division
 from refengine.cuda.kernels.few_rows import FEW_ROWS, Activation, can_prepare
 from refengine.cuda.kernels.moe import Groups
 from refengine.cuda.kernels.norm import row_squares

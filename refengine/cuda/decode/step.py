@@ -23,7 +23,8 @@ from refengine.cuda.decode.buffers import Placed, Plan, Recorder, shaped
 from refengine.cuda.decode.ops import Angles, StepArrays, StepOps
 from refengine.cuda.decode.state import DecodeRow, DecodeState
 from refengine.cuda.decode.values import NoFusedStep
-from refengine.cuda.kernels.attention import HEAD_DIMS, TILE, PagedRows, counters_of
+from refengine.cuda.kernels.attention import HEAD_DIMS, TILE, PagedRows
+from refengine.cuda.kernels.attention_step import counters_of
 from refengine.cuda.kernels.few_rows import FEW_ROWS
 from refengine.cuda.kernels.moe import MOST_USED
 from refengine.cuda.kernels.sampling import WORK_SPACE, Sampler
