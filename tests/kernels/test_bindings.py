@@ -86,6 +86,8 @@ REFUSED: dict[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any], s
     "sizes of elements": (activation.add, (f32(4), f32(5), f32(4)), {}, "add_f32: shapes .* all to have the same size"),
     "embedding": (embedding.embedding, (matrix(), i32(N), f32(N, 32)), {},
                   r"blk\.0\.w: the rows' array has the shape \(3, 32\), expected \(3, 64\)"),
+    "squares of floats": (embedding.embedding, (matrix(kind="F32"), i32(N), f32(N, 64), f32(N, 4)), {},
+                          r"blk\.0\.w: rows of F32 are stored as they are"),
     "output": (matmul.linear, (rows(), matrix(), f32(2, N_OUT)), {},
                r"blk\.0\.w: the output has the shape \(2, 32\), expected \(3, 32\)"),
     "bias": (matmul.linear, (rows(), matrix(), f32(N, N_OUT)), {"bias": f32(16)},

@@ -81,9 +81,9 @@ class StepOps:
 
     def _embedded(self, w: PackedMatrix, ids: Array) -> Value:
         """The rows of ids. The launch does not overlap: a step's first kernel waits for all that was done before it."""
-        y = self._new(self._n, w.shape[1])
-        self._launch(embedding.embedding, w, ids[: self._n], y.array)
-        return Value(self._n, w.shape[1], y)
+        y, squares = (self._new(self._n, w.shape[1]), None) if w.is_float else self._new_residual(self._n, w.shape[1])
+        self._launch(embedding.embedding, w, ids[: self._n], y.array, _array(squares))
+        return Value(self._n, w.shape[1], y, squares)
 
     def rms_norm(self, x: Any, weight: Array, eps: float) -> Any:
         if isinstance(x, Heads):
