@@ -47,9 +47,9 @@ __device__ __forceinline__ void prepare_rows(const Activations& x, const Rows& r
 __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Plan& plan, const Matrices& matrices, const Activations& x,
                                                   const Groups& groups, const float* residual, float* y, float* squares,
                                                   int n_rows, float eps) {
-  let_next_begin();
   Work work(plan, matrices, memory);
   bool grouped = plan.has & HAS_GROUPS, adds = plan.has & HAS_RESIDUAL;
+  if (!grouped) let_next_begin();
   if (!grouped) work.request_first();
 
   int lane = threadIdx.x % 32, n_threads = plan.warps * 32, n_segments = work.n_segments, shift = plan.shift, capacity = 1 << shift;
@@ -68,6 +68,7 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Plan& p
   }
 
   wait_for_previous();
+  if (grouped) let_next_begin();
   Rows rows = grouped ? rows_of(groups, n_rows, 8) : rows_of({}, n_rows, 8);
   if (!rows.count) return;
   work.first_tile = rows.expert * work.n_tiles;

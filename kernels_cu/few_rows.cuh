@@ -39,8 +39,9 @@ constexpr int NONE = 0, SWIGLU = 1, SWIGLU_CLAMPED = 2, GELU = 3;
 constexpr int HALVES_TYPE = 1;  // ggml's number of F16
 
 // What a launch has: the bits of Plan::has, which say which arguments are not null.
-// HAS_FORM: the rows are in the form that products read.
-constexpr int HAS_NORM = 1, HAS_BIAS = 2, HAS_RESIDUAL = 4, HAS_SQUARES = 8, HAS_GROUPS = 16, HAS_FORM = 32;
+// HAS_FORM: the rows are in the form that products read. HAS_KNOWN_GROUPS: the groups were there before the previous kernel that waits
+// for them began to work; it lets the next one begin only then, so that one_row can read them before it waits.
+constexpr int HAS_NORM = 1, HAS_BIAS = 2, HAS_RESIDUAL = 4, HAS_SQUARES = 8, HAS_GROUPS = 16, HAS_FORM = 32, HAS_KNOWN_GROUPS = 64;
 
 // A launch, as FewRowsLaunch in cuda/kernels/few_rows.py, which has the same order.
 //

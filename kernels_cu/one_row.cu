@@ -73,10 +73,13 @@ __device__ __forceinline__ void convert_columns(const Columns& columns, const Co
 
 __device__ __forceinline__ void multiply_one_row(uint8_t* memory, const Plan& plan, const Matrices& matrices, const Activations& x,
                                                  const Groups& groups, const float* residual, float* y, float* squares, float eps) {
-  let_next_begin();
   Work work(plan, matrices, memory);
-  bool grouped = plan.has & HAS_GROUPS, is_normed = plan.has & HAS_NORM, adds = plan.has & HAS_RESIDUAL;
-  if (!grouped) work.request_first();
+  bool is_normed = plan.has & HAS_NORM, adds = plan.has & HAS_RESIDUAL;
+  bool grouped = plan.has & HAS_GROUPS, knows_group = plan.has & HAS_KNOWN_GROUPS;
+  if (!grouped) {
+    let_next_begin();
+    work.request_first();
+  }
 
   int lane = threadIdx.x % 32, n_threads = plan.warps * 32, n_segments = work.n_segments, n_in = plan.n_in;
   // Shared memory after the entries, in this order; cuda/kernels/few_rows.py has the same.
@@ -111,16 +114,29 @@ __device__ __forceinline__ void multiply_one_row(uint8_t* memory, const Plan& pl
   int of_row = n_in / GROUP;
   const float *own = computed_here(own_columns(x.floats)), *of_squares = computed_here(x.squares + lane);
   const float* added = computed_here(residual + output.at);
+  int expert = 0, slot = 0, n_slots = 1;
+  auto read_group = [&] {
+    const int* group = groups.group + 3 * blockIdx.y;
+    expert = load_latest<int>(group), slot = load_latest<int>(group + 1), n_slots = load_latest<int>(group + 2);
+    work.first_tile = expert * work.n_tiles;
+  };
+  auto begin_with_group = [&] {
+    work.request_first();
+    work.put_entries();
+    if (has_output) output = biases_of(mine, 0, expert);
+  };
+  if (knows_group) {
+    read_group();
+    if (n_slots) begin_with_group();
+  }
   wait_for_previous();
-  int expert = 0;
   long long x_row = 0, y_row = 0;
   if (grouped) {
-    const int* group = groups.group + 3 * blockIdx.y;
-    expert = group[0];
-    int slot = group[1];
-    if (group[2] == 0) return;
-    x_row = groups.x_rows ? groups.x_rows[slot] : slot, y_row = groups.y_rows ? groups.y_rows[slot] : slot;
-    work.first_tile = expert * work.n_tiles;
+    let_next_begin();
+    if (!knows_group) read_group();
+    if (!n_slots) return;
+    x_row = groups.x_rows ? load_latest<int>(groups.x_rows + slot) : slot;
+    y_row = groups.y_rows ? load_latest<int>(groups.y_rows + slot) : slot;
     own += x_row * n_in, of_squares += x_row * of_row;
   }
   load_columns(columns, own, segments, 0, n_left, n_in);
@@ -131,12 +147,11 @@ __device__ __forceinline__ void multiply_one_row(uint8_t* memory, const Plan& pl
       if (!IS_PLANNED || k * 32 < of_row)
         load_if(groups_of_row.sums[k], of_squares + k * 32, (IS_PLANNED && k * 32 + 32 <= of_row) || k * 32 + lane < of_row);
   if (grouped) {
+    if (!knows_group) begin_with_group();
     y += y_row * plan.n_out;
-    if (has_output) output = biases_of(mine, 0, expert);
     if (adds) residual += y_row * plan.n_out, added = residual + output.at;
   }
   if (adds && has_output) output.second = *added;
-  if (grouped) work.request_first(), work.put_entries();
   groups_of_row.sums[0] = needed_here(groups_of_row.sums[0]);
 
   bool halves = (plan.a_kind & 255) == HALVES_TYPE;

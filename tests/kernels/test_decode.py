@@ -372,9 +372,12 @@ def test_rows_that_are_not_there_change_nothing(place: str, tiny_model: ModelFil
         assert set(zip(block.tolist(), offset.tolist(), strict=True)) <= slots
 
 
-def test_kernels_for_one_plan_give_the_same_step(tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["llama3-q4_k_m", "gpt-oss-mxfp4_moe"])
+def test_kernels_for_one_plan_give_the_same_step(
+    name: str, tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a GPU, where steps of few rows are captured as graphs."""
-    model = loaded(tiny_model("llama3-q4_k_m"), "host")
+    model = loaded(tiny_model(name), "host")
     decoding = Decoding(model, max_batch=1)
     decoding.join(prompts(model, 1, seed=70)[0])
     needed = Needed(model.ops.kernels)

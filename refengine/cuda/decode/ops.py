@@ -301,6 +301,9 @@ class StepOps:
         if size not in choice.groups:
             self._group(choice, size)
         groups, buffers = choice.groups[size]
+        assert product.w is not None
+        if self._n == 1 and not product.w.is_float:  # the next product begins when this one's kernel knows the groups
+            choice.groups[size] = (replace(groups, known=True), buffers)
         return (groups.by_pair if x.n_rows == product.n_rows else groups), buffers
 
     def _group(self, choice: Choice, size: int) -> None:

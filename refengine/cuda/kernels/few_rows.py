@@ -56,6 +56,7 @@ class Has(IntFlag):
     SQUARES = 8
     GROUPS = 16
     FORM = 32  # rows in the form that products read
+    KNOWN_GROUPS = 64  # which the previous product has read as well
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,7 @@ def plan_of(
     """
     first = matrices[0]
     has |= Has.FORM * bool(x.converted) | Has.NORM * bool(x.norm) | Has.GROUPS * bool(groups)
+    has |= Has.KNOWN_GROUPS * bool(groups and groups.known)
     n_rows, n_groups = (groups.most, len(groups.group)) if groups else (x.n, 1)
     device = (kernels.n_multiprocessors, kernels.shared_limit)
     sizes = tuple(Matrix(w.type, w.shape[-2]) for w in matrices)

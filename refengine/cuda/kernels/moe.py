@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from refengine.array import Array
@@ -22,7 +22,8 @@ class Groups:
 
     group: (n_groups, 3) int32: expert, first slot, number of slots. x_rows, y_rows: (n_pairs,) int32: the row of
     activations that a slot reads, and the output row that it writes. n_tokens: the number of tokens, or None if it is
-    not known; the experts of a token differ, so that a group has no more pairs than there are tokens.
+    not known; the experts of a token differ, so that a group has no more pairs than there are tokens. known: whether a
+    product with few rows that was launched before has read them.
     """
 
     group: Array
@@ -30,6 +31,7 @@ class Groups:
     y_rows: Array
     size: int
     n_tokens: int | None = None
+    known: bool = False
 
     @property
     def most(self) -> int:
@@ -44,7 +46,7 @@ class Groups:
     @cached_property
     def by_pair(self) -> Groups:
         """The same groups for activations that have one row per pair."""
-        return Groups(self.group, self.y_rows, self.y_rows, self.size, self.n_tokens)
+        return replace(self, x_rows=self.y_rows)
 
 
 def most_groups(n_pairs: int, n_expert: int, size: int) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,14 @@ def read_source(name: str, constants: Constants = ()) -> Source:
     text = path.read_text(encoding="utf-8")
     headers = [PREAMBLE, *_INCLUDE.findall(text)]
     parts = [(header, (folder() / header).read_text(encoding="utf-8")) for header in headers]
-    if constants:
-        parts.insert(0, ("constants", "".join(f"#define {macro} {value}\n" for macro, value in constants)))
-    return source_of(name, *parts, (path.name, _INCLUDE.sub("", text)))
+    source = source_of(name, *parts, (path.name, _INCLUDE.sub("", text)))
+    if not constants:
+        return source
+    defined = "".join(f"#define {macro} {value}\n" for macro, value in constants)
+    return replace(source, text=f'#line 1 "constants"\n{defined}{source.text}')
 
 
+@lru_cache(maxsize=64)  # a start reads some files for many plans
 def source_of(name: str, *parts: tuple[str, str]) -> Source:
     """A source made from (file name, text) parts, one after another."""
     text = "".join(f'#line 1 "{file}"\n{part}\n' for file, part in parts)
