@@ -1,5 +1,5 @@
-// Structs of kernel arguments that belong together, passed by value. Their members are pointers.
-// refengine/cuda/runtime/source.py reads the structs from this file; a launch gives an array, or null, for each member.
+// Structs of kernel arguments that belong together, passed by value. Their members are pointers, or all are ints.
+// refengine/cuda/runtime/source.py reads the structs from the text; a launch gives an array or null, or a number, for each member.
 
 // The plan of a kernel: if PLAN is defined, these numbers, so that the compiler leaves out whatever they make needless; otherwise
 // those of the launch, for a kernel that is right for all of them. A file that has plans has a struct Plan.
@@ -12,7 +12,7 @@ constexpr bool IS_PLANNED = false;
 #endif
 
 // Rows of activations for products. x, sums and scale: in the form that products read, see quantize_rows.cu. If they are
-// null, few_rows.cu makes this form from the rows of floats; after an RMS norm with the weights `norm`, unless they are null,
+// null, a kernel makes this form from the rows of floats; after an RMS norm with the weights `norm`, unless they are null,
 // for which it takes the sums of squares of every 16 columns from `squares` (norm.cuh).
 struct Activations {
   const unsigned char* x;

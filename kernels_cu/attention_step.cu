@@ -38,7 +38,8 @@
 constexpr int HAS_Q_NORM = 1, HAS_K_NORM = 2, HAS_ROTATION = 4, HAS_SINKS = 8, HAS_FACTOR = 16;
 
 // A launch, as Plan in cuda/kernels/attention_step.py, which has the same order. width: groups of 32 columns of a head. group: query
-// heads of a KV head. half: columns of cos and sin. at_once: blocks for the same rows, Z. The others: see above.
+// heads of a KV head. half: columns of cos and sin. The others: see above. What depends on the size of the cache is not among them,
+// so that a kernel for one plan is right for caches of all sizes.
 struct Plan {
   int width;
   int has;
@@ -52,10 +53,6 @@ struct Plan {
   int neox;
   int block_size;
   int window;
-  int table_stride;
-  int n_entries;
-  int most_quads;
-  int at_once;
 };
 
 constexpr int SPLIT = TILE * WARPS;
@@ -372,8 +369,8 @@ template <int G>
 __device__ __forceinline__ void attention_step(const Plan& plan, const Projections& qkv, const float* q_norm, const float* k_norm,
                                                const float* cos, const float* sin, const NewRows& k_cache,
                                                const NewRows& v_cache, const int* tables, const int* positions,
-                                               const float* sinks, float* partial, int* arrived, float* y, float eps,
-                                               float q_factor, float scale) {
+                                               const float* sinks, float* partial, int* arrived, float* y, int table_stride,
+                                               int n_entries, int most_quads, float eps, float q_factor, float scale) {
   DYNAMIC_SHARED(unsigned char, memory);
   auto& shared = *reinterpret_cast<StepShared<G>*>(memory);
   let_next_begin();
@@ -387,11 +384,11 @@ __device__ __forceinline__ void attention_step(const Plan& plan, const Projectio
   int n_rows = min(group - first_row, STEP_ROWS);
   int at = load_latest<int>(&positions[token]), oldest = window ? max(at - window + 1, 0) : 0;
   // The block of the cache that the warp needs if it begins with the first quad: requested without waiting for the position.
-  tables += static_cast<long long>(token) * plan.table_stride;
+  tables += static_cast<long long>(token) * table_stride;
   int first_block = 0, of_table = warp * OWN / plan.block_size;
-  if (of_table < plan.table_stride) first_block = load_latest<int>(&tables[of_table]);
-  int z = blockIdx.z, n_blocks = plan.at_once;
-  bool by_splits = at / SPLIT == oldest / SPLIT || at / QUAD + 1 - oldest / QUAD > plan.most_quads;
+  if (of_table < table_stride) first_block = load_latest<int>(&tables[of_table]);
+  int z = blockIdx.z, n_blocks = gridDim.z;
+  bool by_splits = at / SPLIT == oldest / SPLIT || at / QUAD + 1 - oldest / QUAD > most_quads;
   int unit = by_splits ? SPLIT : QUAD, shift = by_splits ? 9 : 8, first_unit = oldest >> shift;
   static_assert(SPLIT == 1 << 9 && QUAD == 1 << 8, "the shifts");
   int n_units = (at >> shift) + 1 - first_unit;
@@ -613,7 +610,7 @@ __device__ __forceinline__ void attention_step(const Plan& plan, const Projectio
       int d = warp * 16 + r;
       bool exists[2] = {d < head_dim, d + 8 < head_dim};
       auto entry_of = [&](int i, int number) {
-        return partial + (static_cast<long long>(own_row + i) * plan.n_entries + (number - shared.first_entry)) * (head_dim + 2);
+        return partial + (static_cast<long long>(own_row + i) * n_entries + (number - shared.first_entry)) * (head_dim + 2);
       };
       auto write = [&](float* entry, float low, float high, float m, float l) {
         if (exists[0]) entry[d] = low;
@@ -658,7 +655,8 @@ __device__ __forceinline__ void attention_step(const Plan& plan, const Projectio
 #pragma unroll
             for (int j = 0; j < 2; j++) o[i][j] = __fadd_rn(o[i][j], 0.0f);  // as folding into nothing does
             if (shared.n_units == 1) {
-              float by = is_row ? finish(shared.m[2 * c + i], l_all[i], plan.has & HAS_SINKS ? shared.sinks : nullptr, 2 * c + i) : 0.0f;
+              const float* of_sinks = plan.has & HAS_SINKS ? shared.sinks : nullptr;
+              float by = is_row ? finish(shared.m[2 * c + i], l_all[i], of_sinks, 2 * c + i) : 0.0f;
               float low = __fmul_rn(o[i][0], by), high = __fmul_rn(o[i][1], by);
               unsigned to = static_cast<unsigned>(own_row + i) * head_dim + d;
               if (is_row && exists[0]) y[to] = low;
@@ -682,15 +680,15 @@ __device__ __forceinline__ void attention_step(const Plan& plan, const Projectio
   __syncthreads();
   if (threadIdx.x == 0) {
     int* counter = arrived + blockIdx.x * gridDim.y + blockIdx.y;
-    shared.is_last = arrive(counter) == min(shared.n_units, plan.at_once) - 1;
+    shared.is_last = arrive(counter) == min(shared.n_units, static_cast<int>(gridDim.z)) - 1;
     if (shared.is_last) *counter = 0;
   }
   __syncthreads();
   if (!shared.is_last || warp >= n_rows) return;
   long long own_row = shared.row + warp;
   n_units = shared.n_units;
-  fold_entries<G>(partial + own_row * plan.n_entries * (head_dim + 2), plan.has & HAS_SINKS ? shared.sinks : nullptr, y + own_row * head_dim,
-                  warp, head_dim,
+  fold_entries<G>(partial + own_row * n_entries * (head_dim + 2), plan.has & HAS_SINKS ? shared.sinks : nullptr,
+                  y + own_row * head_dim, warp, head_dim,
                   by_splits ? n_units : n_units * AT_ONCE, by_splits ? WHOLE_SPLITS : shared.first_entry % WARPS);
 }
 
@@ -698,11 +696,12 @@ __device__ __forceinline__ void attention_step(const Plan& plan, const Projectio
   extern "C" __global__ void __launch_bounds__(256, 2)                                                                 \
       name(Projections qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin, NewRows k,   \
            NewRows v, const int* tables, const int* positions, const float* sinks, float* partial, int* arrived,       \
-           float* y, Plan launch, float eps, float q_factor, float scale) {                                            \
+           float* y, Plan launch, int table_stride, int n_entries, int most_quads, float eps, float q_factor,          \
+           float scale) {                                                                                              \
     PLAN_OF(launch);                                                                                                   \
     if (IS_PLANNED && plan.width != G) return;                                                                         \
-    attention_step<G>(plan, qkv, q_norm, k_norm, cos, sin, k, v, tables, positions, sinks, partial, arrived, y, eps,   \
-                      q_factor, scale);                                                                                \
+    attention_step<G>(plan, qkv, q_norm, k_norm, cos, sin, k, v, tables, positions, sinks, partial, arrived, y,        \
+                      table_stride, n_entries, most_quads, eps, q_factor, scale);                                      \
   }
 ATTENTION_STEP(attention_step_32, 1)
 ATTENTION_STEP(attention_step_64, 2)

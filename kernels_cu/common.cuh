@@ -90,7 +90,8 @@ __device__ __forceinline__ float half_of(const uint4& words, int i) {
 }
 
 // --- Overlap with the previous and the next kernel, if a launch asks for it (programmatic dependent launch, sm_90) ---
-// Lets the next kernel in the stream begin; it calls wait_for_previous before it reads what this kernel writes.
+// Lets the next kernel in the stream begin; it calls wait_for_previous before it reads what this kernel writes. What was there when
+// this kernel's own wait_for_previous returned may be read before that, if all its blocks call this after it.
 __device__ __forceinline__ void let_next_begin() {
 #if !defined(HOSTCUDA) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -191,8 +192,7 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 #endif
 
-// Loads *from to `to` if `exists`, without a branch, here: relaxed loads keep their place, while the compiler moves others behind
-// copies and waits, nearer to where their value is used.
+// Loads *from to `to` if `exists`, without a branch.
 #ifdef HOSTCUDA
 template <class T>
 void load_if(T& to, const float* from, bool exists) {

@@ -114,8 +114,8 @@ __device__ __forceinline__ void multiply_few_rows(uint8_t* memory, const Plan& p
   int own[] = {existing(number), existing(last)};
   Output output{};  // this thread's of the first chunk; loaded while items are computed
   {
-    int number, tile, out;
-    if (place(threadIdx.x, 0, number, tile, out)) output = output_of(number, tile, out);
+    int number, tile, out, n_outputs = min(plan.chunk, work.my_tiles) * 16 << shift;
+    if (static_cast<int>(threadIdx.x) < n_outputs && place(threadIdx.x, 0, number, tile, out)) output = output_of(number, tile, out);
   }
 
   int half = 0;  // threads may still read the other half of sums_of_items

@@ -43,7 +43,7 @@ constexpr int HALVES_TYPE = 1;  // ggml's number of F16
 // for them began to work; it lets the next one begin only then, so that one_row can read them before it waits.
 constexpr int HAS_NORM = 1, HAS_BIAS = 2, HAS_RESIDUAL = 4, HAS_SQUARES = 8, HAS_GROUPS = 16, HAS_FORM = 32, HAS_KNOWN_GROUPS = 64;
 
-// A launch, as FewRowsLaunch in cuda/kernels/few_rows.py, which has the same order.
+// A launch, as Plan in cuda/kernels/few_rows.py, which has the same order.
 //
 // a_kind and so on: ggml's number of each matrix's type, and, 8 bits higher, the bytes of a segment of a tile; a_tile: the bytes of
 // a tile. Matrices one below another begin with tiles 0, `second` and `third`; those side by side have the same shape. shift: the

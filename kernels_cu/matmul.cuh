@@ -1,4 +1,4 @@
-// Products: what few_rows.cu and matmul.cu share, and the sums of one row and of four. The order of additions is described in matmul.cu.
+// Products: what one_row.cu, few_rows.cu and matmul.cu share, and the sums of one row and of four. The order of additions is described in matmul.cu.
 //
 // A warp multiplies a pair of blocks of W, each 16 outputs x 32 columns, with activations of two signed bytes, 256 h + l, in
 // mma.sync.m16n8k32. Its eight columns of activations are h and l of four rows. Each of the 32 lanes has a part of every operand.
@@ -24,7 +24,7 @@
 //                       8       0  0  | 1  1  | 2  2  | 3  3
 //                       …             |       |       |
 //
-// If there is only one row (OneRow), the columns of the mma are h and l of four blocks instead, each in the mma of this block
+// If there is only one row (one_row.cu), the columns of the mma are h and l of four blocks instead, each in the mma of this block
 // and zero in the others. So a lane has the sums of block c, and its scales are multiplied once for four blocks.
 //
 // Integers make all that exact, and where sums of blocks become floats, the order is the same everywhere.

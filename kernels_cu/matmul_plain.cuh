@@ -1,4 +1,4 @@
-// The computation of matmul.cu and few_rows.cu for one output and one row, as a plain loop. Read this file first.
+// The computation of matmul.cu, few_rows.cu and one_row.cu for one output and one row, as a plain loop. Read this file first.
 //
 // The kernels add the same numbers, those that are not integers in the same order, but divide the work among lanes, warps and
 // blocks. No kernel includes this file: tests/kernels/test_matmul.py compares its bits with theirs. Include arguments.cuh,

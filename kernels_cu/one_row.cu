@@ -38,7 +38,8 @@ __device__ __forceinline__ const float* own_columns(const float* row) {
 
 // Loads columns of the warp's segments from number `first` on, given the address of its first segment's, and how many columns the row
 // has from the lane's block of that segment on; zeros after the row's end.
-__device__ __forceinline__ void load_columns(Columns& columns, const float* own, const OwnSegments& segments, int first, int n_left, int n_in) {
+__device__ __forceinline__ void load_columns(Columns& columns, const float* own, const OwnSegments& segments, int first, int n_left,
+                                             int n_in) {
   int step = segments.n_warps * SEGMENT_COLUMNS, begin = first * SEGMENT_COLUMNS;
 #pragma unroll
   for (int i = 0; i < LOADED; i++) {

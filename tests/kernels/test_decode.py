@@ -387,7 +387,7 @@ def test_kernels_for_one_plan_give_the_same_step(
     assert 5 <= len(needed.parts) <= 9
     monkeypatch.setattr(decoding.fused, "_kernels_of", lambda bucket: ForPlans(model.ops.kernels))
     for _ in range(2):
-        decoding.step()
+        decoding.step(traced=False)
 
 
 @pytest.mark.gpu

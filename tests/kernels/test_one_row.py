@@ -23,6 +23,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[int, ...], int, int, Activation, b
     "halves": (("F16",), (40,), 544, 1, Activation.NONE, True, 3, 2),
     "two rows": (("Q4_K",), (40,), 768, 2, Activation.NONE, True, 3, 2),
     "rows by segment": (("Q4_K", "Q6_K"), (72,), 768, 8, Activation.SWIGLU, False, 4, 3),
+    "fewer outputs than threads": (("Q4_K",), (64,), 768, 2, Activation.NONE, False, 8, 4),
     "rows by entry": (("Q5_1",), (112,), 544, 5, Activation.NONE, False, 4, 2),
 }
 

@@ -1,7 +1,7 @@
 """`ops.decode.DecodeOps` on kernels: fuses operations if there is a kernel for it, and uses buffers planned ahead.
 
 A product is launched only when its value is needed. Before that, an addition can become its residual and an activation
-its epilogue; a norm before it writes rows in the form that the product reads; and the products for Q, K and V become
+its epilogue; a norm before it is part of it, or of the conversion of its rows; and the products for Q, K and V become
 one. Attention includes the norms of heads, RoPE and the writing of the cache. Nothing is allocated and nothing waits,
 so a step can be captured as a CUDA graph. Every fused kernel gives the same bits as the operations of `cuda.ops` that
 it replaces. Rows whose position is below zero have no sequence: they write nothing to the cache, and their values have
@@ -32,7 +32,7 @@ from refengine.cuda.runtime.launch import Kernels
 
 Angles = tuple[Array, Array]
 
-ROWS_IN_PRODUCT = 2  # up to so many rows, products do the norm before them and the conversion to halves, if they fit
+ROWS_IN_PRODUCT = 2  # up to so many rows, products do the norm before them and the conversion, if they fit
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ class StepOps:
         matrices, biases = (gate.w, up.w), (gate.bias, up.bias)
         kind = Activation.SWIGLU_CLAMPED if clamped else Activation.SWIGLU
         self._launch(few_rows.multiply, rows, matrices, biases, y.array, activation=kind, groups=groups)
+        self._note_groups(gate)
         return Value(gate.n_rows, gate.width, y)
 
     def _gate_up_fits(self, gate: Product, up: Product) -> bool:
@@ -301,10 +302,14 @@ class StepOps:
         if size not in choice.groups:
             self._group(choice, size)
         groups, buffers = choice.groups[size]
-        assert product.w is not None
-        if self._n == 1 and not product.w.is_float:  # the next product begins when this one's kernel knows the groups
-            choice.groups[size] = (replace(groups, known=True), buffers)
         return (groups.by_pair if x.n_rows == product.n_rows else groups), buffers
+
+    def _note_groups(self, product: Product) -> None:
+        """A product of experts was launched: kernels of few rows let the next one begin when they know the groups."""
+        choice, size = product.choice, self._group_size(product)
+        if choice is not None and self._n == 1 and product.w is not None and not product.w.is_float:
+            groups, buffers = choice.groups[size]
+            choice.groups[size] = (replace(groups, known=True), buffers)
 
     def _group(self, choice: Choice, size: int) -> None:
         """Divide the chosen experts' rows into groups of up to `size`. The first time, also choose the experts."""
@@ -399,6 +404,7 @@ class StepOps:
             y, squares = self._new_residual(product.n_rows, product.width)
         options = {"bias": product.bias, "residual": added, "groups": groups, "squares": _array(squares)}
         self._launch(matmul.linear, rows, product.w, y.array, overlap=True, **options)
+        self._note_groups(product)
         return y, squares
 
     def _rows(self, x: Value, *matrices: PackedMatrix) -> tuple[Rows, tuple[Buffer, ...]]:

@@ -326,7 +326,9 @@ class DecodeStep:
 
     def _launch(self, bucket: int, trace: DecodeTrace | None) -> None:
         """Launch all kernels of a step for `bucket` rows."""
-        logits = self._logits[bucket] = self._logits_of(bucket, self._kernels_of(bucket), trace)
+        # A trace asks for rows that a step otherwise need not compute, so that its plans are others.
+        kernels = self._kernels_of(bucket) if trace is None else self._ops.kernels
+        logits = self._logits[bucket] = self._logits_of(bucket, kernels, trace)
         self._sampler.draw(bucket, logits, self._b)
 
     def _kernels_of(self, bucket: int) -> Kernels:

@@ -52,10 +52,6 @@ class Plan:
     neox: int
     block_size: int
     window: int
-    table_stride: int
-    n_entries: int
-    most_quads: int
-    at_once: int
 
     @cached_property
     def struct(self) -> Struct:
@@ -161,11 +157,11 @@ def attention_step(
     width = head_width(head_dim)
     has = Has.Q_NORM * (norms[0] is not None) | Has.K_NORM * (norms[1] is not None) | Has.SINKS * (sinks is not None)
     has |= Has.ROTATION * (rotation.cos is not None) | Has.FACTOR * (q_factor != 1.0)
-    sizes = (group, n_head_kv, head_dim, rotation.half, int(rotation.neox), block_size, window, tables.shape[1])
-    of_division = (division.n_entries, division.most_quads, division.at_once)
-    plan = Plan(width // 32, int(has), *qkv.strides, *sizes, *of_division)
+    sizes = (group, n_head_kv, head_dim, rotation.half, int(rotation.neox), block_size, window)
+    plan = Plan(width // 32, int(has), *qkv.strides, *sizes)
     arrays = (qkv.struct, *norms, rotation.cos, rotation.sin, k_cache.struct, v_cache.struct, tables, positions)
-    arguments = [*arrays, sinks, partial, arrived, y, plan.struct, float(eps), float(q_factor), float(scale)]
+    numbers = (tables.shape[1], division.n_entries, division.most_quads, float(eps), float(q_factor), float(scale))
+    arguments = [*arrays, sinks, partial, arrived, y, plan.struct, *numbers]
     grid, shared = (tiles, n_head_kv, division.at_once), step_shared_bytes(width)
     constants = plan.constants if kernels.for_plans else ()
     kernels.launch(kernel, f"{kernel}_{width}", grid, 256, arguments, shared, overlap=True, constants=constants)

@@ -26,7 +26,7 @@ def missing(arch: str, parts: Sequence[Part] | None = None) -> list[Part]:
 
     Raises DeviceError without NVRTC.
     """
-    found = [(part, read_source(*part)) for part in (parts or [(name, ()) for name in names()])]
+    found = [(part, read_source(*part)) for part in ([(name, ()) for name in names()] if parts is None else parts)]
     found.sort(key=lambda of: -len(of[1].text) * len(of[1].kernels))
     return [part for part, source in found if not is_compiled(source, arch)]
 
@@ -34,7 +34,7 @@ def missing(arch: str, parts: Sequence[Part] | None = None) -> list[Part]:
 def compile_files(
     arch: str, parts: Sequence[Part], progress: Callable[[int, int], None] | None = None, jobs: int | None = None
 ) -> None:
-    """Compile what `missing` gives, into the cache. progress: called with (files done, total files).
+    """Compile what `missing` gives, into the cache. progress: called with (parts done, total parts).
 
     Raises KernelError with the compiler's messages. If this is interrupted, running processes still end by themselves,
     and their results are kept.
