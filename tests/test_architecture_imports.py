@@ -116,7 +116,9 @@ ROOMS = {
     "cli.inspect": Room({"errors", "gguf", "models", "tokenizer", "weights", "cli.console"}, {"numpy"}),
     "cli.validate": Room({FACADE, *MODEL, "validate", "cli.console"}, {"tqdm", "rich"}),
     "cli.serve": Room({FACADE, *MODEL, "worker"}, set()),
-    "cli.compile": Room({"errors", "device", "cuda", "cuda.runtime"}, {"tqdm"}),
+    "cli.compile": Room(
+        {"errors", "device", "cuda", "cuda.runtime", "gguf", "models", "weights", "cli.console"}, {"tqdm"}
+    ),
     "cli.ask": Room({"errors", "client", "client.events", "cli.console"}, set()),
     "cli.bench": Room({"errors", "worker", "client", "bench", "cli.console"}, {"rich"}),
     "cli.bench_speed": Room({"errors", "ops", "bench.speed", "cli.console"}, {"rich"}),

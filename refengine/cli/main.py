@@ -184,6 +184,18 @@ def build_parser() -> Parser:
         "--file", action="append", metavar="NAME", help="compile only this kernel file (repeatable; default: all)"
     )
     compile_kernels.add_argument(
+        "--model",
+        metavar="FILE",
+        help="also compile the kernels that the decode steps of this model have for themselves, which are otherwise "
+        f"compiled when it first starts on a GPU; GGUF file; {HUB_HELP}",
+    )
+    compile_kernels.add_argument(
+        "--max-batch", type=int, metavar="N", default=8, help="with --model: serve's --max-batch (default: 8)"
+    )
+    compile_kernels.add_argument(
+        "--multiprocessors", type=int, metavar="N", help="with --model: those of the GPU (default: this machine's GPU)"
+    )
+    compile_kernels.add_argument(
         "--jobs", type=int, metavar="N", help="number of parallel processes (default: one per core)"
     )
     compile_kernels.add_argument("--debug", action="store_true", help="show a traceback on errors")

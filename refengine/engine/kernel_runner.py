@@ -16,6 +16,7 @@ from refengine.cache.paged import BLOCK_SIZE, CacheSequence, KVCache
 from refengine.config import ModelConfig
 from refengine.cuda.decode.prompt import PromptPass
 from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan
+from refengine.cuda.runtime.launch import NoLaunches
 from refengine.cuda.sampling import checked_token, sample_rows
 from refengine.cuda.workspace import prompt_bytes as forward_bytes
 from refengine.engine.runner import Result, n_rows, result_of, wanted_rows
@@ -153,7 +154,7 @@ def step_bytes(
         return 0
     sizes = {"max_batch": max_batch, "n_ctx": config.n_ctx_train, "n_positions": n_positions, "block_size": BLOCK_SIZE}
     try:
-        return StepPlan.of(decode, config, weights, place, **sizes).total_bytes
+        return StepPlan.of(decode, config, weights, NoLaunches(place), **sizes).total_bytes
     except NoFusedStep:
         return 0
 

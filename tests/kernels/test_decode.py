@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 import refengine
 from refengine.cache.paged import CacheSequence, KVCache
 from refengine.cuda.decode import step
-from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan, _Copy
+from refengine.cuda.decode.step import DecodeRow, DecodeStep, NoFusedStep, StepPlan, _Copy, kernels_of_steps
 from refengine.cuda.kernels import router
 from refengine.cuda.kernels.few_rows import FEW_ROWS, can_prepare, plan_of
 from refengine.cuda.kernels.quantize_rows import Converted, Rows
@@ -385,6 +385,11 @@ def test_kernels_for_one_plan_give_the_same_step(
     decoding.fused.warm_up()
     assert {file for file, _ in needed.parts} == {"one_row", "attention_step"}
     assert 5 <= len(needed.parts) <= 9
+    with GGUFFile(model.gguf.path) as gguf:  # what `refengine compile --model` finds without a device
+        cfg, module = model.config, BY_ARCHITECTURE[model.config.arch]
+        described = load_weights(gguf, module.tensors(cfg), cfg.n_layer, Described())
+        found = kernels_of_steps(module.decode, cfg, described, model.ops.kernels, 1, cfg.n_ctx_train)
+    assert found == needed.parts
     monkeypatch.setattr(decoding.fused, "_kernels_of", lambda bucket: ForPlans(model.ops.kernels))
     for _ in range(2):
         decoding.step(traced=False)
@@ -400,6 +405,7 @@ def test_kernels_that_cannot_be_stored_are_not_compiled(
     decoding.fused.warm_up()
     assert "decode steps use slower kernels" in caplog.text
     assert "set REFENGINE_CACHE" in caplog.text
+    assert "refengine compile --model" in caplog.text
     for ids in prompts(decoding.model, 2, seed=71):
         decoding.join(ids)
     decoding.step()
@@ -413,7 +419,7 @@ def test_nothing_is_allocated_after_the_warm_up(place: str, tiny_model: ModelFil
     sizes = {"n_positions": decoding.fused.n_positions, "block_size": decoding.cache.block_size, "n_ctx": model.n_ctx}
     with GGUFFile(model.gguf.path) as gguf:  # what is asked before the weights are loaded
         described = load_weights(gguf, llama.tensors(model.config), model.config.n_layer, Described())
-    taken = StepPlan.of(llama.decode, model.config, described, place, max_batch=3, **sizes).total_bytes
+    taken = StepPlan.of(llama.decode, model.config, described, NoLaunches(place), max_batch=3, **sizes).total_bytes
     if place == "host":  # of a GPU, what the prompts' passes keep is accounted for as well
         assert model.ops.memory.accounted()["workspace"] == started + taken
     decoding.fused.warm_up(lambda done, total: progress.append((done, total)))

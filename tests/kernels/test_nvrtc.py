@@ -11,6 +11,7 @@ from refengine.cuda.runtime.nvrtc import ARCHITECTURES, compile_source, nvrtc_ve
 from refengine.cuda.runtime.source import names, read_source, source_of
 from refengine.errors import DeviceError, KernelError
 from tests.cli_runner import cli
+from tools.make_model import TINY, write_spec
 from tools.report_kernels import FIELDS, RECORD
 
 # A spill costs memory traffic in the inner loop. None is accepted without a reason here.
@@ -69,11 +70,27 @@ def test_files_are_compiled_ahead_once(tmp_path: Path, monkeypatch: pytest.Monke
         compile_files("sm_10", files)
 
 
+def test_kernels_of_a_model_are_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFENGINE_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "tiny.gguf"
+    write_spec(model, TINY["qwen2-q4_k_m"])
+    line = ("compile", "--arch", "sm_90a", "--file", "rope", "--model", str(model), "--max-batch", "1")
+    done = cli(*line, "--multiprocessors", "132")
+    assert done.code == 0
+    made = {path.name.split("-")[0] for path in (tmp_path / "cache").glob("*-sm_90a-*.cubin")}
+    assert made == {"rope", "one_row", "attention_step"}
+    assert "0 kernel files compiled" in cli(*line, "--multiprocessors", "132").err
+    assert "0 kernel files compiled" not in cli(*line, "--multiprocessors", "20").err
+    assert "give its number of --multiprocessors" in cli(*line).err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--arch", "ampere"), "--arch: given 'ampere'"),
         (("--arch", "sm_80", "--jobs", "0"), "--jobs: given 0"),
+        (("--arch", "sm_80", "--max-batch", "0"), "--max-batch: given 0"),
+        (("--arch", "sm_75", "--model", "m.gguf", "--multiprocessors", "40"), "--model: given with --arch sm_75"),
     ],
 )
 def test_compile_refuses_what_it_does_not_know(arguments: tuple[str, ...], said: str) -> None:

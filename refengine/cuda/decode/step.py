@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from refengine.array import Array
-from refengine.cache.paged import KVCache
+from refengine.cache.paged import BLOCK_SIZE, KVCache
 from refengine.config import ModelConfig
 from refengine.cuda.decode.buffers import Placed, Plan, Recorder, shaped
 from refengine.cuda.decode.ops import Angles, StepArrays, StepOps
@@ -30,7 +30,7 @@ from refengine.cuda.kernels.moe import MOST_USED
 from refengine.cuda.kernels.sampling import WORK_SPACE, Sampler
 from refengine.cuda.memory import Arena, aligned
 from refengine.cuda.ops import KernelOps
-from refengine.cuda.runtime.compile import compile_files, missing
+from refengine.cuda.runtime.compile import Part, compile_files, missing
 from refengine.cuda.runtime.cubin_cache import cache_folder, can_store
 from refengine.cuda.runtime.launch import ForPlans, Kernels, Needed, NoLaunches
 from refengine.cuda.runtime.nvrtc import architecture
@@ -42,7 +42,10 @@ Shapes = dict[str, tuple[tuple[int, ...], Any]]
 
 log = logging.getLogger(__name__)
 
-NOT_STORED = "{n} kernels of this model are not in {folder}, which cannot be written; set REFENGINE_CACHE"
+NOT_STORED = (
+    "{n} kernels of this model are not in {folder}, which cannot be written; set REFENGINE_CACHE to a folder that can, "
+    "or put them there with refengine compile --model"
+)
 ANGLES_AT_ONCE = 4096  # how many positions' angles are computed together on the host
 
 __all__ = ["Decode", "DecodeRow", "DecodeStep", "NoFusedStep", "StepPlan", "buckets_for"]
@@ -79,7 +82,7 @@ class StepPlan:
         decode: Decode | None,
         cfg: ModelConfig,
         weights: Any,
-        place: str,
+        kernels: NoLaunches,
         *,
         max_batch: int,
         n_ctx: int,
@@ -89,7 +92,7 @@ class StepPlan:
         """Plan a step without a device. Raises NoFusedStep, with the reason, if the model has no fused step.
 
         weights: the model's weights, of which only names, types and shapes are used. n_positions: the maximum length of
-        a sequence, the smaller of the context length and the cache's size.
+        a sequence, the smaller of the context length and the cache's size. kernels: are given the launches.
         """
         if decode is None:
             raise NoFusedStep(f"the model file of {cfg.arch} has no decode()")
@@ -119,13 +122,27 @@ class StepPlan:
         plans: dict[int, Plan] = {}
         for bucket in buckets_for(max_batch):
             recorder = Recorder()
-            ops = StepOps(NoLaunches(place), arrays, recorder, bucket)
+            ops = StepOps(kernels, arrays, recorder, bucket)
             ops.array(decode(cfg, weights, ops, no_trace))
             plans[bucket] = recorder.plan()
-        sampling = Sampler(Kernels(place), cfg.n_vocab, n_positions + 1).arrays(max_batch)
+        sampling = Sampler(kernels, cfg.n_vocab, n_positions + 1).arrays(max_batch)
         offsets = {bucket: plan.offsets for bucket, plan in plans.items()}
         most = max(plan.n_bytes for plan in plans.values())
         return StepPlan(offsets, most, tuple(angles[i] for i in sorted(angles)), rows | sampling)
+
+
+def kernels_of_steps(
+    decode: Decode | None, cfg: ModelConfig, weights: Any, kernels: Kernels, max_batch: int, n_positions: int
+) -> list[Part]:
+    """The kernels for one plan that steps of up to max_batch rows have, on a device like that of `kernels`.
+
+    weights: of these, only names, types and shapes are used. Raises NoFusedStep if the model has no fused step.
+    """
+    needed = Needed(kernels)
+    sizes = {"n_ctx": cfg.n_ctx_train, "n_positions": n_positions, "block_size": BLOCK_SIZE}
+    most = min(max_batch, FEW_ROWS)
+    StepPlan.of(decode, cfg, weights, needed, max_batch=most, **sizes)
+    return needed.parts
 
 
 class _Copy:
@@ -189,10 +206,9 @@ class DecodeStep:
             raise KernelError(f"decode: blocks of {kv.block_size} positions are not a multiple of {TILE}")
         self.n_positions = min(kv.n_ctx, kv.n_blocks * kv.block_size)
         sizes = {"n_ctx": kv.n_ctx, "n_positions": self.n_positions, "block_size": kv.block_size}
-        place = ops.kernels.place
         if max_batch < 1:
             raise KernelError(f"decode: max_batch is {max_batch}, expected at least 1")
-        plan = StepPlan.of(decode, cfg, weights, place, max_batch=max_batch, **sizes)
+        plan = StepPlan.of(decode, cfg, weights, NoLaunches(ops.kernels.place), max_batch=max_batch, **sizes)
         assert decode is not None
         self._ops, self._cfg, self._decode, self._weights = ops, cfg, decode, weights
         self._plan, self.buckets = plan, buckets_for(max_batch)
@@ -350,11 +366,8 @@ class DecodeStep:
         """Compile the kernels that are for one plan, in parallel. If they are not in the cache, and it cannot store
         them, steps use the kernels for all plans, which are slower.
         """
-        needed, arch = Needed(self._ops.kernels), architecture(self._ops.xp)
-        for bucket in self.buckets:
-            if bucket <= FEW_ROWS:
-                self._logits_of(bucket, needed, None)
-        parts = missing(arch, needed.parts)
+        arch, given = architecture(self._ops.xp), (self._decode, self._cfg, self._weights, self._ops.kernels)
+        parts = missing(arch, kernels_of_steps(*given, self.buckets[-1], self.n_positions))
         if parts and not can_store():
             log.warning("decode steps use slower kernels: %s", NOT_STORED.format(n=len(parts), folder=cache_folder()))
             self._for_plans = self._ops.kernels

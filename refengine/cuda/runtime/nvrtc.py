@@ -20,7 +20,9 @@ from refengine.cuda.runtime.driver import Launcher
 from refengine.cuda.runtime.source import Source
 from refengine.errors import DeviceError, KernelError, install_hint
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")
+# Architectures for which kernels are compiled and tested, and the bytes of shared memory that a block may have there.
+SHARED_LIMITS = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10}
+ARCHITECTURES = tuple(SHARED_LIMITS)
 # Arithmetic exactly as written: no contraction of a·b + c, denormals kept, division and root rounded to nearest.
 OPTIONS = ("-std=c++17", "-default-device", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 # Percentage of a multiprocessor's memory that is shared memory, not cache. Kernels overlap only if both have the same.
