@@ -253,7 +253,7 @@ def test_more_that_is_asked_for_needs_more() -> None:
 
 def test_the_engine_has_the_cache_that_there_is_room_for(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "load", lambda *a, **k: refengine.load(device="host"))
-    monkeypatch.setattr(Engine, "warm_up", lambda engine: None)
+    monkeypatch.setattr(Engine, "warm_up", lambda engine, progress: None)
     capacity = packaged_capacity(OPTIONS)
     for free in (needed(), needed() + (4 << 20)):
         gpu.free = free
