@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from refengine.cli.console import model_path
 from refengine.cuda.decode.step import NoFusedStep, kernels_of_steps
-from refengine.cuda.runtime.compile import Part, compile_files, missing
+from refengine.cuda.runtime.compile import compile_files, missing
 from refengine.cuda.runtime.cubin_cache import cache_folder
 from refengine.cuda.runtime.launch import Kernels, NoLaunches
 from refengine.cuda.runtime.nvrtc import ARCHITECTURES, SHARED_LIMITS, architecture
-from refengine.cuda.runtime.source import names
+from refengine.cuda.runtime.source import Part, names
 from refengine.cuda.upload import Described
 from refengine.device import open_device
 from refengine.errors import DeviceError, RequestError

@@ -30,10 +30,11 @@ from refengine.cuda.kernels.moe import MOST_USED
 from refengine.cuda.kernels.sampling import WORK_SPACE, Sampler
 from refengine.cuda.memory import Arena, aligned
 from refengine.cuda.ops import KernelOps
-from refengine.cuda.runtime.compile import Part, compile_files, missing
+from refengine.cuda.runtime.compile import compile_files, missing
 from refengine.cuda.runtime.cubin_cache import cache_folder, can_store
 from refengine.cuda.runtime.launch import ForPlans, Kernels, Needed, NoLaunches
 from refengine.cuda.runtime.nvrtc import architecture
+from refengine.cuda.runtime.source import Part
 from refengine.errors import KernelError
 from refengine.ops.decode import DecodeOps, DecodeTrace, Value, no_trace
 
@@ -344,15 +345,6 @@ class DecodeStep:
         """Launch all kernels of a step for `bucket` rows."""
         # A trace asks for rows that a step otherwise need not compute, so that its plans are others.
         kernels = self._kernels_of(bucket) if trace is None else self._ops.kernels
-        logits = self._logits[bucket] = self._logits_of(bucket, kernels, trace)
-        self._sampler.draw(bucket, logits, self._b)
-
-    def _kernels_of(self, bucket: int) -> Kernels:
-        """The kernels for steps of `bucket` rows."""
-        return self._for_plans if self._with_graphs and bucket <= FEW_ROWS else self._ops.kernels
-
-    def _logits_of(self, bucket: int, kernels: Kernels, trace: DecodeTrace | None) -> Array:
-        """Launch all kernels of a step but those that sample. The result has the logits of `bucket` rows."""
         step = StepOps(kernels, self._arrays, Placed(self._arena, self._plan.offsets[bucket]), bucket)
 
         def traced(name: str, il: int, x: Value) -> None:
@@ -360,7 +352,13 @@ class DecodeStep:
                 trace(name, il, step.array(x))
 
         with np.errstate(all="ignore"):
-            return step.array(self._decode(self._cfg, self._weights, step, traced))
+            logits = step.array(self._decode(self._cfg, self._weights, step, traced))
+        self._logits[bucket] = logits
+        self._sampler.draw(bucket, logits, self._b)
+
+    def _kernels_of(self, bucket: int) -> Kernels:
+        """The kernels for steps of `bucket` rows."""
+        return self._for_plans if self._with_graphs and bucket <= FEW_ROWS else self._ops.kernels
 
     def _compile(self, progress: Callable[[int, int], None] | None) -> None:
         """Compile the kernels that are for one plan, in parallel. If they are not in the cache, and it cannot store

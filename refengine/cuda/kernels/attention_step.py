@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from enum import IntFlag
-from functools import cached_property
 
 from refengine.array import Array
 from refengine.cuda.kernels.attention import (
@@ -19,7 +18,7 @@ from refengine.cuda.kernels.attention import (
 )
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.runtime.launch import Kernels
-from refengine.cuda.runtime.source import Constants, Struct
+from refengine.cuda.runtime.source import Numbers
 from refengine.errors import KernelError
 
 STEP_ROWS, QUAD = 8, 256  # rows per block of threads, and positions that it computes together
@@ -37,7 +36,7 @@ class Has(IntFlag):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Numbers):
     """A launch, with the fields of the C struct of this name, which explains them (attention_step.cu)."""
 
     width: int
@@ -52,15 +51,6 @@ class Plan:
     neox: int
     block_size: int
     window: int
-
-    @cached_property
-    def struct(self) -> Struct:
-        return Struct(*astuple(self))
-
-    @property
-    def constants(self) -> Constants:
-        """What makes a kernel for this plan alone."""
-        return (("PLAN", ", ".join(map(str, astuple(self)))),)
 
 
 def step_shared_bytes(width: int) -> int:

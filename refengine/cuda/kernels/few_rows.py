@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cached_property, lru_cache
 from math import prod
@@ -17,7 +17,7 @@ from refengine.cuda.kernels.quantize_rows import GROUP, Converted, Rows, n_segme
 from refengine.cuda.kernels.shapes import check_shape
 from refengine.cuda.layout import TILE_ROWS, PackedMatrix, segment_bytes, tile_bytes
 from refengine.cuda.runtime.launch import Kernels
-from refengine.cuda.runtime.source import Constants, Struct
+from refengine.cuda.runtime.source import Constants, Numbers
 from refengine.errors import KernelError
 
 FEW_ROWS = 8  # rows per block of threads
@@ -60,7 +60,7 @@ class Has(IntFlag):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Numbers):
     """A launch, with the fields of the C struct of this name, which explains them (few_rows.cuh)."""
 
     a_kind: int
@@ -123,15 +123,11 @@ class Plan:
         )
 
     @cached_property
-    def struct(self) -> Struct:
-        return Struct(*astuple(self))
-
-    @cached_property
     def constants(self) -> Constants:
-        """What makes a kernel for this plan alone."""
+        """What makes a kernel for this plan alone: also the types that occur."""
         kinds = {kind & 255 for kind in (self.a_kind, self.b_kind, self.c_kind)} - {0, GGMLQuantizationType.F16}
         types = (("TYPES", ", ".join(map(str, sorted(kinds)))),) if kinds else ()
-        return (*types, ("PLAN", ", ".join(map(str, astuple(self)))))
+        return (*types, *super().constants)
 
     @property
     def shared_bytes(self) -> int:

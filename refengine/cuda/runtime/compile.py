@@ -12,13 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from refengine.cuda.runtime.nvrtc import compile_source, is_compiled
-from refengine.cuda.runtime.source import Constants, names, read_source
+from refengine.cuda.runtime.source import Part, names, read_source
 from refengine.errors import KernelError, RefengineError
 
 PAUSE_S = 0.01  # between two checks of the processes
-
-
-Part = tuple[str, Constants]  # a kernel file, and the constants with which it is compiled
 
 
 def missing(arch: str, parts: Sequence[Part] | None = None) -> list[Part]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
-from refengine.cuda.runtime.source import Constants, read_source
+from refengine.cuda.runtime.source import Constants, Part, read_source
 from refengine.errors import KernelError
 
 HOST_MULTIPROCESSORS = 4  # a small device, so that blocks have several tiles
@@ -104,18 +104,22 @@ class NoLaunches(Kernels):
         pass
 
 
-class ForPlans(Kernels):
-    """The same kernels, of which those that depend on a plan are compiled for each plan."""
-
-    for_plans = True
+class _Around(Kernels):
+    """Other kernels, on the same device and with the same modules."""
 
     def __init__(self, kernels: Kernels) -> None:
-        super().__init__(kernels.place)
+        self.place = kernels.place
         self.n_multiprocessors, self.shared_limit = kernels.n_multiprocessors, kernels.shared_limit
         self._kernels = kernels
 
     def module(self, file: str, constants: Constants = ()) -> Any:
         return self._kernels.module(file, constants)
+
+
+class ForPlans(_Around):
+    """The same kernels, of which those that depend on a plan are compiled for each plan."""
+
+    for_plans = True
 
     def launch(self, *arguments: Any, **named: Any) -> None:
         self._kernels.launch(*arguments, **named)
@@ -132,23 +136,22 @@ class Needed(NoLaunches):
     def __init__(self, kernels: Kernels) -> None:
         super().__init__(kernels.place)
         self.n_multiprocessors, self.shared_limit = kernels.n_multiprocessors, kernels.shared_limit
-        self.parts: list[tuple[str, Constants]] = []
+        self.parts: list[Part] = []
 
     def launch(self, file: str, *arguments: Any, constants: Constants = (), **named: Any) -> None:
         if constants and (file, constants) not in self.parts:
             self.parts.append((file, constants))
 
 
-class Program(Kernels):
+class Program(_Around):
     """Launches that are not made, but kept, to be made together any number of times, on the same stream.
 
     prepared: keep them as the driver reads them, which does not keep their arrays alive. False keeps their arguments.
     """
 
     def __init__(self, kernels: Kernels, prepared: bool = True) -> None:
-        self.place = kernels.place
-        self.n_multiprocessors, self.shared_limit = kernels.n_multiprocessors, kernels.shared_limit
-        self._kernels, self._prepared = kernels, prepared
+        super().__init__(kernels)
+        self._prepared = prepared
         self._calls: list[Callable[[], None]] = []
 
     def launch(
@@ -175,9 +178,6 @@ class Program(Kernels):
             self.call(self.module(file, constants).prepared(kernel, grid, (block,), arguments, shared_bytes, overlap))
         except KernelError as e:
             raise KernelError(f"{what}: {e}" if what else str(e)) from None
-
-    def module(self, file: str, constants: Constants = ()) -> Any:
-        return self._kernels.module(file, constants)
 
     def call(self, function: Callable[[], None]) -> None:
         """Add a function that launches kernels itself, because its launches are different each time."""

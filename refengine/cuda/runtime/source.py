@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import astuple, dataclass, field, replace
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from refengine.errors import KernelError
 
 PREAMBLE = "common.cuh"
 Constants = tuple[tuple[str, str], ...]  # macros with which a kernel file is compiled: names and values
+Part = tuple[str, Constants]  # a kernel file, and the constants with which it is compiled
 
 # C types of parameters and the array or scalar types that fit them.
 TYPES: dict[str, tuple[str, ...]] = {
@@ -63,6 +64,23 @@ class Struct:
         if self._words is None:
             self._words = tuple(m if type(m) is int else 0 if m is None else address_of(m) for m in self.members)
         return self._words
+
+
+class Numbers:
+    """A dataclass of the numbers of a launch, in the order of the C struct that the kernel takes."""
+
+    @cached_property
+    def struct(self) -> Struct:
+        return Struct(*self._values)
+
+    @property
+    def constants(self) -> Constants:
+        """What makes a kernel for these numbers alone."""
+        return (("PLAN", ", ".join(map(str, self._values))),)
+
+    @property
+    def _values(self) -> tuple[int, ...]:
+        return astuple(cast(Any, self))
 
 
 def address_of(array: Any) -> int:
